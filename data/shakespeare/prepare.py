@@ -1,0 +1,26 @@
+"""
+Tiny Shakespeare in GPT-2 tokens: writes train.bin, val.bin and meta.json into this folder.
+
+The text is data/shakespeare_char/input.txt, which is downloaded when it is missing. Without a network
+the reference text of your Python stands in, and meta.json says so; a later run can mend that.
+tiktoken needs its GPT-2 vocabulary: a network once, or TIKTOKEN_CACHE_DIR.
+
+Tiny Shakespeare has 301,966 tokens to train on and 36,059 to validate.
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
+
+from configurator import configure
+from dataset import summary, write_text
+from tiny_shakespeare import find_text
+
+input = ''          # a text file of your own ('' = tiny Shakespeare)
+val_fraction = 0.1  # the share of the text, at its end, that validates
+
+configure(globals())
+
+text, source = find_text(input)
+print(summary(HERE, write_text(HERE, text, 'gpt2', source, val_fraction)))

@@ -1,0 +1,150 @@
+"""
+Multi-head Latent Attention: what it changes in model.py, and nothing else.
+
+DeepSeek-V2 (2024), section 2.1. Keys and values are read out of one small latent a token,
+c_kv = W^DKV x, so only that latent (and one rotated key k_pe, shared by all heads) has to be cached:
+
+    c_kv = norm(W^DKV x)         eq. 9     k_pe   = RoPE(W^KR x)           eq. 15
+    k_nope = W^UK c_kv           eq. 10    q_pe   = RoPE(W^QR c_q)         eq. 14
+    v = W^UV c_kv                eq. 11    q_nope = W^UQ c_q               eq. 13
+    logits = (q_nope · k_nope + q_pe · k_pe) / sqrt(qk_nope_head_dim + qk_rope_head_dim)
+
+c_q is norm(W^DQ x), or x itself with q_lora_rank = 0. In the matrices that hold two symbols their
+rows stand one after the other, all heads of the first, then all heads of the second.
+
+Legend: as in model.py, and R kv_lora_rank, N qk_nope_head_dim, P qk_rope_head_dim, D v_head_dim.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from configurator import UserError
+from model import GPT, Attention, GPTConfig, Linear, Norm, rotate
+
+
+@dataclass
+class MLAConfig(GPTConfig):
+    pos: str = 'rope'
+    q_lora_rank: int = 0         # latent width of the query: 0 = no latent, full-rank W^Q
+    kv_lora_rank: int = 512      # latent width of keys and values; with k_pe all that is cached
+    qk_nope_head_dim: int = 0    # width of a head without position: 0 = head_dim - qk_rope_head_dim
+    qk_rope_head_dim: int = 32   # width of a head with RoPE; 0 = none at all (then pos must not be 'rope')
+    v_head_dim: int = 0          # 0 = head_dim
+    latent_norm: bool = True     # RMS norm of the latents
+    latent_init: str = 'fan_in'  # 'fan_in' | 'gpt2': how the down and up projections start
+    absorb: bool = False         # compute in the latent space (for decoding), not with per-head keys and values
+    # The early nanoGPT-MLA block with its n_latent: kv_lora_rank=n_latent, qk_rope_head_dim=0,
+    # latent_norm=False, latent_init='gpt2', pos='learned'.
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_kv_head != self.n_head:
+            raise UserError(f'n_kv_head={self.n_kv_head} does not go with MLA: every head reads the one latent')
+        self.qk_nope_head_dim = self.qk_nope_head_dim or self.head_dim - self.qk_rope_head_dim
+        self.v_head_dim = self.v_head_dim or self.head_dim
+        if (self.pos == 'rope') != (self.qk_rope_head_dim > 0):
+            raise UserError(f"pos='{self.pos}' does not go with qk_rope_head_dim={self.qk_rope_head_dim}: "
+                            "set pos='rope' and a width, or another pos and 0")
+        if min(self.kv_lora_rank, self.v_head_dim) < 1 or min(self.qk_nope_head_dim, self.q_lora_rank, self.qk_rope_head_dim) < 0:
+            raise UserError(f'MLA widths must be positive: kv_lora_rank={self.kv_lora_rank}, qk_nope_head_dim={self.qk_nope_head_dim}, '
+                            f'qk_rope_head_dim={self.qk_rope_head_dim}, v_head_dim={self.v_head_dim}, q_lora_rank={self.q_lora_rank}')
+        if self.latent_init not in ('fan_in', 'gpt2'):
+            raise UserError(f"latent_init='{self.latent_init}' is not known: use fan_in or gpt2")
+
+    @property
+    def rope_dim(self):
+        return self.qk_rope_head_dim
+
+
+class MultiHeadLatentAttention(Attention):
+    """MLA in its naive form (keys and values of every head) and, with absorb, in the latent space."""
+
+    def __init__(self, config):
+        super().__init__(config, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+        H, R = config.n_head, config.kv_lora_rank
+        self.nope, self.pe, self.absorb = config.qk_nope_head_dim, config.qk_rope_head_dim, config.absorb
+        self.q_widths = [H * self.nope, H * self.pe]
+        self.a_widths = [R, self.pe]
+        self.b_widths = [H * self.nope, H * self.v_dim]
+
+        def linear(n_in, widths, bias=config.bias):
+            layer = Linear(n_in, sum(widths), bias=bias)
+            layer.weight.splits = widths  # Muon orthogonalises each symbol's rows by themselves
+            return layer
+
+        if config.q_lora_rank:
+            self.q_a_proj = linear(config.n_embd, [config.q_lora_rank])          # W^DQ
+            self.q_a_layernorm = self.latent_norm(config.q_lora_rank, config)
+            self.q_b_proj = linear(config.q_lora_rank, self.q_widths)            # W^UQ | W^QR
+        else:
+            self.q_proj = linear(config.n_embd, self.q_widths)                   # W^UQ | W^QR
+        self.kv_a_proj_with_mqa = linear(config.n_embd, self.a_widths)           # W^DKV | W^KR
+        self.kv_a_layernorm = self.latent_norm(R, config)
+        self.kv_b_proj = linear(R, self.b_widths, bias=False)                    # W^UK | W^UV
+
+    @staticmethod
+    def latent_norm(width, config):
+        return Norm(width, config, kind='rmsnorm', eps=1e-6) if config.latent_norm else nn.Identity()
+
+    def query(self, x, rope):
+        """q_nope (B, T, H, N) and q_pe (B, T, H, P), rotated."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, 'q_a_proj') else self.q_proj(x)
+        q_nope, q_pe = self.heads(q, self.q_widths)
+        q_nope, q_pe = self.normed(q_nope, q_pe)
+        return q_nope, rotate(q_pe, rope)
+
+    def latent(self, x, rope):
+        """c_kv (B, T, R) and k_pe (B, T, P), rotated: what a cache holds."""
+        c_kv, k_pe = self.kv_a_proj_with_mqa(x).split(self.a_widths, dim=-1)
+        k_pe, = self.normed(k_pe)  # k_nope is left alone: a norm behind W^UK could not be absorbed
+        return self.kv_a_layernorm(c_kv), rotate(k_pe[:, :, None], rope)[:, :, 0]
+
+    def heads(self, x, widths):
+        """(B, T, sum of widths) -> for each symbol (B, T, H, its width in a head)."""
+        return [t.unflatten(-1, (self.n_head, t.size(-1) // self.n_head)) for t in x.split(widths, dim=-1)]
+
+    def qkv(self, x, rope):
+        """q, k (B, H, T, N + P) and v (B, H, T, D): every head's own keys and values, read out of the latent."""
+        q_nope, q_pe = self.query(x, rope)
+        c_kv, k_pe = self.latent(x, rope)
+        k_nope, v = self.heads(self.kv_b_proj(c_kv), self.b_widths)
+        k_pe = k_pe[:, :, None].expand(-1, -1, self.n_head, -1)
+        q, k = torch.cat([q_nope, q_pe], dim=-1), torch.cat([k_nope, k_pe], dim=-1)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, rope):
+        """
+        Naive, or absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv
+        go through W^UV once. Then all heads share one key [c_kv | k_pe] and one value c_kv, as in MQA.
+        """
+        if not self.absorb:
+            return super().forward(x, rope)
+        w_uk, w_uv = (w.unflatten(0, (self.n_head, -1)).to(x.dtype) for w in self.kv_b_proj.weight.split(self.b_widths))
+        q_nope, q_pe = self.query(x, rope)
+        c_kv, k_pe = (t[:, None] for t in self.latent(x, rope))
+        q = torch.cat([torch.einsum('bthn,hnr->bthr', q_nope, w_uk), q_pe], dim=-1).transpose(1, 2)
+        y = self.attend(q, torch.cat([c_kv, k_pe], dim=-1), c_kv)
+        y = torch.einsum('bhtr,hdr->bthd', y, w_uv)
+        return self.resid_dropout(self.c_proj(y.flatten(2)))
+
+    def sizes(self):
+        if not self.absorb:
+            return super().sizes()
+        R, P = self.a_widths
+        return (self.n_head, R + P), (1, R + P), (1, R)
+
+    def cache_dims(self):
+        return dict(c_kv=self.a_widths[0], k_pe=self.pe)
+
+
+class GPT_MLA(GPT):
+    Config, Attention = MLAConfig, MultiHeadLatentAttention
+
+    def init_weights(self):
+        """GPT's, but two stacked 0.02 matrices would leave hardly any signal: latents start by fan-in."""
+        super().init_weights()
+        if self.config.latent_init == 'fan_in':
+            for name, module in self.named_modules():
+                if name.endswith(('_a_proj', '_b_proj', 'kv_a_proj_with_mqa')):
+                    nn.init.normal_(module.weight, std=module.in_features ** -0.5)

@@ -1,0 +1,124 @@
+"""
+What moves the weights: Muon for the matrices of the blocks, AdamW for the rest, and a moving average.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of each matrix is
+replaced by the nearest semi-orthogonal matrix, so that every direction moves by the same amount.
+Matrices of one shape are orthogonalised together, as one batch.
+"""
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic that Muon's authors tuned for speed of convergence
+
+
+def orthogonalize(matrices, steps=5):
+    """
+    U Vᵀ of each of the matrices (N, rows, cols) with SVD U S Vᵀ, roughly: singular values end within
+    about 0.7 to 1.2. Five steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X; bf16 on a GPU, fp32 on a CPU.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / cols)); decoupled weight decay.
+
+    A weight that stacks several matrices says so in `weight.splits` (rows of each); they are taken
+    apart first. `lr` may be a 0-dim tensor on the device, so that a CUDA graph can read a new value.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group['params'] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if 'momentum' not in self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+            grads, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+            updates = torch._foreach_lerp(grads, momenta, group['momentum'])
+            if group['weight_decay']:
+                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+            alike = defaultdict(list)
+            for p, update in zip(params, updates):
+                splits = getattr(p, 'splits', [p.size(0)])
+                for weight, piece in zip(p.split(splits), update.split(splits)):
+                    alike[weight.shape].append((weight, piece))
+            for (rows, cols), pairs in alike.items():
+                weights, pieces = zip(*pairs)
+                moves = orthogonalize(torch.stack(pieces), group['steps']).to(weights[0].dtype)
+                moves = moves * (group['lr'] * max(1.0, rows / cols) ** 0.5)
+                torch._foreach_sub_(list(weights), list(moves.unbind()))
+
+
+def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False):
+    """
+    The optimizers for `model`, as a list: AdamW for all, or Muon for the blocks' matrices and AdamW
+    for embeddings, head, norms and biases. Only matrices decay. Every group keeps its peak rate as
+    'base_lr'; with `graph` rates are tensors on the device.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    device = named[0][1].device
+    hidden = [p for n, p in named if kind == 'muon' and p.ndim == 2 and '.h.' in n]
+    taken = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in taken]
+
+    def group(params, lr, decay):
+        return dict(params=params, weight_decay=decay, base_lr=lr, lr=torch.tensor(lr, device=device) if graph else lr)
+
+    adam = [group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
+            group([p for p in rest if p.ndim < 2], learning_rate, 0.0)]
+    made = [torch.optim.AdamW([g for g in adam if g['params']], betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph)]
+    if hidden:
+        made.append(Muon([group(hidden, muon_lr, weight_decay)]))
+    return made
+
+
+def set_rate(made, share):
+    """Set every group's learning rate to `share` of its peak."""
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            if torch.is_tensor(group['lr']):
+                group['lr'].fill_(group['base_lr'] * share)
+            else:
+                group['lr'] = group['base_lr'] * share
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights; its first steps count fully, so it starts unbiased."""
+
+    def __init__(self, model, decay):
+        self.params, self.decay = list(model.parameters()), decay
+        self.average = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, self.params, 1 - decay)
+
+    @contextmanager
+    def swapped_in(self):
+        """Inside the `with`, the model holds the averaged weights."""
+        own = [p.detach().clone() for p in self.params]
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, own)

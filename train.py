@@ -1,0 +1,335 @@
+"""
+Train a GPT-2, Llama-like or MLA model from scratch, or go on training one.
+
+    python train.py config/train_shakespeare_mla.py
+    python train.py config/train_gpt2.py --batch_size=32 --compile=False
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_mla.py
+
+A run leaves out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.jsonl and curve.png.
+"""
+# output
+out_dir = 'out'
+init_from = 'scratch'  # scratch | resume (out_dir/last.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder
+eval_interval = 2000  # steps between evaluations; each one also writes the checkpoints
+eval_iters = 200  # batches of an evaluation; a validation split that is smaller is scored whole
+eval_only = False  # evaluate once and stop
+log_interval = 10  # steps between lines of the log
+always_save_checkpoint = False  # ckpt.pt follows the newest evaluation, not the best one
+sample_tokens = 300  # length of the text written at the end; 0 = none
+wandb_log = False  # mirror the log to Weights & Biases
+wandb_project = 'nanomla'
+wandb_run_name = ''  # '' = the name of out_dir
+# data
+dataset = 'openwebtext'  # a folder in data/, or a path
+gradient_accumulation_steps = 40  # micro-batches of a step, over all processes together
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # tokens in a sequence
+seed = 1337  # decides weights, batches and dropout
+# model
+attention = 'mha'  # mha (also GQA and MQA, by n_kv_head) | mla
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_kv_head = 0  # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
+head_dim = 0  # 0 = n_embd / n_head
+n_inner = 0  # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd)
+dropout = 0.0
+bias = False  # in Linear and LayerNorm
+pos = 'learned'  # learned | rope | none; MLA: rope unless qk_rope_head_dim = 0
+rope_theta = 10000.0
+rope_scaling = 1.0  # linear: position p counts as p / rope_scaling
+norm = 'layernorm'  # layernorm | rmsnorm
+norm_eps = 1e-5
+act = 'gelu'  # gelu | gelu_tanh | swiglu | relu2
+qk_norm = False  # RMS norm of queries and keys
+tie_weights = True  # one matrix for embedding and head
+init = 'gpt2'  # gpt2: normal(0, 0.02) | fan_in
+zero_init = False  # projections into the residual stream start at zero
+kernel = 'sdpa'  # attention: eager | sdpa | flash | cudnn | flex
+# MLA only
+q_lora_rank = 0  # latent width of the query; 0 = no latent
+kv_lora_rank = 512  # latent width of keys and values
+qk_nope_head_dim = 0  # width of a head without position; 0 = head_dim - qk_rope_head_dim
+qk_rope_head_dim = 32  # width of a head with RoPE; the early n_latent block: 0, latent_norm=False, latent_init=gpt2
+v_head_dim = 0  # 0 = head_dim
+latent_norm = True
+latent_init = 'fan_in'  # fan_in | gpt2
+# optimizer
+optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)
+learning_rate = 6e-4  # peak, of AdamW
+muon_lr = 0.02  # peak, of Muon
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0 = do not clip
+ema_decay = 0.0  # evaluate and keep a moving average of the weights; 0 = none
+# schedule
+max_iters = 600000  # steps
+decay_lr = True
+schedule = 'cosine'  # cosine | wsd (warmup, stable, then linear decay)
+warmup_iters = 2000
+lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters
+min_lr = 6e-5
+cooldown = 0.4  # wsd: share of lr_decay_iters that decays
+max_minutes = 0.0  # stop (resumably) after that long; 0 = no limit
+target_loss = 0.0  # stop when the validation loss is this low; 0 = no target
+# machine
+device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
+dtype = 'auto'  # of the residual stream: auto | float32 | bfloat16 | float16
+compile = True  # torch.compile one block, which serves all
+fused_loss = True  # head and loss by one kernel on a GPU
+fp8_head = False  # the head's products in 8 bits (Hopper and newer): faster, a little less exact
+cuda_graph = False  # record a whole step and replay it: for small models on one GPU
+backend = 'auto'  # torch.distributed: auto | nccl | gloo
+
+from configurator import UserError, configure
+config = configure(globals())
+
+# ---------------------------------------------------------------------------------------------------
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import dataset as datasets
+import machine
+from trainer import Trainer, rate
+
+started, bar = time.perf_counter(), None
+device = machine.pick_device(device)
+on_cpu = config.apply_on_cpu() if device.type == 'cpu' else {}
+rank, world, local_rank, device = machine.join_processes(device, backend)
+main = rank == 0
+torch.set_float32_matmul_precision('high')  # TF32 where fp32 matrices are multiplied on a GPU
+
+
+def say(*words):
+    """A line for people: from rank 0 only, above the progress bar."""
+    if main:
+        bar.write(' '.join(map(str, words))) if bar else print(*words, flush=True)
+
+
+say(config.echo())
+if on_cpu:
+    say('on the CPU:', ', '.join(f'{key}={value}' for key, value in on_cpu.items()))
+
+# ---------------------------------------------------------------------------------------------------
+# what was asked for, checked before anything is written
+for name in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval', 'max_iters'):
+    if config[name] < 1:
+        raise UserError(f'{name}={config[name]} must be at least 1')
+if attention not in checkpoint.MODELS:
+    raise UserError(f"attention='{attention}' is not known: use {', '.join(checkpoint.MODELS)}")
+Model = checkpoint.MODELS[attention]
+for key in config.given.keys() & set(checkpoint.MODELS['mla'].Config.keys()):
+    if key not in Model.Config.keys():
+        raise UserError(f"{config.given[key]}: {key} is a setting of MLA, but attention='{attention}'")
+args = {key: config[key] for key in Model.Config.keys() if key in config}
+if attention == 'mla' and 'pos' not in config.given:
+    args['pos'] = 'rope' if qk_rope_head_dim else 'learned'
+out = Path(out_dir)
+if init_from != 'resume' and not eval_only and (kind := checkpoint.kind_in(out)) not in (None, attention):
+    raise UserError(f"--out_dir={out_dir} holds a model of kind '{kind}', not '{attention}': name another folder, or remove it")
+
+# ---------------------------------------------------------------------------------------------------
+# data and model
+if local_rank == 0:
+    datasets.prepare_if_missing(dataset)
+if world > 1:
+    dist.barrier()
+meta = datasets.read_meta(datasets.find(dataset))
+torch.manual_seed(seed)
+old, run = {}, SimpleNamespace(step=0, best=math.inf, best_step=0, seconds=0.0)
+if init_from == 'scratch':
+    vocabulary = meta['vocab_size']
+    args['vocab_size'] = -(-vocabulary // 64) * 64 if vocabulary > 256 else vocabulary
+    model = Model(Model.Config(**args))
+elif init_from == 'resume':
+    if not (out / 'last.pt').exists():
+        raise UserError(f'there is nothing to resume: {out}/last.pt is missing; train with --init_from=scratch first')
+    old = checkpoint.load(out / 'last.pt')
+    model = checkpoint.build(old, dropout=dropout, kernel=kernel)
+    run = SimpleNamespace(step=old['step'], best=old['best_val_loss'], best_step=old['best_step'], seconds=old['seconds'])
+else:
+    model, source = checkpoint.load_model(init_from, dropout=dropout, kernel=kernel)
+    if source.get('meta', meta).get('chars') != meta.get('chars'):
+        raise UserError(f'{init_from} was trained on other characters than {dataset} has: train on a dataset with its characters')
+if init_from != 'scratch':
+    for key in config.given.keys() & set(model.Config.keys()) - {'dropout', 'kernel', 'block_size', 'pos'}:
+        if config[key] and config[key] != getattr(model.config, key):
+            raise UserError(f'{config.given[key]}: {key}={config[key]}, but the model of {init_from} has {getattr(model.config, key)}')
+    if 'block_size' not in config.given:
+        config['block_size'] = block_size = model.config.block_size
+if block_size != model.config.block_size:
+    model.crop_block_size(block_size)
+if meta['vocab_size'] > model.config.vocab_size:
+    raise UserError(f"{dataset} has {meta['vocab_size']} different tokens, the model knows {model.config.vocab_size}")
+model.to(device).train()
+model.stream = machine.pick_dtype(dtype, device)
+model.check_kernel(device)
+data = datasets.Dataset(datasets.find(dataset), block_size, seed, device, rank, world)
+trainer = Trainer(config, model, data)
+if old:
+    trainer.load_state(old)
+    old = None
+kind, commit = checkpoint.kind_of(model), machine.commit()
+tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+peak = machine.peak_flops(device, model.stream) * world
+say(f'{kind.upper()}, {model.num_params() / 1e6:.2f}M parameters, cache {model.cache_bytes_per_token():,} bytes a token (bf16), '
+    f'{machine.describe(device)}, {str(model.stream)[6:]}\ntext: {meta["source"]}; {tokens_per_step:,} tokens a step')
+if eval_only:
+    say(f'val loss {trainer.evaluate():.4f} nats')
+    dist.destroy_process_group() if world > 1 else None
+    sys.exit()
+
+# ---------------------------------------------------------------------------------------------------
+# what a run leaves behind
+
+def seconds():
+    return round(run.seconds + time.perf_counter() - started, 3)
+
+
+def note(event, **numbers):
+    """One line of log.jsonl, flushed; the same numbers go to wandb."""
+    if main:
+        log.write(json.dumps(dict(event=event, **numbers)) + '\n')
+        log.flush()
+        if wandb_log:
+            wandb.log({f'{event}/{k}': v for k, v in numbers.items() if isinstance(v, (int, float))}, step=run.step)
+
+
+def save(name, resumable):
+    """Write out_dir/name: the weights to use (averaged, if they are), or all that a resumed run needs."""
+    content = dict(kind=kind, model_args=checkpoint.model_args(model), step=run.step, best_val_loss=run.best, best_step=run.best_step,
+                   meta=meta, config=dict(config), commit=commit, seconds=seconds())
+    if resumable:
+        checkpoint.save(out / name, content | dict(model=model.state_dict()) | trainer.state())
+    else:
+        with trainer.averaged():
+            checkpoint.save(out / name, content | dict(model=model.state_dict()))
+
+
+if main:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if init_from != 'resume' and (out / 'log.jsonl').exists():  # nothing is lost: the last run moves aside
+            (out / 'previous').mkdir(exist_ok=True)
+            for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png'):
+                if (out / name).exists():
+                    os.replace(out / name, out / 'previous' / name)
+            say(f'{out_dir} held an earlier run: it is now in {out_dir}/previous')
+        log = open(out / 'log.jsonl', 'a')
+    except OSError as error:
+        raise UserError(f'cannot write to --out_dir={out_dir}: {error.strerror}') from None
+    if wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
+        wandb.init(project=wandb_project, name=wandb_run_name or out.name, config=dict(config))
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.1)
+if init_from == 'resume':
+    note('resume', step=run.step)
+else:
+    note('settings', config=dict(config), kind=kind, params=model.num_params(), commit=commit, world=world,
+         data=dict(name=dataset, source=meta['source'], tokenizer=meta['tokenizer']), device=machine.describe(device),
+         dtype=str(model.stream)[6:], torch=torch.__version__, cache_bytes_per_token=model.cache_bytes_per_token())
+
+signalled = ''
+
+def remember(number, frame):
+    global signalled
+    signalled = signal.Signals(number).name
+
+for name in ('SIGTERM', 'SIGUSR1'):
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), remember)
+
+# ---------------------------------------------------------------------------------------------------
+# the loop. Speed is measured from the sixth step on: the first ones compile, record and warm up.
+first, train_seconds, timed_steps, marked, speed = run.step, 0.0, 0, None, 0.0
+stop = 'max_iters reached' if run.step >= max_iters else ''
+while not stop:
+    loss = trainer.update(run.step)
+    run.step += 1
+    logging, ending, evaluating = run.step % log_interval == 0, run.step >= max_iters, run.step % eval_interval == 0
+    if logging or ending or evaluating or run.step == first + 5 or (world == 1 and signalled):
+        # here, and only here, the processes wait for the device and agree on whether to go on
+        late = max_minutes > 0 and time.perf_counter() - started > 60 * max_minutes
+        agreed = torch.stack([loss.float(), loss.new_tensor(float(bool(signalled) or late))])
+        if world > 1:
+            dist.all_reduce(agreed)
+        lossf, wish = agreed[0].item() / world, agreed[1].item()
+        if not math.isfinite(lossf):
+            raise RuntimeError(f'the loss is {lossf} at step {run.step}: lower the learning rates; {out}/last.pt holds an earlier state')
+        if marked:
+            train_seconds, timed_steps = train_seconds + time.perf_counter() - marked[0], timed_steps + run.step - marked[1]
+            speed = timed_steps * tokens_per_step / train_seconds
+        if logging or ending:
+            note('train', step=run.step, tokens=run.step * tokens_per_step, seconds=seconds(), train_seconds=round(train_seconds, 3), loss=lossf,
+                 lr=learning_rate * rate(trainer.s, run.step - 1), tok_per_s=round(speed), mfu=model.estimate_mfu(speed, peak) if math.isfinite(peak) else None)
+            if bar:
+                bar.set_postfix_str(f'loss {lossf:.4f}, best val {run.best:.4f}, {speed / 1e3:,.1f}k tok/s', refresh=False)
+            elif run.step % (10 * log_interval) == 0:
+                left = (max_iters - run.step) * tokens_per_step / max(speed, 1) / 60
+                say(f'step {run.step:6d}/{max_iters} | loss {lossf:.4f} | {speed / 1e3:,.1f}k tok/s' + (f' | {left:.1f} min left' if speed else ''))
+        if ending:
+            stop = 'max_iters reached'
+        elif wish:
+            stop = f'stopped by {signalled or ("max_minutes" if max_minutes else "a signal")}'
+        if evaluating or ending:
+            val = trainer.evaluate()
+            improved = val < run.best
+            if improved:
+                run.best, run.best_step = val, run.step
+            note('eval', step=run.step, tokens=run.step * tokens_per_step, seconds=seconds(), train_seconds=round(train_seconds, 3), val_loss=val, train_loss=lossf)
+            say(f'step {run.step:6d} | val loss {val:.4f}{" (best so far)" if improved else ""} | {seconds():.1f} s')
+            if main and (improved or always_save_checkpoint):
+                save('ckpt.pt', resumable=False)
+            if target_loss and val <= target_loss:
+                stop = f'target_loss reached: {val:.4f}'
+        if main and (evaluating or stop):
+            save('last.pt', resumable=True)
+        marked = (time.perf_counter(), run.step)
+    if bar:
+        bar.update(1)
+
+# ---------------------------------------------------------------------------------------------------
+if bar:
+    bar.close()
+    bar = None
+if main:
+    memory, halted = machine.peak_memory(device), stop.startswith('stopped')
+    note('end', step=run.step, why=stop, best_val_loss=run.best, best_step=run.best_step, seconds=seconds(), train_seconds=round(train_seconds, 3),
+         tok_per_s=round(speed), peak_memory=memory)
+    if sample_tokens and not halted:
+        try:
+            codec = datasets.Tokenizer(meta)
+            with torch.compiler.set_stance('force_eager'), trainer.averaged():
+                prompt = torch.tensor([codec.encode('\n')], device=device)
+                tokens = model.eval().generate(prompt, sample_tokens, temperature=0.8, top_k=200, vocab_size=codec.vocab_size)
+                say(f'--- a sample ---\n{codec.decode([token.item() for token in tokens]).strip()}\n---')
+        except UserError as error:
+            say(f'no sample: {error}')
+    try:
+        from figures import curve
+        curve(out / 'log.jsonl', out / 'curve.png')
+    except UserError as error:
+        say(f'no picture: {error}')
+    say(f'{stop} | best val loss {run.best:.4f} at step {run.best_step} | {seconds():.0f} s | {speed:,.0f} tok/s | '
+        f'peak memory {memory / 2 ** 30:.2f} GiB | {out}/curve.png')
+    if halted:
+        given = [word for word in sys.argv[1:] if not word.startswith('--init_from')]
+        say(f'go on with: python train.py {" ".join(given)} --init_from=resume')
+if world > 1:
+    dist.destroy_process_group()
