@@ -89,6 +89,24 @@ def model_args(model):
     return {key: getattr(model.config, key) for key in model.Config.keys()}
 
 
+def new_model(kind, settings, given, vocab_size):
+    """
+    A model of `kind` as train.py's `settings` describe it. `given` says where each one was set; the
+    vocabulary is rounded up to a multiple of 64 unless it is a small one.
+    """
+    if kind not in MODELS:
+        raise UserError(f"attention='{kind}' is not known: use {', '.join(MODELS)}")
+    keys = MODELS[kind].Config.keys()
+    for key in given:
+        if key in MODELS['mla'].Config.keys() and key not in keys:
+            raise UserError(f"{given[key]}: {key} is a setting of MLA, but attention='{kind}'")
+    args = {key: settings[key] for key in keys if key in settings}
+    if kind == 'mla' and 'pos' not in given:
+        args['pos'] = 'rope' if settings['qk_rope_head_dim'] else 'learned'
+    args['vocab_size'] = vocab_size if vocab_size <= 256 else -(-vocab_size // 64) * 64
+    return MODELS[kind](MODELS[kind].Config(**args))
+
+
 def kind_of(model):
     return next(kind for kind, model_class in MODELS.items() if type(model) is model_class)
 

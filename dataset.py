@@ -269,10 +269,15 @@ def find(name):
 
 
 def prepare_if_missing(name):
-    """Run data/<name>/prepare.py when the dataset has not been made yet. It tells what it does itself."""
+    """
+    Run data/<name>/prepare.py, which tells what it does, when the dataset has not been made yet or was
+    made before there was the input.txt that now lies beside it.
+    """
     folder = find(name)
-    if (folder / 'train.bin').exists() and (folder / 'val.bin').exists():
-        return
+    own, made = folder / 'input.txt', folder / 'train.bin'
+    if made.exists() and (folder / 'val.bin').exists():
+        if not own.exists() or (own.stat().st_mtime <= made.stat().st_mtime and 'stand-in' not in read_meta(folder)['source']):
+            return
     script = folder / 'prepare.py'
     if not script.exists():
         known = ', '.join(sorted(p.parent.name for p in DATA.glob('*/prepare.py')))

@@ -126,17 +126,8 @@ if on_cpu:
 for name in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval', 'max_iters'):
     if config[name] < 1:
         raise UserError(f'{name}={config[name]} must be at least 1')
-if attention not in checkpoint.MODELS:
-    raise UserError(f"attention='{attention}' is not known: use {', '.join(checkpoint.MODELS)}")
-Model = checkpoint.MODELS[attention]
-for key in config.given.keys() & set(checkpoint.MODELS['mla'].Config.keys()):
-    if key not in Model.Config.keys():
-        raise UserError(f"{config.given[key]}: {key} is a setting of MLA, but attention='{attention}'")
-args = {key: config[key] for key in Model.Config.keys() if key in config}
-if attention == 'mla' and 'pos' not in config.given:
-    args['pos'] = 'rope' if qk_rope_head_dim else 'learned'
 out = Path(out_dir)
-if init_from != 'resume' and not eval_only and (kind := checkpoint.kind_in(out)) not in (None, attention):
+if init_from == 'scratch' and (kind := checkpoint.kind_in(out)) not in (None, attention):
     raise UserError(f"--out_dir={out_dir} holds a model of kind '{kind}', not '{attention}': name another folder, or remove it")
 
 # ---------------------------------------------------------------------------------------------------
@@ -149,9 +140,7 @@ meta = datasets.read_meta(datasets.find(dataset))
 torch.manual_seed(seed)
 old, run = {}, SimpleNamespace(step=0, best=math.inf, best_step=0, seconds=0.0)
 if init_from == 'scratch':
-    vocabulary = meta['vocab_size']
-    args['vocab_size'] = -(-vocabulary // 64) * 64 if vocabulary > 256 else vocabulary
-    model = Model(Model.Config(**args))
+    model = checkpoint.new_model(attention, config, config.given, meta['vocab_size'])
 elif init_from == 'resume':
     if not (out / 'last.pt').exists():
         raise UserError(f'there is nothing to resume: {out}/last.pt is missing; train with --init_from=scratch first')

@@ -39,10 +39,12 @@ VARIANTS = {
     'mla_only_rope': ('mla', dict(qk_rope_head_dim=8, head_dim=8)),
 }
 UNEQUAL = {'mla_absorbed', 'mla_q_lora_absorbed', 'mla_qk_norm_absorbed', 'mla_unequal'}  # q wider than v: no flash
+SHAPES = ('gpt2', 'gqa', 'mqa', 'mla', 'mla_absorbed', 'mla_early_absorbed', 'mla_unequal')  # each that attend() can get; for slow kernels
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
 every_kernel = pytest.mark.parametrize('kernel', CHOICES['kernel'])
 all_that_run_on_the_cpu = pytest.mark.parametrize('variant, kernel', [
-    (v, k) for v in VARIANTS for k in ('eager', 'sdpa', 'flash', 'flex') if k != 'flash' or v not in UNEQUAL])
+    (v, k) for v in VARIANTS for k in ('eager', 'sdpa', 'flash', 'flex') 
+    if not (k == 'flash' and v in UNEQUAL or k == 'flex' and v not in SHAPES)])
 
 
 @pytest.fixture
@@ -166,7 +168,7 @@ def test_kernels_agree_with_eager(variant, kernel, tiny, tokens, plain_flex):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('variant', ['gpt2', 'gqa', 'mqa', 'mla', 'mla_absorbed', 'mla_unequal'])
+@pytest.mark.parametrize('variant', SHAPES)
 def test_compiled_flex_agrees_with_eager(variant, tiny, tokens):
     torch._dynamo.reset()
     kind, settings_ = VARIANTS[variant]
@@ -180,14 +182,16 @@ def test_compiled_flex_agrees_with_eager(variant, tiny, tokens):
 
 
 @pytest.mark.gpu
-@every_variant
+@pytest.mark.parametrize('variant', SHAPES + ('llama', 'modern', 'mla_q_lora', 'mla_qk_norm'))
 def test_kernels_agree_with_eager_on_the_gpu(variant, tiny, tokens):
-    """Each kernel either trains in bf16 and agrees with eager to 2 %, or check_kernel says why it cannot."""
+    """Each kernel either trains in bf16 and agrees with eager to 3 %, or check_kernel says why it cannot."""
     torch._dynamo.reset()
     kind, settings_ = VARIANTS[variant]
+    shape = dict(block_size=150, n_embd=128) | (dict(qk_rope_head_dim=16) if kind == 'mla' else {})  # heads of 32: flex wants 16 at least
+    shape |= settings_ | (dict(kv_lora_rank=64) if kind == 'mla' else {})
     idx, expected = tokens(141).cuda(), None
     for kernel in CHOICES['kernel']:
-        model = tiny(kind, kernel=kernel, block_size=150, **settings_).cuda()
+        model = tiny(kind, kernel=kernel, **shape).cuda()
         model.stream = torch.bfloat16
         try:
             model.check_kernel('cuda')
@@ -196,7 +200,7 @@ def test_kernels_agree_with_eager_on_the_gpu(variant, tiny, tokens):
             continue
         logits = model(idx).float()
         expected = logits.detach() if expected is None else expected  # eager comes first
-        assert (logits - expected).norm() < 0.02 * expected.norm(), kernel
+        assert (logits - expected).norm() < 0.03 * expected.norm(), kernel
         model(idx, idx).backward()
 
 
@@ -255,8 +259,9 @@ def test_hooked_pattern_is_the_one_that_was_used(variant, tiny, tokens):
 def test_rope_turns_pairs_by_position_times_frequency(scaling):
     config = GPTConfig(n_head=1, n_embd=8, pos='rope', rope_theta=50.0, rope_scaling=scaling)
     cos, sin = rope_tables(config, torch.arange(9))
-    x = torch.randn(9, 8)
-    turned = model_file.rotate(x, (cos, sin))
+    x = torch.randn(2, 9, 3, 8)  # B, T, H, D
+    turned = model_file.rotate(x, (cos, sin))[1, :, 2]
+    x = x[1, :, 2]
     for p in range(9):
         for k in range(4):  # as a product of complex numbers
             z = complex(x[p, k], x[p, k + 4]) * complex(math.cos(p / scaling * 50 ** (-2 * k / 8)), math.sin(p / scaling * 50 ** (-2 * k / 8)))

@@ -1,0 +1,268 @@
+"""
+Measure training: python bench.py train | scale | race [config/x.py ...] [--key=value ...]
+
+    python bench.py train config/train_gpt2.py --batch_size=32 --peer=../nanoGPT --profile=True
+    python bench.py scale config/train_gpt2.py --batch_size=32 --gpus=1,2
+    python bench.py race config/train_shakespeare_mla.py --peer=../nanoGPT --goal=1.886
+
+train times whole steps (forward, backward, clip, optimizer) on random tokens, beside a matrix product
+and, with --peer, nanoGPT's own model and recipe, all in this process. scale runs train under torchrun
+on several GPUs. race runs nanoGPT's train.py and then ours, each as a person would, until val loss --goal.
+"""
+# the measurement; the settings of train.py follow
+peer = ''  # a checkout of nanoGPT to measure in the same run
+peer_batch_size = 32  # sequences in the peer's batch (train)
+peer_args = ''  # the peer's own command line (race); '' = its recipe for this device from its README
+warmup_steps = 8  # steps before the clock starts
+timed_steps = 12  # steps between two looks at the clock
+repeats = 5  # how often; the median counts
+profile = False  # add a table of where the time of a step goes
+vocabulary = 50257  # different tokens (train)
+gpus = '1,2'  # scale: numbers of processes
+goal = 1.886  # race: the validation loss to reach
+results = ''  # append the figures to this JSONL file
+# of train.py, with other defaults
+gradient_accumulation_steps = 1
+
+import sys
+from configurator import UserError, configure
+mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in ('train', 'scale', 'race') else ''
+config = configure(globals(), also='train.py')
+if not mode:
+    raise UserError('say what to measure: python bench.py train | scale | race [config/x.py ...] [--key=value ...]')
+
+# ---------------------------------------------------------------------------------------------------
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import dataset as datasets
+import machine
+from trainer import Trainer
+
+HERE = Path(__file__).resolve().parent
+GROUPS = (('all-reduce', 'nccl|allreduce|all_reduce'), ('attention', 'sdpa|flash|fmha|attention|dot_do_o|convert_dq'),
+          ('optimizer', 'multi_tensor_apply|adam|lerp|foreach'), ('matmul', 'gemm|nvjet|cutlass|splitk|aten::mm|addmm|bmm|matmul'),
+          ('loss', 'cross_entropy|log_softmax|nll_loss|loss'), ('copies', 'memcpy|memset|copy_kernel'))
+
+
+def report(**numbers):
+    """Print the figures of one measurement and append them to --results."""
+    numbers |= dict(commit=machine.commit(), torch=torch.__version__, device=machine.describe(device))
+    if results:
+        with open(results, 'a') as file:
+            file.write(json.dumps(numbers) + '\n')
+    return numbers
+
+
+def matmul_rate():
+    """FLOP/s of one large matrix product of random numbers in the dtype of the stream: what the device can do today."""
+    n = 8192 if device.type == 'cuda' else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=stream) for _ in range(2))
+    return 2 * n ** 3 / median_seconds(lambda i: a @ b, 20 if device.type == 'cuda' else 3)[0]
+
+
+def median_seconds(step, steps):
+    """Median, least and most seconds of one step(i), over `repeats` runs of `steps` after a warm-up."""
+    for i in range(min(warmup_steps, steps)):
+        step(i)
+    times = []
+    for _ in range(repeats):
+        machine.synchronize(device)
+        begin = time.perf_counter()
+        for i in range(steps):
+            step(i)
+        machine.synchronize(device)
+        times.append((time.perf_counter() - begin) / steps)
+    return statistics.median(times), min(times), max(times)
+
+
+def time_peer(folder, data):
+    """nanoGPT's step on this device: its model.py and its optimizer, with the autocast, compile and clipping of its train.py."""
+    spec = importlib.util.spec_from_file_location('peer_model', Path(folder) / 'model.py')
+    if not Path(folder, 'model.py').exists():
+        raise UserError(f'--peer={folder} is no checkout of nanoGPT: it has no model.py')
+    theirs = importlib.util.module_from_spec(spec)
+    sys.modules['peer_model'] = theirs
+    with contextlib.redirect_stdout(None):
+        spec.loader.exec_module(theirs)
+        model = theirs.GPT(theirs.GPTConfig(block_size=config['block_size'], vocab_size=padded, n_layer=config['n_layer'], n_head=config['n_head'],
+                                            n_embd=config['n_embd'], dropout=config['dropout'], bias=config['bias'])).to(device)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    forward = torch.compile(model) if config['compile'] else model
+    half = torch.amp.autocast(device.type, stream) if device.type == 'cuda' else contextlib.nullcontext()
+
+    def step(i):
+        x, y = data.train_batch(i, 0, peer_batch_size)
+        with half:
+            _, loss = forward(x.contiguous(), y.contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    seconds = median_seconds(step, config['timed_steps'])
+    memory = machine.peak_memory(device)
+    return peer_batch_size * config['block_size'] / seconds[0], seconds, memory
+
+
+def where_time_goes(step, seconds):
+    """Milliseconds of a step by kind of kernel, from torch's profiler; what no kernel fills is a gap."""
+    from torch.profiler import ProfilerActivity
+    on_gpu = device.type == 'cuda'
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        for i in range(3):
+            step(i)
+        machine.synchronize(device)
+    table, kernels = dict.fromkeys([name for name, _ in GROUPS] + ['norms, activations, other'], 0.0), []
+    for kernel in seen.key_averages():
+        ms = (kernel.self_device_time_total if on_gpu else kernel.self_cpu_time_total) / 3e3
+        group = next((name for name, words in GROUPS if re.search(words, kernel.key, re.I)), 'norms, activations, other')
+        table[group] += ms
+        kernels.append((ms, kernel.key))
+    head = [median_seconds(lambda i: product(), 5)[0] * 1e3 for product in head_products()] if on_gpu else []
+    table['head matmul (timed alone)'] = sum(head)
+    table['matmul'] -= sum(head)
+    table['gaps'] = 1e3 * seconds - sum(table.values())
+    return table, sorted(kernels, reverse=True)[:25]
+
+
+def head_products():
+    """The three matrix products of the head: logits, and the gradients of its input and its weight."""
+    n = config['batch_size'] * config['block_size']
+    x, w, d = (torch.randn(*shape, device=device, dtype=stream) for shape in ((n, config['n_embd']), (padded, config['n_embd']), (n, padded)))
+    return lambda: x @ w.T, lambda: d @ w, lambda: d.T @ x
+
+
+def train():
+    rate = matmul_rate()
+    with tempfile.TemporaryDirectory() as folder:
+        with datasets.TokenWriter(folder, config['vocabulary']) as files:
+            random = np.random.default_rng(0)
+            files.add('train', random.integers(0, config['vocabulary'], 2 ** 20))
+            files.add('val', random.integers(0, config['vocabulary'], 2 ** 16))
+            files.publish(dict(tokenizer='gpt2', source='random tokens'))
+        data = datasets.Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
+    if main:
+        print(f'{machine.describe(device)}, {str(stream)[6:]}: a matrix product runs at {rate / 1e12:.1f} TFLOP/s')
+    theirs = None
+    if peer:
+        theirs, (seconds, least, most), memory = time_peer(peer, data)
+        print(f'nanoGPT   batch {peer_batch_size}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {theirs / 1e3:8.1f}k tok/s, {memory / 2 ** 30:.1f} GiB')
+        report(what='nanoGPT', batch_size=peer_batch_size, tok_per_s=theirs, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory)
+        gc.collect()
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = checkpoint.new_model(config['attention'], config, config.given, config['vocabulary']).to(device).train()
+    model.stream = stream
+    model.check_kernel(device)
+    trainer = Trainer(config, model, data)
+    begin = time.perf_counter()
+    trainer.update(0)
+    machine.synchronize(device)
+    first = time.perf_counter() - begin
+    seconds, least, most = median_seconds(trainer.update, config['timed_steps'])
+    tokens = config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
+    speed, memory = tokens / seconds, machine.peak_memory(device)
+    flops, name = model.flops_per_token(config['block_size']), f"{config['attention'].upper()} {model.num_params() / 1e6:.1f}M"
+    if main:
+        print(f"{name} batch {config['batch_size']}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {speed / 1e3:8.1f}k tok/s, "
+              f'{memory / 2 ** 30:.1f} GiB, {100 * flops * speed / (rate * world):.1f} % of the matrix product, first step {first:.1f} s'
+              + (f', {speed / theirs:.3f} x nanoGPT' if theirs else ''))
+    table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
+    if main:
+        report(what=name, world=world, config=dict(config), tok_per_s=speed, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory,
+               matmul_tflops=rate / 1e12, mfu_of_matmul=flops * speed / (rate * world), first_step_s=first, ratio_to_peer=speed / theirs if theirs else None, profile=table)
+        for group, ms in sorted(table.items(), key=lambda row: -row[1]):
+            print(f'  {ms:8.2f} ms  {ms / (10 * seconds):5.1f} %  {group}')
+        for ms, kernel in kernels:
+            print(f'      {ms:8.3f} ms  {kernel[:110]}')
+
+
+def scale():
+    """The same step on 1, 2, ... GPUs (or CPU processes) of this host, each with the batch_size that was asked for."""
+    base = None
+    for n in map(int, gpus.split(',')):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [word for word in sys.argv[1:] if not word.startswith(('--gpus', '--results', '--gradient_acc', '--peer='))]
+            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', str(HERE / 'bench.py'), 'train', *words,
+                       f'--gradient_accumulation_steps={n}', f'--results={folder}/r.jsonl']
+            subprocess.run(command, check=True)
+            line = json.loads(Path(folder, 'r.jsonl').read_text().splitlines()[-1])
+        base = base or line['tok_per_s'] / n
+        print(f"{n} processes: {line['tok_per_s'] / 1e3:.1f}k tok/s, {line['tok_per_s'] / base:.3f} x one, efficiency {100 * line['tok_per_s'] / base / n:.1f} %\n", flush=True)
+        report(**line | dict(what='scale', processes=n, speedup=line['tok_per_s'] / base))
+
+
+def race():
+    """Seconds until val loss `goal`: nanoGPT's train.py, then ours, as processes of their own, one after the other."""
+    text = datasets.DATA / 'shakespeare_char' / 'input.txt'
+    datasets.prepare_if_missing('shakespeare_char')
+    if not text.exists():
+        raise UserError(f'a race needs tiny Shakespeare: {text} is missing')
+    import pickle
+    theirs = Path(peer, 'data', 'shakespeare_char')
+    meta = datasets.read_meta(text.parent)
+    for split in ('train', 'val'):
+        (theirs / f'{split}.bin').write_bytes((text.parent / f'{split}.bin').read_bytes())
+    (theirs / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=meta['vocab_size'], stoi={c: i for i, c in enumerate(meta['chars'])}, itos=dict(enumerate(meta['chars'])))))
+    recipe = peer_args or ('--eval_interval=50' if device.type == 'cuda' else
+                           '--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 '
+                           '--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0')
+    begin = time.perf_counter()
+    told = subprocess.run([sys.executable, 'train.py', 'config/train_shakespeare_char.py', *recipe.split()], cwd=peer, capture_output=True, text=True)
+    if told.returncode:
+        raise UserError(f"the peer's train.py failed: {told.stderr.strip().splitlines()[-1]}")
+    whole = time.perf_counter() - begin
+    times = [float(ms) / 1e3 for ms in re.findall(r'^iter \d+: loss .*?, time ([\d.]+)ms', told.stdout, re.M)]
+    evals = [(int(step), float(val)) for step, val in re.findall(r'^step (\d+): train loss [\d.]+, val loss ([\d.]+)', told.stdout, re.M)]
+    every = len(times) / (max(step for step, _ in evals) + 1)
+    best_step, best = min(evals, key=lambda row: row[1])
+    reached = next((step for step, val in evals if val <= goal), None)
+    at = lambda step: sum(times[1:int(step * every)])
+    say = f'val {best:.4f} at step {best_step}' if reached is None else f'val {goal} at step {reached}'
+    print(f'nanoGPT: {say} after {at(reached if reached is not None else best_step):.1f} s of training; best val {best:.4f}; the whole process took {whole:.1f} s', flush=True)
+    report(what='race, nanoGPT', args=recipe, goal=goal, reached_step=reached, best=best, best_step=best_step, train_seconds=at(reached if reached is not None else best_step), process_seconds=whole)
+    words = [word for word in sys.argv[1:] if not word.startswith(('--peer', '--goal', '--results', '--gpus'))]
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, str(HERE / 'train.py'), *words, f'--out_dir={folder}/run', '--init_from=scratch'], check=True)
+        whole = time.perf_counter() - begin
+        lines = [json.loads(line) for line in Path(folder, 'run', 'log.jsonl').read_text().splitlines()]
+    evals = [line for line in lines if line['event'] == 'eval']
+    reached = next((line for line in evals if line['val_loss'] <= goal), None)
+    best = min(evals, key=lambda line: line['val_loss'])
+    line = reached or best
+    print(f"nanoMLA: val {line['val_loss']:.4f} at step {line['step']} after {line['train_seconds']:.1f} s of training, {line['seconds']:.1f} s since its start; "
+          f"best val {best['val_loss']:.4f}; the whole process took {whole:.1f} s")
+    report(what='race, nanoMLA', args=' '.join(words), goal=goal, reached_step=line['step'] if reached else None, best=best['val_loss'], best_step=best['step'],
+           train_seconds=line['train_seconds'], seconds=line['seconds'], process_seconds=whole)
+
+
+device = machine.pick_device(config['device'])
+if device.type == 'cpu':
+    config.apply_on_cpu()
+rank, world, main = 0, 1, True
+padded = -(-config['vocabulary'] // 64) * 64
+torch.set_float32_matmul_precision('high')
+if mode == 'train':
+    rank, world, _, device = machine.join_processes(device, config['backend'])
+    main = rank == 0
+stream = machine.pick_dtype(config['dtype'], device)
+dict(train=train, scale=scale, race=race)[mode]()
+if world > 1:
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,6 @@
+"""OpenAI's GPT-2 medium: its loss on the validation split of OpenWebText."""
+init_from = 'gpt2-medium'
+eval_only = True
+dataset = 'openwebtext'
+batch_size = 8
+eval_iters = 500  # batches; deterministic, evenly spaced windows

@@ -1,0 +1,286 @@
+"""
+The few places where a fused kernel pays: the head's cross-entropy and the exact GELU.
+
+Beside each Triton kernel stands its plain PyTorch reference, and the tests hold them together under
+Triton's interpreter on a CPU. Triton is loaded when a kernel is first wanted; without it, or without
+a GPU, `linear_cross_entropy` is F.cross_entropy.
+
+Legend: N rows (batch x tokens), C channels, V vocabulary. Logarithms inside the kernels are to base 2,
+because the GPU's own exponential is 2^x.
+"""
+from __future__ import annotations  # `tl.constexpr` below is read by Triton, not by Python
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+triton = tl = None  # set by kernels()
+LOG2E = 1.4426950408889634
+LANES, WARPS = 1024, 16  # softmax: vectors of 16 bytes a step, warps a row; H200 at V = 50304
+TILE = 128               # fp8: rows and columns a program turns
+E4M3_MAX = 448.0
+E5M2_SHIFT = 15          # gradients in [-1, 1] are stored times 2^15: e5m2 holds 2^-16 to 57344
+
+
+@lru_cache
+def kernels():
+    """Load Triton, compile the kernels below on first use; torch.compile leaves `loss` alone."""
+    global triton, tl
+    import triton
+    import triton.language as tl
+    return SimpleNamespace(softmax_rows=triton.jit(softmax_rows_kernel), fp8_tiles=triton.jit(fp8_tiles_kernel),
+                           loss=torch.compiler.disable(LinearCrossEntropy.apply))
+
+
+def triton_runs_on(device):
+    """Triton is installed, and `device` is a GPU or Triton interprets (TRITON_INTERPRET=1)."""
+    return find_spec('triton') is not None and (device.type == 'cuda' or os.environ.get('TRITON_INTERPRET') == '1')
+
+
+# ---------------------------------------------------------------------------------------------------
+# softmax cross-entropy and its gradient, row by row
+
+def softmax_rows_kernel(logits, targets, loss, lse, V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+                        LOG2E: tl.constexpr, GRADIENT: tl.constexpr):
+    """
+    One row a program. Each lane keeps its own running maximum and sum over vectors of 16 bytes, so the
+    row's threads meet once, at its end. The second pass finds the row in the caches, last block first.
+    """
+    row = tl.program_id(0).to(tl.int64)  # N x V passes 2^31
+    logits += row * V
+    target = tl.load(targets + row)
+    counts = target >= 0
+    hit = tl.load(logits + target, mask=counts & (target < V), other=float('nan')).to(tl.float32)  # before it is overwritten
+    cols = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+    top = tl.full([LANES], -1e38, tl.float32)  # the maximum in bits, rounded up: whole numbers subtract exactly
+    total = tl.zeros([LANES], tl.float32)      # sum of 2^(x log2(e) - top)
+    for start in range(0, V, LANES * VECTOR):
+        x = tl.load(logits + start + cols, mask=start + cols < V, other=float('-inf'), eviction_policy='evict_last').to(tl.float32)
+        higher = tl.maximum(top, tl.ceil(tl.max(x, 1) * LOG2E))
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(x * LOG2E - higher[:, None]), 1)
+        top = higher
+    peak = tl.max(top, 0)
+    total = tl.sum(total * tl.exp2(top - peak), 0)
+    tl.store(lse + row, tl.where(counts, peak + tl.log2(total), float('inf')))  # inf: a softmax of zeros
+    tl.store(loss + row, tl.where(counts, (peak - hit * LOG2E + tl.log2(total)) / LOG2E, 0.0))
+
+    if GRADIENT:
+        share = tl.where(counts, 1 / total, 0.0)
+        for i in range(0, tl.cdiv(V, LANES * VECTOR)):
+            start = (tl.cdiv(V, LANES * VECTOR) - 1 - i) * LANES * VECTOR
+            x = tl.load(logits + start + cols, mask=start + cols < V, other=0.0, eviction_policy='evict_first').to(tl.float32)
+            p = tl.exp2(x * LOG2E - peak) * share
+            p = tl.where(start + cols == target, p - 1, p)
+            tl.store(logits + start + cols, p.to(logits.dtype.element_ty), mask=start + cols < V, eviction_policy='evict_first')
+
+
+def softmax_rows_reference(logits, targets, gradient):
+    counts = targets >= 0
+    lse = logits.float().logsumexp(-1)
+    hit = logits.float().gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    loss = torch.where(counts, lse - hit, 0.0)
+    if gradient:
+        p = logits.float().softmax(-1) - F.one_hot(targets.clamp(min=0), logits.size(1))
+        logits.copy_(p * counts[:, None])
+    return loss, torch.where(counts, lse * LOG2E, torch.inf)
+
+
+def softmax_rows(logits, targets, gradient):
+    """
+    logits (N, V) of any float dtype, targets (N,) -> cross-entropy (N,) in nats and log2 of the softmax's
+    denominator (N,), fp32. With `gradient` the logits are overwritten by softmax - onehot. Where the
+    target is -1, loss and gradient are 0 and the denominator inf; a target of V or more gives nan.
+    """
+    N, V = logits.shape
+    vector = 16 // logits.element_size()
+    lanes = min(LANES, 1 << (-(-V // vector) - 1).bit_length())
+    loss, lse = logits.new_empty(2, N, dtype=torch.float32)
+    kernels().softmax_rows[(N,)](logits, targets, loss, lse, V, lanes, vector, LOG2E, gradient,
+                                 num_warps=min(WARPS, max(1, lanes // 32)))
+    return loss, lse
+
+
+# ---------------------------------------------------------------------------------------------------
+# a matrix in fp8 and its transpose, because an fp8 product reads both factors along the summed dimension
+
+def fp8_tiles_kernel(source, factor, targets, out, out_t, N, V: tl.constexpr, TILE: tl.constexpr, LOG2E: tl.constexpr,
+                     SHIFT: tl.constexpr, SOFTMAX: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """One tile a program: `source` times the number `factor`, or the gradient of logits whose lse is `factor` (N,)."""
+    rows = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    cols = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = (rows[:, None] < N) & (cols[None, :] < V)
+    y = tl.load(source + rows[:, None] * V + cols[None, :], mask=inside, other=0.0, eviction_policy='evict_first').to(tl.float32)
+    if SOFTMAX:
+        lse = tl.load(factor + rows, mask=rows < N, other=0.0) - SHIFT
+        target = tl.load(targets + rows, mask=rows < N, other=-1)
+        y = tl.exp2(y * LOG2E - lse[:, None])
+        y = tl.where(cols[None, :] == target[:, None], y - 2.0 ** SHIFT, y)
+    else:
+        y = y * tl.load(factor)
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * V + cols[None, :], y, mask=inside)
+    if TRANSPOSED:
+        tl.store(out_t + cols[:, None] * N + rows[None, :], tl.trans(y), mask=(cols[:, None] < V) & (rows[None, :] < N))
+
+
+def quantize_reference(x):
+    scale = x.abs().amax().float().clamp(min=1e-12) / E4M3_MAX
+    y = (x.float() * (1 / scale)).to(torch.float8_e4m3fn)
+    return y, y.T.contiguous(), scale
+
+
+def quantize(x, transposed):
+    """x (N, C) -> e4m3 (N, C), its transpose (C, N) or None, and the fp32 number that turns them back, on x's device."""
+    N, C = x.shape
+    scale = torch.linalg.vector_norm(x, torch.inf).float().clamp(min=1e-12) / E4M3_MAX
+    out = x.new_empty(N, C, dtype=torch.float8_e4m3fn)
+    out_t = x.new_empty(C, N, dtype=torch.float8_e4m3fn) if transposed else None
+    kernels().fp8_tiles[(-(-C // TILE), -(-N // TILE))](x.contiguous(), 1 / scale, None, out, out_t, N, C, TILE, LOG2E, 0,
+                                                        False, transposed, num_warps=8)
+    return out, out_t, scale
+
+
+def fp8_gradient_reference(logits, targets, lse):
+    p = torch.exp2(logits.float() * LOG2E - lse[:, None])
+    p = p - F.one_hot(targets.clamp(min=0), logits.size(1)) * (targets >= 0)[:, None]
+    y = (p * 2 ** E5M2_SHIFT).to(torch.float8_e5m2)
+    return y, y.T.contiguous()
+
+
+def fp8_gradient(logits, targets, lse):
+    """(softmax - onehot) 2^15 of logits (N, V) in e5m2, (N, V), and its transpose (V, N); `lse` from softmax_rows."""
+    N, V = logits.shape
+    out, out_t = (logits.new_empty(shape, dtype=torch.float8_e5m2) for shape in ((N, V), (V, N)))
+    kernels().fp8_tiles[(-(-V // TILE), -(-N // TILE))](logits, lse, targets, out, out_t, N, V, TILE, LOG2E, E5M2_SHIFT,
+                                                        True, True, num_warps=8)
+    return out, out_t
+
+
+# ---------------------------------------------------------------------------------------------------
+# the head
+
+def linear_cross_entropy(x, weight, targets, fp8=False):
+    """
+    Mean cross-entropy in nats (fp32, 0-dim) of the logits x weightᵀ: x (..., C), weight (V, C), targets
+    (...) of ids below V. Targets of -1 do not count; the mean over none is nan, with zero gradients.
+
+    The weight is used in x's dtype, and its gradient comes in its own. Logits are made in x's dtype, read
+    once and overwritten by their gradient in the same kernel, already in the forward pass; 1/count and
+    the upstream gradient scale only the two products of the backward pass. Nothing waits for the GPU.
+
+    `fp8` (Hopper, Ada; N, C and V multiples of 16) is an approximation: x and weight are rounded to e4m3
+    (3 bits of mantissa, one scale a matrix, so small elements vanish), and softmax - onehot to e5m2 (2 bits;
+    below 2^-32 it is zero). Logits and sums are not: they are in x's dtype and in fp32, but the forward
+    product sums in the tensor core's shorter fast accumulator. Where Triton does not run, fp8 does nothing.
+    """
+    if not triton_runs_on(x.device):
+        return linear_cross_entropy_reference(x, weight, targets)
+    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return kernels().loss(x, weight, targets, fp8, gradient)
+
+
+def linear_cross_entropy_reference(x, weight, targets):
+    logits = F.linear(x, weight.to(x.dtype)).float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, fp8, gradient):
+        ctx.fp8, ctx.x, ctx.dtype = fp8, (x.shape, x.dtype), weight.dtype
+        x, targets = x.flatten(0, -2), targets.flatten().contiguous()
+        if fp8:
+            N, C, V = *x.shape, len(weight)
+            assert not (N % 16 or C % 16 or V % 16), f'fp8 needs multiples of 16, not {N} rows, {C} channels, {V} tokens'
+            assert not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9), 'fp8 needs Hopper or Ada'
+            x, x_t, x_scale = quantize(x, gradient)
+            weight, weight_t, weight_scale = quantize(weight, gradient)
+            logits = torch._scaled_mm(x, weight.T, x_scale, weight_scale, out_dtype=ctx.x[1], use_fast_accum=True)
+            loss, lse = softmax_rows(logits, targets, gradient=False)
+            kept = (*fp8_gradient(logits, targets, lse), x_t, weight_t, x_scale, weight_scale) if gradient else ()
+        else:
+            weight = weight.to(x.dtype)
+            logits = x @ weight.T
+            loss, _ = softmax_rows(logits, targets, gradient)
+            kept = (logits, x, weight) if gradient else ()
+        count = (targets >= 0).sum()
+        ctx.save_for_backward(count, *kept)
+        return loss.sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        count, *kept = ctx.saved_tensors
+        scale = g / count.clamp(min=1)
+        shape, dtype = ctx.x
+        dx = dweight = None
+        if ctx.fp8:
+            d, d_t, x_t, weight_t, x_scale, weight_scale = kept
+            scale = scale * 2.0 ** -E5M2_SHIFT
+            if ctx.needs_input_grad[0]:
+                dx = torch._scaled_mm(d, weight_t.T, scale, weight_scale, out_dtype=dtype)
+            if ctx.needs_input_grad[1]:
+                dweight = torch._scaled_mm(d_t, x_t.T, scale, x_scale, out_dtype=ctx.dtype)
+        else:
+            d, x, weight = kept
+            if ctx.needs_input_grad[0]:
+                dx = scaled_product(d, weight, scale, dtype)
+            if ctx.needs_input_grad[1]:
+                dweight = scaled_product(d.T, x, scale, ctx.dtype)
+        return None if dx is None else dx.view(shape), dweight, None, None, None
+
+
+def scaled_product(a, b, scale, dtype):
+    """a b scale, summed and scaled in fp32 and rounded once, to `dtype`; `scale` is a 0-dim tensor."""
+    if a.is_cuda and a.dtype != torch.float32:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        product = a.float() @ b.float()
+    return torch.mul(product, scale, out=product if dtype == torch.float32 else torch.empty_like(product, dtype=dtype))
+
+
+# ---------------------------------------------------------------------------------------------------
+# GELU
+
+# log2 of the normal distribution's upper tail, erfc(a / sqrt 2) / 2 for a >= 0, as a polynomial in a, constant
+# last. Fitted by reweighted least squares on [0, 6], for the least error of erf: 1.5e-8 before rounding to fp32.
+# It falls for all a. Against Abramowitz & Stegun 7.1.26: no division, and a tenth of the error.
+TAIL = (-2.7720496e-06, 3.8620750e-05, -1.8254761e-04, -1.4582987e-04, 7.0754718e-03, -5.2505028e-02, -0.45920491, -1.1511058, -1.0)
+
+
+def normal_cdf(x):
+    """Φ(x) = (1 + erf(x / sqrt 2)) / 2 for fp32 x: nine multiply-adds and one 2^x."""
+    a, power = x.abs(), TAIL[0]
+    for coefficient in TAIL[1:]:
+        power = power * a + coefficient
+    tail = torch.exp2(power)
+    return torch.where(x < 0, tail, 1 - tail)
+
+
+class Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x.float() * normal_cdf(x.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, = ctx.saved_tensors
+        y = x.float()
+        density = torch.exp2(y * y * (-0.5 * LOG2E) - 1.3257480647361593)  # exp(-x²/2) / sqrt(2 pi)
+        return (g.float() * (normal_cdf(y) + y * density)).to(x.dtype)
+
+
+def gelu(x):
+    """
+    x Φ(x), the GELU with erf (Hendrycks & Gimpel 2016), within 1e-7 before rounding to x's dtype; fp32
+    inside. Plain operations, for torch.compile to fuse: a third of the instructions of F.gelu, whose erf
+    keeps an H200 from its memory bandwidth. Uncompiled, F.gelu is faster.
+    """
+    return Gelu.apply(x)
