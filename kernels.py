@@ -20,47 +20,44 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 triton = tl = None  # set by kernels()
+RUNS_ON = () if find_spec('triton') is None else ('cuda', 'cpu') if os.environ.get('TRITON_INTERPRET') == '1' else ('cuda',)
+
+# Sizes for an H200 and V = 50304, where a row of bf16 logits is 100 kB: two rows a multiprocessor stay in L2.
+LANES, WARPS, STAGES = 1024, 16, 3             # softmax: vectors of 16 bytes a step, warps a row, steps in flight
+TILE_ROWS, TILE_COLS, TILE_WARPS = 64, 128, 8  # fp8: what one program turns
 LOG2E = 1.4426950408889634
-LANES, WARPS = 1024, 16  # softmax: vectors of 16 bytes a step, warps a row; H200 at V = 50304
-TILE = 128               # fp8: rows and columns a program turns
 E4M3_MAX = 448.0
-E5M2_SHIFT = 15          # gradients in [-1, 1] are stored times 2^15: e5m2 holds 2^-16 to 57344
+E5M2_SHIFT = 15  # gradients in [-1, 1] are stored times 2^15, in the middle of what e5m2 holds: 2^-16 to 57344
 
 
 @lru_cache
 def kernels():
-    """Load Triton, compile the kernels below on first use; torch.compile leaves `loss` alone."""
+    """Loads Triton and hands the functions below to it; it compiles each at its first call."""
     global triton, tl
     import triton
     import triton.language as tl
-    return SimpleNamespace(softmax_rows=triton.jit(softmax_rows_kernel), fp8_tiles=triton.jit(fp8_tiles_kernel),
-                           loss=torch.compiler.disable(LinearCrossEntropy.apply))
-
-
-def triton_runs_on(device):
-    """Triton is installed, and `device` is a GPU or Triton interprets (TRITON_INTERPRET=1)."""
-    return find_spec('triton') is not None and (device.type == 'cuda' or os.environ.get('TRITON_INTERPRET') == '1')
+    return SimpleNamespace(softmax_rows=triton.jit(softmax_rows_kernel), fp8_tiles=triton.jit(fp8_tiles_kernel))
 
 
 # ---------------------------------------------------------------------------------------------------
 # softmax cross-entropy and its gradient, row by row
 
 def softmax_rows_kernel(logits, targets, loss, lse, V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-                        LOG2E: tl.constexpr, GRADIENT: tl.constexpr):
+                        STAGES: tl.constexpr, LOG2E: tl.constexpr, GRADIENT: tl.constexpr):
     """
     One row a program. Each lane keeps its own running maximum and sum over vectors of 16 bytes, so the
     row's threads meet once, at its end. The second pass finds the row in the caches, last block first.
     """
     row = tl.program_id(0).to(tl.int64)  # N x V passes 2^31
     logits += row * V
-    target = tl.load(targets + row)
+    target = tl.load(targets + row).to(tl.int32)
     counts = target >= 0
     hit = tl.load(logits + target, mask=counts & (target < V), other=float('nan')).to(tl.float32)  # before it is overwritten
     cols = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
     top = tl.full([LANES], -1e38, tl.float32)  # the maximum in bits, rounded up: whole numbers subtract exactly
     total = tl.zeros([LANES], tl.float32)      # sum of 2^(x log2(e) - top)
-    for start in range(0, V, LANES * VECTOR):
+    for start in tl.range(0, V, LANES * VECTOR, num_stages=STAGES):
         x = tl.load(logits + start + cols, mask=start + cols < V, other=float('-inf'), eviction_policy='evict_last').to(tl.float32)
         higher = tl.maximum(top, tl.ceil(tl.max(x, 1) * LOG2E))
         total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(x * LOG2E - higher[:, None]), 1)
@@ -72,7 +69,7 @@ def softmax_rows_kernel(logits, targets, loss, lse, V: tl.constexpr, LANES: tl.c
 
     if GRADIENT:
         share = tl.where(counts, 1 / total, 0.0)
-        for i in range(0, tl.cdiv(V, LANES * VECTOR)):
+        for i in tl.range(0, tl.cdiv(V, LANES * VECTOR), num_stages=STAGES):
             start = (tl.cdiv(V, LANES * VECTOR) - 1 - i) * LANES * VECTOR
             x = tl.load(logits + start + cols, mask=start + cols < V, other=0.0, eviction_policy='evict_first').to(tl.float32)
             p = tl.exp2(x * LOG2E - peak) * share
@@ -101,7 +98,7 @@ def softmax_rows(logits, targets, gradient):
     vector = 16 // logits.element_size()
     lanes = min(LANES, 1 << (-(-V // vector) - 1).bit_length())
     loss, lse = logits.new_empty(2, N, dtype=torch.float32)
-    kernels().softmax_rows[(N,)](logits, targets, loss, lse, V, lanes, vector, LOG2E, gradient,
+    kernels().softmax_rows[(N,)](logits, targets, loss, lse, V, lanes, vector, STAGES, LOG2E, gradient,
                                  num_warps=min(WARPS, max(1, lanes // 32)))
     return loss, lse
 
@@ -109,57 +106,59 @@ def softmax_rows(logits, targets, gradient):
 # ---------------------------------------------------------------------------------------------------
 # a matrix in fp8 and its transpose, because an fp8 product reads both factors along the summed dimension
 
-def fp8_tiles_kernel(source, factor, targets, out, out_t, N, V: tl.constexpr, TILE: tl.constexpr, LOG2E: tl.constexpr,
-                     SHIFT: tl.constexpr, SOFTMAX: tl.constexpr, TRANSPOSED: tl.constexpr):
+def fp8_tiles_kernel(source, factor, targets, out, out_t, N, V: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                     LOG2E: tl.constexpr, SHIFT: tl.constexpr, SOFTMAX: tl.constexpr, TRANSPOSED: tl.constexpr):
     """One tile a program: `source` times the number `factor`, or the gradient of logits whose lse is `factor` (N,)."""
-    rows = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    cols = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    here = rows.to(tl.int64)[:, None] * V + cols[None, :]
     inside = (rows[:, None] < N) & (cols[None, :] < V)
-    y = tl.load(source + rows[:, None] * V + cols[None, :], mask=inside, other=0.0, eviction_policy='evict_first').to(tl.float32)
+    x = tl.load(source + here, mask=inside, other=0.0, eviction_policy='evict_first')
+    # In halves and together again: no change, but Triton 3.6 would turn whole bf16 tiles and do all below twice.
+    even, odd = tl.split(tl.reshape(x, [ROWS, COLS // 2, 2]))
+    y = tl.interleave(even.to(tl.float32), odd.to(tl.float32))
     if SOFTMAX:
         lse = tl.load(factor + rows, mask=rows < N, other=0.0) - SHIFT
-        target = tl.load(targets + rows, mask=rows < N, other=-1)
+        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
         y = tl.exp2(y * LOG2E - lse[:, None])
         y = tl.where(cols[None, :] == target[:, None], y - 2.0 ** SHIFT, y)
     else:
         y = y * tl.load(factor)
     y = y.to(out.dtype.element_ty)
-    tl.store(out + rows[:, None] * V + cols[None, :], y, mask=inside)
+    tl.store(out + here, y, mask=inside)
     if TRANSPOSED:
-        tl.store(out_t + cols[:, None] * N + rows[None, :], tl.trans(y), mask=(cols[:, None] < V) & (rows[None, :] < N))
+        tl.store(out_t + cols.to(tl.int64)[:, None] * N + rows[None, :], tl.trans(y), mask=(cols[:, None] < V) & (rows[None, :] < N))
 
 
-def quantize_reference(x):
-    scale = x.abs().amax().float().clamp(min=1e-12) / E4M3_MAX
-    y = (x.float() * (1 / scale)).to(torch.float8_e4m3fn)
-    return y, y.T.contiguous(), scale
+def fp8_tiles_reference(source, factor, targets, dtype, transposed=True):
+    y = source.float()
+    if targets is None:
+        y = y * factor
+    else:
+        onehot = F.one_hot(targets.clamp(min=0), source.size(1)) * (targets >= 0)[:, None]
+        y = (torch.exp2(y * LOG2E - factor[:, None]) - onehot) * 2 ** E5M2_SHIFT
+    y = y.to(dtype)
+    return y, y.T.contiguous() if transposed else None
+
+
+def fp8_tiles(source, factor, targets, dtype, transposed=True):
+    """
+    source (N, V) times `factor` (0-dim, fp32) in `dtype`, and its transpose (V, N) or None. With targets
+    (N,): of logits, (softmax - onehot) 2^15, where `factor` (N,) is their lse from softmax_rows.
+    """
+    N, V = source.shape
+    out = source.new_empty(N, V, dtype=dtype)
+    out_t = source.new_empty(V, N, dtype=dtype) if transposed else None
+    grid = (-(-V // TILE_COLS), -(-N // TILE_ROWS))
+    kernels().fp8_tiles[grid](source.contiguous(), factor, targets, out, out_t, N, V, TILE_ROWS, TILE_COLS, LOG2E, E5M2_SHIFT,
+                              targets is not None, transposed, num_warps=TILE_WARPS)
+    return out, out_t
 
 
 def quantize(x, transposed):
-    """x (N, C) -> e4m3 (N, C), its transpose (C, N) or None, and the fp32 number that turns them back, on x's device."""
-    N, C = x.shape
+    """x (N, C) in e4m3, its transpose or None, and the fp32 number on x's device that scales them back."""
     scale = torch.linalg.vector_norm(x, torch.inf).float().clamp(min=1e-12) / E4M3_MAX
-    out = x.new_empty(N, C, dtype=torch.float8_e4m3fn)
-    out_t = x.new_empty(C, N, dtype=torch.float8_e4m3fn) if transposed else None
-    kernels().fp8_tiles[(-(-C // TILE), -(-N // TILE))](x.contiguous(), 1 / scale, None, out, out_t, N, C, TILE, LOG2E, 0,
-                                                        False, transposed, num_warps=8)
-    return out, out_t, scale
-
-
-def fp8_gradient_reference(logits, targets, lse):
-    p = torch.exp2(logits.float() * LOG2E - lse[:, None])
-    p = p - F.one_hot(targets.clamp(min=0), logits.size(1)) * (targets >= 0)[:, None]
-    y = (p * 2 ** E5M2_SHIFT).to(torch.float8_e5m2)
-    return y, y.T.contiguous()
-
-
-def fp8_gradient(logits, targets, lse):
-    """(softmax - onehot) 2^15 of logits (N, V) in e5m2, (N, V), and its transpose (V, N); `lse` from softmax_rows."""
-    N, V = logits.shape
-    out, out_t = (logits.new_empty(shape, dtype=torch.float8_e5m2) for shape in ((N, V), (V, N)))
-    kernels().fp8_tiles[(-(-V // TILE), -(-N // TILE))](logits, lse, targets, out, out_t, N, V, TILE, LOG2E, E5M2_SHIFT,
-                                                        True, True, num_warps=8)
-    return out, out_t
+    return *fp8_tiles(x, 1 / scale, None, torch.float8_e4m3fn, transposed), scale
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -179,10 +178,13 @@ def linear_cross_entropy(x, weight, targets, fp8=False):
     below 2^-32 it is zero). Logits and sums are not: they are in x's dtype and in fp32, but the forward
     product sums in the tensor core's shorter fast accumulator. Where Triton does not run, fp8 does nothing.
     """
-    if not triton_runs_on(x.device):
+    if x.device.type not in RUNS_ON:
         return linear_cross_entropy_reference(x, weight, targets)
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return kernels().loss(x, weight, targets, fp8, gradient)
+    apply = LinearCrossEntropy.apply
+    if torch.compiler.is_compiling():
+        apply = torch.compiler.disable(apply)  # a graph break
+    return apply(x, weight, targets, fp8, gradient)
 
 
 def linear_cross_entropy_reference(x, weight, targets):
@@ -203,7 +205,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             weight, weight_t, weight_scale = quantize(weight, gradient)
             logits = torch._scaled_mm(x, weight.T, x_scale, weight_scale, out_dtype=ctx.x[1], use_fast_accum=True)
             loss, lse = softmax_rows(logits, targets, gradient=False)
-            kept = (*fp8_gradient(logits, targets, lse), x_t, weight_t, x_scale, weight_scale) if gradient else ()
+            kept = (*fp8_tiles(logits, lse, targets, torch.float8_e5m2), x_t, weight_t, x_scale, weight_scale) if gradient else ()
         else:
             weight = weight.to(x.dtype)
             logits = x @ weight.T

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
+from kernels import gelu
 
 CHOICES = dict(pos=('learned', 'rope', 'none'), norm=('layernorm', 'rmsnorm'), act=('gelu', 'gelu_tanh', 'swiglu', 'relu2'),
                init=('gpt2', 'fan_in'), kernel=('eager', 'sdpa', 'flash', 'cudnn', 'flex'))
@@ -257,7 +258,8 @@ class MLP(nn.Module):
         elif self.act == 'relu2':
             x = F.relu(x).square()
         else:
-            x = F.gelu(x, approximate='tanh' if self.act == 'gelu_tanh' else 'none')
+            fused = x.is_cuda and self.act == 'gelu' and torch.compiler.is_compiling()  # F.gelu's erf is slow there
+            x = gelu(x) if fused else F.gelu(x, approximate='tanh' if self.act == 'gelu_tanh' else 'none')
         return self.dropout(self.c_proj(x))
 
 

@@ -62,7 +62,7 @@ def vocabulary(content, size):
     name = content.get('config', {}).get('dataset')
     if name and (datasets.find(name) / 'meta.json').exists():
         meta = datasets.read_meta(datasets.find(name))
-        if 0 <= size - meta['vocab_size'] < 64:  # vocabularies are rounded up to multiples of 64
+        if size in (meta['vocab_size'], -(-meta['vocab_size'] // 64) * 64):  # as it is, or rounded up
             return meta
     if size in (50257, 50304):
         return dict(tokenizer='gpt2')
