@@ -86,14 +86,13 @@ def softmax_rows_kernel(logits, targets, loss, lse, V: tl.constexpr, LANES: tl.c
 
 
 def softmax_rows_reference(logits, targets, gradient):
-    counts = targets >= 0
-    lse = logits.float().logsumexp(-1)
-    hit = logits.float().gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    loss = torch.where(counts, lse - hit, 0.0)
+    """What softmax_rows does, in float64."""
+    x, counts, class_ids = logits.double(), targets >= 0, targets.clamp(min=0).long()
+    lse = x.logsumexp(-1)
+    loss = torch.where(counts, lse - x.gather(1, class_ids[:, None])[:, 0], 0.0)
     if gradient:
-        p = logits.float().softmax(-1) - F.one_hot(targets.clamp(min=0), logits.size(1))
-        logits.copy_(p * counts[:, None])
-    return loss, torch.where(counts, lse * LOG2E, torch.inf)
+        logits.copy_((x.softmax(-1) - F.one_hot(class_ids, x.size(1))) * counts[:, None])
+    return loss.float(), torch.where(counts, lse * LOG2E, torch.inf).float()
 
 
 def softmax_rows(logits, targets, gradient):
@@ -139,6 +138,7 @@ def fp8_tiles_kernel(source, factor, targets, out, out_t, N, V: tl.constexpr, RO
 
 
 def fp8_tiles_reference(source, factor, targets, dtype, transposed=True):
+    """What fp8_tiles does."""
     y = source.float()
     if targets is None:
         y = y * factor
@@ -203,7 +203,7 @@ def linear_cross_entropy_reference(x, weight, targets):
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, fp8, gradient):
-        ctx.fp8, ctx.x, ctx.dtype = fp8, (x.shape, x.dtype), weight.dtype
+        ctx.fp8, ctx.shape, ctx.dtypes = fp8, x.shape, (x.dtype, weight.dtype)
         x, targets = x.flatten(0, -2), targets.flatten().contiguous()
         if fp8:
             N, C, V = *x.shape, len(weight)
@@ -211,7 +211,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             assert not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9), 'fp8 needs Hopper or Ada'
             x, x_t, x_scale = quantize(x, gradient)
             weight, weight_t, weight_scale = quantize(weight, gradient)
-            logits = torch._scaled_mm(x, weight.T, x_scale, weight_scale, out_dtype=ctx.x[1], use_fast_accum=True)
+            logits = torch._scaled_mm(x, weight.T, x_scale, weight_scale, out_dtype=ctx.dtypes[0], use_fast_accum=True)
             loss, lse = softmax_rows(logits, targets, gradient=False)
             kept = (*fp8_tiles(logits, lse, targets, torch.float8_e5m2), x_t, weight_t, x_scale, weight_scale) if gradient else ()
         else:
@@ -228,22 +228,21 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         count, *kept = ctx.saved_tensors
         scale = g / count.clamp(min=1)
-        shape, dtype = ctx.x
         dx = dweight = None
         if ctx.fp8:
             d, d_t, x_t, weight_t, x_scale, weight_scale = kept
             scale = scale * 2.0 ** -E5M2_SHIFT
             if ctx.needs_input_grad[0]:
-                dx = torch._scaled_mm(d, weight_t.T, scale, weight_scale, out_dtype=dtype)
+                dx = torch._scaled_mm(d, weight_t.T, scale, weight_scale, out_dtype=ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                dweight = torch._scaled_mm(d_t, x_t.T, scale, x_scale, out_dtype=ctx.dtype)
+                dweight = torch._scaled_mm(d_t, x_t.T, scale, x_scale, out_dtype=ctx.dtypes[1])
         else:
             d, x, weight = kept
             if ctx.needs_input_grad[0]:
-                dx = scaled_product(d, weight, scale, dtype)
+                dx = scaled_product(d, weight, scale, ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                dweight = scaled_product(d.T, x, scale, ctx.dtype)
-        return None if dx is None else dx.view(shape), dweight, None, None, None
+                dweight = scaled_product(d.T, x, scale, ctx.dtypes[1])
+        return None if dx is None else dx.view(ctx.shape), dweight, None, None, None
 
 
 def scaled_product(a, b, scale, dtype):
