@@ -22,7 +22,7 @@ from configurator import UserError
 from kernels import gelu
 
 CHOICES = dict(pos=('learned', 'rope', 'none'), norm=('layernorm', 'rmsnorm'), act=('gelu', 'gelu_tanh', 'swiglu', 'relu2'),
-               init=('gpt2', 'fan_in'), kernel=('eager', 'sdpa', 'flash', 'cudnn', 'flex'))
+               init=('gpt2', 'fan_in'), dropout_in=('all', 'residual'), kernel=('eager', 'sdpa', 'flash', 'cudnn', 'flex'))
 
 
 @dataclass
@@ -34,6 +34,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+    dropout_in: str = 'all'      # 'all': embedding, attention pattern and residual branches, as GPT-2; or only the last
     bias: bool = True            # in Linear and LayerNorm
     n_kv_head: int = 0           # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
     head_dim: int = 0            # 0 = n_embd // n_head
@@ -75,6 +76,10 @@ class GPTConfig:
         self.n_inner = self.n_inner or (gated if self.act == 'swiglu' else 4 * self.n_embd)
         if self.rope_dim % 2:
             raise UserError(f'RoPE turns pairs, so its width must be even, not {self.rope_dim}')
+
+    @property
+    def inner_dropout(self):
+        return self.dropout if self.dropout_in == 'all' else 0.0
 
     @property
     def rope_dim(self):
@@ -160,10 +165,10 @@ class Attention(nn.Module):
     def __init__(self, config, qk_dim, v_dim):
         super().__init__()
         self.n_head, self.qk_dim, self.v_dim = config.n_head, qk_dim, v_dim
-        self.kernel, self.qk_norm, self.dropout = config.kernel, config.qk_norm, config.dropout
+        self.kernel, self.qk_norm, self.dropout = config.kernel, config.qk_norm, config.inner_dropout
         self.scale = qk_dim ** -0.5
         self.c_proj = Linear(config.n_head * v_dim, config.n_embd, bias=config.bias)  # W^O
-        self.attn_dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = nn.Dropout(config.inner_dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope):
@@ -286,7 +291,7 @@ class GPT(nn.Module):
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts |= dict(drop=nn.Dropout(config.dropout),
+        parts |= dict(drop=nn.Dropout(config.inner_dropout),
                       h=nn.ModuleList(Block(config, self.Attention(config)) for _ in range(config.n_layer)),
                       ln_f=Norm(config.n_embd, config))
         self.transformer = nn.ModuleDict(parts)
@@ -403,7 +408,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, generator=
     """One token id for each row of logits (B, V) -> (B,); see GPT.generate."""
     if vocab_size:
         logits = logits[:, :vocab_size]
-    if temperature == 0:
+    if temperature < 1e-5:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:

@@ -34,6 +34,7 @@ n_kv_head = 0  # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
 head_dim = 0  # 0 = n_embd / n_head
 n_inner = 0  # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd)
 dropout = 0.0
+dropout_in = 'all'  # all (embedding, attention, residual branches: GPT-2's) | residual
 bias = False  # in Linear and LayerNorm
 pos = 'learned'  # learned | rope | none; MLA: rope unless qk_rope_head_dim = 0
 rope_theta = 10000.0
@@ -106,7 +107,7 @@ from trainer import Trainer, rate
 started, bar = time.perf_counter(), None
 device = machine.pick_device(device)
 on_cpu = config.apply_on_cpu() if device.type == 'cpu' else {}
-rank, world, local_rank, device = machine.join_processes(device, backend)
+rank, world, _, device = machine.join_processes(device, backend)
 main = rank == 0
 torch.set_float32_matmul_precision('high')  # TF32 where fp32 matrices are multiplied on a GPU
 
@@ -132,7 +133,7 @@ if init_from == 'scratch' and (kind := checkpoint.kind_in(out)) not in (None, at
 
 # ---------------------------------------------------------------------------------------------------
 # data and model
-if local_rank == 0:
+if main:
     datasets.prepare_if_missing(dataset)
 if world > 1:
     dist.barrier()
@@ -145,14 +146,14 @@ elif init_from == 'resume':
     if not (out / 'last.pt').exists():
         raise UserError(f'there is nothing to resume: {out}/last.pt is missing; train with --init_from=scratch first')
     old = checkpoint.load(out / 'last.pt')
-    model = checkpoint.build(old, dropout=dropout, kernel=kernel)
+    model = checkpoint.build(old, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
     run = SimpleNamespace(step=old['step'], best=old['best_val_loss'], best_step=old['best_step'], seconds=old['seconds'])
 else:
-    model, source = checkpoint.load_model(init_from, dropout=dropout, kernel=kernel)
+    model, source = checkpoint.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
     if source.get('meta', meta).get('chars') != meta.get('chars'):
         raise UserError(f'{init_from} was trained on other characters than {dataset} has: train on a dataset with its characters')
 if init_from != 'scratch':
-    for key in config.given.keys() & set(model.Config.keys()) - {'dropout', 'kernel', 'block_size', 'pos'}:
+    for key in config.given.keys() & set(model.Config.keys()) - {'dropout', 'dropout_in', 'kernel', 'block_size', 'pos'}:
         if config[key] and config[key] != getattr(model.config, key):
             raise UserError(f'{config.given[key]}: {key}={config[key]}, but the model of {init_from} has {getattr(model.config, key)}')
     if 'block_size' not in config.given:
@@ -294,12 +295,14 @@ while not stop:
         bar.update(1)
 
 # ---------------------------------------------------------------------------------------------------
+if hasattr(signal, 'SIGUSR1'):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one must not kill what has ended well
 if bar:
     bar.close()
     bar = None
 if main:
     memory, halted = machine.peak_memory(device), stop.startswith('stopped')
-    note('end', step=run.step, why=stop, best_val_loss=run.best, best_step=run.best_step, seconds=seconds(), train_seconds=round(train_seconds, 3),
+    note('end', step=run.step, why=stop, best_val_loss=run.best if run.best_step else None, best_step=run.best_step, seconds=seconds(), train_seconds=round(train_seconds, 3),
          tok_per_s=round(speed), peak_memory=memory)
     if sample_tokens and not halted:
         try:
