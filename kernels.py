@@ -166,7 +166,8 @@ def fp8_tiles(source, factor, targets, dtype, transposed=True):
 def quantize(x, transposed):
     """x (N, C) in e4m3, its transpose or None, and the fp32 number on x's device that scales them back."""
     scale = torch.linalg.vector_norm(x, torch.inf).float().clamp(min=1e-12) / E4M3_MAX
-    return *fp8_tiles(x, 1 / scale, None, torch.float8_e4m3fn, transposed), scale
+    out, _ = fp8_tiles(x, 1 / scale, None, torch.float8_e4m3fn, transposed=False)
+    return out, out.T.contiguous() if transposed else None, scale  # Triton 3.6 turns e4m3 tiles wrongly
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ class MLP(nn.Module):
         elif self.act == 'relu2':
             x = F.relu(x).square()
         else:
-            fused = x.is_cuda and self.act == 'gelu' and torch.compiler.is_compiling()  # F.gelu's erf is slow there
+            fused = self.act == 'gelu' and x.is_cuda and x.dtype != torch.float32 and torch.compiler.is_compiling()  # F.gelu's erf is slow there
             x = gelu(x) if fused else F.gelu(x, approximate='tanh' if self.act == 'gelu_tanh' else 'none')
         return self.dropout(self.c_proj(x))
 

@@ -76,7 +76,7 @@ max_minutes = 0.0  # stop (resumably) after that long; 0 = no limit
 target_loss = 0.0  # stop when the validation loss is this low; 0 = no target
 # machine
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
-dtype = 'auto'  # of the residual stream: auto | float32 | bfloat16 | float16
+dtype = 'auto'  # of the residual stream: auto | float32 | bfloat16 | float16 | fast (auto, but bfloat16 on CPUs made for it)
 compile = True  # torch.compile one block, which serves all
 fused_loss = True  # head and loss by one kernel on a GPU
 fp8_head = False  # the head's products in 8 bits (Hopper and newer): faster, a little less exact
