@@ -102,10 +102,13 @@ def synchronize(device):
 
 
 def commit():
-    """Short hash of the code's commit, with + when files were changed since; 'unknown' outside of git."""
+    """
+    Short hash of the code's commit, with + when files were changed since. Outside of git (code that was
+    copied to a cluster) what NANOMLA_COMMIT says, else 'unknown'.
+    """
     def git(*words):
         return subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
         return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
+        return os.environ.get('NANOMLA_COMMIT', 'unknown')
