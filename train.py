@@ -9,7 +9,7 @@ A run leaves out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.j
 """
 # output
 out_dir = 'out'
-init_from = 'scratch'  # scratch | resume (out_dir/last.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder
+init_from = 'scratch'  # scratch | resume (out_dir/last.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder, also of Llama or DeepSeek-V3
 eval_interval = 2000  # steps between evaluations; each one also writes the checkpoints
 eval_iters = 200  # batches of an evaluation; a validation split that is smaller is scored whole
 eval_only = False  # evaluate once and stop
@@ -152,6 +152,8 @@ else:
     model, source = checkpoint.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
     if source.get('meta', meta).get('chars') != meta.get('chars'):
         raise UserError(f'{init_from} was trained on other characters than {dataset} has: train on a dataset with its characters')
+    if 'codec' in source:
+        say(f"{init_from} has its own tokenizer.json, {dataset} holds tokens of '{meta['tokenizer']}': unless they are the same, it starts from nonsense")
 if init_from != 'scratch':
     for key in config.given.keys() & set(model.Config.keys()) - {'dropout', 'dropout_in', 'kernel', 'block_size', 'pos'}:
         if config[key] and config[key] != getattr(model.config, key):
@@ -162,7 +164,7 @@ if block_size != model.config.block_size:
     model.crop_block_size(block_size)
 if meta['vocab_size'] > model.config.vocab_size:
     raise UserError(f"{dataset} has {meta['vocab_size']} different tokens, the model knows {model.config.vocab_size}")
-model.to(device).train()
+model.float().to(device).train()  # master weights in fp32, whatever the file held
 model.stream = machine.pick_dtype(dtype, device)
 model.check_kernel(device)
 data = datasets.Dataset(datasets.find(dataset), block_size, seed, device, rank, world)
