@@ -92,8 +92,6 @@ def median_seconds(step, steps):
 def time_peer(folder, data):
     """nanoGPT's step on this device: its model.py and its optimizer, with the autocast, compile and clipping of its train.py."""
     spec = importlib.util.spec_from_file_location('peer_model', Path(folder) / 'model.py')
-    if not Path(folder, 'model.py').exists():
-        raise UserError(f'--peer={folder} is no checkout of nanoGPT: it has no model.py')
     theirs = importlib.util.module_from_spec(spec)
     sys.modules['peer_model'] = theirs
     with contextlib.redirect_stdout(None):
@@ -201,7 +199,8 @@ def scale():
             words = [word for word in sys.argv[1:] if not word.startswith(('--gpus', '--results', '--gradient_acc', '--peer='))]
             command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', str(HERE / 'bench.py'), 'train', *words,
                        f'--gradient_accumulation_steps={n}', f'--results={folder}/r.jsonl']
-            subprocess.run(command, check=True)
+            if subprocess.run(command).returncode:
+                sys.exit(f'error: the run of {n} processes failed (its message is above)')
             line = json.loads(Path(folder, 'r.jsonl').read_text().splitlines()[-1])
         base = base or line['tok_per_s'] / n
         print(f"{n} processes: {line['tok_per_s'] / 1e3:.1f}k tok/s, {line['tok_per_s'] / base:.3f} x one, efficiency {100 * line['tok_per_s'] / base / n:.1f} %\n", flush=True)
@@ -239,7 +238,8 @@ def race():
     words = [word for word in sys.argv[1:] if not word.startswith(('--peer', '--goal', '--results'))]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        subprocess.run([sys.executable, str(HERE / 'train.py'), *words, f'--out_dir={folder}/run', '--init_from=scratch'], check=True)
+        if subprocess.run([sys.executable, str(HERE / 'train.py'), *words, f'--out_dir={folder}/run', '--init_from=scratch']).returncode:
+            sys.exit('error: train.py failed (its message is above)')
         whole = time.perf_counter() - begin
         lines = [json.loads(line) for line in Path(folder, 'run', 'log.jsonl').read_text().splitlines()]
     evals = [line for line in lines if line['event'] == 'eval']
@@ -252,6 +252,17 @@ def race():
            train_seconds=line['train_seconds'], seconds=line['seconds'], process_seconds=whole)
 
 
+for name in ('peer_batch_size', 'timed_steps', 'repeats', 'vocabulary', 'batch_size', 'block_size', 'gradient_accumulation_steps'):
+    if config[name] < 1:
+        raise UserError(f'{name}={config[name]} must be at least 1')
+if mode == 'race' and not peer:
+    raise UserError('a race needs somebody to race against: --peer=FOLDER, a checkout of nanoGPT')
+if peer and not Path(peer, 'model.py').exists():
+    raise UserError(f'--peer={peer} is no checkout of nanoGPT: it has no model.py')
+if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', gpus):
+    raise UserError(f'--gpus={gpus}: write numbers of processes with commas between them, like 1,2,4')
+if not Path(results).absolute().parent.is_dir():
+    raise UserError(f'--results={results}: there is no folder {Path(results).parent}')
 device = machine.pick_device(config['device'])
 if device.type == 'cpu':
     config.apply_on_cpu()

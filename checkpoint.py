@@ -23,6 +23,7 @@ from model_mla import GPT_MLA
 
 MODELS = dict(mha=GPT, mla=GPT_MLA)
 HUB = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+DERIVED = ('n_kv_head', 'head_dim', 'n_inner', 'qk_nope_head_dim', 'v_head_dim')  # settings of which 0 leaves the value to the model
 
 
 def save(path, content):
@@ -52,8 +53,8 @@ def save(path, content):
 def load(path):
     """The checkpoint in a file, or in a folder's ckpt.pt. UserError for anything that is none."""
     path = Path(path)
-    path = path / 'ckpt.pt' if path.is_dir() else path
-    if not path.exists():
+    path = path / 'ckpt.pt' if os.path.isdir(path) else path
+    if not os.path.exists(path):  # not Path.exists, which fails where it may not look
         raise UserError(f'there is no checkpoint {path}: train one first, or name another file or folder')
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
@@ -97,15 +98,31 @@ def new_model(kind, settings, given, vocab_size):
     """
     if kind not in MODELS:
         raise UserError(f"attention='{kind}' is not known: use {', '.join(MODELS)}")
-    keys = MODELS[kind].Config.keys()
-    for key in given:
-        if key in MODELS['mla'].Config.keys() and key not in keys:
-            raise UserError(f"{given[key]}: {key} is a setting of MLA, but attention='{kind}'")
-    args = {key: settings[key] for key in keys if key in settings}
+    refuse_mla_keys(kind, given)
+    args = {key: settings[key] for key in MODELS[kind].Config.keys() if key in settings}
     if kind == 'mla' and 'pos' not in given:
         args['pos'] = 'rope' if settings['qk_rope_head_dim'] else 'learned'
     args['vocab_size'] = vocab_size if vocab_size <= 256 else -(-vocab_size // 64) * 64
     return MODELS[kind](MODELS[kind].Config(**args))
+
+
+def refuse_mla_keys(kind, given):
+    for key in given:
+        if key in MODELS['mla'].Config.keys() and key not in MODELS[kind].Config.keys():
+            raise UserError(f"{given[key]}: {key} is a setting of MLA, but attention='{kind}'")
+
+
+def check_given(model, settings, given, path, free):
+    """UserError where a given setting asks for another model than the one of `path`; those in `free` may differ."""
+    kind = kind_of(model)
+    if 'attention' in given and settings['attention'] != kind:
+        raise UserError(f"{given['attention']}: the model of {path} has attention='{kind}'")
+    refuse_mla_keys(kind, given)
+    for key in given:
+        if key in model.Config.keys() and key not in free:
+            asked, has = settings[key], getattr(model.config, key)
+            if asked != has and not (asked == 0 and key in DERIVED):
+                raise UserError(f'{given[key]}: {key}={asked}, but the model of {path} has {has}')
 
 
 def kind_of(model):
@@ -115,7 +132,7 @@ def kind_of(model):
 def kind_in(folder):
     """The kind of model whose checkpoint is in `folder`, or None where there is none that can be read."""
     for name in ('last.pt', 'ckpt.pt'):
-        if Path(folder, name).exists():
+        if os.path.exists(Path(folder, name)):
             try:
                 return load(Path(folder, name))['kind']
             except UserError:
@@ -207,7 +224,7 @@ def load_model(init_from, **changes):
         return from_pretrained(init_from, **changes), {}
     if (path / 'config.json').exists() or init_from.startswith('random:') or (
             re.fullmatch(r'[\w-]+/[\w.-]+', init_from) and path.suffix != '.pt' and not path.exists() and not path.parent.exists()):
-        import deepseek  # late, for it imports this file
+        import deepseek  # late: few models need it
         model, codec = deepseek.load(init_from, **changes)
         return model, dict(codec=codec) if codec else {}
     content = load(init_from)

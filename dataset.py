@@ -265,7 +265,7 @@ def progress_bar(total, unit, done=0):
 def find(name):
     """The folder of a dataset: a path that holds one or can make one, or data/<name>."""
     folder = Path(name)
-    return folder if any((folder / file).exists() for file in ('train.bin', 'prepare.py')) else DATA / name
+    return folder if any(os.path.exists(folder / file) for file in ('train.bin', 'prepare.py')) else DATA / name
 
 
 def prepare_if_missing(name):
@@ -275,11 +275,11 @@ def prepare_if_missing(name):
     """
     folder = find(name)
     own, made = folder / 'input.txt', folder / 'train.bin'
-    if made.exists() and (folder / 'val.bin').exists():
+    if os.path.exists(made) and os.path.exists(folder / 'val.bin'):
         if not own.exists() or (own.stat().st_mtime <= made.stat().st_mtime and 'stand-in' not in read_meta(folder)['source']):
             return
     script = folder / 'prepare.py'
-    if not script.exists():
+    if not os.path.exists(script):
         known = ', '.join(sorted(p.parent.name for p in DATA.glob('*/prepare.py')))
         raise UserError(f"there is no dataset '{name}': {folder} has no train.bin and val.bin and no prepare.py; known: {known}")
     if subprocess.run([sys.executable, str(script)]).returncode:

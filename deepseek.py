@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 from configurator import UserError
 from hf_tokenizer import FILES, HFTokenizer
@@ -291,7 +290,7 @@ def fill(model, table, tensors, dtype, name):
         for key, p in module._parameters.items():
             if p is not None:
                 if p not in made:  # a tied matrix stays one
-                    made[p] = nn.Parameter(real[f'{prefix}.{key}'])
+                    made[p] = torch.nn.Parameter(real[f'{prefix}.{key}'])
                     vars(made[p]).update(vars(p))  # Muon's splits
                 module._parameters[key] = made[p]
 
@@ -340,6 +339,7 @@ def export(model, folder, tokenizer=None, max_shard_size=5 * 10 ** 9):
         for file in tokenizer.files if tokenizer else ():
             shutil.copyfile(file, partial_folder / file.name)
         for file in partial_folder.iterdir():
+            file.chmod(0o666 & (partial_folder.stat().st_mode | 0o600))  # safetensors writes for the owner alone
             with open(file, 'rb') as opened:
                 os.fsync(opened.fileno())
         os.rename(partial_folder, folder)

@@ -2,6 +2,7 @@
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -43,11 +44,15 @@ def join_processes(device, backend='auto'):
     device; alone: 0, 1, 0 and `device`.
     """
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    if backend not in ('auto', 'gloo', 'nccl') or backend == 'nccl' and device.type != 'cuda':
+        raise UserError(f'--backend={backend} ' + ('needs CUDA GPUs: use auto' if backend == 'nccl' else 'is not known: use auto, nccl or gloo'))
     if world > 1:
         if device.type == 'cuda':
             device = pick_device(f'cuda:{local_rank}')
             torch.cuda.set_device(device)
+        hook = sys.excepthook
         torch.distributed.init_process_group(backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo')
+        sys.excepthook = hook  # torch's own loses what a hook that ends the process has printed
     return rank, world, local_rank, device
 
 
@@ -109,6 +114,6 @@ def commit():
     def git(*words):
         return subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
-        return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+        return git('rev-parse', '--short', 'HEAD') + ('+' if git('--no-optional-locks', 'status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get('NANOMLA_COMMIT', 'unknown')

@@ -355,9 +355,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """
-        Forward and backward FLOPs of one token in a sequence of T, as PaLM counts them (Chowdhery et al.
-        2022, appendix B): 6 per weight of a matrix product, plus attention over all T positions.
-        q/k and v widths may differ, as in MLA.
+        Forward and backward FLOPs of one token in a sequence of T, as PaLM counts them (Chowdhery et al. 2022,
+        appendix B): 6 per weight of a matrix product, plus attention over all T positions. q/k and v may differ in width.
         """
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         attention = sum(6 * T * a.n_head * (a.qk_dim + a.v_dim) for a in self.modules() if isinstance(a, Attention))

@@ -90,6 +90,7 @@ config = configure(globals())
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -124,9 +125,15 @@ if on_cpu:
 
 # ---------------------------------------------------------------------------------------------------
 # what was asked for, checked before anything is written
-for name in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval', 'max_iters'):
-    if config[name] < 1:
-        raise UserError(f'{name}={config[name]} must be at least 1')
+for rule, fits, names in (
+        ('at least 1', lambda x: x >= 1, 'batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters'),
+        ('at least 0', lambda x: x >= 0, 'warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens'),
+        ('at least 0 and less than 1', lambda x: 0 <= x < 1, 'beta1 beta2 ema_decay'),
+        ('more than 0', lambda x: x > 0, 'learning_rate'),
+        ('at least 0 and less than 2**32', lambda x: 0 <= x < 2 ** 32, 'seed')):
+    for name in names.split():
+        if not fits(config[name]):
+            raise UserError(f'{name}={config[name]} must be {rule}')
 out = Path(out_dir)
 if init_from == 'scratch' and (kind := checkpoint.kind_in(out)) not in (None, attention):
     raise UserError(f"--out_dir={out_dir} holds a model of kind '{kind}', not '{attention}': name another folder, or remove it")
@@ -139,25 +146,26 @@ if world > 1:
     dist.barrier()
 meta = datasets.read_meta(datasets.find(dataset))
 torch.manual_seed(seed)
-old, run = {}, SimpleNamespace(step=0, best=math.inf, best_step=0, seconds=0.0)
+old, source, run = {}, {}, SimpleNamespace(step=0, best=math.inf, best_step=0, seconds=0.0)
 if init_from == 'scratch':
     model = checkpoint.new_model(attention, config, config.given, meta['vocab_size'])
 elif init_from == 'resume':
-    if not (out / 'last.pt').exists():
+    if not os.path.exists(out / 'last.pt'):
         raise UserError(f'there is nothing to resume: {out}/last.pt is missing; train with --init_from=scratch first')
-    old = checkpoint.load(out / 'last.pt')
+    old = source = checkpoint.load(out / 'last.pt')
+    if not old.keys() >= {'optimizers', 'scaler', 'average', 'best_val_loss', 'best_step', 'seconds'}:
+        raise UserError(f'{out}/last.pt holds no state to resume, only weights: go on from them with --init_from={out}/last.pt')
     model = checkpoint.build(old, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
     run = SimpleNamespace(step=old['step'], best=old['best_val_loss'], best_step=old['best_step'], seconds=old['seconds'])
 else:
     model, source = checkpoint.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
-    if source.get('meta', meta).get('chars') != meta.get('chars'):
-        raise UserError(f'{init_from} was trained on other characters than {dataset} has: train on a dataset with its characters')
     if 'codec' in source:
         say(f"{init_from} has its own tokenizer.json, {dataset} holds tokens of '{meta['tokenizer']}': unless they are the same, it starts from nonsense")
 if init_from != 'scratch':
-    for key in config.given.keys() & set(model.Config.keys()) - {'dropout', 'dropout_in', 'kernel', 'block_size', 'pos'}:
-        if config[key] and config[key] != getattr(model.config, key):
-            raise UserError(f'{config.given[key]}: {key}={config[key]}, but the model of {init_from} has {getattr(model.config, key)}')
+    path = source.get('path', init_from)
+    if any(source.get('meta', meta).get(key) != meta.get(key) for key in ('tokenizer', 'chars')):
+        raise UserError(f'{path} was trained on other tokens than {dataset} has: train on a dataset with its characters')
+    checkpoint.check_given(model, config, config.given, path, free={'dropout', 'dropout_in', 'kernel', *([] if old else ['block_size'])})
     if 'block_size' not in config.given:
         config['block_size'] = block_size = model.config.block_size
 if block_size != model.config.block_size:
@@ -192,10 +200,20 @@ def seconds():
 def note(event, **numbers):
     """One line of log.jsonl, flushed; the same numbers go to wandb."""
     if main:
-        log.write(json.dumps(dict(event=event, **numbers)) + '\n')
-        log.flush()
+        try:
+            log.write(json.dumps(dict(event=event, **numbers)) + '\n')
+            log.flush()
+        except OSError as error:
+            raise UserError(f'cannot write {out}/log.jsonl: {error.strerror}') from None
         if wandb_log:
             wandb.log({f'{event}/{k}': v for k, v in numbers.items() if isinstance(v, (int, float))}, step=run.step)
+
+
+def check(value):
+    """A run whose loss is no number has failed: it ends here, before it saves anything."""
+    if not math.isfinite(value):
+        saved = f'; {out}/last.pt holds an earlier state' if (out / 'last.pt').exists() else ''
+        sys.exit(f'error: the loss is {value} at step {run.step}: lower the learning rates{saved}')
 
 
 def save(name, resumable):
@@ -212,13 +230,15 @@ def save(name, resumable):
 if main:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if init_from != 'resume' and (out / 'log.jsonl').exists():  # nothing is lost: the last run moves aside
+        if init_from != 'resume' and ((out / 'ckpt.pt').exists() or (out / 'last.pt').exists()):  # nothing is lost: the last run moves aside
             (out / 'previous').mkdir(exist_ok=True)
             for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png'):
                 if (out / name).exists():
                     os.replace(out / name, out / 'previous' / name)
             say(f'{out_dir} held an earlier run: it is now in {out_dir}/previous')
-        log = open(out / 'log.jsonl', 'a')
+        if init_from == 'resume' and (out / 'log.jsonl').exists():  # a crash may have cut its last line short
+            os.truncate(out / 'log.jsonl', (out / 'log.jsonl').read_bytes().rfind(b'\n') + 1)
+        log = open(out / 'log.jsonl', 'a' if init_from == 'resume' else 'w')
     except OSError as error:
         raise UserError(f'cannot write to --out_dir={out_dir}: {error.strerror}') from None
     if wandb_log:
@@ -262,8 +282,7 @@ while not stop:
         if world > 1:
             dist.all_reduce(agreed)
         lossf, wish = agreed[0].item() / world, agreed[1].item()
-        if not math.isfinite(lossf):
-            raise RuntimeError(f'the loss is {lossf} at step {run.step}: lower the learning rates; {out}/last.pt holds an earlier state')
+        check(lossf)
         if marked:
             train_seconds, timed_steps = train_seconds + time.perf_counter() - marked[0], timed_steps + run.step - marked[1]
             speed = timed_steps * tokens_per_step / train_seconds
@@ -281,6 +300,7 @@ while not stop:
             stop = f'stopped by {signalled or ("max_minutes" if max_minutes else "a signal")}'
         if evaluating or ending:
             val = trainer.evaluate()
+            check(val)
             improved = val < run.best
             if improved:
                 run.best, run.best_step = val, run.step
@@ -324,6 +344,6 @@ if main:
         f'peak memory {memory / 2 ** 30:.2f} GiB | {out}/curve.png')
     if halted:
         given = [word for word in sys.argv[1:] if not word.startswith('--init_from')]
-        say(f'go on with: python train.py {" ".join(given)} --init_from=resume')
+        say(f'go on with: python train.py {shlex.join(given)} --init_from=resume')
 if world > 1:
     dist.destroy_process_group()

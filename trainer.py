@@ -167,6 +167,7 @@ class Trainer:
             optimizer.load_state_dict(old)
             for group, asked in zip(optimizer.param_groups, own):
                 group.update(asked)
-        self.scaler.load_state_dict(state['scaler'])
+        if state['scaler']:  # empty after a run without float16
+            self.scaler.load_state_dict(state['scaler'])
         if self.average and state['average']:
             self.average.average = [t.to(self.device) for t in state['average']]

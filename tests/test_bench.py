@@ -1,16 +1,16 @@
 """bench.py: it measures, prints and writes down what it measured; on a CPU, with models too small to tell anything."""
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import machine
-from test_train import a_process, words
+from test_train import exit_code, words
 
-ROOT = Path(__file__).parent.parent
 TINY = dict(device='cpu', compile=False, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, vocabulary=100, warmup_steps=1,
             timed_steps=2, repeats=1, results='r.jsonl')
 PEER = '''
@@ -53,20 +53,7 @@ def alone(tmp_path, monkeypatch):
 
 
 def bench(*arguments, **settings):
-    """The exit code of bench.py with these arguments, its errors handled by the hook that it installed."""
-    with a_process([*arguments, *words(TINY | settings)]):
-        sys.argv[0] = 'bench.py'
-        try:
-            runpy.run_path(str(ROOT / 'bench.py'), run_name='__main__')
-        except SystemExit as end:
-            return end.code
-        except BaseException:
-            try:
-                sys.excepthook(*sys.exc_info())
-            except SystemExit as end:
-                return end.code
-            return 1
-        return 0
+    return exit_code('bench.py', [*arguments, *words(TINY | settings)])
 
 
 def results():
@@ -94,6 +81,11 @@ def test_a_peer_is_measured_beside(capsys):
     assert theirs['what'] == 'nanoGPT' and ours['ratio_to_peer'] == pytest.approx(ours['tok_per_s'] / theirs['tok_per_s'])
 
 
+def test_a_run_that_fails_is_told_by_its_exit_code(capfd, monkeypatch):
+    monkeypatch.setattr(subprocess, 'run', lambda command: SimpleNamespace(returncode=1))
+    assert bench('scale') == 1 and capfd.readouterr().err == 'error: the run of 1 processes failed (its message is above)\n'
+
+
 def test_scale_compares_one_process_with_two(capfd):
     assert bench('scale', gpus='1,2') == 0
     out = capfd.readouterr().out
@@ -108,6 +100,7 @@ def test_scale_compares_one_process_with_two(capfd):
     (['fly'], {}, 'fly: no such config file'),
     (['train'], dict(peer='nowhere'), '--peer=nowhere is no checkout of nanoGPT: it has no model.py'),
     (['race'], dict(peer='nowhere'), '--peer=nowhere is no checkout of nanoGPT'),
+    (['race'], {}, 'a race needs somebody to race against: --peer=FOLDER'),
     (['train'], dict(n_head=3), 'n_embd=16 is not a multiple of n_head=3'),
     (['train'], dict(results='no/folder/r.jsonl'), '--results=no/folder/r.jsonl'),
     (['scale'], dict(gpus='1,two'), '--gpus=1,two'),

@@ -177,6 +177,7 @@ def test_exports_load_in_stock_transformers_and_come_back(variant, shard, tiny, 
     ours, folder, idx = tiny(kind, **settings), tmp_path / 'out', tokens(24)
     deepseek.export(ours, folder, max_shard_size=shard)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out'] and (len(list(folder.glob('*.safetensors'))) > 1) == (shard == 9000)
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # whoever may read one file may read all
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert type(theirs).__name__ == ('DeepseekV3ForCausalLM' if kind == 'mla' else 'LlamaForCausalLM') and theirs.num_parameters() == ours.num_params()

@@ -19,7 +19,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     model={'configurator', 'kernels'},
     model_mla={'configurator', 'model'},
     checkpoint={'configurator', 'model', 'model_mla', 'deepseek'},  # deepseek late
-    deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer', 'checkpoint'},
+    deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
     hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
 )
