@@ -11,6 +11,7 @@ nanoGPT's ckpt.pt loads as it is.
 import errno
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -204,9 +205,27 @@ def read_gpt2(name):
         raise UserError(f'{weights} cannot be read: it is damaged, or holds code, which is never run') from None
 
 
+def is_gpt2(folder):
+    """Whether a folder's config.json names GPT-2 (or nothing that can be read, for from_pretrained to tell)."""
+    try:
+        return json.loads((folder / 'config.json').read_text()).get('model_type') == 'gpt2'
+    except (OSError, ValueError, AttributeError):
+        return (folder / 'config.json').exists()
+
+
 def load_model(init_from, **changes):
-    """A model and its checkpoint dict ({} for OpenAI's) from 'gpt2*', a folder of that layout, a file or a folder with ckpt.pt."""
-    if init_from in HUB or Path(init_from, 'config.json').exists():
+    """
+    A model and its checkpoint dict, from a file or a folder with ckpt.pt, 'gpt2*', a folder of the Hugging Face
+    layout (GPT-2, Llama, dense DeepSeek-V3), a name on its hub (organisation/model) or 'random:NAME'.
+    Of a foreign model the dict holds its tokenizer as 'codec', where it has one, and nothing else.
+    """
+    init_from, path = str(init_from), Path(init_from)
+    if init_from in HUB or is_gpt2(path):
         return from_pretrained(init_from, **changes), {}
+    if (path / 'config.json').exists() or init_from.startswith('random:') or (
+            re.fullmatch(r'[\w-]+/[\w.-]+', init_from) and path.suffix != '.pt' and not path.exists() and not path.parent.exists()):
+        import deepseek  # late: few models need it
+        model, codec = deepseek.load(init_from, **changes)
+        return model, dict(codec=codec) if codec else {}
     content = load(init_from)
     return build(content, **changes), content

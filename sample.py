@@ -9,7 +9,7 @@ The text goes to stdout; what the model is, and any remark, to stderr.
 """
 # model
 out_dir = 'out'  # the run to sample from
-init_from = 'resume'  # resume (out_dir/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder
+init_from = 'resume'  # resume (out_dir/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder, also of Llama or DeepSeek-V3
 # text
 start = '\n'  # the prompt: text, FILE:prompt.txt, or - for standard input; '' = the beginning of a text
 num_samples = 3
@@ -82,24 +82,29 @@ def read_prompt():
 
 # ---------------------------------------------------------------------------------------------------
 model, content = checkpoint.load_model(path, dropout=0.0, kernel=kernel)
-meta = vocabulary(content, model.config.vocab_size)
-codec = datasets.Tokenizer(meta)
-end = codec.bpe.eot_token if codec.name == 'gpt2' else None  # <|endoftext|>, between documents
+if 'codec' in content:  # another's model and its own tokenizer.json
+    meta, codec = {}, content['codec']
+    begin, ends = codec.bos, codec.eos
+else:
+    meta = vocabulary(content, model.config.vocab_size)
+    codec = datasets.Tokenizer(meta)
+    begin, ends = None, {codec.bpe.eot_token} if codec.name == 'gpt2' else set()  # <|endoftext|>, between documents
 try:
-    ids = codec.encode(read_prompt() or ('\n' if end is None else '<|endoftext|>'))
+    text = read_prompt()
+    ids = ([] if begin is None else [begin]) + codec.encode(text or ('<|endoftext|>' if codec.name == 'gpt2' else '' if begin is not None else '\n'))
 except UserError as error:
     raise UserError(f'--start: {error}') from None
 
 model.stream = machine.pick_dtype(dtype, device)
 model.to(device, model.stream).eval()
 model.check_kernel(device)
-trained = f"step {content['step']}, val loss {float(content.get('best_val_loss', math.nan)):.4f}; " if content else ''
+trained = f"step {content['step']}, val loss {float(content.get('best_val_loss', math.nan)):.4f}; " if 'step' in content else ''
 source = meta.get('source') or content.get('config', {}).get('dataset') or path
 print(f'{checkpoint.kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, {trained}{source}', file=sys.stderr)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens: only the last {model.config.block_size} are read (block_size)', file=sys.stderr)
 
-prompt, echo = torch.tensor([ids[-model.config.block_size:]], device=device), ids[ids[0] == end:]
+prompt, echo = torch.tensor([ids[-model.config.block_size:]], device=device), ids[ids[0] == begin or ids[0] in ends:]
 generator = torch.Generator(device)
 sys.stdout.reconfigure(errors='replace')  # where a character cannot be shown stands a ?
 controls = dict.fromkeys({*range(32), *range(127, 160)} - set(b'\t\n\r'), '\ufffd') if sys.stdout.isatty() else {}  # not for a terminal
@@ -117,7 +122,7 @@ try:
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several tokens
         write(decoder.decode(codec.decode_bytes(echo)))
         for token in model.generate(prompt, max_new_tokens, temperature, top_k, top_p, codec.vocab_size, generator):
-            if token.item() == end:
+            if token.item() in ends:
                 break
             write(decoder.decode(codec.decode_bytes([token.item()])))
         write(decoder.decode(b'', final=True))

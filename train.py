@@ -9,7 +9,7 @@ A run leaves out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.j
 """
 # output
 out_dir = 'out'
-init_from = 'scratch'  # scratch | resume (out_dir/last.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder
+init_from = 'scratch'  # scratch | resume (out_dir/last.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder, also of Llama or DeepSeek-V3
 eval_interval = 2000  # steps between evaluations; each one also writes the checkpoints
 eval_iters = 200  # batches of an evaluation; a validation split that is smaller is scored whole
 eval_only = False  # evaluate once and stop
@@ -159,6 +159,8 @@ elif init_from == 'resume':
     run = SimpleNamespace(step=old['step'], best=old['best_val_loss'], best_step=old['best_step'], seconds=old['seconds'])
 else:
     model, source = checkpoint.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
+    if 'codec' in source:
+        say(f"{init_from} has its own tokenizer.json, {dataset} holds tokens of '{meta['tokenizer']}': unless they are the same, it starts from nonsense")
 if init_from != 'scratch':
     path = source.get('path', init_from)
     if any(source.get('meta', meta).get(key) != meta.get(key) for key in ('tokenizer', 'chars')):
@@ -170,7 +172,7 @@ if block_size != model.config.block_size:
     model.crop_block_size(block_size)
 if meta['vocab_size'] > model.config.vocab_size:
     raise UserError(f"{dataset} has {meta['vocab_size']} different tokens, the model knows {model.config.vocab_size}")
-model.to(device).train()
+model.float().to(device).train()  # master weights in fp32, whatever the file held
 model.stream = machine.pick_dtype(dtype, device)
 model.check_kernel(device)
 data = datasets.Dataset(datasets.find(dataset), block_size, seed, device, rank, world)

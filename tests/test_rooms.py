@@ -18,8 +18,9 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     cache={'configurator'},
     model={'configurator', 'kernels'},
     model_mla={'configurator', 'model'},
-    checkpoint={'configurator', 'model', 'model_mla'},
-    deepseek={'configurator', 'model', 'model_mla', 'checkpoint'},
+    checkpoint={'configurator', 'model', 'model_mla', 'deepseek'},  # deepseek late
+    deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
+    hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
 )
 AT_ONCE = dict(configurator=set(), figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
@@ -67,6 +68,10 @@ def test_every_file_has_its_room_and_keeps_to_it(name):
 def test_packages_that_load_at_once_are_few(name):
     allowed = AT_ONCE.get(name, OF_SCRIPTS if name in SCRIPTS else USUAL) | sys.stdlib_module_names | FILES.keys()
     assert {package for package, at_once in imports(FILES[name]) if at_once} <= allowed
+
+
+def test_checkpoint_loads_the_shim_late():
+    assert ('deepseek', False) in imports(FILES['checkpoint']) and ('deepseek', True) not in imports(FILES['checkpoint'])
 
 
 def test_the_trainer_loads_kernels_late():
