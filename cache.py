@@ -25,6 +25,8 @@ be captured in a CUDA graph and replayed after each `plan`.
 
 Legend: B sequences of a step, T new tokens of each, N places a step reads, W window, C width of a name.
 """
+from types import SimpleNamespace
+
 import torch
 
 from configurator import UserError
@@ -166,10 +168,6 @@ class Pages:
             self.holders[page] -= 1
             if not self.holders[page]:
                 self.free.append(page)
-
-
-class Now:
-    """What one forward pass has in common in all layers: where its tokens go and what they see."""
 
 
 class Cache:
@@ -331,7 +329,7 @@ class Cache:
             self.plan(T)
         (rows, counts, ragged, reach, most), self.planned = self.planned, None
         assert T == most, f'{most} tokens were planned, not {T}'
-        now = self.now = Now()
+        now = self.now = SimpleNamespace()  # what this pass has in common in all layers: where its tokens go, what they see
         now.rows, now.reach = rows, reach
         now.counts = self.counts if rows is None else counts
         start = self.lengths if rows is None else self.lengths[rows]

@@ -91,7 +91,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vo
     that much probability (Holtzman et al. 2019). Ids from vocab_size on (padding) are never drawn.
 
     cache: the prompts go to its slots `rows` (the first B if None), where it may hold their beginning
-    already; each step then runs one token. See above for what happens at the end of the window; UserError
+    already (`cache.free` a slot that holds another text); each step then runs one token. See above for what happens at the end of the window; UserError
     when a text with learned positions gets there.
     """
     if cache is None:

@@ -19,7 +19,7 @@ batch_size = 8  # prompts decoded at a time: where one ends, the next takes its 
 jsonl = False  # write prompts and their samples as JSON, {"prompt": ..., "text": ...} a line
 max_new_tokens = 500  # tokens in a sample; <|endoftext|> ends it earlier
 temperature = 0.8  # 0 = always the likeliest token; 1 = as the model has it; more = wilder
-stop = ''  # text that ends a sample and is left out of it; a JSON list for several: '["\\n\\n", "THE END"]'
+stop = ''  # text that ends a sample and is left out of it; a JSON list for several: '["\n\n", "THE END"]'
 top_k = 200  # choose among the k likeliest tokens; 0 = among all
 top_p = 1.0  # choose among the fewest tokens that hold this share of the probability
 seed = 1337  # sample i depends on (seed, i) only
