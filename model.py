@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
+from decoding import generate, prefill
 from kernels import gelu
 
 CHOICES = dict(pos=('learned', 'rope', 'none'), norm=('layernorm', 'rmsnorm'), act=('gelu', 'gelu_tanh', 'swiglu', 'relu2'),
@@ -115,14 +116,14 @@ class Norm(nn.Module):
 
 def rope_tables(config, positions):
     """
-    cos and sin of RoPE (Su et al. 2021, eq. 15), each (T, 1, rope_dim / 2) in fp32, for `positions` (T,).
+    cos and sin of RoPE (Su et al. 2021, eq. 15), each (T, 1, rope_dim / 2) in fp32, for `positions` (T,); (B, T) gives (B, T, 1, ...).
     Pair k is (k, k + rope_dim / 2), as in Llama; None for a model without RoPE.
     """
     if config.pos != 'rope' or not config.rope_dim:
         return None
     pair = torch.arange(0, config.rope_dim, 2, device=positions.device).float()
-    angle = torch.outer(positions.float() / config.rope_scaling, config.rope_theta ** (-pair / config.rope_dim))
-    return angle.cos()[:, None], angle.sin()[:, None]
+    angle = (positions.float() / config.rope_scaling)[..., None] * config.rope_theta ** (-pair / config.rope_dim)
+    return angle.cos()[..., None, :], angle.sin()[..., None, :]
 
 
 def rotate(x, rope):
@@ -171,20 +172,31 @@ class Attention(nn.Module):
         self.attn_dropout = nn.Dropout(config.inner_dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope):
-        y = self.attend(*self.qkv(x, rope))
+    def forward(self, x, rope, cache=None):
+        """x (B, T, C) -> (B, T, C). cache: this layer's (see cache.py); the T tokens join what it holds and attend to all of it."""
+        q, k, v = self.qkv(x, rope)
+        if cache is None:
+            y = self.attend(q, k, v)
+        else:
+            held, seen = cache.extend(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
+            y = self.attend(q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
-    def attend(self, q, k, v):
-        """softmax(scale q kᵀ + causal mask) v: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv) -> (B, H, T, Dv)."""
+    def attend(self, q, k, v, seen=None):
+        """
+        softmax(scale q kᵀ + causal mask) v: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv) -> (B, H, T, Dv).
+        With a cache k and v have N places, and seen (B, 1, T, N) is the mask: True where a query may look.
+        """
         grouped = q.size(1) != k.size(1)
         if self.kernel == 'eager':
             if grouped:
                 k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
             T = q.size(2)
-            future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+            future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1) if seen is None else ~seen
             logits = (q @ k.mT * self.scale).masked_fill(future, -torch.inf)
             return self.attn_dropout(logits.softmax(-1, dtype=torch.float32).to(v.dtype)) @ v
+        if seen is not None:  # only torch's choice takes any mask
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped)
         if self.kernel == 'flex':
             blocks = causal_blocks(q.size(2), q.device)
             return compiled_flex()(q, k, v, block_mask=blocks, scale=self.scale, enable_gqa=grouped)
@@ -276,13 +288,14 @@ class Block(nn.Module):
         self.ln_2 = Norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope):
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     Config, Attention = GPTConfig, MultiHeadAttention
+    generate, prefill = generate, prefill  # decoding.py
 
     def __init__(self, config):
         super().__init__()
@@ -317,26 +330,38 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """
         idx (B, T) -> logits (B, T, V); with targets (B, T) -> their mean cross-entropy in nats, fp32.
-        Targets of -1 do not count.
+        Targets of -1 do not count. cache: as in `hidden`.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, cache)
         return self.lm_head(x) if targets is None else self.loss(x, targets)
 
-    def hidden(self, idx):
-        """The last block's output after the final norm, (B, T, C)."""
-        x, rope = self.embed(idx)
-        for block in self.transformer.h:
-            x = block(x, rope)
+    def hidden(self, idx, cache=None):
+        """
+        The last block's output after the final norm, (B, T, C). With a cache (cache.py) the tokens go on
+        where each of its sequences stands, see what it holds and are held from then on.
+        """
+        if cache is None:
+            x, rope = self.embed(idx)
+            for block in self.transformer.h:
+                x = block(x, rope)
+        else:
+            x, rope = self.embed(idx, cache.begin(idx.size(1)))
+            for block, layer in zip(self.transformer.h, cache.layers):
+                x = block(x, rope, layer)
+            cache.end()
         return self.transformer.ln_f(x)
 
-    def embed(self, idx):
-        """The residual stream before the first block (B, T, C), and RoPE's tables for these positions (or None)."""
+    def embed(self, idx, positions=None):
+        """
+        The residual stream before the first block (B, T, C), and RoPE's tables for these positions (or
+        None): `positions` (B, T), or 0 to T - 1.
+        """
         T = idx.size(1)
         assert T <= self.config.block_size, f'{T} tokens do not fit a block of {self.config.block_size}'
-        positions = torch.arange(T, device=idx.device)
+        positions = torch.arange(T, device=idx.device) if positions is None else positions
         x = self.transformer.wte(idx)
         if self.config.pos == 'learned':
             x = x + self.transformer.wpe(positions)
@@ -384,37 +409,3 @@ class GPT(nn.Module):
         if self.config.pos == 'learned':
             wpe = self.transformer.wpe
             wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight[:block_size].detach()), block_size
-
-    # -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, generator=None):
-        """
-        Yields the next token ids (B,), max_new_tokens times, after the prompt idx (B, T).
-
-        Every step runs the whole context (its last block_size tokens) again. temperature 0 takes the
-        likeliest token; top_k > 0 keeps the k likeliest, top_p < 1 the fewest that hold that much
-        probability (Holtzman et al. 2019). Ids from vocab_size on (padding) are never drawn.
-        """
-        for _ in range(max_new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size:])
-            token = choose(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, vocab_size, generator)
-            idx = torch.cat([idx, token[:, None]], dim=1)
-            yield token
-
-
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, generator=None):
-    """One token id for each row of logits (B, V) -> (B,); see GPT.generate."""
-    if vocab_size:
-        logits = logits[:, :vocab_size]
-    if temperature < 1e-5:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        kept = logits.topk(min(top_k, logits.size(-1))).values
-        logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -113,18 +113,21 @@ class MultiHeadLatentAttention(Attention):
         q, k = torch.cat([q_nope, q_pe], dim=-1), torch.cat([k_nope, k_pe], dim=-1)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, cache=None):
         """
-        Naive, or absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv
+        Naive, or (always with a cache) absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv
         go through W^UV once. Then all heads share one key [c_kv | k_pe] and one value c_kv, as in MQA.
         """
-        if not self.absorb:
+        if not self.absorb and cache is None:
             return super().forward(x, rope)
         w_uk, w_uv = (w.unflatten(0, (self.n_head, -1)).to(x.dtype) for w in self.kv_b_proj.weight.split(self.b_widths))
         q_nope, q_pe = self.query(x, rope)
-        c_kv, k_pe = (t[:, None] for t in self.latent(x, rope))
+        (c_kv, k_pe), seen = self.latent(x, rope), None
+        if cache is not None:
+            (c_kv, k_pe), seen = cache.extend(c_kv=c_kv, k_pe=k_pe)
+        c_kv, k_pe = c_kv[:, None], k_pe[:, None]
         q = torch.cat([torch.einsum('bthn,hnr->bthr', q_nope, w_uk), q_pe], dim=-1).transpose(1, 2)
-        y = self.attend(q, torch.cat([c_kv, k_pe], dim=-1), c_kv)
+        y = self.attend(q, torch.cat([c_kv, k_pe], dim=-1), c_kv, seen)
         y = torch.einsum('bhtr,hdr->bthd', y, w_uv)
         return self.resid_dropout(self.c_proj(y.flatten(2)))
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 from checkpoint import from_pretrained
 from configurator import UserError
-from model import CHOICES, GPT, GPTConfig, choose, rope_tables
+from decoding import choose
+from model import CHOICES, GPT, GPTConfig, rope_tables
 from model_mla import GPT_MLA, MLAConfig
 
 EARLY = dict(kv_lora_rank=12, qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned')
