@@ -157,13 +157,14 @@ def test_a_text_of_ones_own_for_shakespeare(shakespeare, prepare, project, conte
 
 
 def test_the_stand_in_is_good_english(shakespeare):
+    imported = set(sys.modules)
     text = shakespeare.reference_text()
     assert 800_000 < len(text) <= shakespeare.SIZE
     assert set(text) <= {chr(i) for i in range(32, 127)} | {'\n'}
     paragraphs = text.split('\n\n')
     assert len(set(paragraphs)) == len(paragraphs)
     assert sum(c.islower() or c == ' ' for c in text) > .85 * len(text)
-    assert not any(name in sys.modules for name in ('antigravity', 'pydoc_data.topics'))  # nothing was imported
+    assert not {'antigravity', 'pydoc_data.topics', 'this', 'turtle'} & (set(sys.modules) - imported)  # it parses, and imports nothing
 
 
 def test_the_stand_in_is_the_same_each_time(shakespeare, monkeypatch):
