@@ -183,7 +183,7 @@ def train():
               + (f', {speed / theirs:.3f} x nanoGPT' if theirs else ''))
     table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
     if main:
-        report(what=name, world=world, config=dict(config), tok_per_s=speed, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory,
+        report(what=name, world=world, config={key: value for key, value in config.items() if key not in ('peer', 'results')}, tok_per_s=speed, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory,
                matmul_tflops=rate / 1e12, mfu_of_matmul=flops * speed / (rate * world), first_step_s=first, ratio_to_peer=speed / theirs if theirs else None, profile=table)
         for group, ms in sorted(table.items(), key=lambda row: -row[1]):
             print(f'  {ms:8.2f} ms  {ms / (10 * seconds):5.1f} %  {group}')
