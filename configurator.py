@@ -119,6 +119,9 @@ def _excepthook(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         raise SystemExit(130)
+    if issubclass(kind, BrokenPipeError):  # the reader, such as `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
     sys.__excepthook__(kind, error, trace)
 
 

@@ -460,6 +460,14 @@ def test_help_in_a_run_exits_with_0_and_imports_nothing_heavy():
     assert done.returncode == 0 and done.stdout.startswith('usage: ') and done.stderr == ''
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    here = os.path.dirname(os.path.abspath(configurator.__file__))
+    done = subprocess.Popen([sys.executable, '-u', 'toy.py', '--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, 'PYTHONPATH': here})
+    done.stdout.close()  # before anything is written
+    assert done.stderr.read() == b'' and done.wait() == 0
+
+
 @pytest.mark.parametrize('arg, code, stderr', [
     ('--batch_sise=3', 2, "error: --batch_sise=3: unknown setting 'batch_sise'; did you mean --batch_size?\n"),
     ('--dataset=trouble', 2, 'error: data/trouble: is missing; run prepare.py\n'),
