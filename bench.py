@@ -36,7 +36,6 @@ import contextlib
 import gc
 import importlib.util
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -246,10 +245,12 @@ def race():
     reached = next((line for line in evals if line['val_loss'] <= goal), None)
     best = min(evals, key=lambda line: line['val_loss'])
     line = reached or best
-    print(f"nanoMLA: val {line['val_loss']:.4f} at step {line['step']} after {line['train_seconds']:.1f} s of training, {line['seconds']:.1f} s since its start; "
+    speed = [event for event in lines if event['event'] == 'train' and event['step'] <= line['step']][-1]['tok_per_s']
+    seconds = line['tokens'] / speed  # as for the peer: all steps, without start-up and evaluations
+    print(f"nanoMLA: val {line['val_loss']:.4f} at step {line['step']} after {seconds:.1f} s of training, {line['seconds']:.1f} s since its start; "
           f"best val {best['val_loss']:.4f}; the whole process took {whole:.1f} s")
     report(what='race, nanoMLA', args=' '.join(words), goal=goal, reached_step=line['step'] if reached else None, best=best['val_loss'], best_step=best['step'],
-           train_seconds=line['train_seconds'], seconds=line['seconds'], process_seconds=whole)
+           train_seconds=seconds, seconds=line['seconds'], process_seconds=whole)
 
 
 for name in ('peer_batch_size', 'timed_steps', 'repeats', 'vocabulary', 'batch_size', 'block_size', 'gradient_accumulation_steps'):

@@ -51,6 +51,8 @@ class Trainer:
             raise UserError(f'gradient_accumulation_steps={s.gradient_accumulation_steps} is not a multiple of the {self.world} processes')
         if s.cuda_graph and (self.device.type != 'cuda' or self.world > 1 or model.stream == torch.float16 or 'train' not in data.resident):
             raise UserError('--cuda_graph=True needs one CUDA GPU, bfloat16 or float32, and a dataset that fits on it: use --cuda_graph=False')
+        if s.fp8_head and (self.device.type != 'cuda' or not s.fused_loss):
+            raise UserError('--fp8_head=True needs a CUDA GPU and --fused_loss=True: use --fp8_head=False')
         self.accumulation = s.gradient_accumulation_steps // self.world
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2), graph=s.cuda_graph)

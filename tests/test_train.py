@@ -725,6 +725,7 @@ def place(tmp_path_factory):
     (dict(dtype='float8'), '--dtype=float8 is not known'),
     (dict(dtype='float16'), '--dtype=float16 is too coarse'),
     (dict(cuda_graph=True), '--cuda_graph=True needs one CUDA GPU'),
+    (dict(fp8_head=True), '--fp8_head=True needs a CUDA GPU'),  # and is never silently left out
     (dict(backend='smoke'), '--backend=smoke is not known'),
     (dict(backend='nccl'), '--backend=nccl'),
     # data
