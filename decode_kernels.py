@@ -163,7 +163,7 @@ def join_kernel(parts, lse, out, splits, C: tl.constexpr, CP: tl.constexpr, SP: 
 # ---------------------------------------------------------------------------------------------------
 # the call
 
-def reason_not_to_run(device, dtype, C, heads, bits, group):
+def reason_not_to_run(device, dtype, C, bits, group):
     """Why the kernel cannot serve heads of width C from such a store, as text; '' when it can."""
     if device.type not in RUNS_ON:
         return 'Triton and a CUDA GPU are needed'
