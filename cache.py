@@ -104,7 +104,7 @@ class Store:
 
     def keep(self, x):
         """Writes the new tokens x (B, T, C) to their places."""
-        now, flat = self.cache.now, x.flatten(0, 1)
+        now, flat = self.cache.target, x.flatten(0, 1)
         kept = flat if now.source is None else flat[now.source]
         for buffer, part in zip(self.places, quantise(kept, self.bits) if self.bits else [kept]):
             buffer[now.to] = part.to(buffer.dtype)
@@ -150,8 +150,14 @@ class Layer:
     def keep(self, **new):
         """Takes what new tokens leave behind, name=(B, T, C)."""
         assert new.keys() == self.stores.keys(), f'this cache holds {list(self.stores)}, not {list(new)}'
-        for name, x in new.items():
-            self.stores[name].keep(x)
+        cache, now = self.cache, self.cache.now
+        if self.serves(now.position.size(1)):
+            from decode_kernels import keep
+            keep([(x, store.held, store.bits, group_of(store.width)) for store, x in zip(self.stores.values(), new.values()) if store.width],
+                 now.lengths, now.counts, cache.size, cache.table, cache.page_size, now.rows, cache.window)
+        else:
+            for name, x in new.items():
+                self.stores[name].keep(x)
 
     def extend(self, **new):
         """
@@ -253,7 +259,7 @@ class Cache:
         for widths in dims:
             bits = {name: 0 if name in NEVER_QUANTISED else BITS.get(self.dtype, 0) for name in widths}
             self.layers.append(Layer(self, {name: Store(self, width, bits[name], FULL.get(self.dtype, full)) for name, width in widths.items()}))
-        self.planned = self.now = self.looked = None
+        self.planned = self.now = self.aimed = self.looked = None
         reason = self.reason_for_torch(heads)
         if kernel not in ('auto', 'torch', 'triton') or (kernel == 'triton' and reason):
             raise UserError(f"--decode_kernel={kernel} cannot run: {reason or 'use auto, torch or triton'}")
@@ -394,21 +400,32 @@ class Cache:
         now.counts = self.counts if rows is None else counts
         now.start = start = self.lengths if rows is None else self.lengths[rows]
         now.lengths = start + now.counts
-        row, new = (self.steps_of_slots if rows is None else rows)[:, None], self.steps[:T]
-        now.position = position = start[:, None] + new
-        real = new < now.counts[:, None]
+        now.position = position = start[:, None] + self.steps[:T]
+        now.ragged = ragged
         if ragged:
-            now.position = position = torch.where(real, position, 0)
-        to = row * self.size + position
-        if self.pages:
-            to = self.table[row, position // self.page_size].long() * self.page_size + position % self.page_size
-        now.source, now.to = self._instead_of(real, to) if ragged else (None, to.flatten())
-        if self.dtype in BITS and self.window:
-            W = self.window
-            staying = real & (new >= now.counts[:, None] - W)
-            now.source_of_recent, now.to_recent = self._instead_of(staying, row * W + position % W)
-        self.looked = None
+            now.real = self.steps[:T] < now.counts[:, None]
+            now.position = position = torch.where(now.real, position, 0)
+        self.aimed = self.looked = None
         return position
+
+    @property
+    def target(self):
+        """Where the tokens of this pass go, worked out once for all layers."""
+        if self.aimed is None:
+            self.aimed = aim = SimpleNamespace(source=None)
+            now, W, position = self.now, self.window, self.now.position
+            row = (self.steps_of_slots if now.rows is None else now.rows)[:, None]
+            aim.to = row * self.size + position
+            if self.pages:
+                aim.to = self.table[row, position // self.page_size].long() * self.page_size + position % self.page_size
+            if now.ragged:
+                aim.source, aim.to = self._instead_of(now.real, aim.to)
+            aim.to = aim.to.flatten()
+            if self.dtype in BITS and W:
+                new = self.steps[:position.size(1)]
+                staying = (new < now.counts[:, None]) & (new >= now.counts[:, None] - W)
+                aim.source_of_recent, aim.to_recent = self._instead_of(staying, row * W + position % W)
+        return self.aimed
 
     @property
     def view(self):
