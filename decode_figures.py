@@ -2,6 +2,9 @@
 Two pictures of decode_meter's cells: the time of a step and the memory of a batch, over context, on log paper.
 Colour is the attention, the line's kind is the cache: solid dense, dashed paged, dotted none.
 """
+import math
+import os
+
 import figures
 
 LINES = {"dense": "-", "paged": (0, (4, 2)), "none": (0, (1, 1.6))}
@@ -24,85 +27,83 @@ def series(rows, value):
 
 def spaced(heights, apart, low=0.0, high=1.0):
     """
-    The heights that labels stand at: as near to theirs as goes with `apart` between neighbours, inside
-    [low, high] where they fit. The order is kept.
+    Where labels stand: `apart` or more between neighbours, their order kept, all inside [low, high], and the sum of
+    squared ways from `heights` the least there is (isotonic regression; if they cannot fit, they stand closer).
     """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     apart = min(apart, (high - low) / max(1, len(heights) - 1))
-    groups = []  # neighbours that touch: [sum of wished starts, count], placed at the mean of what they wish
-    for i in order:
-        groups.append([heights[i], 1])
-        while len(groups) > 1:
-            (a, n), (b, m) = groups[-2:]
-            if b / m - a / n >= apart * n - 1e-12:
-                break
-            groups[-2:] = [[a + b - m * n * apart, n + m]]
-    placed, at = [0.0] * len(heights), 0
-    for wished, n in groups:
-        start = min(max(wished / n, low), high - (n - 1) * apart)
-        for j in range(n):
-            placed[order[at + j]] = start + j * apart
-        at += n
-    for a, b in zip(order, order[1:]):  # what the edges have pushed together
-        placed[b] = max(placed[b], placed[a] + apart)
-    excess = max(placed, default=0) - high
-    for b, a in zip(order[::-1], order[::-1][1:]):
-        if excess > 1e-12:
-            placed[b] = min(placed[b], high) if b == order[-1] else placed[b]
-            placed[a] = min(placed[a], placed[b] - apart)
+    groups = []  # [sum, count] of heights less the room of those below, pooled until they ascend
+    for n, i in enumerate(order):
+        groups.append([heights[i] - n * apart, 1])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
+            total, count = groups.pop()
+            groups[-1] = [groups[-1][0] + total, groups[-1][1] + count]
+    level = [total / count for total, count in groups for _ in range(count)]
+    top, placed = high - (len(heights) - 1) * apart, [0.0] * len(heights)
+    for n, i in enumerate(order):
+        placed[i] = min(max(level[n], low), top) + n * apart
     return placed
 
 
-def names(found, flat):
+def labels_of(ends, near):
     """
-    [(label, key of the line it is for)]: lines that end within `flat` of each other (a share of the axis) and have the same model share
-    one label, so that dense and paged on top of each other are told once.
+    One label for each line, dicts of model, caches and height, from {(model, cache): height of its end}; a dense and a
+    paged line of one model that end `near` each other share theirs, and so do all lines without a cache (model '').
     """
-    labels = []
-    for (model, cache), height in sorted(found.items(), key=lambda item: item[1]):
-        same = next((label for label in labels if label["model"] == model and abs(label["height"] - height) < flat), None)
+    labels, plain = [], [height for (_, cache), height in ends.items() if cache == "none"]
+    if len(plain) > 1 and max(plain) - min(plain) < near:
+        labels.append(dict(model="", caches=["none"], height=sum(plain) / len(plain)))
+        ends = {key: height for key, height in ends.items() if key[1] != "none"}
+    for (model, cache), height in sorted(ends.items(), key=lambda item: list(LINES).index(item[0][1])):
+        same = next((label for label in labels if label["model"] == model and cache == "paged" and abs(label["height"] - height) < near), None)
         if same:
             same["caches"].append(cache)
         else:
             labels.append(dict(model=model, caches=[cache], height=height))
-    order = list(LINES)
-    for label in labels:
-        caches = sorted(label["caches"], key=order.index)
-        label["text"] = f"{label['model'].upper() if len(label['model']) < 14 else label['model'][-14:]} " + (", ".join(caches).replace("none", "no cache"))
     return labels
 
 
-def panel(ax, found, title, unit):
-    """One batch: its lines, and their names at their ends."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+def context_name(tokens):
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def panel(ax, found, title, unit, base):
+    """One batch: its lines, and their names at their ends. `base` is that of the numbers on the upright axis."""
+    from matplotlib.ticker import FuncFormatter, FixedLocator, LogLocator, NullLocator
 
     contexts = sorted({context for points in found.values() for context, _ in points})
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_title(title)
-    for (model, cache), points in found.items():
-        ax.plot(*zip(*points), color=color_of(model), linestyle=LINES[cache], marker="o", markersize=3.5, linewidth=1.8 if cache != "none" else 1.6)
-    if not contexts:
-        return
-    ax.set_xticks(contexts, [f"{context:,}" if len(contexts) < 9 else figures.count(context) for context in contexts], rotation=0)
-    ax.xaxis.set_minor_locator(NullLocator())
     values = [value for points in found.values() for _, value in points]
-    low, high = min(values) / 1.25, max(values) * 1.25
+    ax.set_title(title)
+    if not contexts:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.text(0.5, 0.5, "not measured on this machine", transform=ax.transAxes, ha="center", color=figures.COLORS["muted"])
+        return
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=base)
+    for (model, cache), points in found.items():
+        ax.plot(*zip(*points), color=color_of(model), linestyle=LINES[cache], marker="o", markersize=3.5, linewidth=1.8)
+    ax.set_xticks(contexts, [context_name(context) for context in contexts])
+    ax.xaxis.set_minor_locator(NullLocator())
+    low, high = min(values) / 1.3, max(values) * 1.3
     ax.set_ylim(low, high)
-    ax.yaxis.set_major_locator(LogLocator(10, subs=(1,) if high / low > 300 else (1, 2, 5), numticks=12))
+    if base == 2:  # powers of 2, 4, 8 or 16 apart
+        exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+        ax.yaxis.set_major_locator(FixedLocator([2.0 ** e for e in exponents if e % -(-len(exponents) // 8) == 0]))
+    else:
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1,) if high / low > 300 else (1, 2, 5), numticks=12))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    height = ax.get_position().height * ax.figure.get_figheight()
     to_axes = ax.transData + ax.transAxes.inverted()
-    ends = {}
-    for key, points in found.items():
-        ends[key] = to_axes.transform(points[-1])[1]
-    labels = names(ends, 0.03)
-    for label, at in zip(labels, spaced([label["height"] for label in labels], min(BETWEEN, 0.21 / height) if height else BETWEEN)):
-        right = max(context for cache in label["caches"] for context, _ in found[label["model"], cache])
-        x = to_axes.transform((right, low))[0]
-        ax.annotate(label["text"], (x, label["height"]), xytext=(1.035, at), xycoords="axes fraction", textcoords="axes fraction", color=color_of(label["model"]),
-                    fontsize=9, va="center", ha="left", annotation_clip=False,
+    ends = {key: to_axes.transform(points[-1])[1] for key, points in found.items()}
+    labels = labels_of(ends, 0.04)
+    for label, at in zip(labels, spaced([label["height"] for label in labels], BETWEEN)):
+        own = [points[-1][0] for (model, cache), points in found.items() if cache in label["caches"] and label["model"] in ("", model)]
+        x, name = to_axes.transform((max(own), low))[0], label["model"] or "all,"
+        if name != "all,":
+            name = name.upper() if name.partition(":")[0] in figures.COLORS else os.path.basename(name.rstrip("/"))[-16:]
+        ax.annotate(f"{name} " + ", ".join(label["caches"]).replace("none", "no cache"), (x, label["height"]), xytext=(1.035, at), xycoords="axes fraction",
+                    textcoords="axes fraction", color=color_of(label["model"]), fontsize=9, va="center", ha="left", annotation_clip=False,
                     arrowprops=dict(arrowstyle="-", color=color_of(label["model"]), linewidth=0.6, alpha=0.6, shrinkA=1, shrinkB=3, relpos=(0, 0.5)))
 
 
@@ -117,7 +118,7 @@ def memory_unit(size):
     return f"{size:g} B"
 
 
-def draw(rows, out_path, value, unit, title, note):
+def draw(rows, out_path, value, unit, base, title, note):
     """One sheet: a panel for each batch, for the first cache dtype among the rows. None where there is nothing to draw."""
     cells = [row for row in rows if row["what"] == "cell" and not row["reason"]]
     if not cells:
@@ -127,23 +128,26 @@ def draw(rows, out_path, value, unit, title, note):
     batches = sorted({row["batch"] for row in cells})[:3]
     with figures.sheet(cols=len(batches), size=(figures.WIDTH, 5.6), title=title, note=note) as (fig, axes):
         for batch, ax in zip(batches, [axes] if len(batches) == 1 else axes):
-            panel(ax, series([row for row in cells if row["batch"] == batch], value), f"batch {batch}", unit)
+            panel(ax, series([row for row in cells if row["batch"] == batch], value), f"batch {batch}", unit, base)
             ax.set_xlabel("context (tokens a sequence)")
         last = cells[-1]
-        figures.footer(fig, f"{last['device']} · {last['dtype']}, cache {dtype} · torch {last['torch']} · commit {last['commit']} · {last['date']}")
+        stored = "" if dtype == "none" else f", {dtype} caches" if dtype != "auto" else f", {last['dtype']} caches"
+        figures.footer(fig, f"{last['device']} · {last['dtype']} models{stored} · torch {last['torch']} · commit {last['commit']} · {last['date']}")
         figures.save(fig, out_path, palette=True)
     return out_path
 
 
 def latency(rows, out_path):
     """µs of a decode step over context. The picture is written whole or not at all; UserError when it cannot be."""
-    return draw(rows, out_path, lambda row: row["step_us"], time_unit, "Time of one decode step",
+    return draw(rows, out_path, lambda row: row["step_us"], time_unit, 10, "Time of one decode step",
                 "solid: dense cache · dashed: paged · dotted: no cache, the whole text runs again")
 
 
 def memory(rows, out_path):
-    """What a batch takes over context: the cache's own bytes (measured), and without a cache what a step's forward pass needs beyond the weights."""
+    """Bytes that a batch takes over context: on a GPU the peak of the timed steps beyond the weights, on a CPU the cache's own."""
+    on_gpu = any(row.get("step_peak_allocated") for row in rows)
+
     def bytes_of(row):
-        return row.get("cache_bytes") if row["cache"] != "none" else max(0, row["peak_allocated"] - row["allocated_before"]) if row["peak_reserved"] is not None else None
-    return draw(rows, out_path, bytes_of, memory_unit, "Memory of a batch",
-                "solid: dense cache · dashed: paged · dotted: no cache, what a pass over the whole text needs beyond the weights (GPU only)")
+        return max(1, row["step_peak_allocated"] - row["allocated_before"]) if on_gpu else row.get("cache_bytes")
+    return draw(rows, out_path, bytes_of, memory_unit, 2, "Memory of a batch while it decodes",
+                "solid: dense cache · dashed: paged · " + ("dotted: no cache; most that a step takes beyond the weights" if on_gpu else "bytes of the cache"))

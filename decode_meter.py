@@ -254,6 +254,8 @@ def timed_tokens(tokens, device, warmup, steps, repeats):
     """Seconds of one of the generator's tokens, `repeats` times over `steps` of them, after the first one (a prefill) and a warm-up."""
     for _ in range(1 + warmup):
         next(tokens)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
     return [machine.seconds(device, lambda: [next(tokens) for _ in range(steps)]) / steps for _ in range(repeats)]
 
 
@@ -293,9 +295,12 @@ def cell(plan, model, cache, dtype, batch, context):
     row |= dict(prefill_tok_per_s=batch * context / statistics.median(times), prefill_chunk=chunk) | spread('prefill_ms', times, 1e3)
     for slot in range(batch if held else 0):
         held.free(slot)
+    row |= peaks(device)
     steps = timed_tokens(tokens, device, *counts)
+    step_peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else None
     row |= dict(decode_tok_per_s=batch / statistics.median(steps), timed_steps=counts[1], repeats=plan.repeats) | spread('step_us', steps, 1e6)
-    return row | peaks(device) | dict(allocated_before=before)
+    whole = {key: max(value, row[key]) if value else value for key, value in peaks(device).items()}  # prefill and steps
+    return row | whole | dict(step_peak_allocated=step_peak, allocated_before=before)
 
 
 def cells(plan, rows, tell=print):
