@@ -11,20 +11,22 @@ is wrong, does not run or does not fit is a row with its reason.
 
 Legend: B sequences, H query heads, K key/value heads, D width of a head, N places of a sequence, R latent, P k_pe.
 """
+import itertools
 import random
 import statistics
+import warnings
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 
-import kernels
+import decode_kernels
 import machine
-from cache import BITS, FULL, Cache, dequantise, quantise
+from cache import BITS, FULL, Cache, dequantise, group_of, quantise
 from configurator import UserError
-from decode_meter import attempt, numbers, release, spread
+from decode_meter import attempt, numbers, read_shape, release, spread
 
 COLD_BYTES = 4 * 60e6  # of inputs in rotation on a GPU: four times the L2 of an H200
 TOLERANCE = 0.05       # largest error of a result in bf16 storage, as a share of the reference's largest value
@@ -91,25 +93,6 @@ class Held:
             k, v = (x.unflatten(-1, (-1, self.per_head)).repeat_interleave(self.H * self.per_head // x.size(-1), dim=1) for x in self.first.values())
             return torch.einsum('hn,nhd->hd', (torch.einsum('hd,nhd->hn', q, k) * self.scale).softmax(-1), v)
         return (q @ torch.cat(list(self.first.values()), dim=-1).T * self.scale).softmax(-1) @ self.first['c_kv']
-
-
-def read_shape(shape):
-    """(kind, H, widths, width of a head) of '12:4:64' (heads : key/value heads : width) or '16:512+64' (heads : latent + k_pe)."""
-    try:
-        H, *rest = shape.split(':')
-        if len(rest) == 1:
-            R, P = map(int, rest[0].split('+'))
-            found = 'latent', int(H), dict(c_kv=R, k_pe=P), None
-        else:
-            K, D = map(int, rest)
-            found = 'kv', int(H), dict(k=K * D, v=K * D), D
-            if int(H) % K:
-                raise ValueError
-        if min(found[1], *found[2].values()) < 1:
-            raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"--attention_shapes: '{shape}' is none: write heads:key/value heads:width like 12:4:64, or for MLA heads:latent+k_pe like 16:512+64") from None
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -181,17 +164,25 @@ def flex_paged(held):
         k = torch.cat(buffers, dim=-1)[None, None]
         v = k[..., :buffers[0].size(-1)]
         v = v if held.q.is_cuda else v.clone()  # a CPU refuses keys and values that share storage
+    if not held.q.is_cuda:
+        warnings.filterwarnings('ignore', 'flex_attention called without')  # on a CPU that is meant: nothing is compiled for it
     flex = compiled_flex((held.shape, page, len(held.lengths), cache.places)) if held.q.is_cuda else flex_attention
     return lambda: flex(held.q, k, v, block_mask=blocks, scale=held.scale, enable_gqa=held.H != k.size(1))
 
 
-def latent_decode(held):
-    """kernels.latent_decode on the cache's own buffers; quantised ones as [codes, scale, zero], with the recent window beside them."""
-    cache, (c_kv, k_pe) = held.cache, held.stores.values()
+def triton(held):
+    """The project's own kernel on the buffers where they lie; UserError with its reason where it cannot run."""
+    cache, (first, second) = held.cache, held.stores.values()
+    C = first.width if held.kind == 'latent' else held.per_head
+    groups = held.H if held.kind == 'latent' else held.H * C // first.width
+    if reason := decode_kernels.reason_not_to_run(held.q.device, held.q.dtype if first.bits else first.places[0].dtype, C, groups, first.bits, group_of(first.width)):
+        raise UserError(reason)
+    k, v = ((*store.places, *[None] * (3 - len(store.places)), store.recent) for store in (first, second))
+    q, q_pe = (part.contiguous() for part in held.q[:, :, 0].split([C, held.q.size(-1) - C], dim=-1))
     how = dict(table=cache.table, page_size=cache.page_size) if cache.pages else {}
-    if c_kv.bits:
-        return partial(kernels.latent_decode, held.q, c_kv.places, k_pe.places[0], cache.lengths, scale=held.scale, bits=c_kv.bits, recent=c_kv.recent, **how)
-    return partial(kernels.latent_decode, held.q, c_kv.places[0], k_pe.places[0], cache.lengths, scale=held.scale, **how)
+    how |= dict(bits=first.bits, group=group_of(first.width), window=cache.window) if first.bits else {}
+    how |= dict(q_pe=q_pe, pe=second.places[0]) if held.kind == 'latent' else {}
+    return lambda: decode_kernels.decode(q, k, None if held.kind == 'latent' else v, cache.lengths, held.scale, cache.size, **how)[:, :, None]
 
 
 @dataclass
@@ -201,7 +192,6 @@ class Candidate:
     layouts: tuple    # of the cache
     dtypes: tuple     # of the cache
     make: Callable    # a Held -> the function to time
-    needs: str = ''   # a function of kernels.py without which it is left out
 
 
 CANDIDATES = [
@@ -209,7 +199,7 @@ CANDIDATES = [
     Candidate('SDPA, pages gathered', ('kv', 'latent'), ('paged',), (*FULL,), sdpa_gathered),
     Candidate('FlexAttention, page table', ('kv', 'latent'), ('paged',), (*FULL,), flex_paged),
     Candidate('SDPA, dequantised', ('kv', 'latent'), ('dense',), (*BITS,), sdpa_dequantised),
-    Candidate('Triton', ('latent',), ('dense', 'paged'), (*FULL, *BITS), latent_decode, needs='latent_decode'),
+    Candidate('Triton', ('kv', 'latent'), ('dense', 'paged'), (*FULL, *BITS), triton),
 ]
 
 
@@ -218,9 +208,10 @@ CANDIDATES = [
 
 def copy_bandwidth(device, repeats):
     """Bytes a second that a large copy reads and writes, both counted: what the memory can do today."""
-    source = torch.ones(2 ** 30 if device.type == 'cuda' else 2 ** 26, dtype=torch.uint8, device=device)
+    on_gpu = device.type == 'cuda'
+    source, calls = torch.ones(2 ** 30 if on_gpu else 2 ** 26, dtype=torch.uint8, device=device), 10 if on_gpu else 1
     target = torch.empty_like(source)
-    times = [machine.seconds(device, lambda: [target.copy_(source) for _ in range(10)]) / 10 for _ in range(WARMUP + repeats)]
+    times = [machine.seconds(device, lambda: [target.copy_(source) for _ in range(calls)]) / calls for _ in range(WARMUP + repeats)]
     return 2 * source.nbytes / statistics.median(times[WARMUP:])
 
 
@@ -241,14 +232,14 @@ def in_graph(calls):
 
 
 @torch.no_grad()
-def time_candidate(candidate, inputs, device, rounds, repeats):
-    """Row entries of one candidate on all copies of the inputs: µs a call with spread, and its error against the reference."""
+def time_candidate(candidate, inputs, plan):
+    """Row entries of one candidate on all copies of the inputs: µs a call, as timed_steps rounds over them take, with spread, and its error against the reference."""
     calls = [candidate.make(held) for held in inputs]
     reference = inputs[0].reference()
     error = ((calls[0]()[0, :, 0].float() - reference).abs().max() / reference.abs().max()).item()
     if not error < TOLERANCE:  # also for nan
         return dict(error=error, wrong=f'wrong: {100 * error:.1f} % off the fp32 reference')
-    if device.type == 'cuda':
+    if plan.device.type == 'cuda':
         one_round = in_graph(calls)
     else:
         def one_round():
@@ -256,61 +247,54 @@ def time_candidate(candidate, inputs, device, rounds, repeats):
                 call()
     for _ in range(WARMUP):
         one_round()
-    times = [machine.seconds(device, lambda: [one_round() for _ in range(rounds)]) / (rounds * len(calls)) for _ in range(repeats)]
+    times = [machine.seconds(plan.device, lambda: [one_round() for _ in range(plan.steps)]) / (plan.steps * len(calls)) for _ in range(plan.repeats)]
     return spread('kernel_us', times, 1e6) | dict(error=error)
 
 
-def try_candidate(candidate, inputs, device, rounds, repeats):
+def try_candidate(candidate, inputs, plan):
     """The same, where whatever a kernel refuses with is the row's reason."""
     try:
-        result = attempt(lambda: time_candidate(candidate, inputs, device, rounds, repeats), device)
+        result = attempt(lambda: time_candidate(candidate, inputs, plan), plan.device)
     except Exception as error:  # compilers and kernels have errors of their own
         result = dict(reason=' '.join(f'{type(error).__name__}: {error}'.split())[:200])
-    release(device)
+    release(plan.device)
     return result | dict(reason=result.pop('wrong', '') or result['reason'])
 
 
-def measure(config, device, rows, tell=print):
-    """Rows of every candidate that can run each of --attention_shapes, at each cache, dtype, batch and context asked for."""
-    full, cpu = machine.pick_dtype(config['dtype'], device), device.type == 'cpu'
+def measure(plan, rows, tell=print):
+    """Rows of every candidate that can run each of --attention_shapes, at each cache, dtype, batch and context of a decode_meter.Plan."""
+    config, device, cpu = plan.config, plan.device, plan.device.type == 'cpu'
     batches, contexts = numbers(config, 'batch_sizes', '4' if cpu else '64'), numbers(config, 'contexts', '256' if cpu else '8192')
-    shapes = config['attention_shapes'].split(',')
-    for shape in shapes:
-        read_shape(shape)
-    auto = next(name for name in FULL if FULL[name] == full)
-    dtypes = dict.fromkeys(auto if name == 'auto' else name for name in config['cache_dtypes'].split(','))
-    layouts = [name for name in config['caches'].split(',') if name != 'none']
-    bandwidth = copy_bandwidth(device, config['repeats'])
+    auto = str(plan.dtype)[6:]
+    bandwidth = copy_bandwidth(device, plan.repeats)
     tell(f'{machine.describe(device)}: a copy runs at {bandwidth / 1e9:,.1f} GB/s')
-    for shape in shapes:
-        for batch in batches:
-            for context in contexts:
-                for layout in layouts:
-                    for dtype in dtypes:
-                        able = [c for c in CANDIDATES if read_shape(shape)[0] in c.kinds and layout in c.layouts and dtype in c.dtypes
-                                and (not c.needs or hasattr(kernels, c.needs))]
-                        if able:
-                            key = dict(what='attention', shape=shape, cache=layout, cache_dtype=dtype, page_size=config['page_size'] if layout == 'paged' else None,
-                                       batch=batch, context=context, bandwidth=bandwidth)
-                            compare(able, key, config, full, device, rows, tell)
+    cases = itertools.product(plan.shapes, batches, contexts, [name for name in plan.caches if name != 'none'],
+                              dict.fromkeys(auto if name == 'auto' else name for name in plan.cache_dtypes))
+    for shape, batch, context, layout, dtype in cases:
+        able = [c for c in CANDIDATES if plan.shapes[shape][0] in c.kinds and layout in c.layouts and dtype in c.dtypes]
+        key = dict(what='attention', shape=shape, cache=layout, cache_dtype=dtype, page_size=plan.page_size if layout == 'paged' else None,
+                   batch=batch, context=context, ragged=config['ragged'])
+        able = [c for c in able if not rows.find(**key, candidate=c.name, device=rows.facts['device'])]
+        if able:
+            compare(able, key | dict(bandwidth=bandwidth), plan, rows, tell)
 
 
-def compare(able, key, config, full, device, rows, tell):
+def compare(able, key, plan, rows, tell):
     """One row for each of the candidates `able` at the shape, cache, batch and context of `key`."""
-    draw, context, inputs = random.Random(0), key['context'], []
-    lengths = [draw.randint(1 + context // 2, context) if config['ragged'] else context for _ in range(key['batch'])]
+    draw, context, device, inputs = random.Random(0), key['context'], plan.device, []
+    lengths = [draw.randint((1 + context) // 2, context) if key['ragged'] else context for _ in range(key['batch'])]
 
     def make():
         while not inputs or len(inputs) < 2 or device.type == 'cuda' and sum(held.nbytes for held in inputs) < COLD_BYTES:
-            inputs.append(Held(key['shape'], lengths, context, key['cache'], key['cache_dtype'], config['page_size'], full, device, seed=len(inputs)))
+            inputs.append(Held(key['shape'], lengths, context, key['cache'], key['cache_dtype'], plan.page_size, plan.dtype, device, seed=len(inputs)))
         return dict(bytes=inputs[0].nbytes, copies=len(inputs))
 
     made = attempt(make, device)
     for candidate in able:
-        result = made if made['reason'] else made | try_candidate(candidate, inputs, device, max(1, 20 // len(inputs)), config['repeats'])
+        result = made if made['reason'] else made | try_candidate(candidate, inputs, plan)
         if 'kernel_us' in result:
             result['bandwidth_percent'] = 100 * result['bytes'] / (result['kernel_us'] * 1e-6) / key['bandwidth']
-        row = rows.add(**key, candidate=candidate.name, ragged=config['ragged'], **result)
+        row = rows.add(**key, candidate=candidate.name, **result)
         tell(f"{row['shape']:<10} {row['batch']:>3} x {row['context']:<6} {row['cache'] + ' ' + row['cache_dtype']:<15} {candidate.name:<26} " + (
             row['reason'] or f"{row['kernel_us']:>10,.1f} µs ({row['kernel_us_least']:,.1f} to {row['kernel_us_most']:,.1f}), {row['bandwidth_percent']:5.1f} % of the copy bandwidth"))
     inputs.clear()

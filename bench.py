@@ -277,7 +277,7 @@ def decode():
     plan = decode_meter.Plan(config, device)
     rows = decode_meter.Rows(out_dir, 'attention' if attention_only else 'texts' if peer else 'decode', decode_meter.facts(device, stream), keep)
     if attention_only:
-        attention_meter.measure(config, device, rows)
+        attention_meter.measure(plan, rows)
     elif peer:
         decode_meter.texts(plan, rows)
     else:

@@ -137,6 +137,25 @@ def choices(config, name, known):
     return found
 
 
+def read_shape(shape):
+    """(kind, H, widths, width of a head) of '12:4:64' (heads : key/value heads : width) or '16:512+64' (heads : latent + k_pe)."""
+    try:
+        H, *rest = shape.split(':')
+        if len(rest) == 1:
+            R, P = map(int, rest[0].split('+'))
+            found = 'latent', int(H), dict(c_kv=R, k_pe=P), None
+        else:
+            K, D = map(int, rest)
+            found = 'kv', int(H), dict(k=K * D, v=K * D), D
+            if int(H) % K:
+                raise ValueError
+        if min(found[1], *found[2].values()) < 1:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--attention_shapes: '{shape}' is none: write heads:key/value heads:width like 12:4:64, or for MLA heads:latent+k_pe like 16:512+64") from None
+    return found
+
+
 class Plan:
     """What bench.py's settings ask for. UserError, before anything is built, for what cannot be."""
 
@@ -152,9 +171,9 @@ class Plan:
         self.page_size = config['page_size']
         if self.page_size not in PAGE_SIZES:
             raise UserError(f"page_size={self.page_size} is not supported: use {', '.join(map(str, PAGE_SIZES))}")
-        for name in ('new_tokens', 'prompt_tokens', 'peer_repeats'):
-            if config[name] < 1:
-                raise UserError(f'{name}={config[name]} must be at least 1')
+        for name, least in dict(new_tokens=1, prompt_tokens=1, peer_repeats=1, peer_new_tokens=0, warmup_steps=0, prefill_chunk=0).items():
+            if config[name] < least:
+                raise UserError(f'{name}={config[name]} must be at least {least}')
         least = 1 + max(self.decoded(name) for name in self.caches)
         if not config['peer'] and not config['attention_only'] and self.contexts[0] < least:
             raise UserError(f"--contexts={config['contexts']}: the cache is too small: a context holds a prompt, warmup_steps={self.warmup} and repeats={self.repeats} "
@@ -166,6 +185,7 @@ class Plan:
         self.block_size = max(self.contexts[-1], config['block_size'])
         for name in self.models:
             self.describe(name)
+        self.shapes = {shape: read_shape(shape) for shape in config['attention_shapes'].split(',')}
 
     def decoded(self, cache):
         """Tokens that one cell decodes."""

@@ -26,7 +26,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     trainer={'configurator', 'muon', 'kernels'},
     peers={'configurator'},
     decode_meter={'configurator', 'cache', 'checkpoint', 'machine', 'peers'},
-    attention_meter={'configurator', 'cache', 'decode_meter', 'kernels', 'machine'},
+    attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
     decode_figures={'figures'},
 )
 AT_ONCE = dict(configurator=set(), figures=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
