@@ -68,11 +68,11 @@ def rows_of(name='decode'):
 
 @pytest.mark.draws
 def test_every_cell_is_a_complete_row(capsys):
-    assert bench(models='mha,gqa,mqa,mla:8+2', cache_dtypes='auto,int8', batch_sizes='2') == 0
+    assert bench(models='mha,gqa,mla:8+2', cache_dtypes='auto,int8', batch_sizes='2') == 0
     rows = rows_of()
     cells = [row for row in rows if row['what'] == 'cell']
     assert [(row['model'], row['cache'], row['cache_dtype'], row['context']) for row in cells] == [
-        (model, *cache, context) for model in ('mha', 'gqa', 'mqa', 'mla:8+2')
+        (model, *cache, context) for model in ('mha', 'gqa', 'mla:8+2')
         for cache in (('none', 'none'), ('dense', 'auto'), ('dense', 'int8'), ('paged', 'auto'), ('paged', 'int8')) for context in (16, 32)]
     for row in cells:
         assert row['reason'] == '' and row['commit'] == 'abc1234' and row['torch'] == torch.__version__ and row['dtype'] == 'float32' and row['batch'] == 2
@@ -82,16 +82,16 @@ def test_every_cell_is_a_complete_row(capsys):
         assert row['peak_allocated'] > 0 and row['parameters'] > 0 and row['weight_bytes'] == 4 * row['parameters']
         assert row['cache'] == 'none' or row['bytes_per_token'] == pytest.approx(row['bytes_per_token_formula'])
     by = {(row['model'], row['cache'], row['cache_dtype']): row for row in cells}
-    assert [by[name, 'dense', 'auto']['bytes_per_token'] for name in ('mha', 'gqa', 'mqa', 'mla:8+2')] == [2 * 2 * 32 * 4, 2 * 2 * 16 * 4, 2 * 2 * 8 * 4, 2 * (8 + 2) * 4]
-    assert [by[name, 'none', 'none']['shape'] for name in ('mha', 'gqa', 'mqa', 'mla:8+2')] == ['4:4:8', '4:2:8', '4:1:8', '4:8+2']
+    assert [by[name, 'dense', 'auto']['bytes_per_token'] for name in ('mha', 'gqa', 'mla:8+2')] == [2 * 2 * 32 * 4, 2 * 2 * 16 * 4, 2 * (8 + 2) * 4]
+    assert [by[name, 'none', 'none']['shape'] for name in ('mha', 'gqa', 'mla:8+2')] == ['4:4:8', '4:2:8', '4:8+2']
     assert by['mha', 'paged', 'auto']['cache_bytes'] == 2 * 64 * 512  # a page of 64 each
     with open('out-bench/decode.csv') as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len(rows) and [row['step_us'] for row in table[:40]] == [str(row['step_us']) for row in cells]
+    assert len(table) == len(rows) and [row['step_us'] for row in table[:30]] == [str(row['step_us']) for row in cells]
     for picture in ('latency', 'memory'):
         assert Path(f'out-bench/{picture}.png').read_bytes().startswith(b'\x89PNG')
     out, err = capsys.readouterr()
-    assert err == '' and '[40/40]' in out and 'with auto pages takes' in out and 'a dense auto cache' in out and '% lost' in out
+    assert err == '' and '[30/30]' in out and 'with auto pages takes' in out and 'a dense auto cache' in out and '% lost' in out
     assert [row['page_size'] for row in rows if row['what'] == 'fragmentation'] == [None, 16, 64, 128]
 
 
@@ -225,6 +225,7 @@ def test_whole_texts_beside_nanogpt(monkeypatch, capsys):
     assert '30.0 x nanoGPT (10.0 to 80.0)' in out and 'number of parameters' not in out
 
 
+@pytest.mark.slow
 def test_transformers_writes_exactly_what_was_asked():
     pytest.importorskip('transformers')
     who, generate = peers.generator('transformers', dict(block_size=32, n_layer=1, n_head=2, n_embd=16), 64, torch.device('cpu'), torch.float32)
