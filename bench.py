@@ -32,7 +32,7 @@ caches = 'none,dense,paged'
 cache_dtypes = 'auto'  # auto = the model's | float32 | bfloat16 | float16 | int8 | int4
 page_size = 64  # tokens in a page of a paged cache: 16 | 64 | 128
 batch_sizes = ''  # '' = 1,64 (CPU: 1,4; attention_only: 64, CPU: 4)
-contexts = ''  # tokens a sequence holds in the end; '' = 128 to 8192 (CPU: 64 to 512; attention_only: 8192, CPU: 256)
+contexts = ''  # tokens a sequence holds in the end; '' = 128 to 8192 (CPU: 128 to 512; attention_only: 8192, CPU: 256)
 prefill_chunk = 0  # tokens of each prompt in a pass; 0 = 32768 of all together
 new_tokens = 496  # of whole texts, with --peer
 prompt_tokens = 16  # they begin with

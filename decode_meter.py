@@ -90,8 +90,9 @@ def attempt(run, device):
 
 
 def release(device):
-    gc.collect()
+    """Memory that nobody holds goes back to the card."""
     if device.type == 'cuda':
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -166,7 +167,7 @@ class Plan:
         self.caches = choices(config, 'caches', ('none', *LAYOUTS))
         self.cache_dtypes = choices(config, 'cache_dtypes', ('auto', *FULL, *BITS))
         self.batches = numbers(config, 'batch_sizes', '1,4' if cpu else '1,64')
-        self.contexts = numbers(config, 'contexts', '64,128,256,512' if cpu else '128,256,512,1024,2048,4096,8192')
+        self.contexts = numbers(config, 'contexts', '128,256,512' if cpu else '128,256,512,1024,2048,4096,8192')
         self.warmup, self.steps, self.repeats = config['warmup_steps'], config['timed_steps'], config['repeats']
         self.page_size = config['page_size']
         if self.page_size not in PAGE_SIZES:
@@ -176,7 +177,7 @@ class Plan:
                 raise UserError(f'{name}={config[name]} must be at least {least}')
         least = 1 + max(self.decoded(name) for name in self.caches)
         if not config['peer'] and not config['attention_only'] and self.contexts[0] < least:
-            raise UserError(f"--contexts={config['contexts']}: the cache is too small: a context holds a prompt, warmup_steps={self.warmup} and repeats={self.repeats} "
+            raise UserError(f"--contexts={','.join(map(str, self.contexts))}: the cache is too small: a context holds a prompt, warmup_steps={self.warmup} and repeats={self.repeats} "
                             f'times timed_steps={self.steps} tokens, so it is at least {least}: raise it, or lower one of these')
         if config['peer'] and not {*self.caches} - {'none'}:
             raise UserError('--peer times whole texts decoded with a cache: use --caches=dense or paged')
