@@ -274,12 +274,13 @@ def decode():
     import attention_meter
     import decode_figures
     import decode_meter
+    import text_meter
     plan = decode_meter.Plan(config, device)
     rows = decode_meter.Rows(out_dir, 'attention' if attention_only else 'texts' if peer else 'decode', decode_meter.facts(device, stream), keep)
     if attention_only:
         attention_meter.measure(plan, rows)
     elif peer:
-        decode_meter.texts(plan, rows)
+        text_meter.texts(plan, rows)
     else:
         decode_meter.cells(plan, rows)
         decode_meter.fragmentations(plan, rows)

@@ -15,6 +15,7 @@ import decode_figures
 import decode_meter
 import machine
 import peers
+import text_meter
 from cache import BITS, FULL, Cache
 from configurator import UserError
 from test_train import exit_code, words
@@ -207,7 +208,7 @@ def test_mixed_lengths_stay_inside(batch, longest, seed):
 # whole texts
 
 def test_ratios_are_those_of_the_times():
-    assert decode_meter.ratio([10, 12, 11], [1, 0.5, 2]) == dict(ratio=11, ratio_least=5, ratio_most=24)
+    assert text_meter.ratio([10, 12, 11], [1, 0.5, 2]) == dict(ratio=11, ratio_least=5, ratio_most=24)
 
 
 def test_whole_texts_beside_nanogpt(monkeypatch, capsys):

@@ -25,7 +25,8 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
     peers={'configurator'},
-    decode_meter={'configurator', 'cache', 'checkpoint', 'machine', 'peers'},
+    decode_meter={'configurator', 'cache', 'checkpoint', 'machine'},
+    text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
     attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
     decode_figures={'figures'},
 )
