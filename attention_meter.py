@@ -174,8 +174,7 @@ def triton(held):
     """The project's own kernel on the buffers where they lie; UserError with its reason where it cannot run."""
     cache, (first, second) = held.cache, held.stores.values()
     C = first.width if held.kind == 'latent' else held.per_head
-    groups = held.H if held.kind == 'latent' else held.H * C // first.width
-    if reason := decode_kernels.reason_not_to_run(held.q.device, held.q.dtype if first.bits else first.places[0].dtype, C, groups, first.bits, group_of(first.width)):
+    if reason := decode_kernels.reason_not_to_run(held.q.device, held.q.dtype if first.bits else first.places[0].dtype, C, first.bits, group_of(first.width)):
         raise UserError(reason)
     k, v = ((*store.places, *[None] * (3 - len(store.places)), store.recent) for store in (first, second))
     q, q_pe = (part.contiguous() for part in held.q[:, :, 0].split([C, held.q.size(-1) - C], dim=-1))
