@@ -24,8 +24,13 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
     hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
+    peers={'configurator'},
+    decode_meter={'configurator', 'cache', 'checkpoint', 'machine'},
+    text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
+    attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
+    decode_figures={'figures'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
 
