@@ -51,18 +51,18 @@ from pathlib import Path
 
 import comparison
 import figures
-from runs import STOPPED, Run, lock, slots, train, write
+from runs import STOPPED, Run, lock, slots, train, write, writing
 
 out = Path(out_dir)
 picture = Path(figure or out / 'compare.png')
+if picture.suffix != '.png':
+    raise UserError(f'--figure={picture}: name a .png')
 FIXED = ('batch_size', 'block_size', 'gradient_accumulation_steps', 'dataset', 'max_iters', 'eval_interval', 'eval_iters', 'target_loss')
 OF_THE_RUN = ('out_dir', 'seed', 'init_from', 'eval_only', 'sample_tokens', 'max_minutes', 'wandb_run_name')  # compare.py's to set
 
 
 def show(found):
     """Table and pictures of what results.jsonl files hold, printed and written."""
-    if picture.suffix != '.png' or not picture.absolute().parent.is_dir():
-        raise UserError(f'--figure={picture}: name a .png in a folder that exists')
     if len(found) == 1:
         text = comparison.table(*found[0])
         write(picture.with_suffix('.md'), text)
@@ -91,6 +91,9 @@ device = machine.pick_device(config['device'])
 if device.type == 'cpu':
     config.apply_on_cpu()
 results = Path(results or out / 'results.jsonl')
+for path in (results, picture):
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
 control = control or next(iter(contenders), '')
 if not contenders:
     raise UserError('there is nothing to compare: name a config file that lists contenders, such as config/compare_shakespeare.py')

@@ -78,7 +78,7 @@ class Run:
             old = json.loads((self.folder / 'run.json').read_text())['words']
         except (OSError, ValueError, KeyError):
             return
-        if self.words is not None and old != self.words:
+        if self.words is not None and sorted(old) != sorted(self.words):
             changed = [word for word in self.words + old if (word in self.words) != (word in old)]
             raise UserError(f"{self.folder} was trained with other settings ({', '.join(changed[:4])}): "
                             'name another --out_dir, or remove that folder')
@@ -242,9 +242,14 @@ def slots(device, jobs):
         import torch
         names = os.environ.get('CUDA_VISIBLE_DEVICES')
         gpus = names.split(',') if names else [str(i) for i in range(torch.cuda.device_count())]
-        return [dict(CUDA_VISIBLE_DEVICES=gpu) for _ in range(jobs) for gpu in gpus]
-    threads = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs))) if jobs > 1 and 'OMP_NUM_THREADS' not in os.environ else {}
-    return [threads] * jobs
+        return [dict(CUDA_VISIBLE_DEVICES=gpu) | shares(jobs * len(gpus)) for _ in range(jobs) for gpu in gpus]
+    return [shares(jobs)] * jobs
+
+
+def shares(processes):
+    """Each process's share of the cores, for those that would take them all."""
+    cores = str(max(1, (os.cpu_count() or 1) // processes))
+    return {name: cores for name in ('OMP_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS') if processes > 1 and name not in os.environ}
 
 
 class Stop:

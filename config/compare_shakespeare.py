@@ -13,7 +13,7 @@ contenders = dict(
     gpt=dict(label='GPT', pos='learned', norm='layernorm', act='gelu', qk_norm=False, zero_init=False, optimizer='adamw', schedule='cosine',
              learning_rate=[1e-3, 2e-3, 4e-3]),  # as nanoGPT trains it
     mla=dict(label='MLA', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32))
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5]
 tune = dict(muon_lr=[0.015, 0.03, 0.06])
 
 dataset = 'shakespeare_char'
@@ -50,5 +50,5 @@ on_cpu = dict(
         gpt=dict(label='GPT', pos='learned', norm='layernorm', act='gelu', qk_norm=False, zero_init=False, optimizer='adamw', schedule='cosine',
                  learning_rate=[2e-3, 4e-3, 8e-3]),
         mla=dict(label='MLA', attention='mla', kv_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=16)),
-    tune=dict(muon_lr=[0.02, 0.04, 0.08]), cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64, n_layer=4, n_head=4,
-    n_embd=128, tie_weights=True, dropout=0.0, learning_rate=5e-3, warmup_iters=10, max_iters=200, eval_interval=40)
+    seeds=[1, 2, 3], tune=dict(muon_lr=[0.01, 0.02, 0.04]), cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64,
+    n_layer=4, n_head=4, n_embd=128, tie_weights=True, dropout=0.0, learning_rate=5e-3, warmup_iters=10, max_iters=200, eval_interval=40)
