@@ -51,7 +51,7 @@ from pathlib import Path
 
 import comparison
 import figures
-from runs import STOPPED, Run, lock, slots, train, write, writing
+from runs import STOPPED, Run, lock, slots, train, write
 
 out = Path(out_dir)
 picture = Path(figure or out / 'compare.png')
@@ -91,9 +91,6 @@ device = machine.pick_device(config['device'])
 if device.type == 'cpu':
     config.apply_on_cpu()
 results = Path(results or out / 'results.jsonl')
-for path in (results, picture):
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
 control = control or next(iter(contenders), '')
 if not contenders:
     raise UserError('there is nothing to compare: name a config file that lists contenders, such as config/compare_shakespeare.py')
@@ -144,13 +141,15 @@ class Contender:
             return checkpoint.new_model(settings['attention'], settings, {key: f"contender '{self.name}'" for key in given}, vocabulary)
 
     def match(self, target):
-        """Set n_inner to the multiple of 8 that brings the parameters, which grow linearly with it, nearest to `target`."""
-        begin = self.model().config.n_inner
-        here, there = (self.model(n_inner=size).num_params() for size in (begin, begin + 8))
-        size = 8 * round((begin + 8 * (target - here) / (there - here)) / 8)
-        if size < 8:
+        """Set n_inner so that the parameters, which grow linearly with it, come to `target`: a multiple of 8, or any where that is too coarse."""
+        model = self.model()
+        begin, here = model.config.n_inner, model.num_params()
+        slope = (self.model(n_inner=begin + 8).num_params() - here) / 8
+        sizes = [unit * round((begin + (target - here) / slope) / unit) for unit in (8, 1)]
+        size = next((size for size in sizes if abs(here + slope * (size - begin) - target) <= tolerance * target), sizes[1])
+        if size < 1:
             raise UserError(f"there is no n_inner that gives it the {target:,} parameters of the control '{control}'")
-        if here != target:
+        if size != begin:
             self.settings['n_inner'] = size
 
     def measure(self, base=None):
@@ -163,7 +162,8 @@ class Contender:
             self.params, self.cache_bytes, self.kind, self.shape = model.num_params(), model.cache_bytes_per_token(), kind, model.config
         except UserError as error:
             self.error, self.params, self.cache_bytes, self.kind = str(error), None, None, self.settings.get('attention', config['attention'])
-        self.ratio = self.params / base.params if base and self.params and base.params else None
+        against = (base or self).params
+        self.ratio = self.params / against if self.params and against else None
 
     def words(self, seed, tuned):
         settings = self.settings | tuned | dict(seed=seed, sample_tokens=0)
@@ -178,7 +178,7 @@ class Contender:
         """What has to be trained: the grid, unless it is a point, and then a run with each seed."""
         def folder(values):
             return out / self.name / ('tune-' + ','.join(f'{key}={value}' for key, value in values.items()))
-        self.tuning = [Run(self.name, 'tune', tune_seed, folder(point), self.words(tune_seed, point), tuned=point) for point in self.points if len(self.points) > 1]
+        self.tuning = [Run(self.name, 'tune', tune_seed, folder(point), self.words(tune_seed, point), tuned=point) for point in self.points if len(self.points) > 1 and not self.error]
         return self.tuning, [Run(self.name, 'seed', seed, out / self.name / f'seed-{seed}', needs=self.tuning) for seed in seeds]
 
     def choose(self):
@@ -262,8 +262,7 @@ if sys.stderr.isatty():
     bar = datasets.progress_bar(config['max_iters'] * len(every), 'step')
 waits = 'SLURM_ARRAY_TASK_ID' not in os.environ  # a task of an array leaves when others train all that is left
 stopped = train(every, prepare, environments, in_process, dict(shared=jobs > 1), tell, look, config['max_minutes'], waits)
-if bar:
-    bar.close()
+bar.close() if bar else None
 
 # ---------------------------------------------------------------------------------------------------
 # what there is to say
@@ -339,8 +338,7 @@ def conclude():
 
 left = sum(not run.over for run in every)
 if not stopped and left:
-    print(f'{left} runs are still being trained by other processes: the last of them writes the results')
-    sys.exit()
+    sys.exit(print(f'{left} runs are still being trained by other processes: the last of them writes the results'))
 with closing(lock(out, wait=True)):
     failed = conclude()
     if stopped:

@@ -269,13 +269,14 @@ def speed_bars(ax, found, paint, key, title):
     from matplotlib.ticker import MaxNLocator
     shown = [row for row in found if row['val_loss'] is not None]
     values = [row[key] or 0 for row in reversed(shown)]
+    most = max(values + [1])
     ax.barh(range(len(shown)), values, color=[paint[row['name']] for row in reversed(shown)], height=0.62)
     for y, value in enumerate(values):
-        ax.text(value + 0.02 * max(values + [1]), y, speed(value) if value else 'not measured', va='center', fontsize=9, color=figures.COLORS['muted'])
+        ax.text(value + 0.02 * most, y, speed(value) if value else 'not measured', va='center', fontsize=9, color=figures.COLORS['muted'])
     ax.set_yticks(range(len(shown)), [row['label'] for row in reversed(shown)])
-    ax.set_xlim(0, 1.22 * max(values + [1]))
+    ax.set_xlim(0, 1.22 * most)
     ax.xaxis.set_major_locator(MaxNLocator(4))
-    ax.xaxis.set_major_formatter(lambda value, _: f'{value / 1e3:g}k' if max(values) >= 5e3 else f'{value:g}')
+    ax.xaxis.set_major_formatter(lambda value, _: f'{value / 1e3:g}k' if most >= 5e3 else f'{value:g}')
     ax.grid(False, axis='y')
     ax.set_xlabel(title)
 
@@ -300,7 +301,8 @@ def draw(comparison, contenders, runs, path):
         top = over_steps.secondary_xaxis('top', functions=(lambda s: s * comparison['tokens_per_step'] / 1e6, lambda m: m * 1e6 / comparison['tokens_per_step']))
         top.set_xlabel('M tokens', fontsize=9.5, color=figures.COLORS['muted'])
         top.spines['top'].set_visible(False)
-        over_steps.legend(loc='upper right', fontsize=9 if len(contenders) > 4 else 10)
+        if over_steps.lines:
+            over_steps.legend(loc='upper right', fontsize=9 if len(contenders) > 4 else 10)
         pareto(ax := fig.add_subplot(grid[1, :3]), found, paint, compact=True)
         ax.set_title('loss and cache, 95 % intervals' + ('; dashed: Pareto front' if len(front(found)) > 1 else ''))
         difference_bars(ax := fig.add_subplot(grid[1, 3:]), found, paint)

@@ -93,8 +93,9 @@ def writing(path):
 
 
 def write(path, text):
-    """All of `text` to `path`, or nothing."""
+    """All of `text` to `path`, whose folders are made, or nothing."""
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
         partial.write_text(text, encoding='utf-8')
         os.replace(partial, path)
@@ -193,6 +194,7 @@ def work():
     import traceback
 
     replies, like = os.fdopen(os.dup(1), 'w'), None
+    sys.path[0] = str(HERE)  # where -c looks is the folder that it stands in
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     for line in sys.stdin:
         task = json.loads(line)
@@ -342,7 +344,6 @@ def take(run, prepare, free):
     try:
         prepare(run)
     except UserError as error:
-        run.folder.mkdir(parents=True, exist_ok=True)
         write(run.folder / 'error.txt', str(error))
     run.check()
     if run.state() in ('done', 'failed') or not free or not (held := lock(run.folder)):

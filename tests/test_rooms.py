@@ -13,6 +13,8 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     muon=set(),
     kernels=set(),
     figures={'configurator'},
+    comparison={'configurator', 'figures'},
+    runs={'configurator'},
     dataset={'configurator'},
     machine={'configurator'},
     cache={'configurator'},
@@ -24,7 +26,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
 
