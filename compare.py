@@ -25,7 +25,7 @@ retry = False  # try runs again that have failed
 # speed
 jobs = 1  # runs at a time on each GPU, or on the CPU; with more than 1 speeds and memory are not reported
 in_process = False  # one process trains run after run: no start-up and no compiling in between
-decode_tokens = 200  # tokens decoded to measure the speed, at most a block
+decode_tokens = 200  # tokens decoded to measure the speed, at most a block; 0 = do not measure it
 decode_batch = 1  # sequences at a time
 decode_repeats = 5  # the median counts, after one to warm up
 # what is left
@@ -100,7 +100,7 @@ if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 
     raise UserError(f'seeds={seeds}, tune_seed={tune_seed}: write different whole numbers of at least 0, like --seeds=[1,2,3]')
 if tune_seed in seeds:
     raise UserError(f'tune_seed={tune_seed} is one of seeds={seeds}: learning rates are chosen on a seed that is not reported')
-for name, least in dict(jobs=1, decode_tokens=2, decode_batch=1, decode_repeats=1, tolerance=0, max_minutes=0).items():
+for name, least in dict(jobs=1, decode_tokens=0, decode_batch=1, decode_repeats=1, tolerance=0, max_minutes=0).items():
     if config[name] < least:
         raise UserError(f'{name}={config[name]} must be at least {least}')
 for name in ('seed', 'init_from', 'eval_only'):
@@ -280,8 +280,8 @@ def decode(contender):
     model.stream = machine.pick_dtype(config['dtype'], device)
     model.to(device, model.stream).eval()
     prompt, times = torch.zeros(decode_batch, 1, dtype=torch.long, device=device), []
-    memory = Cache.of(model, decode_batch, asked['tokens'])
-    for _ in range(1 + decode_repeats):
+    memory = Cache.of(model, decode_batch, max(asked['tokens'], 1))
+    for _ in range(1 + decode_repeats if asked['tokens'] > 1 else 0):
         for row in range(decode_batch):
             memory.free(row)
         for i, _ in enumerate(model.generate(prompt, asked['tokens'], temperature=0, cache=memory)):
@@ -294,7 +294,7 @@ def decode(contender):
     fits = contender.shape.pos != 'learned' or long < contender.shape.block_size
     tokens = model.generate(torch.tensor([codec.encode('\n')], device=device), long, 0.8, 200, vocab_size=codec.vocab_size,
                             generator=torch.Generator(device).manual_seed(seeds[0]), cache=Cache.of(model, 1, contender.shape.block_size) if fits else None)
-    found = asked | dict(tok_per_s=decode_batch / statistics.median(times[1:]), device=machine.describe(device), dtype=str(model.stream)[6:],
+    found = asked | dict(tok_per_s=decode_batch / statistics.median(times[1:]) if times else None, device=machine.describe(device), dtype=str(model.stream)[6:],
                          cache_bytes=memory.nbytes, sample=codec.decode([token.item() for token in tokens]).strip())
     write(kept, json.dumps(found))
     return found

@@ -135,7 +135,7 @@ def table(comparison, contenders, runs):
             cells.append(speed(row['decode_tok_per_s']))
             cells.append('' if row['peak_memory'] is None else memory(row['peak_memory']))
         lines.append('| ' + ' | '.join(cells) + ' |')
-    decode = next((about['decode'] for about in contenders.values() if about.get('decode')), None)
+    decode = next((about['decode'] for about in contenders.values() if (about.get('decode') or {}).get('tok_per_s')), None)
     lines += ['', textwrap.fill(' '.join(filter(None, (
         f"{comparison['title']}. Text: {comparison['source']}; {comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens, the same ones for each contender.",
         f"The loss of a run is its best validation loss. The difference is the mean over {len(comparison['seeds'])} seeds of what a contender has more than "
@@ -246,7 +246,7 @@ def curves(ax, comparison, contenders, runs, paint, over):
         room = max(every) - min(every)
         ax.set_ylim(min(every) - 0.06 * room, max(every) + 0.06 * room)
     else:
-        ax.text(0.5, 0.5, 'not measured: runs shared a device' if over == 'seconds' else 'no losses yet', transform=ax.transAxes, ha='center', color=figures.COLORS['muted'])
+        ax.text(0.5, 0.5, 'no losses yet', transform=ax.transAxes, ha='center', color=figures.COLORS['muted'])
         ax.set_yticks([])
     ax.set_ylabel('val loss (nats per token)')
     ax.set_xlabel('seconds of training' if over == 'seconds' else 'step')
@@ -286,7 +286,8 @@ def draw(comparison, contenders, runs, path):
     found = rows(comparison, contenders, runs)
     samples = [(about['label'], name, about['decode']['sample']) for name, about in contenders.items() if (about.get('decode') or {}).get('sample')]
     samples = samples[:1] + samples[1:][-2:] if len(samples) > 3 else samples  # the first, and the last two
-    heights = [3.5, 3.5, 0.9 + 0.30 * max(2, len(contenders))] + [2.1] * bool(samples)
+    timed, decoded = (any(row[key] for row in found) for key in ('tok_per_s', 'decode_tok_per_s'))
+    heights = [3.5, 3.5] + [0.9 + 0.30 * max(2, len(contenders))] * (timed or decoded) + [2.1] * bool(samples)
     size = (figures.WIDTH, sum(heights) + 1.3)
     note = ' · '.join(filter(None, (comparison['source'], f"{comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens", f"{len(comparison['seeds'])} seeds",
                                     comparison.get('remark'))))
@@ -294,10 +295,11 @@ def draw(comparison, contenders, runs, path):
         paint = colors(contenders)
         ax.remove()
         grid = fig.add_gridspec(len(heights), 6, height_ratios=heights)
-        over_steps, over_seconds = fig.add_subplot(grid[0, :3]), fig.add_subplot(grid[0, 3:])
+        over_steps = fig.add_subplot(grid[0, :3] if timed else grid[0, :])
         curves(over_steps, comparison, contenders, runs, paint, 'steps')
-        curves(over_seconds, comparison, contenders, runs, paint, 'seconds')
-        over_seconds.set_ylabel('')
+        if timed:
+            curves(over_seconds := fig.add_subplot(grid[0, 3:]), comparison, contenders, runs, paint, 'seconds')
+            over_seconds.set_ylabel('')
         top = over_steps.secondary_xaxis('top', functions=(lambda s: s * comparison['tokens_per_step'] / 1e6, lambda m: m * 1e6 / comparison['tokens_per_step']))
         top.set_xlabel('M tokens', fontsize=9.5, color=figures.COLORS['muted'])
         top.spines['top'].set_visible(False)
@@ -307,10 +309,12 @@ def draw(comparison, contenders, runs, path):
         ax.set_title('loss and cache, 95 % intervals' + ('; dashed: Pareto front' if len(front(found)) > 1 else ''))
         difference_bars(ax := fig.add_subplot(grid[1, 3:]), found, paint)
         ax.set_title('paired difference, 95 % intervals')
-        speed_bars(fig.add_subplot(grid[2, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
-        speed_bars(fig.add_subplot(grid[2, 3:]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
+        if timed:
+            speed_bars(fig.add_subplot(grid[2, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
+        if decoded:
+            speed_bars(fig.add_subplot(grid[2, 3:] if timed else grid[2, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
         if samples:
-            ax = fig.add_subplot(grid[3, :])
+            ax = fig.add_subplot(grid[-1, :])
             ax.set_axis_off()
         for i, (label, name, text) in enumerate(samples):
             columns = {1: 110, 2: 60, 3: 38}[len(samples)]

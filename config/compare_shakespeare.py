@@ -3,7 +3,7 @@ MHA with RoPE, a plain GPT and MLA with 1/4.8 of the cache (on a CPU 1/4) on Sha
 
     python compare.py config/compare_shakespeare.py
 
-The recipe is that of train_shakespeare_mla.py. 18 runs: some ten minutes on two CPU cores, with 0.8M parameters each; on a GPU 10M.
+The recipe is that of train_shakespeare_mla.py. 20 runs: some ten minutes on two CPU cores, with 0.8M parameters each; on a GPU 10M.
 """
 out_dir = 'out-compare-shakespeare'
 title = 'Shakespeare: MHA, GPT and MLA at equal parameters'
@@ -50,5 +50,5 @@ on_cpu = dict(
         gpt=dict(label='GPT', pos='learned', norm='layernorm', act='gelu', qk_norm=False, zero_init=False, optimizer='adamw', schedule='cosine',
                  learning_rate=[2e-3, 4e-3, 8e-3]),
         mla=dict(label='MLA', attention='mla', kv_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=16)),
-    seeds=[1, 2, 3], tune=dict(muon_lr=[0.01, 0.02, 0.04]), cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64,
+    seeds=[1, 2, 3], tune=dict(muon_lr=[0.005, 0.01, 0.02, 0.04]), cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64,
     n_layer=4, n_head=4, n_embd=128, tie_weights=True, dropout=0.0, learning_rate=5e-3, warmup_iters=10, max_iters=200, eval_interval=40)
