@@ -206,7 +206,8 @@ def pareto(ax, found, paint, compact=False):
                     capsize=3, linewidth=1.4, markeredgecolor='white', zorder=3)
     on = sorted((row['cache_bytes'], row['val_loss']) for row in known if row['name'] in front(found))
     if len(on) > 1:
-        ax.step(*zip(*on), where='post', color=figures.COLORS['muted'], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        ax.step(*zip(*on), where='post', color=figures.COLORS['muted'], linewidth=1, linestyle=(0, (4, 3)), zorder=1, label='Pareto front')
+        ax.legend(loc='best', fontsize=9)
     ax.set_xscale('log', base=2)
     sizes = sorted({row['cache_bytes'] for row in known})
     if sizes:
@@ -306,7 +307,7 @@ def draw(comparison, contenders, runs, path):
         if over_steps.lines:
             over_steps.legend(loc='upper right', fontsize=9 if len(contenders) > 4 else 10)
         pareto(ax := fig.add_subplot(grid[1, :3]), found, paint, compact=True)
-        ax.set_title('loss and cache, 95 % intervals' + ('; dashed: Pareto front' if len(front(found)) > 1 else ''))
+        ax.set_title('loss over cache, 95 % intervals')
         difference_bars(ax := fig.add_subplot(grid[1, 3:]), found, paint)
         ax.set_title('paired difference, 95 % intervals')
         if timed:
@@ -317,7 +318,7 @@ def draw(comparison, contenders, runs, path):
             ax = fig.add_subplot(grid[-1, :])
             ax.set_axis_off()
         for i, (label, name, text) in enumerate(samples):
-            columns = {1: 110, 2: 60, 3: 38}[len(samples)]
+            columns = {1: 120, 2: 62, 3: 42}[len(samples)]
             lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, columns) or ['']][:11]
             ax.text(i / len(samples), 1, f'a sample of {label}', transform=ax.transAxes, va='top', fontsize=10.5, color=paint[name])
             ax.text(i / len(samples), 0.87, figures.plain('\n'.join(lines)), transform=ax.transAxes, va='top', fontsize=7.8, family='DejaVu Sans Mono', linespacing=1.35)
