@@ -117,8 +117,7 @@ def facts(comparison):
 def table(comparison, contenders, runs):
     """The results in Markdown: the table, and below it what its numbers mean and where they come from."""
     found = rows(comparison, contenders, runs)
-    lines = ['| | parameters | KV bytes a token | val loss, mean ± sd | against the control [95 % interval] | learning rate | training tok/s | decoding tok/s | peak memory |',
-             '|---|---|---|---|---|---|---|---|---|']
+    cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', 'learning rate', 'training tok/s', 'decoding tok/s', 'peak memory']]
     for row in found:
         cells = [f"{row['label']} (control)" if row['control'] else row['label']]
         cells.append('' if row['params'] is None else f"{row['params']:,}" + ('' if row['control'] or row['params_ratio'] is None else f" ({100 * row['params_ratio'] - 100:+.2f} %)"))
@@ -134,7 +133,10 @@ def table(comparison, contenders, runs):
             cells.append(speed(row['tok_per_s']))
             cells.append(speed(row['decode_tok_per_s']))
             cells.append('' if row['peak_memory'] is None else memory(row['peak_memory']))
-        lines.append('| ' + ' | '.join(cells) + ' |')
+        cells_of.append(cells)
+    shown = [i for i in range(len(cells_of[0])) if i < 5 or any(cells[i] for cells in cells_of[1:])]  # a column without numbers is left out
+    lines = ['| ' + ' | '.join(cells[i] for i in shown) + ' |' for cells in cells_of]
+    lines.insert(1, '|---' * len(shown) + '|')
     decode = next((about['decode'] for about in contenders.values() if (about.get('decode') or {}).get('tok_per_s')), None)
     lines += ['', textwrap.fill(' '.join(filter(None, (
         f"{comparison['title']}. Text: {comparison['source']}; {comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens, the same ones for each contender.",
@@ -191,7 +193,7 @@ def colors(contenders):
         names = [name for name, about in contenders.items() if about['kind'] == kind]
         base = to_rgb(figures.COLORS.get(kind, figures.COLORS['ink']))
         for i, name in enumerate(names):
-            depth = 0.0 if len(names) == 1 else -0.45 + 1.0 * i / (len(names) - 1)  # negative: towards black; positive: towards white
+            depth = 0.0 if len(names) == 1 else -0.45 + 0.85 * i / (len(names) - 1)  # negative: towards black; positive: towards white
             found[name] = to_hex([c * (1 + depth) if depth < 0 else c + (1 - c) * depth for c in base])
     return found
 
@@ -242,7 +244,7 @@ def curves(ax, comparison, contenders, runs, paint, over):
         if x:
             ax.plot(x, mean, color=paint[name], linewidth=1.8, marker='.' if len(x) < 30 else None, label=contenders[name]['label'])
             ax.fill_between(x, low, high, color=paint[name], alpha=0.18, linewidth=0)
-            every += [value for step, value in zip(steps, high) if step >= 0.12 * comparison['steps']] + low
+            every += [value for step, value in zip(steps, high) if step >= 0.25 * comparison['steps']] + low
     if every:
         room = max(every) - min(every)
         ax.set_ylim(min(every) - 0.06 * room, max(every) + 0.06 * room)
@@ -251,6 +253,7 @@ def curves(ax, comparison, contenders, runs, paint, over):
         ax.set_yticks([])
     ax.set_ylabel('val loss (nats per token)')
     ax.set_xlabel('seconds of training' if over == 'seconds' else 'step')
+    ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.6g}')
 
 
 def difference_bars(ax, found, paint):

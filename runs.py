@@ -344,7 +344,8 @@ def take(run, prepare, free):
     try:
         prepare(run)
     except UserError as error:
-        write(run.folder / 'error.txt', str(error))
+        if run.state() != 'failed':
+            write(run.folder / 'error.txt', str(error))
     run.check()
     if run.state() in ('done', 'failed') or not free or not (held := lock(run.folder)):
         return None

@@ -378,6 +378,18 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_is_trained(settings, 
     assert not list(Path().glob('cmp/*/*'))
 
 
+COMMITTED = sorted((ROOT / 'assets' / 'logs').glob('compare*.jsonl'))
+
+
+@pytest.mark.parametrize('path', COMMITTED, ids=lambda path: path.stem)
+def test_tables_of_the_readme_are_those_of_the_committed_logs(path):
+    head, contenders, lines = comparison.read(path)
+    text, readme = comparison.table(head, contenders, lines), (ROOT / 'README.md').read_text()
+    assert not [line for line in text.splitlines() if line.startswith('|') and line not in readme] and path.name in readme
+    assert all(commit in readme for commit in head['commit'].split(', ')) and not any('/work' in line.get('command', '') for line in lines)
+    assert len({line['command'] for line in lines if 'command' in line}) == len([line for line in lines if 'command' in line])
+
+
 # ---------------------------------------------------------------------------------------------------
 # kills
 
