@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from configurator import UserError
 
 HERE = Path(__file__).resolve().parent
+PROMPT = '$ python train.py '
 STOPPED = 75  # exit code of a script that was told to stop and can go on later (EX_TEMPFAIL)
 
 
@@ -126,9 +128,17 @@ def arguments(run):
     return [*run.words, f'--out_dir={run.folder}'] + ['--init_from=resume'] * ((run.folder / 'last.pt').exists())
 
 
+def open_output(folder, words):
+    """output.txt, after what earlier attempts have said, and behind a line that begins a new one."""
+    output = open(folder / 'output.txt', 'a')
+    output.write(f'{PROMPT}{shlex.join(words)}\n')
+    output.flush()
+    return output
+
+
 def reason(folder, code):
     """Why a train.py failed, in one line: its message, or the last thing it said."""
-    said = (folder / 'output.txt').read_text(errors='replace').strip().splitlines() or ['']
+    said = (folder / 'output.txt').read_text(errors='replace').rpartition(PROMPT)[2].strip().splitlines()[1:] or ['']
     told = next((line.removeprefix('error: ') for line in reversed(said) if line.startswith('error: ')), said[-1])
     return f'killed by {signal.Signals(-code).name}' if code < 0 else told[:300] or f'exit code {code}'
 
@@ -140,8 +150,9 @@ class Process:
         self.environment = environment
 
     def start(self, run, held):
-        with open(run.folder / 'output.txt', 'ab') as output:
-            self.process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *arguments(run)], env=os.environ | self.environment, stdin=subprocess.DEVNULL,
+        words = arguments(run)
+        with open_output(run.folder, words) as output:
+            self.process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *words], env=os.environ | self.environment, stdin=subprocess.DEVNULL,
                                             stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[held.fileno()] if os.name == 'posix' else ())
 
     def poll(self):
@@ -163,7 +174,7 @@ class Worker:
 
     def start(self, run, held):
         held.close()  # the worker takes it
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None:
             self.process = subprocess.Popen([sys.executable, '-c', 'import runs; runs.work()'], cwd=HERE, env=os.environ | self.environment,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
             os.set_blocking(self.process.stdout.fileno(), False)
@@ -175,17 +186,22 @@ class Worker:
     def poll(self):
         """The exit code that a train.py of its own would have had, 'busy' when another process trains it, None while it runs."""
         line = self.process.stdout.readline()
-        return json.loads(line) if line else self.process.poll()
+        code = json.loads(line) if line else self.process.poll()
+        if code not in (None, 0, self.BUSY):  # what failed there may have spoilt the device for others
+            self.close()
+        return code
 
     def stop(self):
         self.process.terminate()
 
     def close(self):
         if self.process:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.terminate()
             self.process.wait()
             self.process.stdout.close()
+            self.process = None
 
 
 def work():
@@ -201,7 +217,7 @@ def work():
         os.chdir(task['cwd'])
         held, code = lock(Path(task['folder'])), Worker.BUSY
         if held:
-            with held, open(Path(task['folder'], 'output.txt'), 'a') as output:
+            with held, open_output(Path(task['folder']), task['words']) as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 sys.stdout = sys.stderr = output

@@ -451,6 +451,19 @@ def test_a_folder_is_locked_until_its_holder_ends(tmp_path):
     runs.lock(tmp_path / 'run').close()
 
 
+def test_why_a_run_failed_is_what_it_said_last(tmp_path):
+    for said in ('error: too old\n', 'step 1\nerror: out of memory\nbye\n'):
+        with runs.open_output(tmp_path, ['--a=1 2']) as output:
+            output.write(said)
+    assert (tmp_path / 'output.txt').read_text().count("$ python train.py '--a=1 2'\n") == 2
+    assert runs.reason(tmp_path, 2) == 'out of memory' and runs.reason(tmp_path, -9) == 'killed by SIGKILL'
+    with runs.open_output(tmp_path, []) as output:
+        output.write('Traceback (most recent call last):\nKeyError: 3\n')
+    assert runs.reason(tmp_path, 1) == 'KeyError: 3'
+    runs.open_output(tmp_path, []).close()
+    assert runs.reason(tmp_path, 3) == 'exit code 3'
+
+
 def test_places_for_runs(monkeypatch):
     monkeypatch.setattr(os, 'cpu_count', lambda: 8)
     assert runs.slots(torch.device('cpu'), 1) == [{}]
