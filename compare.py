@@ -280,7 +280,7 @@ def decode(contender):
     model.stream = machine.pick_dtype(config['dtype'], device)
     model.to(device, model.stream).eval()
     prompt, times = torch.zeros(decode_batch, 1, dtype=torch.long, device=device), []
-    memory = Cache.of(model, decode_batch, max(asked['tokens'], 1))
+    memory = Cache.of(model, decode_batch, max(asked['tokens'], 1), static=device.type == 'cuda')
     for _ in range(1 + decode_repeats if asked['tokens'] > 1 else 0):
         for row in range(decode_batch):
             memory.free(row)

@@ -178,8 +178,16 @@ class Attention(nn.Module):
         if cache is None:
             y = self.attend(q, k, v)
         else:
-            held, seen = cache.extend(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
-            y = self.attend(q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen)
+            new = dict(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
+            if cache.fresh:  # a prompt: its tokens see each other and nothing else
+                cache.keep(**new)
+                y = self.attend(q, k, v)
+            elif cache.serves(q.size(2)) and self.kernel != 'eager':
+                cache.keep(**new)
+                y = cache.attend(q, self.scale)
+            else:
+                held, seen = cache.extend(**new)
+                y = self.attend(q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def attend(self, q, k, v, seen=None):

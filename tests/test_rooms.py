@@ -17,7 +17,8 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     runs={'configurator'},
     dataset={'configurator'},
     machine={'configurator'},
-    cache={'configurator'},
+    cache={'configurator', 'decode_kernels'},  # the kernels late
+    decode_kernels={'kernels'},
     decoding={'configurator'},
     model={'configurator', 'decoding', 'kernels'},
     model_mla={'configurator', 'model'},
@@ -25,8 +26,13 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
     hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
+    peers={'configurator'},
+    decode_meter={'configurator', 'cache', 'checkpoint', 'machine'},
+    text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
+    attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
+    decode_figures={'figures'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
 
