@@ -92,8 +92,8 @@ if device.type == 'cpu':
     config.apply_on_cpu()
 results = Path(results or out / 'results.jsonl')
 control = control or next(iter(contenders), '')
-if not contenders:
-    raise UserError('there is nothing to compare: name a config file that lists contenders, such as config/compare_shakespeare.py')
+if not contenders or 'dataset' not in config.given:
+    raise UserError('there is nothing to compare: name config files with contenders and a dataset, such as config/compare_shakespeare.py, and a study after it')
 if control not in contenders:
     raise UserError(f"control='{control}' is no contender; there are {', '.join(contenders)}")
 if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 <= seed < 2 ** 32 for seed in [*seeds, tune_seed]):
