@@ -21,16 +21,17 @@ from kernels import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
 SHARED = 224 * 1024  # bytes of shared memory of an H200's multiprocessor, for all its programs
-MULTIPROCESSORS, MOST_STAGES, WARPS = 132, 6, 4
+MULTIPROCESSORS, MOST_STAGES = 132, 6
+AHEAD = 0 if 'cpu' in RUNS_ON else 2  # tiles between the one that is used and the one that L2 is asked for; not under the interpreter
 
 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, tile, block, keep_one
+    global triton, tl, tile, block, fetch, tiles, keep_one
     import triton
     import triton.language as tl
-    tile, block, keep_one = triton.jit(tile), triton.jit(block), triton.jit(keep_one)
+    tile, block, fetch, tiles, keep_one = map(triton.jit, (tile, block, fetch, tiles, keep_one))
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
@@ -88,10 +89,58 @@ def block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_h
     return higher, total, y, y_high
 
 
+def fetch(start, COUNT: tl.constexpr):
+    """Asks for COUNT elements from `start` on to come into the L2 cache, a line of 128 bytes a lane."""
+    A_LINE: tl.constexpr = 128 * 8 // start.dtype.element_ty.primitive_bitwidth
+    lines = start + tl.arange(0, COUNT // A_LINE) * A_LINE
+    tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+def tiles(start, end, limit, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following, q, q_high, q_pe,
+          best, total, y, y_high, factor, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr,
+          BITS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr,
+          IEEE: tl.constexpr, AHEAD: tl.constexpr):
+    """The tiles from `start` to `end`, all of them whole or not; of none the tokens from `limit` on."""
+    CS: tl.constexpr = WIDTH // 2 if BITS == 4 else WIDTH  # what a place takes in a store's codes,
+    GS: tl.constexpr = WIDTH // GROUP if BITS else 0  # and in its scales and zeros
+    n, p = tl.arange(0, N), tl.arange(0, PP)
+    for at in tl.range(start, end, N, num_stages=STAGES):
+        inside = at + n < limit
+        if PAGE:
+            if PAGE % N == 0:  # a tile lies in one page: only its beginning needs 64 bits
+                place, base = n, following.to(tl.int64) * PAGE + at % PAGE
+                following = tl.load(table + slot * pages + tl.minimum((at + N) // PAGE, pages - 1))
+            else:
+                place, base = following.to(tl.int64) * PAGE + (at + n) % PAGE, 0
+                following = tl.load(table + slot * pages + tl.minimum((at + N + n) // PAGE, pages - 1))
+        else:
+            place, base = n, slot * size + at
+        if AHEAD and WHOLE and LATENT and C == CP and PAGE % N == 0:  # ask the L2 cache for a later tile: shared memory has no room for it yet
+            later = tl.minimum(at + AHEAD * N, tl.maximum(limit - N, 0))
+            there = tl.load(table + slot * pages + later // PAGE).to(tl.int64) * PAGE + later % PAGE if PAGE else slot * size + later
+            fetch(k_codes + there * CS, N * CS)
+            if P:
+                fetch(pes + there * P, N * P)
+        k, k_high = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
+                         C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
+        if LATENT:
+            v, v_high = k, k_high
+        else:
+            v, v_high = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
+                             C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
+        if P:
+            pe = pes + base * P + place[:, None] * P + p[None, :]
+            pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
+        else:
+            pe = k
+        best, total, y, y_high = block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, WHOLE, IEEE)
+    return best, total, y, y_high, following
+
+
 def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_codes, v_scales, v_zeros, v_recent, pes, table, lengths, rows,
                   out, lse, factor, splits, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
                   P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
-                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr):
+                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, IEEE: tl.constexpr):
     """Program (split, kv head and tile of its heads, sequence): y (C, G) of its part of the sequence, and log2 of its softmax's sum."""
     split, b = tl.program_id(0), tl.program_id(2)
     TILES: tl.constexpr = (H // K + G - 1) // G
@@ -103,8 +152,6 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
 
     PACK: tl.constexpr = 2 if BITS == 4 else 1
     WIDTH: tl.constexpr = K * C
-    CS: tl.constexpr = WIDTH // PACK  # what a place takes in a store's codes,
-    GS: tl.constexpr = WIDTH // GROUP  # and in its scales and zeros
     dtype: tl.constexpr = queries.dtype.element_ty
     g, c, p, n = tl.arange(0, G), tl.arange(0, CP // PACK), tl.arange(0, PP), tl.arange(0, N)
     mine = first + g < H // K
@@ -124,32 +171,14 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
     early = tl.maximum(early, start)
     whole = start + (early - start) // N * N
     # A tile's pages are asked for while the tile before is read: an address that waits for a load could not be fetched ahead.
-    following = tl.load(table + slot * pages + tl.minimum((start + (n if PAGE % N else 0)) // PAGE, pages - 1)) if PAGE else 0
-    for part in tl.static_range(2):  # whole tiles, then the rest of one
-        WHOLE: tl.constexpr = part == 0
-        for at in tl.range(start if WHOLE else whole, whole if WHOLE else early, N, num_stages=STAGES if WHOLE else 2):
-            inside = at + n < early
-            if PAGE:
-                if PAGE % N == 0:  # a tile lies in one page: only its beginning needs 64 bits
-                    place, base = n, following.to(tl.int64) * PAGE + at % PAGE
-                else:
-                    place, base = following.to(tl.int64) * PAGE + (at + n) % PAGE, 0
-                following = tl.load(table + slot * pages + tl.minimum((at + N + (n if PAGE % N else 0)) // PAGE, pages - 1))
-            else:
-                place, base = n, slot * size + at
-            k, k_high = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
-                             C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
-            if LATENT:
-                v, v_high = k, k_high
-            else:
-                v, v_high = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
-                                 C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
-            if P:
-                pe = pes + base * P + place[:, None] * P + p[None, :]
-                pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
-            else:
-                pe = k
-            best, total, y, y_high = block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, WHOLE, IEEE)
+    if PAGE:
+        following = tl.load(table + slot * pages + tl.minimum((start + n if PAGE % N else start) // PAGE, pages - 1))
+    else:
+        following = 0
+    best, total, y, y_high, following = tiles(start, whole, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
+                                              q, q_high, q_pe, best, total, y, y_high, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, True, N, STAGES, dtype, IEEE, AHEAD)
+    best, total, y, y_high, following = tiles(whole, early, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
+                                              q, q_high, q_pe, best, total, y, y_high, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, False, N, 2, dtype, IEEE, 0)
     if W:  # the last W tokens, in full precision, in a ring of their own
         for at in tl.range(tl.maximum(early, length - W), end, N, num_stages=2):
             inside = at + n < end
@@ -256,8 +285,8 @@ def power_of_2(n, least=16):
 
 def plan(B, K, heads, C, P, latent, bits, size):
     """
-    Heads of a program, tokens of a tile, stages of its loop, and parts of a sequence: tiles of about 32 KiB, at least two
-    on their way, and enough programs to fill the card in waves that are nearly full.
+    Heads of a program, tokens of a tile, stages of its loop, parts of a sequence, warps, and tiles that L2 is asked for ahead:
+    tiles of about 32 KiB, two or more in shared memory, and enough programs to fill the card in waves that are nearly full.
     """
     G = min(64, power_of_2(heads))
     C, P = power_of_2(C), power_of_2(P) if P else 0  # as they lie in shared memory
@@ -273,7 +302,7 @@ def plan(B, K, heads, C, P, latent, bits, size):
     programs = B * K * -(-heads // G)
     splits = max(range(1, max(1, size // (2 * N)) + 1),
                  key=lambda s: (round(programs * s / (-(-programs * s // resident) * resident), 1), -s))
-    return G, N, stages, splits
+    return G, N, stages, splits, 8 if bits and C > 256 else 4, AHEAD if latent and not bits else 0
 
 
 def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_size=0, rows=None, bits=0, group=1, window=0, splits=0):
@@ -288,7 +317,7 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     B, H, C = q.shape
     width = k[0].size(1) * (2 if bits == 4 else 1)
     K, latent = width // C, v is None
-    G, N, stages, best = plan(B, K, H // K, C, 0 if q_pe is None else q_pe.size(-1), latent, bits, size)
+    G, N, stages, best, warps, ahead = plan(B, K, H // K, C, 0 if q_pe is None else q_pe.size(-1), latent, bits, size)
     splits = splits or best
     P = 0 if q_pe is None else q_pe.size(-1)
     out = q.new_empty(B, H, C)
@@ -298,7 +327,7 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     kernels().decode[(splits, K * -(-(H // K) // G), B)](
         q, q_pe, kc, ks, kz, kr, vc, vs, vz, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
         H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window if kr is not None else 0, page_size if table is not None else 0,
-        rows is not None, N, stages, 'ieee' if q.dtype == torch.float32 else 'tf32', num_warps=WARPS)
+        rows is not None, N, stages, ahead, 'ieee' if q.dtype == torch.float32 else 'tf32', num_warps=warps)
     if splits > 1:
         kernels().join[(B * H,)](parts, lse, out, splits, C, power_of_2(C), power_of_2(splits, 1), num_warps=4)
     return out
