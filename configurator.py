@@ -10,6 +10,7 @@ A script opens with its settings as a page of plain assignments and then hands t
 The page is read from the script's source, so a setting's type is the type of its default, and --help
 shows its comment. A config file holds `name = literal`, where arithmetic on literals and on other
 settings is fine, and may hold `on_cpu = dict(name=literal, ...)`: values for a machine without a GPU.
+A setting whose default is a list or a table takes lists and tables of such values, in any depth.
 """
 import ast
 import difflib
@@ -24,7 +25,7 @@ import tokenize
 from collections import OrderedDict
 
 TAKES = {int: 'a whole number (int)', float: 'a number (float)', bool: 'True or False (bool)',
-         str: 'quoted text (str)'}
+         str: 'quoted text (str)', list: 'a list, [...]', dict: 'a table, dict(name=value, ...)'}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
               ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
@@ -63,6 +64,11 @@ class Settings(dict):
             self[name] = self._script[name] = value
             self.given[name] = where
         return {name: value for name, (value, _) in self._on_cpu.items()}
+
+    def checked(self, name, value, where):
+        """`value` in the type of the setting `name`; UserError, with `where` it was found, when it has another or the setting does not exist."""
+        _check_name(self, name, where)
+        return _check_type(self, name, value, where)
 
     def echo(self):
         """The settings that differ from the script's defaults, one `name = value  (where)` a line."""
@@ -143,7 +149,7 @@ def _read_page(path):
                 and isinstance(node.targets[0], ast.Name) and node.targets[0].id[0] != '_'):
             continue
         try:
-            default = _evaluate(node.value, {})
+            default = _evaluate_nested(node.value, {})
         except ValueError:  # not a literal: the script's own business
             continue
         row, above = node.lineno - 1, []
@@ -204,7 +210,8 @@ def _read_argument(config, arg, following):
         value = {'True': True, 'true': True, 'False': False, 'false': False}.get(text.strip(), text)
     elif kind is not str:
         try:
-            value = _evaluate(ast.parse(text.strip(), mode='eval').body, {})
+            evaluate = _evaluate_nested if kind in (list, dict) else _evaluate
+            value = evaluate(ast.parse(text.strip(), mode='eval').body, {})
         except UNPARSABLE:
             pass  # stays text, which is no number
     config[name] = _check_type(config, name, value, _short(arg))
@@ -227,14 +234,7 @@ def _read_file(config, path):
             case ast.Expr(value=ast.Constant(value=str())) if node is tree.body[0]:
                 pass  # the docstring
             case ast.Assign(targets=[ast.Name(id='on_cpu')], value=table):
-                match table:
-                    case ast.Call(func=ast.Name(id='dict'), args=[], keywords=pairs):
-                        pairs = [(pair.arg, pair.value) for pair in pairs]
-                    case ast.Dict(keys=keys, values=values):
-                        pairs = [(getattr(key, 'value', None), value) for key, value in zip(keys, values)]
-                    case _:
-                        pairs = [(None, table)]
-                for name, value in pairs:
+                for name, value in [(None, table)] if (pairs := _pairs(table)) is None else pairs:
                     where = f'{path}:{value.lineno}'
                     if not isinstance(name, str):
                         raise UserError(f'{where}: write on_cpu = dict(name=literal, ...)')
@@ -281,7 +281,7 @@ def _file_value(config, name, node, source, where):
     """-> the value of `name = node` in a config file, its name and type checked."""
     _check_name(config, name, where)
     try:
-        value = _evaluate(node, config)
+        value = (_evaluate_nested if type(config[name]) in (list, dict) else _evaluate)(node, config)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{where}: {name} = {_quote(source, node)}: {error}') from None
     return _check_type(config, name, value, where)
@@ -333,6 +333,27 @@ def _evaluate(node, names):
     if type(value) in (int, float) and abs(value) > sys.float_info.max:
         raise ValueError('the number is too large')
     return value
+
+
+def _pairs(table):
+    """dict(name=value, ...) or {key: value, ...} as (key, value's node) pairs; a key that is no text is None. None: it is no table."""
+    match table:
+        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=pairs):
+            return [(pair.arg, pair.value) for pair in pairs]
+        case ast.Dict(keys=keys, values=values):
+            keys = [getattr(key, 'value', None) for key in keys]
+            return [(key if isinstance(key, str) else None, value) for key, value in zip(keys, values)]
+
+
+def _evaluate_nested(node, names):
+    """Like _evaluate; also lists of such values, and tables of them with texts as keys."""
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_evaluate_nested(item, names) for item in node.elts]
+    if (pairs := _pairs(node)) is None:
+        return _evaluate(node, names)
+    if None in (keys := [key for key, _ in pairs]) or len(set(keys)) < len(keys):
+        raise ValueError('a table has texts as keys, each once: dict(name=value, ...)')
+    return {key: _evaluate_nested(value, names) for key, value in pairs}
 
 
 # ---- words ----

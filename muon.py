@@ -33,12 +33,13 @@ class Muon(torch.optim.Optimizer):
     """
     Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / cols)); decoupled weight decay.
 
-    A weight that stacks several matrices says so in `weight.splits` (rows of each); they are taken
-    apart first. `lr` may be a 0-dim tensor on the device, so that a CUDA graph can read a new value.
+    A weight that stacks several matrices says so in `weight.splits` (rows of each); with split=True they are
+    taken apart first. `lr` may be a 0-dim tensor on the device, so that a CUDA graph can read a new value.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5, split=True):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+        self.split = split
 
     @torch.no_grad()
     def step(self):
@@ -56,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
             alike = defaultdict(list)
             for p, update in zip(params, updates):
-                splits = getattr(p, 'splits', [p.size(0)])
+                splits = getattr(p, 'splits', [p.size(0)]) if self.split else [p.size(0)]
                 for weight, piece in zip(p.split(splits), update.split(splits)):
                     alike[weight.shape].append((weight, piece))
             for (rows, cols), pairs in alike.items():
@@ -66,11 +67,11 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_sub_(list(weights), list(moves.unbind()))
 
 
-def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False):
+def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False, split=True):
     """
     The optimizers for `model`, as a list: AdamW for all, or Muon for the blocks' matrices and AdamW
     for embeddings, head, norms and biases. Only matrices decay. Every group keeps its peak rate as
-    'base_lr'; with `graph` rates are tensors on the device.
+    'base_lr'; with `graph` rates are tensors on the device; `split` as in Muon.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     device = named[0][1].device
@@ -85,7 +86,7 @@ def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=F
             group([p for p in rest if p.ndim < 2], learning_rate, 0.0)]
     made = [torch.optim.AdamW([g for g in adam if g['params']], betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph)]
     if hidden:
-        made.append(Muon([group(hidden, muon_lr, weight_decay)]))
+        made.append(Muon([group(hidden, muon_lr, weight_decay)], split=split))
     return made
 
 

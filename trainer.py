@@ -55,7 +55,8 @@ class Trainer:
             raise UserError('--fp8_head=True needs a CUDA GPU and --fused_loss=True: use --fp8_head=False')
         self.accumulation = s.gradient_accumulation_steps // self.world
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizers = optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2), graph=s.cuda_graph)
+        self.optimizers = optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2), graph=s.cuda_graph,
+                                     split=s.muon_split)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.stream == torch.float16)
         self.average = MovingAverage(model, s.ema_decay) if s.ema_decay else None
         self.graph, self.eager_steps = None, 0

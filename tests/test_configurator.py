@@ -4,6 +4,7 @@ import json
 import keyword
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -45,7 +46,7 @@ pair = wide = 3
 nothing = None
 raw = b'x'
 root = (-1) ** 0.5
-table = {'a': 1}
+table = {'a': len('b')}
 typed: int = 3
 computed = len('abc')
 if True:
@@ -102,6 +103,60 @@ def run(*argv):
     here = os.path.dirname(os.path.abspath(configurator.__file__))
     return subprocess.run([sys.executable, 'toy.py', *argv], capture_output=True, text=True,
                           env={**os.environ, 'PYTHONPATH': here})
+
+
+# ---- lists and tables ----
+
+@pytest.fixture
+def nested(lab):
+    """nested(*argv) -> Settings of a script with settings that are a list and a table."""
+    (lab / 'nested.py').write_text("n = 3  # a number\nseeds = [1, 2]  # a list\nrunners = {}  # a table\nconfig = configure(globals())\n")
+    return lambda *argv: configure({'__file__': os.path.abspath('nested.py')}, list(argv))
+
+
+def test_lists_and_tables_have_values_of_any_depth(nested):
+    assert nested() == dict(n=3, seeds=[1, 2], runners={})
+    write("n = 4\nseeds = [n, n ** 2, -1]\nrunners = dict(a=dict(rate=[1e-3, 2 * n], on=True), b={}, **{})\n".replace(', **{}', ''))
+    assert nested('config/x.py') == dict(n=4, seeds=[4, 16, -1], runners=dict(a=dict(rate=[1e-3, 8], on=True), b={}))
+    config = nested('--seeds=[3]', "--runners={'a': {'rate': [1, 2]}}")
+    assert config['seeds'] == [3] and config['runners'] == dict(a=dict(rate=[1, 2])) and config.given['seeds'] == '--seeds=[3]'
+    assert nested('--runners=dict(a=dict(b=(1, 2)))')['runners'] == dict(a=dict(b=[1, 2]))
+
+
+def test_a_machine_without_a_gpu_has_its_own_lists_and_tables(nested):
+    write('seeds = [1, 2, 3]\non_cpu = dict(seeds=[7], runners=dict(a=dict(b=1)))')
+    config = nested('config/x.py')
+    assert config['seeds'] == [1, 2, 3]
+    assert config.apply_on_cpu() == dict(seeds=[7], runners=dict(a=dict(b=1))) and config['seeds'] == [7]
+
+
+@pytest.mark.parametrize('line, message', [
+    ('seeds = 3', 'seeds takes a list, [...], not 3 (int)'),
+    ('seeds = dict(a=1)', 'seeds takes a list'),
+    ('runners = [1]', 'runners takes a table, dict(name=value, ...), not [1] (list)'),
+    ('n = [1]', 'a value is a literal'),
+    ('seeds = [print()]', 'a value is a literal'),
+    ('seeds = [x for x in (1, 2)]', 'a value is a literal'),
+    ('runners = dict(a=open("x"))', 'a value is a literal'),
+    ('runners = {1: 2}', 'a table has texts as keys'),
+    ('runners = {"a": 1, "a": 2}', 'a table has texts as keys, each once'),
+    ('runners = dict(**{})', 'a table has texts as keys'),
+    ('runners = dict([("a", 1)])', 'a value is a literal'),
+    ('runners = dict(a=nn)', 'nn is not a setting; did you mean n?'),
+])
+def test_what_is_no_list_or_table_is_told(nested, line, message):
+    write(line)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        nested('config/x.py')
+    assert str(caught.value).startswith('config/x.py:1: ')
+
+
+def test_a_script_checks_values_inside_of_its_tables(nested):
+    config = nested()
+    assert config.checked('n', 5, 'here') == 5
+    for name, value, message in (('m', 5, "here: unknown setting 'm'"), ('n', 'five', 'here: n takes a whole number')):
+        with pytest.raises(UserError, match=re.escape(message)):
+            config.checked(name, value, 'here')
 
 
 # ---- what a setting is ----

@@ -233,3 +233,26 @@ def test_swapped_in_restores_bit_for_bit(tiny, tokens):
     with average.swapped_in():
         pass
     assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own))
+
+
+def test_stacked_matrices_may_be_taken_whole():
+    torch.manual_seed(0)
+    stacked, update = torch.randn(24, 8), torch.randn(24, 8)
+    moves = {}
+    for split in (True, False):
+        weight = torch.nn.Parameter(stacked.clone())
+        weight.splits = [16, 8]
+        weight.grad = update.clone()
+        optimizer = Muon([weight], lr=1.0, momentum=0.0, split=split)
+        optimizer.step()
+        moves[split] = stacked - weight.detach()
+    one = torch.nn.Parameter(stacked.clone())
+    one.grad = update.clone()
+    Muon([one], lr=1.0, momentum=0.0).step()
+    assert torch.equal(moves[False], stacked - one.detach()) and not torch.allclose(moves[False], moves[True], atol=0.05)
+    assert (torch.linalg.svdvals(moves[True][16:]) > 0.5).all()  # each of its parts is orthogonal by itself
+
+
+def test_the_setting_reaches_muon(tiny):
+    for split in (True, False):
+        assert optimizers(tiny('mla'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), split=split)[1].split is split

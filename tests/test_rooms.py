@@ -13,6 +13,8 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     muon=set(),
     kernels=set(),
     figures={'configurator'},
+    comparison={'configurator', 'figures'},
+    runs={'configurator'},
     dataset={'configurator'},
     machine={'configurator'},
     cache={'configurator', 'decode_kernels'},  # the kernels late
@@ -30,7 +32,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
     decode_figures={'figures'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
 

@@ -1,0 +1,346 @@
+"""
+What a comparison found: numbers from the lines of its results.jsonl, as a table and as pictures.
+
+The file is all that is needed. Its lines are the comparison (what was asked for), then each contender,
+then each run with its losses. Everything here is computed from them, so a table or a figure can be made
+again at any time, on a machine without torch.
+
+Validation losses are in nats a token; the loss of a run is the best of its evaluations, the one whose
+weights train.py keeps. Runs of one seed share batches and evaluation, so contenders are compared seed by
+seed: the difference to the control is a mean over seeds with a 95 % confidence interval by Student's t.
+"""
+import json
+import math
+import statistics
+import textwrap
+
+import figures
+from configurator import UserError
+
+
+# ---------------------------------------------------------------------------------------------------
+# numbers
+
+def t_quantile(probability, freedom):
+    """
+    The quantile of Student's t distribution with a whole number of degrees of freedom, by bisection on its
+    cumulative distribution, which is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    def two_sided(t):  # P(|T| < t)
+        angle = math.atan(t / math.sqrt(freedom))
+        cos2, term, total = math.cos(angle) ** 2, 1.0, 0.0
+        for k in range(freedom % 2 + 1, freedom, 2):  # 1, 3, ... or 2, 4, ...
+            total += term
+            term *= cos2 * k / (k + 1)
+        if freedom % 2 == 0:
+            return math.sin(angle) * total
+        return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
+
+    low, high = 0.0, 1.0
+    while two_sided(high) < 2 * probability - 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle) < 2 * probability - 1 else (low, middle)
+    return high
+
+
+def interval(differences):
+    """Mean of paired differences and the half width of its 95 % confidence interval by Student's t; None with fewer than two."""
+    mean, n = statistics.fmean(differences), len(differences)
+    return mean, t_quantile(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
+
+
+def read(path):
+    """(comparison, contenders, runs) of a results.jsonl: a dict, a dict by name, a list of dicts. UserError when it is none."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            lines = [json.loads(line) for line in file if line.strip()]
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): run the comparison first, or name its --results') from None
+    except ValueError:
+        raise UserError(f'{path} is damaged or no results.jsonl: run compare.py again, which writes it from the runs') from None
+    if not lines or not isinstance(lines[0], dict) or lines[0].get('event') != 'comparison':
+        raise UserError(f'{path} holds no comparison: name the results.jsonl that compare.py wrote')
+    contenders = {line['name']: line for line in lines if line.get('event') == 'contender'}
+    return lines[0], contenders, [line for line in lines if line.get('event') == 'run']
+
+
+def rows(comparison, contenders, runs):
+    """One dict a contender, in their order: the columns of the table, None where something is not known."""
+    scored = {name: {run['seed']: run for run in runs if run['contender'] == name and run['role'] == 'seed' and 'val_loss' in run}
+              for name in contenders}
+    control = scored.get(comparison['control'], {})
+    found = []
+    for name, about in contenders.items():
+        mine = scored[name]
+        losses = [run['val_loss'] for run in mine.values()]
+        pairs = [mine[seed]['val_loss'] - control[seed]['val_loss'] for seed in comparison['seeds'] if seed in mine and seed in control]
+        errors = [about.get('error')] + [run.get('error') for run in runs if run['contender'] == name and run['role'] == 'seed']
+        difference, half = interval(pairs) if pairs and name != comparison['control'] else (None, None)
+        speeds = [run['tok_per_s'] for run in mine.values() if not run['shared'] and run['tok_per_s']]
+        memory = [run['peak_memory'] for run in mine.values() if not run['shared'] and run['peak_memory']]
+        found.append(dict(
+            name=name, label=about['label'], kind=about['kind'], control=name == comparison['control'], seeds=len(losses), wanted=len(comparison['seeds']),
+            params=about.get('params'), params_ratio=about.get('params_ratio'), cache_bytes=about.get('cache_bytes'),
+            cache_ratio=about['cache_bytes'] / contenders[comparison['control']]['cache_bytes']
+            if about.get('cache_bytes') and contenders.get(comparison['control'], {}).get('cache_bytes') else None,
+            val_loss=statistics.fmean(losses) if losses else None, sd=statistics.stdev(losses) if len(losses) > 1 else None,
+            difference=difference, half=half, percent=100 * difference / statistics.fmean(run['val_loss'] for run in control.values()) if pairs and difference is not None else None,
+            tuned=about.get('tuned') or {}, at_edge=about.get('at_edge', False), tok_per_s=statistics.median(speeds) if speeds else None,
+            decode_tok_per_s=(about.get('decode') or {}).get('tok_per_s'), peak_memory=max(memory) if memory else None,
+            error=next((error for error in errors if error), None)))
+    return found
+
+
+def front(found):
+    """Names of the rows on the Pareto front: no other one has a smaller cache and at most the loss, or the same cache and less loss."""
+    known = [row for row in found if row['val_loss'] is not None and row['cache_bytes']]
+    return [row['name'] for row in known if not any(
+        other['cache_bytes'] <= row['cache_bytes'] and other['val_loss'] <= row['val_loss']
+        and (other['cache_bytes'] < row['cache_bytes'] or other['val_loss'] < row['val_loss']) for other in known)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# words
+
+def memory(size):
+    return f'{size / 2 ** 30:.2f} GiB' if size >= 2 ** 30 else f'{size / 2 ** 20:.0f} MiB'
+
+
+def facts(comparison):
+    """Where the numbers come from, for the end of a table and the footer of a figure."""
+    return ' · '.join(filter(None, (f"commit {comparison['commit']}", f"seeds {', '.join(map(str, comparison['seeds']))}", comparison['device'],
+                                    comparison['dtype'], f"torch {comparison['torch']}", comparison['date'])))
+
+
+def table(comparison, contenders, runs):
+    """The results in Markdown: the table, and below it what its numbers mean and where they come from."""
+    found = rows(comparison, contenders, runs)
+    cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', 'learning rate', 'training tok/s', 'decoding tok/s', 'peak memory']]
+    for row in found:
+        cells = [f"{row['label']} (control)" if row['control'] else row['label']]
+        cells.append('' if row['params'] is None else f"{row['params']:,}" + ('' if row['control'] or row['params_ratio'] is None else f" ({100 * row['params_ratio'] - 100:+.2f} %)"))
+        cells.append('' if not row['cache_bytes'] else f"{row['cache_bytes']:,}" + ('' if row['control'] or not row['cache_ratio'] else f" ({share(row['cache_ratio'])})"))
+        if row['error'] and row['val_loss'] is None:
+            cells += [f"failed: {row['error']}".replace('|', '\\|')] + [''] * 5
+        else:
+            cells.append('' if row['val_loss'] is None else f"{row['val_loss']:.4f}" + ('' if row['sd'] is None else f" ± {row['sd']:.4f}")
+                         + ('' if row['seeds'] == row['wanted'] else f" ({row['seeds']} of {row['wanted']} seeds)"))
+            cells.append('' if row['difference'] is None else f"{row['difference']:+.4f}" + ('' if row['half'] is None else
+                         f" [{row['difference'] - row['half']:+.4f}, {row['difference'] + row['half']:+.4f}]") + f", {row['percent']:+.2f} %")
+            cells.append(', '.join(f'{value:g}' for value in row['tuned'].values()) + ('*' if row['at_edge'] else ''))
+            cells.append(speed(row['tok_per_s']))
+            cells.append(speed(row['decode_tok_per_s']))
+            cells.append('' if row['peak_memory'] is None else memory(row['peak_memory']))
+        cells_of.append(cells)
+    shown = [i for i in range(len(cells_of[0])) if i < 5 or any(cells[i] for cells in cells_of[1:])]  # a column without numbers is left out
+    lines = ['| ' + ' | '.join(cells[i] for i in shown) + ' |' for cells in cells_of]
+    lines.insert(1, '|---' * len(shown) + '|')
+    decode = next((about['decode'] for about in contenders.values() if (about.get('decode') or {}).get('tok_per_s')), None)
+    lines += ['', textwrap.fill(' '.join(filter(None, (
+        f"{comparison['title']}. Text: {comparison['source']}; {comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens, the same ones for each contender.",
+        f"The loss of a run is its best validation loss. The difference is the mean over {len(comparison['seeds'])} seeds of what a contender has more than "
+        f"'{contenders[comparison['control']]['label']}' with the same seed and batches, with Student's t interval (95 %, {len(comparison['seeds']) - 1} degrees of freedom)."
+        if len(comparison['seeds']) > 1 else '',
+        grid_words(comparison, contenders, found),
+        'Caches are counted in bf16, all layers.',
+        f"Decoding: {decode['batch']} sequence{'s' * (decode['batch'] > 1)}, {decode['tokens']} tokens, dense cache, {decode['dtype']}, on {decode['device']}, median of {decode['repeats']}." if decode else '',
+        comparison.get('remark', ''),
+        'Runs shared a device, so speeds and memory are not reported.' if any(run['shared'] for run in runs) else '',
+        'Memory on a CPU is that of the whole process.' if comparison['device'].startswith('CPU') and not any(run['shared'] for run in runs) else ''))), 140),
+        '', facts(comparison)]
+    changes = [f"- {about['label']}: " + ', '.join(f'{key}={value}' for key, value in about['differs'].items()) for about in contenders.values() if about.get('differs')]
+    if changes:
+        lines += ['', 'What differs from the control, by settings of train.py:', '', *changes]
+    failed = [f"- {run['contender']}, {run['role']} {run['seed']} {run['tuned'] or ''}: {run['error']}" for run in runs if run.get('error')]
+    if failed:
+        lines += ['', 'Runs that failed:', '', *failed]
+    samples = [(about['label'], about['decode']['sample']) for about in contenders.values() if (about.get('decode') or {}).get('sample')]
+    for label, text in samples:
+        lines += ['', f'A sample of {label}:', '', *('    ' + line for line in text.splitlines())]
+    return '\n'.join(lines) + '\n'
+
+
+def speed(value):
+    return '' if value is None else f'{value / 1e3:,.0f}k' if value >= 1e4 else f'{value:,.0f}'
+
+
+def share(ratio):
+    """0.2083 -> '1/4.8'"""
+    return f'1/{1 / ratio:.3g}' if ratio < 1 else f'{ratio:.3g} ×' if ratio > 1 else 'equal'
+
+
+def grid_words(comparison, contenders, found):
+    grids = {}
+    for name, about in contenders.items():
+        if about.get('grid'):
+            grids.setdefault('; '.join(f"{key} of {', '.join(f'{value:g}' for value in values)}" for key, values in about['grid'].items()), []).append(about['label'])
+    if not grids:
+        return 'The learning rate was not tuned.'
+    text = ' '.join(f'{words}' + (f" for {', '.join(labels)}" if len(grids) > 1 else '') + '.' for words, labels in grids.items())
+    return f"Tuned on seed {comparison['tune_seed']}: {text}" + (' * the best value stands at the end of its grid.' if any(row['at_edge'] for row in found) else '')
+
+
+# ---------------------------------------------------------------------------------------------------
+# pictures
+
+def colors(contenders):
+    """name -> colour: the attention's own, in shades from dark to light where several contenders have one kind."""
+    from matplotlib.colors import to_hex, to_rgb
+    found = {}
+    for kind in {about['kind'] for about in contenders.values()}:
+        names = [name for name, about in contenders.items() if about['kind'] == kind]
+        base = to_rgb(figures.COLORS.get(kind, figures.COLORS['ink']))
+        for i, name in enumerate(names):
+            depth = 0.0 if len(names) == 1 else -0.45 + 0.85 * i / (len(names) - 1)  # negative: towards black; positive: towards white
+            found[name] = to_hex([c * (1 + depth) if depth < 0 else c + (1 - c) * depth for c in base])
+    return found
+
+
+def pareto(ax, found, paint, compact=False):
+    """Val loss over cache bytes per token, with 95 % intervals of the mean over seeds, and the front as steps."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+    known = [row for row in found if row['val_loss'] is not None and row['cache_bytes']]
+    for row in known:
+        spread = t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds']) if row['sd'] is not None else None
+        ax.errorbar(row['cache_bytes'], row['val_loss'], yerr=spread, color=paint[row['name']], marker='s' if row['control'] else 'o', markersize=7,
+                    capsize=3, linewidth=1.4, markeredgecolor='white', zorder=3)
+    on = sorted((row['cache_bytes'], row['val_loss']) for row in known if row['name'] in front(found))
+    if len(on) > 1:
+        ax.step(*zip(*on), where='post', color=figures.COLORS['muted'], linewidth=1, linestyle=(0, (4, 3)), zorder=1, label='Pareto front')
+        ax.legend(loc='best', fontsize=9)
+    ax.set_xscale('log', base=2)
+    sizes = sorted({row['cache_bytes'] for row in known})
+    if sizes:
+        ax.set_xlim(sizes[0] / 1.35, sizes[-1] * 1.35)
+        apart = [size for i, size in enumerate(sizes) if i == 0 or size / sizes[i - 1] > 1.25]
+        ax.set_xticks(apart if len(apart) <= (4 if compact else 8) else apart[::2])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f'{size:,.0f}'))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.minorticks_off()
+    ax.set_xlabel('cache, bytes per token (bf16)')
+    ax.set_ylabel('val loss (nats per token)')
+
+
+def mean_curve(runs, key):
+    """(steps, mean over runs, least, most) of an evaluation's number, at the steps that all runs have."""
+    runs = [run for run in runs if run.get(key)]
+    steps = sorted(set.intersection(*(set(run['eval_steps']) for run in runs))) if runs else []
+    values = [[run[key][run['eval_steps'].index(step)] for run in runs] for step in steps]
+    return steps, [statistics.fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def curves(ax, comparison, contenders, runs, paint, over):
+    """Validation losses, mean over seeds with their range, over steps or over seconds of training."""
+    every = []
+    for name in contenders:
+        mine = [run for run in runs if run['contender'] == name and run['role'] == 'seed' and 'val_loss' in run]
+        steps, mean, low, high = mean_curve(mine, 'eval_losses')
+        x = steps
+        if over == 'seconds':
+            speeds = [run['tok_per_s'] for run in mine if not run['shared'] and run['tok_per_s']]
+            x = [step * comparison['tokens_per_step'] / statistics.median(speeds) for step in steps] if speeds else []
+        if x:
+            ax.plot(x, mean, color=paint[name], linewidth=1.8, marker='.' if len(x) < 30 else None, label=contenders[name]['label'])
+            ax.fill_between(x, low, high, color=paint[name], alpha=0.18, linewidth=0)
+            every += [value for step, value in zip(steps, high) if step >= 0.25 * comparison['steps']] + low
+    if every:
+        room = max(every) - min(every)
+        ax.set_ylim(min(every) - 0.06 * room, max(every) + 0.06 * room)
+    else:
+        ax.text(0.5, 0.5, 'no losses yet', transform=ax.transAxes, ha='center', color=figures.COLORS['muted'])
+        ax.set_yticks([])
+    ax.set_ylabel('val loss (nats per token)')
+    ax.set_xlabel('seconds of training' if over == 'seconds' else 'step')
+    ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.6g}')
+
+
+def difference_bars(ax, found, paint):
+    """Paired differences to the control with their intervals, a row each, best on top."""
+    shown = [row for row in found if row['difference'] is not None]
+    for y, row in enumerate(reversed(shown)):
+        ax.errorbar(row['difference'], y, xerr=row['half'], color=paint[row['name']], marker='o', markersize=6, capsize=3, linewidth=1.6)
+    ax.axvline(0, color=figures.COLORS['ink'], linewidth=1)
+    ax.set_yticks(range(len(shown)), [row['label'] for row in reversed(shown)])
+    ax.set_ylim(-0.7, max(len(shown), 1) - 0.3)
+    ax.grid(False, axis='y')
+    control = next((row['label'] for row in found if row['control']), '')
+    ax.set_xlabel(f'val loss above {control}, nats per token')
+
+
+def speed_bars(ax, found, paint, key, title):
+    from matplotlib.ticker import MaxNLocator
+    shown = [row for row in found if row['val_loss'] is not None]
+    values = [row[key] or 0 for row in reversed(shown)]
+    most = max(values + [1])
+    ax.barh(range(len(shown)), values, color=[paint[row['name']] for row in reversed(shown)], height=0.62)
+    for y, value in enumerate(values):
+        ax.text(value + 0.02 * most, y, speed(value) if value else 'not measured', va='center', fontsize=9, color=figures.COLORS['muted'])
+    ax.set_yticks(range(len(shown)), [row['label'] for row in reversed(shown)])
+    ax.set_xlim(0, 1.22 * most)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_formatter(lambda value, _: f'{value / 1e3:g}k' if most >= 5e3 else f'{value:g}')
+    ax.grid(False, axis='y')
+    ax.set_xlabel(title)
+
+
+def draw(comparison, contenders, runs, path):
+    """The whole picture of a comparison at `path`. UserError when it cannot be written."""
+    found = rows(comparison, contenders, runs)
+    samples = [(about['label'], name, about['decode']['sample']) for name, about in contenders.items() if (about.get('decode') or {}).get('sample')]
+    samples = samples[:1] + samples[1:][-2:] if len(samples) > 3 else samples  # the first, and the last two
+    timed, decoded = (any(row[key] for row in found) for key in ('tok_per_s', 'decode_tok_per_s'))
+    heights = [3.5, 3.5] + [0.9 + 0.30 * max(2, len(contenders))] * (timed or decoded) + [2.1] * bool(samples)
+    size = (figures.WIDTH, sum(heights) + 1.3)
+    note = ' · '.join(filter(None, (comparison['source'], f"{comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens", f"{len(comparison['seeds'])} seeds",
+                                    comparison.get('remark'))))
+    with figures.sheet(size=size, title=comparison['title'], note=note) as (fig, ax):
+        paint = colors(contenders)
+        ax.remove()
+        grid = fig.add_gridspec(len(heights), 6, height_ratios=heights)
+        over_steps = fig.add_subplot(grid[0, :3] if timed else grid[0, :])
+        curves(over_steps, comparison, contenders, runs, paint, 'steps')
+        if timed:
+            curves(over_seconds := fig.add_subplot(grid[0, 3:]), comparison, contenders, runs, paint, 'seconds')
+            over_seconds.set_ylabel('')
+        top = over_steps.secondary_xaxis('top', functions=(lambda s: s * comparison['tokens_per_step'] / 1e6, lambda m: m * 1e6 / comparison['tokens_per_step']))
+        top.set_xlabel('M tokens', fontsize=9.5, color=figures.COLORS['muted'])
+        top.spines['top'].set_visible(False)
+        if over_steps.lines:
+            over_steps.legend(loc='upper right', fontsize=9 if len(contenders) > 4 else 10)
+        pareto(ax := fig.add_subplot(grid[1, :3]), found, paint, compact=True)
+        ax.set_title('loss over cache, 95 % intervals')
+        difference_bars(ax := fig.add_subplot(grid[1, 3:]), found, paint)
+        ax.set_title('paired difference, 95 % intervals')
+        if timed:
+            speed_bars(fig.add_subplot(grid[2, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
+        if decoded:
+            speed_bars(fig.add_subplot(grid[2, 3:] if timed else grid[2, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
+        if samples:
+            ax = fig.add_subplot(grid[-1, :])
+            ax.set_axis_off()
+        for i, (label, name, text) in enumerate(samples):
+            columns = {1: 120, 2: 62, 3: 42}[len(samples)]
+            lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, columns) or ['']][:11]
+            ax.text(i / len(samples), 1, f'a sample of {label}', transform=ax.transAxes, va='top', fontsize=10.5, color=paint[name])
+            ax.text(i / len(samples), 0.87, figures.plain('\n'.join(lines)), transform=ax.transAxes, va='top', fontsize=7.8, family='DejaVu Sans Mono', linespacing=1.35)
+        figures.footer(fig, facts(comparison))
+        figures.save(fig, path, palette=True)
+
+
+def draw_front(results, path):
+    """One Pareto figure over all comparisons in `results`, a list of (comparison, contenders, runs)."""
+    with figures.sheet(size=(figures.WIDTH, 6.2), title='Loss over cache', note=' · '.join(c['title'] for c, _, _ in results)) as (fig, ax):
+        found, paint = [], {}
+        for i, (comparison, contenders, runs) in enumerate(results):
+            shades = colors(contenders)
+            for row in rows(comparison, contenders, runs):
+                found.append(row | dict(name=f"{i}/{row['name']}"))
+                paint[f"{i}/{row['name']}"] = shades[row['name']]
+        pareto(ax, found, paint)
+        for row in found:
+            if row['val_loss'] is not None and row['cache_bytes']:
+                ax.annotate(row['label'], (row['cache_bytes'], row['val_loss']), xytext=(7, 6), textcoords='offset points', fontsize=9, color=paint[row['name']])
+        figures.footer(fig, ' | '.join(dict.fromkeys(facts(comparison) for comparison, _, _ in results)))
+        figures.save(fig, path, palette=True)

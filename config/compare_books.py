@@ -1,0 +1,49 @@
+"""
+Which MLA matches MHA with RoPE at 30M parameters, and at which cache size: books, byte by byte.
+
+    python data/text/prepare.py books.txt.xz --tokenizer=bytes --out=data/books_bytes
+    python compare.py config/compare_books.py
+
+MHA leaves 1024 values a token and layer; MLA at 96 + 32 an eighth of that.
+"""
+out_dir = 'out-compare-books'
+title = 'Books, bytes, 30M parameters: MHA, GQA, MQA and MLA'
+
+contenders = dict(
+    mha=dict(label='MHA + RoPE'),
+    gqa=dict(label='GQA, 2 groups', n_kv_head=2),
+    mqa=dict(label='MQA', n_kv_head=1),
+    mla256=dict(label='MLA 256 + 32', attention='mla', kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32),
+    mla128=dict(label='MLA 128 + 32', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32),
+    mla96=dict(label='MLA 96 + 32', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32),  # 1/8
+    mla96wide=dict(label='MLA 96 + 32, heads of 96', attention='mla', kv_lora_rank=96, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
+    mla64=dict(label='MLA 64 + 32', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32))
+seeds = [1, 2, 3]
+tune = dict(muon_lr=[0.01, 0.02, 0.04])
+
+dataset = 'books_bytes'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 512
+
+n_layer = 9
+n_head = 8
+n_embd = 512
+pos = 'rope'
+norm = 'rmsnorm'
+act = 'relu2'
+qk_norm = True
+tie_weights = False
+zero_init = True
+
+optimizer = 'muon'
+learning_rate = 2e-3  # of AdamW: embedding, head and norms
+weight_decay = 0.1
+max_iters = 2000  # 64 x 512 bytes a step: 66 MB, two thirds of the books
+eval_interval = 200
+eval_iters = 16
+schedule = 'wsd'
+warmup_iters = 50
+cooldown = 0.6
+min_lr = 0.0
+cuda_graph = True  # a step is short: replay it without Python in between

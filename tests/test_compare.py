@@ -1,0 +1,486 @@
+"""
+compare.py with tiny models on the CPU: what it trains, that contenders see the same batches, what a kill costs,
+what it says when a contender fails; and the numbers of comparison.py against published tables and by their meaning.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import comparison
+import configurator
+import dataset
+import figures
+import runs
+from configurator import UserError
+from test_train import ROOT, TEXT, TINY, exit_code, log, run, series, words
+
+SETTINGS = TINY | dict(out_dir='cmp', pos='rope', n_head=2, max_iters=6, eval_interval=3, log_interval=1, learning_rate=1e-2, decode_tokens=8, decode_repeats=1,
+                       in_process=True)
+del SETTINGS['sample_tokens']
+MLA = dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
+CONTENDERS = dict(mha=dict(label='MHA + RoPE'), mla=dict(label='MLA', **MLA))
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """Each test in a folder of its own that has the dataset `text`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('NANOMLA_COMMIT', 'abc1234')
+    for name in ('SLURM_ARRAY_TASK_ID', 'CUDA_VISIBLE_DEVICES'):
+        monkeypatch.delenv(name, raising=False)
+    dataset.write_text(tmp_path / 'text', TEXT, 'char', 'A tale of a cat')
+
+
+def ask(contenders=CONTENDERS, **settings):
+    """The command line of compare.py with SETTINGS, changed by `settings`."""
+    return words(SETTINGS | dict(contenders=contenders) | settings)
+
+
+def compare(*arguments, **settings):
+    return exit_code('compare.py', [*arguments, *ask(**settings)])
+
+
+def found(path='cmp/results.jsonl'):
+    return comparison.read(path)
+
+
+def start(*arguments, script=ROOT / 'compare.py', **settings):
+    return subprocess.Popen([sys.executable, str(script), *arguments, *ask(**settings)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until(true, process, seconds=90):
+    end = time.time() + seconds
+    while not true():
+        assert process.poll() is None and time.time() < end, process.communicate()[0] if process.poll() is not None else 'it takes too long'
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------------------
+# numbers
+
+@pytest.mark.parametrize('freedom, at_90, at_95, at_99', [(1, 3.078, 12.706, 63.657), (2, 1.886, 4.303, 9.925), (3, 1.638, 3.182, 5.841), (4, 1.533, 2.776, 4.604),
+                                                           (5, 1.476, 2.571, 4.032), (9, 1.383, 2.262, 3.250), (30, 1.310, 2.042, 2.750), (120, 1.289, 1.980, 2.617)])
+def test_quantiles_of_student_are_those_of_the_printed_tables(freedom, at_90, at_95, at_99):
+    assert [round(comparison.t_quantile(p, freedom), 3) for p in (0.9, 0.975, 0.995)] == pytest.approx([at_90, at_95, at_99], abs=1.1e-3)
+
+
+def test_an_interval_is_paired():
+    ours, theirs = [1.50, 1.70, 1.60], [1.52, 1.71, 1.63]
+    mean, half = comparison.interval([a - b for a, b in zip(ours, theirs)])
+    assert mean == pytest.approx(-0.02) and half == pytest.approx(4.303 * 0.01 / math.sqrt(3), rel=1e-3)
+    assert comparison.interval([0.25]) == (0.25, None)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    draws = torch.randn(2000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    inside = statistics.fmean(abs(mean - 1) <= half for mean, half in map(comparison.interval, draws.tolist()))
+    assert 0.93 < inside < 0.97
+
+
+ROWS = st.lists(st.builds(lambda cache, loss: dict(cache_bytes=cache, val_loss=loss), st.integers(1, 6), st.one_of(st.none(), st.integers(1, 6))), max_size=12)
+
+
+@given(ROWS)
+def test_the_front_is_what_nothing_beats(rows):
+    rows = [row | dict(name=i) for i, row in enumerate(rows)]
+    on = comparison.front(rows)
+
+    def beats(a, b):
+        return a['cache_bytes'] <= b['cache_bytes'] and a['val_loss'] <= b['val_loss'] and (a['cache_bytes'], a['val_loss']) != (b['cache_bytes'], b['val_loss'])
+    known = [row for row in rows if row['val_loss'] is not None]
+    for row in known:
+        assert (row['name'] in on) == (not any(beats(other, row) for other in known))
+        assert row['name'] in on or any(beats(rows[i], row) for i in on)
+    assert set(on) <= {row['name'] for row in known}
+
+
+def made_up(losses, **about):
+    """A comparison with these losses, name -> one for each seed (None: failed); the first is the control."""
+    head = dict(event='comparison', title='T', control=next(iter(losses)), seeds=[1, 2, 3], tune_seed=9, steps=100, tokens_per_step=64, source='a text', commit='abc1234',
+                device='NVIDIA H200', dtype='bfloat16', torch='2.11', date='2026-01-31') | about
+    contenders = {name: dict(name=name, label=name.upper(), kind='mla' if 'mla' in name else 'mha', params=1000, params_ratio=1.0, cache_bytes=512 >> i, error=None,
+                             differs={}, grid={}, tuned={}, at_edge=False, decode=None) for i, name in enumerate(losses)}
+    runs = [dict(event='run', contender=name, role='seed', seed=seed, tuned={}, shared=False)
+            | (dict(error='the loss is nan') if loss is None else dict(val_loss=loss, tok_per_s=1000 * seed, peak_memory=2 ** 20 * seed, eval_steps=[50, 100],
+                                                                      eval_losses=[loss + 1, loss]))
+            for name, row in losses.items() for seed, loss in zip((1, 2, 3), row)]
+    return head, contenders, runs
+
+
+def test_rows_compare_seed_by_seed_with_those_that_both_have():
+    result = made_up(dict(mha=[1.5, 1.7, 1.6], mla=[1.4, None, 1.4], bad=[None] * 3))
+    mha, mla, bad = comparison.rows(*result)
+    assert mha['val_loss'] == pytest.approx(1.6) and mha['sd'] == pytest.approx(0.1) and mha['difference'] is None and mha['control']
+    assert mla['difference'] == pytest.approx(-0.15) and mla['half'] == pytest.approx(12.706 * 0.05, rel=1e-3) and mla['seeds'] == 2
+    assert mla['percent'] == pytest.approx(-100 * 0.15 / 1.6) and mla['cache_ratio'] == 0.5
+    assert mha['tok_per_s'] == 2000 and mha['peak_memory'] == 3 * 2 ** 20
+    assert bad['val_loss'] is None and bad['error'] == 'the loss is nan'
+    text = comparison.table(*result)
+    assert '| BAD | 1,000 (+0.00 %) | 128 (1/4) | failed: the loss is nan |' in text and '(2 of 3 seeds)' in text and 'commit abc1234 · seeds 1, 2, 3' in text
+    assert text.count('- mla, seed 2') == 1 and text.count('- bad, seed') == 3
+
+
+def test_speeds_of_runs_that_shared_a_device_are_not_reported():
+    head, contenders, lines = made_up(dict(mha=[1.5, 1.7, 1.6], mla=[1.4, 1.5, 1.6]))
+    for line in lines[3:]:
+        line['shared'] = True
+    mha, mla = comparison.rows(head, contenders, lines)
+    assert mha['tok_per_s'] and mla['tok_per_s'] is None and mla['peak_memory'] is None
+    assert 'speeds and memory are not reported' in ' '.join(comparison.table(head, contenders, lines).split())
+
+
+@pytest.mark.parametrize('losses', [dict(mha=[1.5, 1.7, 1.6], mla=[1.4, 1.5, 1.6]), dict(mha=[1.5, None, None], mla=[None] * 3), dict(mha=[None] * 3),
+                                    {name: [1.5 + i / 100] * 3 for i, name in enumerate(['mha', *(f'mla{i}' for i in range(9))])}], ids=['two', 'one seed', 'none', 'ten'])
+def test_a_figure_is_drawn_of_whatever_there_is(losses):
+    result = made_up(losses)
+    comparison.draw(*result, 'a.png')
+    comparison.draw_front([result, result], 'front.png')
+    assert all(Path(name).read_bytes().startswith(b'\x89PNG') for name in ('a.png', 'front.png'))
+
+
+# ---------------------------------------------------------------------------------------------------
+# a whole comparison
+
+def test_a_comparison_from_end_to_end(capfd):
+    asked = dict(contenders=dict(mha=dict(label='MHA + RoPE'), mla=dict(MLA, label='MLA', learning_rate=[1e-2, 3e-4]), bad=dict(n_head=3),
+                                 wild=dict(learning_rate=1e30, grad_clip=0.0, weight_decay=1e9)), seeds=[2, 3], sample_tokens=20)
+    os.makedirs('cmp/mla/seed-3')
+    Path('cmp/mla/seed-3/error.txt').write_text('out of memory')
+    assert compare(**asked) == 1  # some have failed
+    out = capfd.readouterr().out
+    head, contenders, lines = found()
+    assert [len([line for line in lines if line['contender'] == name and line['role'] == role]) for name in contenders for role in ('tune', 'seed')] == [0, 2, 2, 2, 0, 2, 0, 2]
+    assert 'cannot be built: n_embd=16 is not a multiple of n_head=3' in out and '| bad |' in out and '| failed: n_embd=16 is not a multiple of n_head=3: ' in out
+    assert 'wild, seed 2: failed: the loss is nan at step' in out and '| failed: the loss is nan at step' in out
+    tried = {line['tuned']['learning_rate']: line['val_loss'] for line in lines if line['role'] == 'tune'}
+    best = dict(mha=SETTINGS['learning_rate'], mla=min(tried, key=tried.get))
+    assert tried.keys() == {1e-2, 3e-4} and contenders['mla']['tuned'] == dict(learning_rate=best['mla']) and contenders['mla']['at_edge'] and not contenders['mha']['tuned']
+    for name in ('mha', 'mla'):
+        model, content = checkpoint.load_model(f'cmp/{name}/seed-2')
+        assert (content['config']['seed'], content['config']['learning_rate']) == (2, best[name]) and checkpoint.kind_of(model) == name
+        assert model.num_params() == contenders[name]['params'] and abs(contenders[name]['params_ratio'] - 1) < 0.01
+        one = next(line for line in lines if line['contender'] == name and (line['role'], line['seed']) == ('seed', 2))
+        assert one['val_loss'] == content['best_val_loss'] == min(series(f'cmp/{name}/seed-2', 'eval', 'val_loss').values())
+        decode = contenders[name]['decode']
+        assert decode['tok_per_s'] > 0 and decode['cache_bytes'] == 2 * 8 * contenders[name]['cache_bytes'] and len(decode['sample']) > 0  # fp32
+    assert (contenders['mha']['cache_bytes'], contenders['mla']['cache_bytes']) == (2 * 2 * 32, 2 * 2 * 12)
+    assert contenders['mla']['differs'].items() >= MLA.items() and not {'learning_rate', 'seed'} & contenders['mla']['differs'].keys()
+    rows = json.loads(Path('cmp/compare.json').read_text())
+    mha, mla = (next(line['val_loss'] for line in lines if (line['contender'], line['role'], line['seed']) == (name, 'seed', 2)) for name in ('mha', 'mla'))
+    assert rows[1]['seeds'] == 1 and rows[1]['error'] == 'out of memory' and '(1 of 2 seeds)' in out
+    assert rows[1]['difference'] == pytest.approx(mla - mha) and rows[1]['half'] is None
+
+    before = {path: path.stat().st_mtime_ns for path in Path('cmp').glob('*/*/*')}  # again: nothing is trained, and everything is there
+    kept = {name: Path('cmp', name).read_bytes() for name in ('compare.png', 'compare.md', 'compare.json', 'compare_front.png')}
+    for name in kept:
+        os.remove(f'cmp/{name}')
+    assert compare(**asked) == 1
+    assert {path: path.stat().st_mtime_ns for path in Path('cmp').glob('*/*/*')} == before
+    shutil.copy('cmp/results.jsonl', 'kept.jsonl')
+    shutil.rmtree('cmp')
+    assert exit_code('compare.py', ['--plot_only=True', '--results=kept.jsonl', '--figure=new/compare.png']) == 0  # from the one file alone
+    assert {name: Path('new', name).read_bytes() for name in kept} == kept
+    assert exit_code('compare.py', ['--plot_only=True', '--results=kept.jsonl,kept.jsonl', '--figure=both.png']) == 0 and Path('both.png').exists()
+
+
+def plan(*arguments, **settings):
+    """compare.py up to the first run: the runs it has in mind, the function that prepares one, and its contenders."""
+    caught = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, 'train', lambda every, prepare, *_: caught.extend([every, prepare, dict(prepare.__globals__['field'])]) or sys.exit())
+        with pytest.raises(SystemExit):
+            run('compare.py', [*arguments, *(ask(**settings) if settings or not arguments else [])])
+    return caught
+
+
+def test_contenders_read_the_same_batches_seed_by_seed(monkeypatch):
+    read, cut = {}, dataset.Dataset.cut
+
+    def remember(self, split, starts):
+        x, y = cut(self, split, starts)
+        read.setdefault((now, split), []).append((starts.tolist(), x.tolist(), y.tolist()))
+        return x, y
+    monkeypatch.setattr(dataset.Dataset, 'cut', remember)
+    every, prepare, _ = plan(seeds=[1, 2], gradient_accumulation_steps=2)
+    for one in every:
+        prepare(one)
+        now = one.contender, one.seed
+        run('train.py', [*one.words, f'--out_dir={one.folder}'])
+    for seed in (1, 2):
+        assert len(read[('mha', seed), 'train']) == 12
+        assert read[('mha', seed), 'train'] == read[('mla', seed), 'train'] and read[('mha', seed), 'val'] == read[('mla', seed), 'val']
+    assert read[('mha', 1), 'train'] != read[('mha', 2), 'train'] and read[('mha', 1), 'val'] == read[('mha', 2), 'val']
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([64, 96, 192]), st.integers(8, 80), st.sampled_from(['gelu', 'relu2', 'swiglu']), st.booleans(), st.sampled_from([1, 2]))
+def test_parameters_come_within_one_percent(width, rank, act, bias, groups):
+    _, _, field = plan(n_embd=width, n_layer=3, n_head=4, act=act, bias=bias, contenders=dict(
+        mha={}, mla=MLA | dict(kv_lora_rank=rank), grouped=dict(n_kv_head=groups), learned=dict(pos='learned', norm='rmsnorm'), own=dict(n_inner=8)))
+    target = field['mha'].model().num_params()
+    for name in ('mla', 'grouped', 'learned'):
+        one = field[name]
+        model = one.model()
+        assert one.params == model.num_params() and abs(one.params / target - 1) < 0.01
+    assert field['own'].model().config.n_inner == 8 and field['own'].ratio < 0.99
+
+
+def test_parameters_that_cannot_be_matched_are_pointed_out(capsys):
+    _, _, field = plan(contenders=CONTENDERS | dict(deep=dict(n_layer=30)), match=False)
+    out = capsys.readouterr().out
+    assert 'NOT EQUAL' in next(line for line in out.splitlines() if line.strip().startswith('deep')) and field['deep'].ratio > 2
+    _, _, field = plan(contenders=CONTENDERS | dict(deep=dict(n_layer=30)))
+    assert 'there is no n_inner that gives it' in field['deep'].error and not field['mla'].error
+
+
+def test_a_control_without_rope_is_pointed_out(capsys):
+    plan(control='plain', contenders=CONTENDERS | dict(plain=dict(pos='learned')))
+    assert "note: the control 'plain' is not MHA with RoPE" in capsys.readouterr().out
+    plan()
+    assert 'note:' not in capsys.readouterr().out
+
+
+def test_settings_of_mla_reach_only_mla():
+    every, prepare, field = plan(latent_norm=False, contenders=dict(mha={}, mla=MLA))
+    for one in every:
+        prepare(one)
+    assert '--latent_norm=False' in every[1].words and not any('latent_norm' in word for word in every[0].words)
+
+
+def test_a_grid_is_a_product_and_a_contender_s_own_comes_first():
+    every, _, field = plan(tune=dict(learning_rate=[1e-3, 2e-3], weight_decay=[0.0, 0.1]), contenders=CONTENDERS | dict(other=dict(beta2=[0.9, 0.95, 0.99])))
+    tried = {name: [one.tuned for one in every if one.contender == name and one.role == 'tune'] for name in field}
+    assert tried['mla'] == tried['mha'] == [dict(learning_rate=a, weight_decay=b) for a in (1e-3, 2e-3) for b in (0.0, 0.1)]
+    assert tried['other'] == [dict(beta2=b) for b in (0.9, 0.95, 0.99)]
+    assert {one.seed for one in every if one.role == 'tune'} == {1000} and [one.role for one in every] == sorted((one.role for one in every), reverse=True)
+    assert len({one.folder for one in every}) == len(every) == 11 + 9
+
+
+CONFIGS = sorted(path.stem for path in (ROOT / 'config').glob('*.py') if path.stem.startswith(('compare', 'study')))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_every_preset_is_a_fair_comparison(name, device, monkeypatch):
+    config = lambda stem: str(ROOT / 'config' / f'{stem}.py')
+    asked = [config('compare_shakespeare')] * name.startswith('study') + [config(name), '--dataset=text', '--out_dir=cmp', '--results=r.jsonl', '--figure=r.png']
+    if device == 'cuda':
+        monkeypatch.setattr('machine.pick_device', lambda device: torch.device('cuda', 0))
+        monkeypatch.setattr('machine.describe', lambda device: 'GPU')
+    elif 'on_cpu' not in Path(config(name)).read_text():
+        pytest.skip('made for a GPU')
+    every, prepare, field = plan(*asked)
+    control = next(iter(field.values()))
+    assert not any(one.error for one in field.values()) and control.kind == 'mha' and control.shape.pos == 'rope' and control.grid
+    for one in field.values():
+        assert abs(one.ratio - 1 if one is not control else 0) < 0.01 and one.grid and all(len(values) >= 3 for values in one.grid.values())
+    assert any(one.kind == 'mla' for one in field.values())
+    if name in ('compare_124m', 'compare_books', 'compare_litgpt'):
+        assert any(one.kind == 'mla' and 8 * one.cache_bytes <= control.cache_bytes for one in field.values())
+    if name == 'compare_shakespeare':
+        assert field['mla'].cache_bytes * 4 <= control.cache_bytes
+    if name.startswith('study'):
+        assert len({one.seed for one in every if one.role == 'seed'}) == 5
+
+
+def test_studies_share_only_runs_that_are_the_same():
+    told = {}
+    for name in CONFIGS:
+        if name.startswith('study'):
+            config = configurator.configure(dict(__file__=str(ROOT / 'compare.py')), [str(ROOT / 'config' / f'{name}.py')])
+            for contender, asked in config['contenders'].items():
+                asked = {key: value for key, value in asked.items() if key != 'label'}
+                assert told.setdefault(contender, asked) == asked, f'{name}: {contender}'
+    assert len(told) > 20
+
+
+@pytest.mark.slow
+def test_a_worker_and_a_process_of_its_own_train_the_same():
+    assert compare(seeds=[5]) == 0
+    assert compare(seeds=[5], in_process=False, jobs=2, out_dir='other') == 0
+    for name in CONTENDERS:
+        assert series(f'cmp/{name}/seed-5', 'train', 'loss') == series(f'other/{name}/seed-5', 'train', 'loss')
+    (_, _, one), (_, _, other) = found(), found('other/results.jsonl')
+    assert [line['val_loss'] for line in one] == [line['val_loss'] for line in other]
+    assert not any(line['shared'] for line in one) and all(line['shared'] for line in other)
+
+
+# ---------------------------------------------------------------------------------------------------
+# what goes wrong
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_a_row_and_retry_tries_again(capfd):
+    wild = dict(mha={}, wild=dict(MLA, learning_rate=1e30, grad_clip=0.0, weight_decay=1e9))
+    assert compare(contenders=wild, seeds=[1]) == 1
+    out = capfd.readouterr().out
+    assert '| wild |' in out and 'failed: the loss is nan at step' in out and 'wild, seed 1: failed: the loss is nan' in out
+    assert found()[2][0]['val_loss'] > 0
+    at = Path('cmp/wild/seed-1/run.json').stat().st_mtime_ns
+    assert compare(contenders=wild, seeds=[1]) == 1 and Path('cmp/wild/seed-1/run.json').stat().st_mtime_ns == at
+    assert compare(contenders=wild, seeds=[1], retry=True) == 1 and Path('cmp/wild/seed-1/run.json').stat().st_mtime_ns > at
+    assert compare(contenders=dict(wild=wild['wild']), out_dir='all', seeds=[1], tune=dict(weight_decay=[1e9, 2e9])) == 1  # the control, too, and its whole grid
+    assert 'no point of its grid could be trained: the loss is nan' in capfd.readouterr().out
+
+
+def test_other_settings_are_not_mixed_into_old_results(capsys):
+    folder = Path('cmp/mha/seed-1')
+    folder.mkdir(parents=True)
+    every, prepare, _ = plan(seeds=[1])
+    prepare(every[0])
+    (folder / 'run.json').write_text(json.dumps(dict(words=every[0].words)))
+    every[0].check()
+    with pytest.raises(UserError, match='cmp/mha/seed-1 was trained with other settings .--max_iters=9, --max_iters=6.: name another --out_dir'):
+        every, prepare, _ = plan(seeds=[1], max_iters=9)
+        prepare(every[0])
+        every[0].check()
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(contenders={}), 'there is nothing to compare'),
+    (dict(control='mqa'), "control='mqa' is no contender; there are mha, mla"),
+    (dict(contenders=dict(mha=dict(n_haed=2))), "contender 'mha': unknown setting 'n_haed'; did you mean n_head?"),
+    (dict(contenders=dict(mha=dict(n_head='two'))), "contender 'mha': n_head takes a whole number"),
+    (dict(contenders=dict(mha=dict(batch_size=2))), "contender 'mha': batch_size is not for one contender alone: all of them see the same batches"),
+    (dict(contenders=dict(mha=dict(jobs=2))), "contender 'mha': jobs is not for one contender alone"),
+    (dict(contenders={'a/b': {}}), "contender 'a/b': write name=dict(setting=value, ...)"),
+    (dict(contenders=dict(mha=3)), "contender 'mha': write name=dict(setting=value, ...)"),
+    (dict(contenders=dict(mha=dict(learning_rate=[]))), "contender 'mha': each grid needs values"),
+    (dict(seeds=[]), 'seeds=[]'), (dict(seeds=[1, 1]), 'seeds=[1, 1]'), (dict(seeds=[1.5]), 'seeds=[1.5]'), (dict(seeds=3), '--seeds=3: seeds takes a list'),
+    (dict(tune_seed=2), 'tune_seed=2 is one of seeds=[1, 2, 3]'),
+    (dict(tune=dict(learning_rate=1e-3)), 'tune: learning_rate needs a list of values'),
+    (dict(tune=dict(learning_rat=[1e-3])), "tune: unknown setting 'learning_rat'; did you mean learning_rate?"),
+    (dict(seed=3), '--seed=3: seed is not for a comparison'),
+    (dict(init_from='gpt2'), '--init_from=gpt2: init_from is not for a comparison'),
+    (dict(jobs=0), 'jobs=0 must be at least 1'),
+    (dict(dataset='nothing'), "there is no dataset 'nothing'"),
+    (dict(figure='x.gif'), '--figure=x.gif: name a .png'),
+    (dict(plot_only=True), 'cmp/results.jsonl cannot be read (No such file or directory): run the comparison first'),
+    (dict(plot_only=True, results='text/meta.json'), 'text/meta.json is damaged or no results.jsonl'),
+], ids=lambda value: ' '.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
+def test_what_is_wrong_is_told_in_one_line_before_anything_is_trained(settings, message, capsys):
+    assert compare(**settings) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and message in err and err.count('\n') == 1, err[-2000:]
+    assert not list(Path().glob('cmp/*/*'))
+
+
+COMMITTED = sorted((ROOT / 'assets' / 'logs').glob('compare*.jsonl'))
+
+
+@pytest.mark.parametrize('path', COMMITTED, ids=lambda path: path.stem)
+def test_tables_of_the_readme_are_those_of_the_committed_logs(path):
+    head, contenders, lines = comparison.read(path)
+    text, readme = comparison.table(head, contenders, lines), (ROOT / 'README.md').read_text()
+    assert not [line for line in text.splitlines() if line.startswith('|') and line not in readme] and path.name in readme
+    assert all(commit in readme for commit in head['commit'].split(', ')) and not any('/work' in line.get('command', '') for line in lines)
+    assert len({line['command'] for line in lines if 'command' in line}) == len([line for line in lines if 'command' in line])
+
+
+# ---------------------------------------------------------------------------------------------------
+# kills
+
+LONG = dict(max_iters=400, eval_interval=40, seeds=[1], log_interval=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('in_process', [False, True])
+def test_what_is_killed_goes_on_from_its_last_checkpoint(in_process):
+    assert compare(**LONG, out_dir='whole') == 0
+    process = start(**LONG, in_process=in_process)
+    until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
+    finished = Path('cmp/mha/seed-1/log.jsonl').read_bytes()
+    trainer = next(int(pid) for pid in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split())
+    os.kill(process.pid, signal.SIGKILL)
+    os.kill(trainer, signal.SIGKILL)
+    process.communicate()
+    assert compare(**LONG, in_process=in_process) == 0
+    assert Path('cmp/mha/seed-1/log.jsonl').read_bytes() == finished
+    resumed = [line['step'] for line in log('cmp/mla/seed-1') if line['event'] == 'resume']
+    assert len(resumed) == 1 and resumed[0] >= 40
+    for name in CONTENDERS:
+        assert series(f'cmp/{name}/seed-1', 'eval', 'val_loss') == series(f'whole/{name}/seed-1', 'eval', 'val_loss')
+    assert found()[2][1]['eval_steps'] == list(range(40, 401, 40))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, in_process', [(signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGINT, False)])
+def test_a_signal_saves_and_stops(number, in_process):
+    process = start(**LONG | dict(max_iters=4000), in_process=in_process)
+    until(lambda: any(run.last_event().get('step') for run in [runs.Run('mha', 'seed', 1, Path('cmp/mha/seed-1'))]), process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == runs.STOPPED and f'stopped by {signal.Signals(number).name} with 2 of 2 runs to go' in out
+    end = log('cmp/mha/seed-1')[-1]
+    assert end['event'] == 'end' and end['why'] == 'stopped by SIGTERM' and checkpoint.load('cmp/mha/seed-1/last.pt')['step'] == end['step'] > 0
+    assert not Path('cmp/mha/seed-1/error.txt').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs():
+    both = [start(seeds=[1, 2, 3], max_iters=150, in_process=False) for _ in range(2)]
+    for process in both:
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, out
+    logs = [log(f'cmp/{name}/seed-{seed}') for name in CONTENDERS for seed in (1, 2, 3)]
+    assert all([line['event'] for line in lines].count('settings') == 1 and lines[-1]['step'] == 150 for lines in logs)
+    assert len(found()[2]) == 6
+
+
+def test_a_folder_is_locked_until_its_holder_ends(tmp_path):
+    held = runs.lock(tmp_path / 'run')
+    assert held and runs.lock(tmp_path / 'run') is None
+    child = subprocess.Popen(['sleep', '60'], pass_fds=[held.fileno()])
+    held.close()
+    assert runs.lock(tmp_path / 'run') is None  # its train.py lives on
+    child.kill()
+    child.wait()
+    runs.lock(tmp_path / 'run').close()
+
+
+def test_why_a_run_failed_is_what_it_said_last(tmp_path):
+    for said in ('error: too old\n', 'step 1\nerror: out of memory\nbye\n'):
+        with runs.open_output(tmp_path, ['--a=1 2']) as output:
+            output.write(said)
+    assert (tmp_path / 'output.txt').read_text().count("$ python train.py '--a=1 2'\n") == 2
+    assert runs.reason(tmp_path, 2) == 'out of memory' and runs.reason(tmp_path, -9) == 'killed by SIGKILL'
+    with runs.open_output(tmp_path, []) as output:
+        output.write('Traceback (most recent call last):\nKeyError: 3\n')
+    assert runs.reason(tmp_path, 1) == 'KeyError: 3'
+    runs.open_output(tmp_path, []).close()
+    assert runs.reason(tmp_path, 3) == 'exit code 3'
+
+
+def test_places_for_runs(monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    assert runs.slots(torch.device('cpu'), 1) == [{}]
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    assert runs.slots(torch.device('cpu'), 2) == [dict(OMP_NUM_THREADS='4', TORCHINDUCTOR_COMPILE_THREADS='4')] * 2
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert [place['CUDA_VISIBLE_DEVICES'] for place in runs.slots(torch.device('cuda'), 2)] == ['0', '1', '0', '1']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '5,GPU-7')
+    assert [place['CUDA_VISIBLE_DEVICES'] for place in runs.slots(torch.device('cuda'), 1)] == ['5', 'GPU-7']
+    assert runs.slots(torch.device('cuda', 1), 1) == [{}]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_a_gpu_a_worker_trains_as_a_process_does():
+    asked = dict(device='cuda', compile=True, cuda_graph=True, n_embd=64, kernel='sdpa', seeds=[1, 2], contenders=dict(mha={}, mla=MLA | dict(qk_nope_head_dim=12)))
+    assert compare(**asked) == 0 and compare(**asked, in_process=False, out_dir='other') == 0
+    (_, about, one), (_, _, other) = found(), found('other/results.jsonl')
+    assert [line['val_loss'] for line in one] == pytest.approx([line['val_loss'] for line in other], abs=0.02)
+    assert all(line['tok_per_s'] > 0 and line['peak_memory'] > 0 for line in one) and all(line['decode']['tok_per_s'] > 0 for line in about.values())
