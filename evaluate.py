@@ -241,10 +241,8 @@ if wanted == ['']:
 for path in paths:
     if not os.path.exists(path) and (path.startswith('out') or path.endswith('.pt')):
         raise UserError(f'--models: there is no {path}: train one first, or name a file or folder that is there')
-harnessed = harness.Tasks(include_path) if set(wanted) - set(OWN) else None
-for task in wanted:
-    if task not in OWN:
-        harnessed.check(task, [*OWN, *harness.GROUPS])
+foreign = [task for task in wanted if task not in OWN]
+harnessed = harness.Tasks(foreign, include_path, [*OWN, *harness.GROUPS]) if foreign else None
 labels = {path: Path(path).name for path in paths}
 if len(set(labels.values())) < len(paths):
     labels = {path: path for path in paths}

@@ -6,6 +6,7 @@ name is also that of our script: `load` makes sure that it finds its own.
 """
 import difflib
 import importlib
+import logging
 import math
 import os
 import sys
@@ -28,6 +29,7 @@ def load():
         sys.path[:] = path
         import lm_eval
         import lm_eval.tasks
+        logging.getLogger('lm_eval').setLevel(logging.ERROR)  # else it tells which defaults each task has taken
         return lm_eval
     except ImportError as error:
         raise UserError(f'this task needs the lm-evaluation-harness ({error}): pip install -r requirements-eval.txt') from None
@@ -36,36 +38,42 @@ def load():
 
 
 class Tasks:
-    """The harness's tasks: its own, and those of YAML files in the folder `include_path` (which may come with their data)."""
+    """
+    The harness's tasks `names`: its own, YAML files, and those in the folder `include_path` (which may come with their
+    data). UserError for a name that is none of these; it tells the nearest ones, also of `others`.
+    """
 
-    def __init__(self, include_path=''):
+    def __init__(self, names, include_path='', others=()):
         if include_path and not os.path.isdir(include_path):
             raise UserError(f'--include_path={include_path} is no folder: name one with task files (*.yaml)')
+        for name in names:
+            if name.endswith(('.yaml', '.yml')) and not os.path.isfile(name):
+                raise UserError(f'--tasks: there is no task file {name}')
         self.lm_eval = load()
-        self.manager = self.lm_eval.tasks.TaskManager(include_path=include_path or None)
-
-    def check(self, name, others=()):
-        """UserError for a name that is neither a task, a group, a tag nor a YAML file; it names the nearest ones."""
-        if name in self.manager.all_tasks or name.endswith(('.yaml', '.yml')) and os.path.isfile(name):
-            return
-        if name.endswith(('.yaml', '.yml')):
-            raise UserError(f'--tasks: there is no task file {name}')
+        for include_defaults in (False, True):  # reading the harness's own 14,000 takes a while, and a local task needs none of them
+            self.manager = self.lm_eval.tasks.TaskManager(include_path=include_path or None, include_defaults=include_defaults)
+            unknown = [name for name in names if name not in self.manager.all_tasks and not name.endswith(('.yaml', '.yml'))]
+            if not unknown:
+                return
         known = [*others, *self.manager.all_tasks]
-        near = difflib.get_close_matches(name, known, 3) or [task for task in known if name in task][:3]
-        raise UserError(f"--tasks: '{name}' is not a task" + (f"; did you mean {' or '.join(near)}?" if near else f'; use {", ".join(others)} or one of the harness'))
+        near = difflib.get_close_matches(unknown[0], known, 3) or [task for task in known if unknown[0] in task][:3]
+        raise UserError(f"--tasks: '{unknown[0]}' is not a task; " + (f"did you mean {' or '.join(near)}?" if near else f'use {", ".join(others)} or one of the harness'))
 
     def run(self, name, model, limit=0, num_fewshot=-1, seed=0):
         """One task, group or file -> its metrics, {'acc': ..., 'acc_stderr': ..., ...} or, of several tasks, {'task acc': ...}."""
         try:
-            said = self.lm_eval.simple_evaluate(model, tasks=[name], limit=limit or None, num_fewshot=None if num_fewshot < 0 else num_fewshot,
+            found = self.manager.load([name])
+        except Exception as error:  # what a task file and its data may raise has no common class
+            why = ' '.join(str(error).split())[:160]
+            raise UserError(f'{name}: its task or data cannot be loaded ({type(error).__name__}: {why}). Connect to the network once, or use '
+                            'task files with local data (--include_path, or a .yaml)') from None
+        items = [found['groups'][name]] if name in found['groups'] else list(found['tasks'].values())
+        try:
+            said = self.lm_eval.simple_evaluate(model, tasks=items, limit=limit or None, num_fewshot=None if num_fewshot < 0 else num_fewshot,
                                                 task_manager=self.manager, log_samples=False, bootstrap_iters=1000,
                                                 random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
         except UserError as error:
             raise UserError(f'{name}: {error}') from None
-        except Exception as error:  # what a task's data, template or metric may raise has no common class
-            why = ' '.join(str(error).split())[:200]
-            raise UserError(f'the harness could not run {name} ({type(error).__name__}: {why}); are its data here, or is there a network? '
-                            'Local task files (--include_path, or a .yaml) with local data need none') from None
         tables = said['results'] | said.get('groups', {})
         return {(f'{task} ' if len(tables) > 1 else '') + key.removesuffix(',none'): float(value)
                 for task, table in tables.items() for key, value in table.items()
@@ -161,6 +169,8 @@ def adapter(scorer, codec, begin, ends, bar):
             said = [[] for _ in contexts]
 
             def tell(i, token):
+                at, chunk = len(prompts[i]) + len(said[i]) - 1, scorer.chunk_size or block_size
+                scorer.attended(range(at, at + 1), at if said[i] else at // chunk * chunk)
                 said[i].append(tellers[i].tell(token))
                 return tellers[i].ended
             how = dict(temperature=temperature, top_k=int(wanted.get('top_k') or 0), top_p=float(wanted.get('top_p') or 1.0), vocab_size=codec.vocab_size)

@@ -5,17 +5,21 @@ Long-context retrieval on texts that a seed makes, by length and depth; and the 
                sentence again as far as "is" (after Kamradt 2023)
     key_value  lines "<key>: <word>", and at the end one of the keys again (Liu et al. 2023, section 3)
 
-Names, keys and words are made up of six letters, so that nothing but the context can tell them. A trial counts by
-`exact`: greedy decoding would write the word; and by `ranked`: of `candidates` words the right one is the most
-probable. By chance `ranked` is 1 / candidates, which a small model beats long before it is exact. In key_value the
-others are the words of other lines, so that a right answer is the right line's.
+Names, keys and words are made up of six letters, so that nothing but the context can tell them. Each trial counts in
+three ways, from the strictest to the most sensitive, which sees what a small model begins to know:
+
+    exact      greedy decoding would write the word
+    ranked     of `candidates` words the right one is the most probable; by guessing 1 / candidates
+    pairwise   the share of the wrong candidates that are less probable than the right one; by guessing 1/2
+
+In key_value the wrong ones are the words of other lines, so that only the right line gives the right answer.
 """
 import random
 
 CONSONANTS, VOWELS = 'bdfghklmnprstvwz', 'aeiou'
 SENTENCES = ('The {} of the {} was {} and the {} was not.', 'A {} came to the {} with a {} and a {}.',
              'No {} is as {} as the {} in the {}.', 'They saw the {} by the {}, and the {} was {}.')
-TASKS = ('needle', 'key_value')
+TASKS, COUNTED = ('needle', 'key_value'), ('exact', 'ranked', 'pairwise')
 
 
 def word(rng):
@@ -93,20 +97,22 @@ def key_value(codec, length, depth, candidates, rng, begin=(), hay=None):
 def evaluate(scorer, task, codec, lengths, depths, trials, candidates, seed, begin=(), hay=None, bar=None):
     """
     `trials` trials at each length (tokens) and depth (0 to 1), the same for every model with the same tokenizer. Returns
-    exact and ranked over all, `cells` with both of each length and depth, and chance, what ranked is by guessing.
+    exact, ranked and pairwise over all, `cells` with those of each length and depth, and chance, what ranked is by guessing.
     """
     make, cells, chances = dict(needle=needle, key_value=key_value)[task], [], []
     for length in lengths:
         for depth in depths:
             made = [make(codec, length, depth, candidates, random.Random(f'{seed} {task} {length} {depth} {n}'), begin, hay) for n in range(trials)]
-            exact = ranked = 0
+            exact = ranked = pairwise = 0
             for answers, judged in zip((answers for _, answers in made), scorer.score(made, bar and bar.update)):
                 exact += all(judged[0][1])
                 total = [sum(logp) for logp, _ in judged]
-                ranked += total[0] > max(total[1:])
+                beaten = sum(total[0] > other for other in total[1:])
+                ranked += beaten == len(total) - 1
+                pairwise += beaten / (len(total) - 1)
                 chances.append(1 / len(answers))
-            cells.append(dict(length=length, depth=depth, exact=exact / trials, ranked=ranked / trials))
-    mean = {name: sum(cell[name] for cell in cells) / len(cells) for name in ('exact', 'ranked')}
+            cells.append(dict(length=length, depth=depth) | {name: value / trials for name, value in zip(COUNTED, (exact, ranked, pairwise))})
+    mean = {name: sum(cell[name] for cell in cells) / len(cells) for name in COUNTED}
     return mean | dict(chance=sum(chances) / len(chances), trials=trials, cells=cells)
 
 
@@ -119,20 +125,18 @@ def least_length(task, codec, candidates, seed, begin=()):
 
 
 def heat_map(figures, results, task, path, footer):
-    """results: [(label, what `evaluate` returned)], a row of two maps each: length to the right, depth downwards, share of trials as colour."""
+    """results: [(label, what `evaluate` returned)], two maps each: length to the right, depth downwards, exact and pairwise as colour."""
     titles = dict(needle='Needle in a haystack', key_value='Key–value retrieval')
-    rows = len(results)
-    lengths = sorted({cell['length'] for _, result in results for cell in result['cells']})
-    depths = sorted({cell['depth'] for _, result in results for cell in result['cells']})
-    note = f'share of {results[0][1]["trials"]} trials a cell; by guessing the most probable is right in {results[0][1]["chance"]:.2f}'
-    size = (figures.WIDTH, 1.3 + rows * (0.9 + 0.34 * max(3, len(depths))))
+    lengths, depths = (sorted({cell[name] for _, result in results for cell in result['cells']}) for name in ('length', 'depth'))
+    rows, note = len(results), f'share of {results[0][1]["trials"]} trials in each cell; guessing is right in 0.5 of the pairs on the right'
+    size = (figures.WIDTH, 1.0 + rows * (1.0 + 0.3 * max(3, len(depths))))
     with figures.sheet(rows, 2, size=size, title=titles[task], note=note) as (fig, axes):
         for row, (label, result) in enumerate(results):
-            for column, (name, what) in enumerate((('exact', 'greedy decoding writes it'), ('ranked', 'most probable candidate'))):
+            for column, (name, what) in enumerate((('exact', 'greedy decoding writes it'), ('pairwise', 'more probable than a wrong word'))):
                 ax = axes[row, column] if rows > 1 else axes[column]
                 share = {(cell['depth'], cell['length']): cell[name] for cell in result['cells']}
                 grid = [[share.get((depth, length), float('nan')) for length in lengths] for depth in depths]
-                image = ax.imshow(grid, cmap='viridis', vmin=0, vmax=1, aspect='auto')
+                ax.imshow(grid, cmap='viridis', vmin=0, vmax=1, aspect='auto')
                 for i, values in enumerate(grid):
                     for j, value in enumerate(values):
                         if value == value:
@@ -140,9 +144,8 @@ def heat_map(figures, results, task, path, footer):
                 ax.set_xticks(range(len(lengths)), [f'{length:,}' for length in lengths])
                 ax.set_yticks(range(len(depths)), [f'{depth:.0%}' for depth in depths])
                 ax.grid(False)
-                ax.set_title(figures.plain(f'{label}: {what} ({result[name]:.2f})'), fontsize=9.5)
-                ax.set_xlabel('tokens of context' if row == rows - 1 else '')
+                ax.set_title(figures.plain(label) if column == 0 else '', fontsize=10.5)
+                ax.set_xlabel(f'tokens; {what}: {result[name]:.2f}', fontsize=10)
                 ax.set_ylabel('depth' if column == 0 else '')
-        fig.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
         figures.footer(fig, footer)
         figures.save(fig, path)

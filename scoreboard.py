@@ -31,7 +31,7 @@ def headline(record):
     if task == 'perplexity':
         return 'perplexity', result['perplexity'], False
     if 'cells' in result:
-        return f'{task} ranked', result['ranked'], True
+        return f'{task} pairwise', result['pairwise'], True
     metrics, name = result['metrics'], Path(task).stem
     for key in (f'{task} acc', 'acc_norm', 'acc', f'{task} score', 'score', 'exact_match'):
         if key in metrics:
@@ -56,7 +56,7 @@ def rows(records):
             row |= {'perplexity': record['result']['perplexity'], 'change': record['result']['perplexity'] / base - 1,
                     'bits_per_byte': record['result']['bits_per_byte'], 'quantised': record['dequantised'], 'context': record['result']['context']}
         elif 'cells' in record['result']:
-            row |= {f"{record['task']} {name}": record['result'][name] for name in ('exact', 'ranked')}
+            row |= {f"{record['task']} {name}": record['result'][name] for name in ('exact', 'ranked', 'pairwise')}
         else:
             name, value, _ = headline(record)
             row[name] = value
@@ -109,42 +109,80 @@ def footer(records, seed):
 
 def draw(figures, records, path, footer):
     """
-    Each task's headline over the bytes of a token, a line for each model through its cache formats. A model without
-    a cache is a dashed line. At most six tasks.
+    Each task's headline over the bytes of a token, a line for each model through the best of its cache formats; of a
+    perplexity also what a format costs against the model's first. No cache is a dashed line. At most six panels.
     """
-    panels = list(dict.fromkeys(record['task'] for record in records))[:6]
-    cols = min(2, len(panels))
-    rows = -(-len(panels) // cols)
+    tasks = list(dict.fromkeys(record['task'] for record in records))
     models = list(dict.fromkeys(record['label'] for record in records))
-    note = 'over the bytes of one token in the cache, measured' + ('' if len(models) > 6 else '')
-    with figures.sheet(rows, cols, size=(figures.WIDTH, 1.5 + 3.4 * rows), title='Models and their caches', note=note) as (fig, axes):
+    panels = [(task, False) for task in tasks]
+    if 'perplexity' in tasks and len(rows(records)) > len(models):
+        panels.insert(tasks.index('perplexity') + 1, ('perplexity', True))
+    panels, cols = panels[:6], min(2, len(panels))
+    height = -(-len(panels) // cols)
+    with figures.sheet(height, cols, size=(figures.WIDTH, 1.6 + 3.5 * height), title='Models and their caches',
+                       note='over the bytes that one token takes in the cache, measured on its buffers') as (fig, axes):
+        from matplotlib.ticker import LogLocator
         axes = [axes] if len(panels) == 1 else list(axes.flat)
         for ax in axes[len(panels):]:
             ax.set_axis_off()
-        for ax, task in zip(axes, panels):
-            for n, label in enumerate(models):
+        for ax, (task, relative) in zip(axes, panels):
+            drawn = []
+            for label in models:
                 mine = [record for record in records if (record['task'], record['label']) == (task, label)]
-                if not mine:
-                    continue
-                same = sum(1 for other in models[:n] if kind(records, other) == mine[0]['kind'])
-                style = dict(color=figures.COLORS.get(mine[0]['kind'], figures.COLORS['ink']), linestyle=['-', '--', ':', '-.'][same % 4])
-                points = sorted((record['cache_bytes']['bytes_per_token'], headline(record)[1], record['cache']) for record in mine if record['cache_bytes'])
-                if points:
-                    ax.plot([x for x, _, _ in points], [y for _, y, _ in points], label=figures.plain(label), linewidth=1.4, **style)
-                for x, y, held in points:
-                    ax.plot([x], [y], marker=MARKS.get(held.split()[1], 'o'), markersize=6.5, color=style['color'])
-                for record in mine:
-                    if not record['cache_bytes']:
-                        ax.axhline(headline(record)[1], linewidth=1, color=style['color'], linestyle=(0, (2, 2)), label=figures.plain(f'{label}, no cache'))
-            ax.set_title(figures.plain(headline(next(record for record in records if record['task'] == task))[0]))
-            ax.set_xlabel('bytes per token')
+                values = [headline(record)[1] for record in mine]
+                if relative:
+                    values = [100 * (value / values[0] - 1) for value in values]
+                drawn.append((label, [(record['cache_bytes'].get('bytes_per_token'), value, record['cache']) for record, value in zip(mine, values)]))
+            name, _, more = headline(next(record for record in records if record['task'] == task))
             ax.set_xscale('log')
+            for label, points in drawn:
+                line(ax, figures, label, points, more and not relative, style_of(records, models, label, figures))
+            ax.margins(x=0.12, y=0.12)
+            if 'pairwise' in name:  # a share: its whole range, with what guessing gets
+                ax.set_ylim(0, 1.08)
+                ax.axhline(0.5, linewidth=1, color=figures.COLORS['muted'])
+            name_points(ax, [point for _, points in drawn for point in points if point[0]])
+            ax.set_title(figures.plain(f'{name}, % above the first format' if relative else name))
+            ax.set_xlabel('bytes per token')
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter(lambda x, _: figures.count(x))
             ax.xaxis.set_minor_formatter(lambda x, _: '')
-        axes[0].legend()
+        axes[0].legend(fontsize=9)
         figures.footer(fig, footer)
         figures.save(fig, path)
 
 
-def kind(records, label):
-    return next(record['kind'] for record in records if record['label'] == label)
+def line(ax, figures, label, points, more, style):
+    """One model: its formats as marks, a line through the best at each number of bytes."""
+    best = {}
+    for x, y, held in points:
+        if x is None:
+            ax.axhline(y, linewidth=1, color=style['color'], linestyle=(0, (2, 2)), label=figures.plain(f'{label}, no cache'))
+            continue
+        best[x] = y if x not in best else (max if more else min)(best[x], y)
+        ax.plot([x], [y], marker=MARKS.get(held.split()[1], 'o'), markersize=6, color=style['color'])
+    if best:
+        ax.plot(sorted(best), [best[x] for x in sorted(best)], label=figures.plain(label), linewidth=1.4, **style)
+
+
+def name_points(ax, points):
+    """The formats beside their marks; those that lie on each other share a line."""
+    low, high = ax.get_ylim()
+    groups = []
+    for x, y, held in sorted(points, key=lambda point: point[:2]):
+        if groups and groups[-1][0] == x and y - groups[-1][1] < 0.06 * (high - low):
+            groups[-1][2].append(held)
+        else:
+            groups.append((x, y, [held]))
+    for x, y, held in groups:
+        stored = list(dict.fromkeys(' '.join(one.split()[1:2]) for one in held))
+        kept = list(dict.fromkeys(one.split()[3] for one in held if 'window' in one))
+        text = ', '.join(stored) + (f' w {", ".join(kept)}' if kept else '')
+        ax.annotate(text, (x, y), xytext=(0, 6), textcoords='offset points', ha='center', fontsize=7.5)
+
+
+def style_of(records, models, label, figures):
+    """The colour of the model's kind, and another dash for each further model of that kind."""
+    kinds = {record['label']: record['kind'] for record in records}
+    same = sum(kinds[other] == kinds[label] for other in models[:models.index(label)])
+    return dict(color=figures.COLORS.get(kinds[label], figures.COLORS['ink']), linestyle=['-', '--', ':', '-.'][same % 4])

@@ -42,6 +42,12 @@ class Scorer:
             self.cache.free(row)
         return self.cache
 
+    def attended(self, queries, begin):
+        """Counts what scored queries at these positions see, in a pass that began with `begin` tokens in the cache."""
+        self.seen += sum(queries) + len(queries)
+        if self.cache is not None and self.cache.dtype in BITS:
+            self.seen_dequantised += len(queries) * max(0, begin - self.cache.window)
+
     @property
     def dequantised(self):
         """The share of what the scored queries attended to that had been quantised, 0 to 1."""
@@ -95,7 +101,8 @@ class Scorer:
             x = self.model.hidden(self.padded(texts))
             judged += self.judge([x[b, len(context) - 1:len(context) - 1 + len(one)] for b, (context, one) in enumerate(part)],
                                  [one for _, one in part])
-            self.seen += sum(sum(range(len(context), len(context) + len(one))) for context, one in part)
+            for context, one in part:
+                self.attended(range(len(context) - 1, len(context) - 1 + len(one)), 0)
         judged = iter(judged)
         return [[next(judged) for _ in continuations] for _, continuations in requests]
 
@@ -126,10 +133,7 @@ class Scorer:
         for at in range(0, max(map(len, texts)), self.chunk_size or 2 ** 60):
             parts = [(b, row, text[at:at + (self.chunk_size or len(text))]) for b, (text, row) in enumerate(zip(texts, rows)) if len(text) > at]
             for b, row, part in parts:
-                wanted = range(cache.used[row] + max(0, first[b] - at), cache.used[row] + len(part))  # positions of queries
-                self.seen += sum(wanted) + len(wanted)
-                if cache.dtype in BITS:
-                    self.seen_dequantised += len(wanted) * max(0, cache.used[row] - cache.window)
+                self.attended(range(cache.used[row] + max(0, first[b] - at), cache.used[row] + len(part)), cache.used[row])
             slots = [row for _, row, _ in parts]
             cache.plan([len(part) for _, _, part in parts], None if slots == list(range(cache.slots)) else slots)
             x = self.model.hidden(self.padded([part for _, _, part in parts]), cache)
