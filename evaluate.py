@@ -149,7 +149,7 @@ class Subject:
         if self.begin is not None:
             ids = np.concatenate([[self.begin], ids])
         else:
-            n_bytes -= len(self.codec.decode_bytes(ids[:1].tolist()))
+            n_bytes -= len(self.codec.decode_bytes(ids[:1].tolist())) - getattr(self.codec, 'blank', False)  # some put a blank in front of a text
         if max_tokens and len(ids) > max_tokens:
             rest = self.codec.decode_bytes(ids[max_tokens:].tolist())
             ids, n_bytes = ids[:max_tokens], n_bytes - len(rest)

@@ -102,9 +102,8 @@ def csv(rows):
 
 def footer(records, seed):
     """The line under the pictures: where the numbers come from."""
-    parts = dict.fromkeys(f'commit {record["commit"]}' for record in records)
-    parts |= dict.fromkeys([f'seed {seed}', *(record['device'] for record in records), *(record['date'] for record in records)])
-    return ' · '.join(list(parts)[:6])
+    commits, devices, dates = (list(dict.fromkeys(record[name] for record in records)) for name in ('commit', 'device', 'date'))
+    return ' · '.join([f'commit {", ".join(commits[:3])}', f'seed {seed}', ', '.join(devices[:2]), dates[-1]])
 
 
 def draw(figures, records, path, footer):
