@@ -199,12 +199,15 @@ def measure(subject, how, task):
             raise UserError(f'--depths={depths}: give numbers from 0 to 1')
         if max(sizes) > model.config.block_size:
             raise UserError(f'--lengths={max(sizes)} is more than {subject.path} was made for: {model.config.block_size}')
-        least = retrieval.least_length(task, codec, candidates, seed, begin)
+        hay = subject.read()[0] if task == 'needle' and haystack == 'data' and (data or subject.trained_on) else None
+        try:
+            least = retrieval.least_length(task, codec, candidates, seed, begin, hay)
+        except UserError as error:
+            raise UserError(f'{task}: {error}') from None
         fitting = sizes if 'lengths' in config.given else [n for n in sizes if n >= least]
         if not fitting or min(fitting) < least:
             raise UserError(f'{task} needs texts of {least} tokens or more with this vocabulary, not {min(sizes)}: use longer --lengths'
                             + f' (the model has {model.config.block_size})')
-        hay = subject.read()[0] if task == 'needle' and haystack == 'data' and (data or subject.trained_on) else None
         bar = datasets.progress_bar(len(fitting) * len(where) * trials, 'text')
         result = retrieval.evaluate(scorer, task, codec, fitting, where, trials, candidates, seed, begin, hay, bar)
         bar.close()
@@ -265,8 +268,8 @@ for path in paths:
             about = subject.facts | dict(seconds=round(time.perf_counter() - began, 2), commit=machine.commit(), torch=torch.__version__,
                                          device=machine.describe(device), date=f'{datetime.date.today()}', chunk_size=chunk_size)
             done[key] = dict(key=key, model=path, cache=format_name, task=task) | about | cell
-            with datasets.writing(store), open(store, 'a', encoding='utf-8') as file:
-                file.write(json.dumps(done[key]) + '\n')
+            with datasets.writing(store):
+                scoreboard.add(store, done[key])
         records.append(done[key] | dict(label=labels[path]))
     del subject
 

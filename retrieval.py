@@ -116,10 +116,10 @@ def evaluate(scorer, task, codec, lengths, depths, trials, candidates, seed, beg
     return mean | dict(chance=sum(chances) / len(chances), trials=trials, cells=cells)
 
 
-def least_length(task, codec, candidates, seed, begin=()):
+def least_length(task, codec, candidates, seed, begin=(), hay=None):
     """The fewest tokens in which any trial of these fits, for lengths that are too short."""
     make, length = dict(needle=needle, key_value=key_value)[task], 8
-    while any(make(codec, length, 0.5, candidates, random.Random(f'{seed} {n}'), begin) is None for n in range(20)):
+    while any(make(codec, length, 0.5, candidates, random.Random(f'{seed} {n}'), begin, hay) is None for n in range(20)):
         length += 8
     return length
 

@@ -25,6 +25,13 @@ def read(path):
     return found
 
 
+def add(path, record):
+    """Appends a record, on a line of its own also behind what a kill left unfinished."""
+    with open(path, 'a+b') as file:
+        whole = not file.tell() or file.seek(-1, 2) >= 0 and file.read(1) == b'\n'
+        file.write(b'\n' * (not whole) + json.dumps(record).encode() + b'\n')
+
+
 def headline(record):
     """(name, value, whether more is better) of the number that stands for a record."""
     task, result = record['task'], record['result']
