@@ -274,7 +274,6 @@ for path in paths:
     del subject
 
 rows = scoreboard.rows(records)
-print(scoreboard.table(rows))
 for record in records:
     if record['dequantised'] == 0 and record['cache'].split()[1:2] in (['int8'], ['int4']):
         print(f"note: {record['label']}, {record['cache']}, {record['task']}: nothing was ever read back from its codes, as all of it lay in the window of "
@@ -286,4 +285,5 @@ scoreboard.draw(figures, records, store.with_suffix('.png'), footer)
 for task in retrieval.TASKS:
     if mine := [(f"{record['label']}, {record['cache']}", record['result']) for record in records if record['task'] == task]:
         retrieval.heat_map(figures, mine, task, store.with_name(f'{task}.png'), footer)
+print(scoreboard.table(rows))
 print(f"written: {', '.join(sorted(str(p) for p in store.parent.iterdir() if p.suffix in ('.jsonl', '.json', '.csv', '.png')))}", file=sys.stderr)
