@@ -170,7 +170,7 @@ def adapter(scorer, codec, begin, ends, bar):
 
             def tell(i, token):
                 at, chunk = len(prompts[i]) + len(said[i]) - 1, scorer.chunk_size or block_size
-                scorer.attended(range(at, at + 1), at if said[i] else at // chunk * chunk)
+                scorer.attended(range(at, at + 1), at if said[i] else at // chunk * chunk, at + 1)
                 said[i].append(tellers[i].tell(token))
                 return tellers[i].ended
             how = dict(temperature=temperature, top_k=int(wanted.get('top_k') or 0), top_p=float(wanted.get('top_p') or 1.0), vocab_size=codec.vocab_size)

@@ -2,7 +2,7 @@
 Log-likelihoods as decoding sees them: every token's keys and values pass through a cache before later tokens
 read them. Perplexity, retrieval and the harness ask here.
 
-Texts run `chunk_size` tokens at a time. Within a chunk, and for the `window` tokens before it, attention reads
+Texts run `chunk_size` tokens at a time. The tokens of a chunk, and so many before them as make `window`, are seen in
 full precision; all that is older comes out of the cache, dequantised where the cache is int8 or int4. With
 chunk_size=1 this is decoding, token by token; a larger chunk is faster and lets more be seen in full precision.
 `dequantised` tells how much was not.
@@ -42,11 +42,11 @@ class Scorer:
             self.cache.free(row)
         return self.cache
 
-    def attended(self, queries, begin):
-        """Counts what scored queries at these positions see, in a pass that began with `begin` tokens in the cache."""
+    def attended(self, queries, begin, end):
+        """Counts what scored queries at these positions see, in a pass that brings a sequence from `begin` to `end` tokens."""
         self.seen += sum(queries) + len(queries)
         if self.cache is not None and self.cache.dtype in BITS:
-            self.seen_dequantised += len(queries) * max(0, begin - self.cache.window)
+            self.seen_dequantised += len(queries) * max(0, min(begin, end - self.cache.window))
 
     @property
     def dequantised(self):
@@ -102,7 +102,7 @@ class Scorer:
             judged += self.judge([x[b, len(context) - 1:len(context) - 1 + len(one)] for b, (context, one) in enumerate(part)],
                                  [one for _, one in part])
             for context, one in part:
-                self.attended(range(len(context) - 1, len(context) - 1 + len(one)), 0)
+                self.attended(range(len(context) - 1, len(context) - 1 + len(one)), 0, 0)
         judged = iter(judged)
         return [[next(judged) for _ in continuations] for _, continuations in requests]
 
@@ -133,7 +133,8 @@ class Scorer:
         for at in range(0, max(map(len, texts)), self.chunk_size or 2 ** 60):
             parts = [(b, row, text[at:at + (self.chunk_size or len(text))]) for b, (text, row) in enumerate(zip(texts, rows)) if len(text) > at]
             for b, row, part in parts:
-                self.attended(range(cache.used[row] + max(0, first[b] - at), cache.used[row] + len(part)), cache.used[row])
+                begin, end = cache.used[row], cache.used[row] + len(part)
+                self.attended(range(begin + max(0, first[b] - at), end), begin, end)
             slots = [row for _, row, _ in parts]
             cache.plan([len(part) for _, _, part in parts], None if slots == list(range(cache.slots)) else slots)
             x = self.model.hidden(self.padded([part for _, _, part in parts]), cache)

@@ -20,7 +20,7 @@ from configurator import UserError
 from scoring import Scorer
 
 ROOT = Path(__file__).parent.parent
-CHARS = '\n abcdefghijklmnopqrstuvwxyz.:Té' + 'ABDFGHKLMNPRSVWZ'
+CHARS = '\n abcdefghijklmnopqrstuvwxyz.,:Té' + 'ABDFGHKLMNPRSVWZ'
 META = dict(tokenizer='char', chars=CHARS, vocab_size=len(CHARS), source='Some tale', dtype='uint16')
 TALE = ''.join(random.Random(0).choices('abcdefghij é.\n', k=1200))
 
