@@ -66,7 +66,7 @@ import harness
 import machine
 import retrieval
 import scoreboard
-from cache import BITS
+from cache import BITS, FULL, LAYOUTS
 from scoring import Scorer, perplexity
 
 OWN = ('perplexity', *retrieval.TASKS)
@@ -90,8 +90,12 @@ def formats():
     for layout, stored, kept in itertools.product(listed('cache') or ['dense'], listed('cache_dtype') or ['auto'], listed('window', int) or [128]):
         name = ' '.join([layout] + [stored] * (layout != 'none') + [f'window {kept}'] * (layout != 'none' and stored in BITS))
         found[name] = dict(layout=layout) | (dict(dtype=stored, window=kept, page_size=page_size) if layout != 'none' else {})
-        if layout not in ('none', 'dense', 'paged'):
+        if layout not in ('none', *LAYOUTS):
             raise UserError(f"--cache={layout} is not known: use none, dense or paged")
+        if stored not in (known := ['auto', *FULL, *BITS]):
+            raise UserError(f"--cache_dtype={stored} is not known: use {', '.join(known)}")
+        if kept < 0:
+            raise UserError(f'--window={window}: give whole numbers of at least 0')
     return found
 
 
@@ -242,9 +246,9 @@ if not paths:
 if wanted == ['']:
     raise UserError(f"say what to measure: --tasks={','.join(OWN)}, or tasks of the harness")
 for path in paths:
-    if not os.path.exists(path) and (path.startswith('out') or path.endswith('.pt')):
+    if not os.path.exists(path) and path not in checkpoint.HUB and ('/' not in path and ':' not in path or path.endswith('.pt')):
         raise UserError(f'--models: there is no {path}: train one first, or name a file or folder that is there')
-foreign = [task for task in wanted if task not in OWN]
+caches, foreign = formats(), [task for task in wanted if task not in OWN]
 harnessed = harness.Tasks(foreign, include_path, [*OWN, *harness.GROUPS]) if foreign else None
 labels = {path: Path(path).name for path in paths}
 if len(set(labels.values())) < len(paths):
@@ -259,7 +263,7 @@ done = scoreboard.read(store)
 records = []
 for path in paths:
     subject = Subject(path)
-    for (format_name, how), task in itertools.product(formats().items(), wanted):
+    for (format_name, how), task in itertools.product(caches.items(), wanted):
         key = key_of(path, format_name, how, task)
         if key not in done:
             print(f'{labels[path]} · {format_name} · {task}', file=sys.stderr)

@@ -340,3 +340,21 @@ def test_retrieval_is_what_a_real_model_does_with_it(tiny):
         cache = Cache.of(model, 1, 200)
         first = model.lm_head(prefill(model, [context], cache)).argmax().item()
     assert first == said[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('stored', ['auto', 'int8', 'int4'])
+@pytest.mark.parametrize('layout', ['dense', 'paged'])
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('chunk', [1, 5])
+def test_scores_on_a_gpu(chunk, name, layout, stored, tiny):
+    """In bf16, with whatever kernel decodes there: near the same cache on the CPU in fp32."""
+    model, requests = tiny(**MODELS[name]), random_requests(11, n=3)
+    how = dict(layout=layout, dtype=stored, window=4, chunk_size=chunk, page_size=16)
+    right = Scorer(model, 40, **how).score(requests)
+    model.to('cuda', torch.bfloat16).stream = torch.bfloat16
+    for one, other in zip(right, Scorer(model, 40, **how).score(requests), strict=True):
+        for (a, _), (b, _) in zip(one, other, strict=True):
+            assert b == pytest.approx(a, abs=0.35)
+    assert np.mean([abs(x - y) for one, other in zip(right, Scorer(model, 40, **how).score(requests)) for (a, _), (b, _) in zip(one, other)
+                    for x, y in zip(a, b)]) < 0.05
