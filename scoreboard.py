@@ -126,7 +126,7 @@ def draw(figures, records, path, footer):
     panels, cols = panels[:6], min(2, len(panels))
     height = -(-len(panels) // cols)
     with figures.sheet(height, cols, size=(figures.WIDTH, 1.6 + 3.5 * height), title='Models and their caches',
-                       note='over the bytes that one token takes in the cache, measured on its buffers') as (fig, axes):
+                       note='over the bytes that one token takes in the cache, measured on its buffers; w: window of full precision') as (fig, axes):
         from matplotlib.ticker import LogLocator
         axes = [axes] if len(panels) == 1 else list(axes.flat)
         for ax in axes[len(panels):]:
@@ -143,7 +143,7 @@ def draw(figures, records, path, footer):
             ax.set_xscale('log')
             for label, points in drawn:
                 line(ax, figures, label, points, more and not relative, style_of(records, models, label, figures))
-            ax.margins(x=0.12, y=0.12)
+            ax.margins(x=0.14, y=0.3)
             if 'pairwise' in name:  # a share: its whole range, with what guessing gets
                 ax.set_ylim(0, 1.08)
                 ax.axhline(0.5, linewidth=1, color=figures.COLORS['muted'])
@@ -182,9 +182,9 @@ def name_points(ax, points):
             groups.append((x, y, [held]))
     for x, y, held in groups:
         stored = list(dict.fromkeys(' '.join(one.split()[1:2]) for one in held))
-        kept = list(dict.fromkeys(one.split()[3] for one in held if 'window' in one))
-        text = ', '.join(stored) + (f' w {", ".join(kept)}' if kept else '')
-        ax.annotate(text, (x, y), xytext=(0, 6), textcoords='offset points', ha='center', fontsize=7.5)
+        kept = sorted({int(one.split()[3]) for one in held if 'window' in one})
+        text = ', '.join(stored) + (f' w {kept[0]}' if kept else '') + (f' to {kept[-1]}' if kept[1:] else '')
+        ax.annotate(text, (x, y), xytext=(2, 5), textcoords='offset points', ha='left', va='bottom', rotation=35, rotation_mode='anchor', fontsize=7.5)
 
 
 def style_of(records, models, label, figures):
