@@ -58,7 +58,7 @@ def test_scores_are_those_of_the_plain_model(name, layout, tiny):
     model = tiny(**MODELS[name])
     how = dict(layout=layout) | (dict(page_size=16) if layout == 'paged' else {})
 
-    @settings(max_examples=8, deadline=None, database=None)
+    @settings(max_examples=5, deadline=None, database=None)
     @given(seed=st.integers(0, 10 ** 6), chunk=st.sampled_from([0, 1, 3, 8]), batch=st.sampled_from([1, 2, 3, 8]))
     def check(seed, chunk, batch):
         requests = random_requests(seed)
