@@ -73,21 +73,6 @@ if init_from == 'resume' and not os.path.exists(path):
                     'or name one that you have by --out_dir or --init_from')
 
 
-def vocabulary(content, size):
-    """The meta of a model's `size` tokens: the checkpoint's own, or its dataset's (nanoGPT's holds none), or GPT-2's."""
-    if 'tokenizer' in content.get('meta', {}):
-        return content['meta']
-    name = content.get('config', {}).get('dataset')
-    if name and (datasets.find(name) / 'meta.json').exists():
-        meta = datasets.read_meta(datasets.find(name))
-        if size in (meta['vocab_size'], -(-meta['vocab_size'] // 64) * 64):  # as it is, or rounded up
-            return meta
-    if size in (50257, 50304):
-        return dict(tokenizer='gpt2')
-    hint = f"run the prepare.py of the dataset '{name}' that it was trained on" if name else 'GPT-2 has 50257'
-    raise UserError(f'{path} does not say what its {size} tokens are: {hint}')
-
-
 def read(name, option):
     try:
         return (sys.stdin.buffer.read() if name == '-' else Path(name).read_bytes()).decode('utf-8-sig')
@@ -120,14 +105,8 @@ def read_stops():
 
 # ---------------------------------------------------------------------------------------------------
 model, content = checkpoint.load_model(path, dropout=0.0, kernel=kernel)
-if 'codec' in content:  # another's model and its own tokenizer.json
-    meta, codec = {}, content['codec']
-    begin, ends, nothing = codec.bos, codec.eos, ''
-else:
-    meta = vocabulary(content, model.config.vocab_size)
-    codec = datasets.Tokenizer(meta)
-    begin, ends = None, {codec.bpe.eot_token} if codec.name == 'gpt2' else set()  # <|endoftext|>, between documents
-    nothing = '<|endoftext|>' if ends else '\n'  # what a text without a prompt begins with
+meta, codec, begin, ends = datasets.codec_of(content, model.config.vocab_size, path)
+nothing = '' if codec.name == 'hf' else '<|endoftext|>' if ends else '\n'  # what a text without a prompt begins with
 asked, stops, texts = read_prompts(), read_stops(), []
 for text, where in asked:
     try:

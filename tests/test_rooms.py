@@ -31,10 +31,14 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
     attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
     decode_figures={'figures'},
+    scoring={'cache'},
+    retrieval=set(),
+    harness={'configurator', 'decoding', 'scoring'},
+    scoreboard=set(),
 )
 AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
-HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
+HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval'}
 
 FILES = {path.stem: path for path in sorted(ROOT.glob('*.py'))}
 every_file = pytest.mark.parametrize('name', FILES)
