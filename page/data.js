@@ -5,11 +5,12 @@ const report = JSON.parse(document.getElementById("report").textContent);
 
 const LABELS = ["induction", "previous", "duplicate", "current", "first", "positional", ""];
 const FAMILIES = ["induction", "previous", "duplicate", "current", "first"]; // scores with null, control, gap, interval
-const SCORES = { // what heads can be ordered by: name, and whether it is a difference in loss
-  induction: ["induction", false], previous: ["previous token", false], duplicate: ["duplicate token", false],
-  current: ["current token", false], first: ["first token", false], copying: ["copying (OV)", false],
-  zero_ablation: ["Δ loss, zero ablation", true], mean_ablation: ["Δ loss, mean ablation", true],
-  pattern_ablation: ["Δ loss, pattern kept", true],
+const SCORES = { // what heads can be ordered by: name, whether it is a difference in loss, name where room is short
+  induction: ["induction", false, "induction"], previous: ["previous token", false, "previous"],
+  duplicate: ["duplicate token", false, "duplicate"], current: ["current token", false, "current"],
+  first: ["first token", false, "first"], copying: ["copying (OV)", false, "copying"],
+  zero_ablation: ["Δ loss, zero ablation", true, "Δ zero"], mean_ablation: ["Δ loss, mean ablation", true, "Δ mean"],
+  pattern_ablation: ["Δ loss, pattern kept", true, "Δ pattern"],
 };
 
 /** Bytes [from, to) of a base64 text; the rest is not decoded. */
@@ -57,7 +58,7 @@ class Model {
   }
 
   layer(head) { return Math.floor(head / this.heads); }
-  nameOf(head) { return `L${this.layer(head)}\u2009H${head % this.heads}`; }
+  nameOf(head) { return `L${this.layer(head)}\u202fH${head % this.heads}`; }
   label(head) { return this.scoreOf.get(head)?.label || ""; }
 
   /** The packed attention of a head: bytes, 255 for 1. */

@@ -140,7 +140,7 @@ function setTable(change) {
 /** Whatever was measured on groups of heads: a small dict of numbers, lists of heads and dicts of these. */
 function showGroups() {
   const pairs = list => Array.isArray(list) && list.length && list.every(item => Array.isArray(item) && item.length === 2);
-  const tell = value => pairs(value) ? value.map(([layer, head]) => `L${layer}\u2009H${head}`).join(", ") : Array.isArray(value) ? value.map(tell).join(", ")
+  const tell = value => pairs(value) ? value.map(([layer, head]) => `L${layer}\u202fH${head}`).join(", ") : Array.isArray(value) ? value.map(tell).join(", ")
     : value !== null && typeof value === "object" ? Object.entries(value).map(([key, item]) => `${key.replaceAll("_", " ")} ${tell(item)}`).join(" · ")
       : number(value) === null ? (value === null ? "–" : String(value)) : Number.isInteger(value) ? String(value) : signed(value);
   byId("groups").innerHTML = models.filter(model => model.group_ablation && Object.keys(model.group_ablation).length).map(model =>
@@ -226,7 +226,7 @@ function showMoment() {
     const last = run.tokens.reduce((best, tokens, i) => tokens <= moment ? i : best, -1), scores = run.scores?.[last];
     if (!run.scores) return "";
     const step = number(run.step?.[last]);
-    const body = !scores ? '<p class="quiet">no checkpoint yet</p>' : `<div class="heat" style="--heads:${scores[0].length}">${scores.map((row, layer) => `<span class="row">L${layer}</span>` +
+    const body = !scores ? '<p class="quiet">no checkpoint yet</p>' : `<div class="heat" style="--heads:${scores[0].length};--cell:${Math.max(14, Math.min(56, 330 / scores.length))}px">${scores.map((row, layer) => `<span class="row">L${layer}</span>` +
       row.map((value, head) => `<i style="background:${number(value) === null ? "transparent" : weightColor(Math.max(0, Math.min(1, value)))};color:${inkOn(Math.max(0, Math.min(1, number(value) ?? 0)))}"
         title="L${layer} H${head}: ${fixed(value, 3)}">${row.length <= 8 ? fixed(value) : ""}</i>`).join("")).join("")}</div>`;
     return `<article><h3><i class="swatch" style="background:${run.color()}"></i>${esc(run.name)} <span class="quiet">${step === null ? "" : `step ${whole(step)}`}${last < 0 ? "" : ` · ${short(run.tokens[last])} tokens`}</span></h3>${body}</article>`;
@@ -324,6 +324,7 @@ function begin() {
   setViews(Math.min(2, models.length));
   showLegend();
   setTimeout(() => { // below the first screen: after the first paint
+    byId("table-section").hidden = models.every(model => !model.scoreOf.size);
     showTable();
     showGroups();
     showLoss();

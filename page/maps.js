@@ -79,7 +79,7 @@ function marks(T, room) {
 /** Where things lie in a map of a given width: the same for the canvas and the picture that leaves the page. */
 function layout(T, width) {
   const named = (width - 92) / T >= 11; // room to name every token on both axes
-  const left = named ? 84 : 34, bottom = named ? 84 : 32, top = 4, right = 8;
+  const left = named ? 84 : 40, bottom = named ? 84 : 32, top = 4, right = 8;
   const side = Math.max(60, width - left - right);
   return { T, named, left, top, side, cell: side / T, width, height: top + side + bottom };
 }
@@ -132,7 +132,7 @@ class HeadMap {
     }
     context.font = `11px ${css("--sans")}`;
     if (!named) write("key →", left + side, top + side + 24, "right");
-    if (!named) write("query →", 6, top + side, "left", -Math.PI / 2);
+    if (!named) write("← query", 6, top + side, "left", -Math.PI / 2);
     this.paintScale(context);
   }
 

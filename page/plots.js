@@ -44,15 +44,16 @@ function lineChart(holder, { title, xName, yName, series, log = false, width = 6
     .filter(line => line.points.length);
   const xs = drawn.flatMap(line => line.points.map(point => point[0])), ys = drawn.flatMap(line => line.points.map(point => point[1]));
   if (!xs.length) { holder.innerHTML = `<p class="quiet">${esc(title)}: no numbers in this report.</p>`; return { mark() {} }; }
-  const positive = xs.filter(x => x > 0), zero = Math.min(...positive, 1) / 2.5; // log has no 0: it stands a bit left of the rest
+  const positive = xs.filter(x => x > 0), zero = (positive.length ? Math.min(...positive) : 1) / 2.5; // log has no 0: it stands a bit left of the rest
   const along = x => log ? Math.log10(Math.max(x, zero)) : x;
   const x0 = along(Math.min(...xs)), x1 = along(Math.max(...xs)), y0 = Math.min(...ys), y1 = Math.max(...ys);
   const room = Math.max(y1 - y0, 1e-3) * 0.06, low = y0 >= 0 && y0 < 0.25 * y1 ? 0 : y0 - room, high = y1 + room;
   const X = x => left + (x1 > x0 ? (along(x) - x0) / (x1 - x0) : 0.5) * (width - left - right);
   const Y = y => top + (high - y) / (high - low) * (height - top - bottom);
   const xTicks = !log ? ticks(x0, x1, width / 90) : logTicks(Math.min(...positive), Math.max(...xs)).concat(xs.includes(0) ? [0] : []);
-  const parts = ticks(low, high, height / 60).map(y => `<line class="grid" x1="${left}" x2="${width - right}" y1="${Y(y)}" y2="${Y(y)}"/>
-    <text class="tick" x="${left - 8}" y="${Y(y) + 3.5}" text-anchor="end">${fixed(y, high - low < 0.4 ? 2 : high - low < 4 ? 1 : 0)}</text>`);
+  const yTicks = ticks(low, high, height / 60), digits = [0, 1, 2, 3].find(count => yTicks.every(y => Math.abs(y - Number(y.toFixed(count))) < 1e-9)) ?? 4;
+  const parts = yTicks.map(y => `<line class="grid" x1="${left}" x2="${width - right}" y1="${Y(y)}" y2="${Y(y)}"/>
+    <text class="tick" x="${left - 8}" y="${Y(y) + 3.5}" text-anchor="end">${fixed(y, digits)}</text>`);
   parts.push(...xTicks.map(x => `<text class="tick" x="${X(x)}" y="${height - bottom + 18}" text-anchor="middle">${xText(x)}</text>`));
   parts.push(`<line class="axis" x1="${left}" x2="${width - right}" y1="${height - bottom}" y2="${height - bottom}"/>
     <text class="tick" x="${width - right}" y="${height - 6}" text-anchor="end">${esc(xName)}</text>
@@ -154,6 +155,10 @@ function saved(svg, width, height, { key = [], lines = [] }) {
 /** Marks inside a sheet of their own, with a key and a footer. */
 function picture(inside, width, height, key, lines) {
   const type = `font-family="${esc(css("--sans"))}" font-size="11"`;
+  lines = lines.flatMap(line => line.split(" · ").reduce((out, part) => { // as many parts on a line as fit
+    const longer = out.length ? `${out[out.length - 1]} · ${part}` : part;
+    return out.length && longer.length * 5.8 < width - 16 ? [...out.slice(0, -1), longer] : [...out, part];
+  }, []));
   const rows = key.map((item, i) => `<path d="M8 ${14 + 16 * i}H32" stroke="${item.color}" stroke-width="2" stroke-dasharray="${item.dash || "none"}"/>
     <text x="40" y="${18 + 16 * i}" ${type} fill="${css("--ink")}">${esc(item.name)}</text>`);
   const down = key.length ? 16 * key.length + 10 : 0, tall = height + down + 14 * lines.length + 14;
@@ -184,9 +189,10 @@ function mapPicture(model, head, what) {
   for (const [text, share] of scaleTicks(layer)) parts.push(`<text x="${x + 160 * share}" y="${top + 28}" text-anchor="middle" ${words}>${text}</text>`);
   const title = [model.nameOf(head), labelName(model.label(head)), what === "weights" ? "attention" : `${what} logit`,
     ...["induction"].filter(key => model.score(head, key) !== null).map(key => `${key} ${fixed(model.score(head, key))}`)].join(" · ");
-  return picture(`<text x="8" y="20" font-family="${esc(css("--sans"))}" font-size="14" font-weight="600" fill="${css("--ink")}">${esc(title)}</text>
+  const name = `${model.name} L${model.layer(head)}H${head % model.heads} ${what}`;
+  return { name, ...picture(`<text x="8" y="20" font-family="${esc(css("--sans"))}" font-size="14" font-weight="600" fill="${css("--ink")}">${esc(title)}</text>
     <g transform="translate(0 ${down})"><image href="${big.toDataURL()}" x="${left}" y="${top}" width="${side}" height="${side}"/>${parts.join("")}</g>`,
-    place.width, place.height + down + 6, [], [model.passport]);
+    place.width, place.height + down + 6, [], [model.passport]) };
 }
 
 /** All heads of a model, layer × head, as a picture. */
@@ -200,8 +206,8 @@ function overviewPicture(model) {
     parts.push(`<image href="${paint(model, head, "weights", 128).toDataURL()}" x="${x + gap / 2}" y="${y}" width="${tile - gap}" height="${tile - gap}"/>
       <text x="${x + tile / 2}" y="${y + tile - gap + 11}" ${type}>${showScore(value, state.shown)}</text>`);
   }
-  return picture(parts.join(""), left + model.heads * tile + 12, top + model.layers * (tile + 12) + 8, [],
-    [`number: ${SCORES[state.shown][0]}`, model.passport]);
+  return { name: `${model.name} heads`, ...picture(parts.join(""), left + model.heads * tile + 12, top + model.layers * (tile + 12) + 8, [],
+    [`number: ${SCORES[state.shown][0]}`, model.passport]) };
 }
 
 /** PNG and SVG buttons in `holder` for what `draw` returns. */
@@ -210,7 +216,7 @@ function exportButtons(holder, title, draw) {
   holder.onclick = async event => {
     const kind = event.target.dataset.kind;
     if (!kind) return;
-    const { svg, width, height } = draw(), name = `${title.replace(/[^\w.-]+/g, "_")}.${kind.toLowerCase()}`;
+    const { svg, width, height, name: about = title } = draw(), name = `${about.replace(/[^\w.-]+/g, "_")}.${kind.toLowerCase()}`;
     save(kind === "SVG" ? new Blob([svg], { type: "image/svg+xml" }) : await png(svg, width, height), name);
   };
 }

@@ -45,7 +45,9 @@ class View {
     const heads = Array.from({ length: model.count }, (_, head) => head);
     const shown = grid ? heads : sortedHeads(model, state.shown).filter(head => state.labels.has(model.label(head)));
     holder.className = `thumbs ${grid ? "grid" : "ranked"}`;
+    this.part(".choice").classList.toggle("broad", model.heads > 16);
     holder.style.setProperty("--heads", model.heads);
+    holder.style.setProperty("--thumb", `${Math.max(26, Math.min(92, 396 / model.layers))}px`); // all layers on one screen
     holder.setAttribute("aria-label", `Heads of ${model.name}, ${grid ? "layer by layer" : `by ${SCORES[state.shown][0]}`}`);
     this.seen.disconnect();
     const columns = grid ? ['<span class="corner"></span>', ...Array.from({ length: model.heads }, (_, head) => `<span class="column">H${head}</span>`)] : [];
@@ -56,7 +58,7 @@ class View {
       const says = `layer ${model.layer(head)} head ${head % model.heads}, ${labelName(label)}, ${SCORES[state.shown][0]} ${showScore(value, state.shown)}`;
       return `${row}<button type="button" class="thumb${faded ? " faded" : ""}" data-head="${head}" tabindex="-1" aria-pressed="false" aria-label="${esc(says)}"
         title="${esc(says)}"><span class="paper"></span><span class="caption">${grid ? "" : `<b>${model.nameOf(head)}</b>`}<i class="dot label-${esc(label || "none")}"></i><span
-        class="value">${showScore(value, state.shown)}</span></span></button>`;
+        class="value">${value === null ? "" : showScore(value, state.shown)}</span></span></button>`;
     }).join("");
     if (!shown.length) holder.innerHTML = '<p class="quiet">No head of this model has a label that is switched on.</p>';
     for (const thumb of holder.querySelectorAll(".thumb")) this.seen.observe(thumb);
@@ -93,11 +95,13 @@ class View {
     for (const option of pick.options) option.disabled = option.value !== "weights" && !model.split(head);
     if (this.what !== "weights" && !model.split(head)) this.what = "weights";
     pick.value = this.what;
-    this.part(".which").textContent = model.nameOf(head);
-    this.part(".look-head .label").className = `label label-${label || "none"}`;
-    this.part(".look-head .label").textContent = labelName(label);
-    this.part(".facts").innerHTML = Object.keys(SCORES).filter(key => model.score(head, key) !== null).map(key =>
-      `<span class="fact"><span>${esc(SCORES[key][0])}</span> <b>${showScore(model.score(head, key), key)}</b></span>`).join("");
+    for (const which of this.root.querySelectorAll(".which")) which.textContent = model.nameOf(head);
+    this.part(".chosen .label").className = `label label-${label || "none"}`;
+    this.part(".chosen .label").textContent = labelName(label);
+    this.part(".facts").innerHTML = Object.keys(SCORES).filter(key => model.score(head, key) !== null).map(key => {
+      const value = model.score(head, key), bar = SCORES[key][1] || value < 0 ? "" : `<i style="width:${(100 * Math.min(1, value)).toFixed(1)}%"></i>`;
+      return `<div><dt title="${esc(SCORES[key][0])}">${esc(SCORES[key][2])}</dt><dd class="bar">${bar}</dd><dd>${showScore(value, key)}</dd></div>`;
+    }).join("") || '<div class="quiet">no scores in this report</div>';
     this.map.show(model, head, this.what);
     this.map.canvas.setAttribute("aria-label", `Attention of ${model.nameOf(head)} of ${model.name}. Arrow keys move the query and the key, Enter locks.`);
   }
@@ -126,11 +130,12 @@ class View {
     const token = i => `<span class="token">${esc(clip(visible(text[i]), 18))}</span>`;
     const beyond = state.query > q ? ` <span class="quiet">(this sequence ends at ${q})</span>` : "";
     this.part(".asks").innerHTML = `Query <b>${q}</b> ${token(q)}${beyond} gives key <b>${k}</b> ${token(k)} <b class="weight">${fixed(model.weight(head, q, k), 3)}</b>`;
-    const keys = Array.from({ length: q + 1 }, (_, i) => i).sort((a, b) => model.weight(head, q, b) - model.weight(head, q, a) || a - b).slice(0, 8);
+    const keys = Array.from({ length: q + 1 }, (_, i) => i).sort((a, b) => model.weight(head, q, b) - model.weight(head, q, a) || a - b)
+      .slice(0, 8).filter((key, i) => !i || model.weight(head, q, key) > 0);
     this.part(".keys").innerHTML = keys.map(key => {
       const weight = model.weight(head, q, key);
-      return `<li data-key="${key}"${key === k ? ' class="here"' : ""}><span class="place">${key}</span><span class="token" title="${esc(visible(text[key]))}">${esc(clip(visible(text[key]), 18))}</span>
-        <span class="bar"><i style="width:${(100 * weight).toFixed(1)}%"></i></span><span class="weight">${fixed(weight, 3)}</span><span class="role">${model.role(q, key)}</span></li>`;
+      return `<li data-key="${key}"${key === k ? ' class="here"' : ""}><span class="place">${key}</span><span class="what"><span
+        class="token" title="${esc(visible(text[key]))}">${esc(clip(visible(text[key]), 18))}</span><span class="role">${model.role(q, key)}</span></span><span class="bar"><i style="width:${(100 * weight).toFixed(1)}%"></i></span><span class="weight">${fixed(weight, 3)}</span></li>`;
     }).join("");
     this.showSplit(q, k);
     this.part(".lock").textContent = state.locked ? "Locked: click to follow the pointer" : "Lock this query";

@@ -13,6 +13,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     muon=set(),
     kernels=set(),
     figures={'configurator'},
+    head_page={'configurator', 'figures'},
     dataset={'configurator'},
     machine={'configurator'},
     cache={'configurator', 'decode_kernels'},  # the kernels late
@@ -30,9 +31,9 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
     decode_figures={'figures'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), head_page=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
-HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
+HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'playwright'}
 
 FILES = {path.stem: path for path in sorted(ROOT.glob('*.py'))}
 every_file = pytest.mark.parametrize('name', FILES)
