@@ -199,7 +199,7 @@ class HeadMap {
     const name = `${k} ${clip(visible(this.model.tokensText[k]), 14)}`, wide = context.measureText(name).width + 12;
     const start = Math.max(0, Math.min(left + (k + 0.5) * cell - wide / 2, left + side - wide));
     context.fillStyle = css("--panel");
-    context.fillRect(start, top + side + 2, wide, height);
+    context.fillRect(start - 8, top + side + 2, wide + 16, height);
     context.fillStyle = accent;
     context.fillText(name, start + 6, top + side + 2 + height / 2);
   }

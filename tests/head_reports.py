@@ -75,7 +75,7 @@ def model(name, kind, heads, T=65, seed=0, trained=True, split=(), **more):
                       mean_ablation=float(abs(random.normal(0, 0.01)) + 0.3 * strength * (label in ('induction', 'previous'))),
                       pattern_ablation=float(abs(random.normal(0, 0.01)) + 0.25 * strength * (label == 'induction')))
         scores.append(score)
-    found = dict(name=name, kind=kind, params=124_439_808, step=6000, tokens=2_949_120_000, val_loss=3.2741, source=f'out-{kind.lower()}/ckpt.pt', trained=trained,
+    found = dict(name=name, kind=kind, params=124_439_808, step=6000, tokens=2_949_120_000, val_loss=3.2741, source='tests/head_reports.py, not a model', trained=trained,
                  layers=len(heads), heads=len(heads[0]), tokens_text=texts, patterns_u8=head_page.pack_patterns(A), scores=scores)
     if split:
         chosen = [at.index(tuple(head)) for head in split]
@@ -127,14 +127,14 @@ def report(models, runs=None):
 
 def pair(T=65):
     """A small MHA and a small MLA model with everything that the page can show."""
-    both = [model('two layers, MHA with RoPE', 'MHA', SMALL, T), model('two layers, MLA with RoPE', 'MLA', [[*SMALL[0][1:], SMALL[0][0]], [*SMALL[1][2:], *SMALL[1][:2]]], T, seed=1,
+    both = [model('made by hand, MHA', 'MHA', SMALL, T), model('made by hand, MLA', 'MLA', [[*SMALL[0][1:], SMALL[0][0]], [*SMALL[1][2:], *SMALL[1][:2]]], T, seed=1,
                                                                        split=[(0, 3), (1, 1), (1, 2), (1, 3)], val_loss=3.2552, params=121_003_008)]
     return report(both, checkpoints(both))
 
 
 def large(T=127):
     """A GPT-2 sized pair; 48 heads with the parts of their logits."""
-    both = [model('GPT-2 124M, MHA', 'MHA', layers(), T), model('GPT-2 size, MLA', 'MLA', layers(seed=3), T, seed=1, val_loss=3.2552, params=121_003_008,
+    both = [model('made by hand, MHA of 12 layers', 'MHA', layers(), T), model('made by hand, MLA of 12 layers', 'MLA', layers(seed=3), T, seed=1, val_loss=3.2552, params=121_003_008,
                                                                 split=[(layer, head) for layer in range(4, 8) for head in range(12)])]
     return report(both, checkpoints(both))
 

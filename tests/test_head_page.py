@@ -80,7 +80,7 @@ def test_the_file_loads_nothing(make):
     assert not re.search(r'http|src\s*=|fetch|XMLHttp|import\(|@import|<link|<iframe|<img', page, re.IGNORECASE) and 'url(' not in page
     tags = [tag for tag, _ in Scripts(page).tags]
     assert tags.count('script') == 6 and not {'img', 'link', 'iframe', 'object', 'embed'} & set(tags)
-    assert '{{' not in page.replace(Scripts(page).scripts[0], '')
+    assert not re.search(r'\{\{[\w.]+\}\}', page)
 
 
 def test_numbers_come_back_out_of_the_file():
@@ -300,9 +300,9 @@ def test_heads_are_chosen_sorted_and_filtered(show):
     for label in ('previous', 'duplicate', 'current', 'first', ''):
         page.locator(f'#chips [data-label="{label}"]').click()
     assert page.locator('.view').first.locator('.thumb').count() == 2  # induction is left
-    assert page.locator('.thumb canvas').count() > 0
+    page.wait_for_selector('.thumb canvas')  # painted when it comes into sight
     page.locator('.pick-model').first.select_option('1')
-    assert page.evaluate('views.map(view => view.model.name)') == ['two layers, MLA with RoPE'] * 2
+    assert page.evaluate('views.map(view => view.model.name)') == ['made by hand, MLA'] * 2
 
 
 def test_the_table_sorts_and_filters(show):
@@ -385,12 +385,12 @@ def test_sliders_move_checkpoints_and_thresholds(show):
     assert page.evaluate('views[0].head') == 3
     box = page.locator('#loss-plot .plot').bounding_box()
     page.locator('#loss-plot .plot').hover(position=dict(x=box['width'] - 20, y=60))
-    assert page.locator('#loss-plot .reading').inner_text().startswith('position 32: two layers, MHA with RoPE, repeated')
+    assert page.locator('#loss-plot .reading').inner_text().startswith('position 32: made by hand, MHA, repeated')
 
 
 def test_texts_stay_texts_and_untrained_is_red(show):
     page = show(hostile())
-    assert page.title().startswith('Attention heads · two layers, MHA with RoPE · </script>') and page.locator('body script').count() == 6
+    assert page.title().startswith('Attention heads · made by hand, MHA · </script>') and page.locator('body script').count() == 6
     assert page.locator('.banner.untrained').count() == 1 and 'Untrained.' in page.locator('.banner.untrained').inner_text()
     assert page.locator('.banner .alarm').evaluate('element => getComputedStyle(element).color') == 'rgb(180, 35, 24)'
     assert page.locator('.view .warning').evaluate_all('all => all.map(element => element.hidden)') == [True, False]
