@@ -14,7 +14,8 @@ file that loads nothing from anywhere. `report` travels inside it as JSON. `?` m
             'positional' or ''); under each of 'induction', 'previous', 'current', 'duplicate' and 'first'?
             a dict of score, null?, control?, gap?, low?, high?; copying?; zero_ablation?, mean_ablation?,
             pattern_ablation? (nats of loss that they add)
-        loss_by_position?: x, repeated, control (nats); icl_score? (nats); group_ablation? (any small dict)
+        loss_by_position?: x, repeated, control (nats); icl_score? (nats), icl_positions? (early, late);
+        group_ablation? (any small dict)
         composition?: a list of from [layer, head], to [layer, head], kind ('Q', 'K', 'V'), value
         mla_split?: heads [[layer, head], ...], content_f16, rope_f16: pack_logits of the two parts of the
             scaled logits of those heads. A head of 128 tokens takes 44 kB, its pattern 11 kB.

@@ -140,12 +140,12 @@ function setTable(change) {
 /** Whatever was measured on groups of heads: a small dict of numbers, lists of heads and dicts of these. */
 function showGroups() {
   const pairs = list => Array.isArray(list) && list.length && list.every(item => Array.isArray(item) && item.length === 2);
-  const tell = value => pairs(value) ? value.map(([layer, head]) => `L${layer}\u202fH${head}`).join(", ") : Array.isArray(value) ? value.map(tell).join(", ")
-    : value !== null && typeof value === "object" ? Object.entries(value).map(([key, item]) => `${key.replaceAll("_", " ")} ${tell(item)}`).join(" · ")
-      : number(value) === null ? (value === null ? "–" : String(value)) : Number.isInteger(value) ? String(value) : signed(value);
+  const tell = (value, about = "") => pairs(value) ? value.map(([layer, head]) => `L${layer}\u202fH${head}`).join(", ") : Array.isArray(value) ? value.map(tell).join(", ")
+    : value !== null && typeof value === "object" ? Object.entries(value).map(([key, item]) => `${key.replaceAll("_", " ")} ${tell(item, key)}`).join(" · ")
+      : number(value) === null ? (value === null ? "–" : String(value)) : Number.isInteger(value) ? String(value) : about === "loss" ? fixed(value, 3) : signed(value);
   byId("groups").innerHTML = models.filter(model => model.group_ablation && Object.keys(model.group_ablation).length).map(model =>
     `<article class="card"><h3><span class="kind kind-${esc(model.kind.toLowerCase())}">${esc(model.kind)}</span> ${esc(model.name)}: heads ablated together, Δ loss in nats</h3>
-    <dl>${Object.entries(model.group_ablation).map(([key, value]) => `<div><dt>${esc(key.replaceAll("_", " "))}</dt><dd>${esc(tell(value))}</dd></div>`).join("")}</dl></article>`).join("");
+    <dl>${Object.entries(model.group_ablation).map(([key, value]) => `<div><dt>${esc(key.replaceAll("_", " "))}</dt><dd>${esc(tell(value, key))}</dd></div>`).join("")}</dl></article>`).join("");
 }
 
 // ---------------------------------------------------------------------------
@@ -170,8 +170,8 @@ function setUpGraphs() {
   const values = composed.flatMap(model => model.composition.map(edge => number(edge.value)).filter(value => value !== null)).sort((a, b) => b - a);
   const kinds = Object.keys(COMPOSITION).filter(kind => composed.some(model => model.composition.some(edge => edge.kind === kind)));
   state.kinds = new Set(kinds);
-  state.threshold = values[Math.min(values.length - 1, 24 * composed.length)] ?? 0; // the strongest few, to begin with
-  Object.assign(byId("threshold"), { min: values[values.length - 1] ?? 0, max: values[0] ?? 1 });
+  state.threshold = Math.max(0, values[Math.min(values.length - 1, 24 * composed.length)] ?? 0); // the strongest few, to begin with
+  Object.assign(byId("threshold"), { min: Math.min(0, values[values.length - 1] ?? 0), max: Math.max(values[0] ?? 1, 1e-3) });
   byId("threshold").value = state.threshold;
   byId("graph-kinds").innerHTML = kinds.map(kind => `<button type="button" class="chip kind-chip-${kind}" data-kind="${kind}" aria-pressed="true"><i></i>${kind}: ${COMPOSITION[kind]}</button>`).join("");
   byId("graph-kinds").onclick = event => toggle(event, "kind", state.kinds, showGraphs);
@@ -251,13 +251,14 @@ const MEANINGS = [
   ["first", (q, k) => k === 0, "Looks at the first token, where heads often rest when they have nothing to do."],
   ["positional", (q, k) => q > 2 && k === q - 3, "Looks a fixed distance back whatever the tokens are. On repeats of one length this draws the same stripe as induction; the control and the gap tell them apart."],
 ];
+const [early, late] = models.find(model => model.icl_positions?.length === 2)?.icl_positions || [50, 500];
 const TERMS = [
   ["Null", "What a head that spreads its attention evenly scores, about 1/(q+1) a row. Not zero."],
   ["Control", "The score at the same places when the second half is other tokens. A head that scores here as well matches positions, not tokens."],
   ["Gap", "The score when filler stands between the two copies, so that the distance is new. Only matching by content survives it."],
   ["Copying", "From the weights alone: does the head make the token that it looks at likelier as the next one? 1 always, −1 the opposite."],
   ["Δ loss", "What the model loses, in nats, without the head. Zero: its output is set to zero. Mean: to its mean. Pattern kept: later heads keep looking where they looked, so what remains is the head's direct part."],
-  ["In-context score", "Loss at position 500 minus loss at position 50: how much a longer context helps. More negative is better."],
+  ["In-context score", `Loss at position ${late} minus loss at position ${early}: how much a longer context helps. More negative is better.`],
   ["Logit parts (MLA)", "Before the softmax, a logit of MLA is a sum: content, read from the latent, and RoPE, which carries position."],
   ["Weights", "Stored in steps of 1/255. A row's weights sum to 1. Small maps show the largest weight under each pixel, so that thin stripes stay visible."],
 ];

@@ -104,7 +104,7 @@ function drawGraph(holder, model) {
   const bend = { Q: -9, K: 0, V: 9 };
   const lines = [...edges].sort((a, b) => a.value - b.value).map(edge => {
     const [x0, y0, x1, y1] = [X(edge.from[0]) + radius, Y(edge.from[1]), X(edge.to[0]) - radius, Y(edge.to[1])], half = (x1 - x0) / 2;
-    const share = edge.value / most, shift = bend[edge.kind] || 0;
+    const share = Math.max(0, edge.value / most), shift = bend[edge.kind] || 0;
     return `<path class="edge kind-${esc(edge.kind)}" data-ends="${edge.from.join("-")} ${edge.to.join("-")}" stroke-width="${(0.8 + 3.4 * share).toFixed(2)}"
       stroke-opacity="${(0.3 + 0.65 * share).toFixed(2)}" d="M${x0} ${y0}C${x0 + half} ${y0 + shift} ${x1 - half} ${y1 + shift} ${x1} ${y1}">
       <title>${esc(`${name(edge.from)} → ${name(edge.to)}: ${edge.kind}-composition ${edge.value.toFixed(3)}`)}</title></path>`;
