@@ -15,6 +15,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     figures={'configurator'},
     comparison={'configurator', 'figures'},
     runs={'configurator'},
+    head_page={'configurator', 'figures'},
     dataset={'configurator'},
     machine={'configurator'},
     cache={'configurator', 'decode_kernels'},  # the kernels late
@@ -39,6 +40,9 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
 AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval'}
+AT_ONCE = dict(configurator=set(), figures=set(), head_page=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
+HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'playwright'}
 
 FILES = {path.stem: path for path in sorted(ROOT.glob('*.py'))}
 every_file = pytest.mark.parametrize('name', FILES)
