@@ -43,7 +43,10 @@ from pathlib import Path
 
 import checkpoint
 import head_report
+import indirect_object
 import machine
+from latents import likeness, plane, shares
+from latents import read as read_latents
 from subject import Subject
 
 
@@ -57,10 +60,6 @@ def named(setting):
 
 def load(path):
     return Subject(path, device, untrained, dataset)
-
-
-def bars(values, width=24):
-    return '█' * round(width * max(0.0, min(1.0, values)))
 
 
 def tell(model):
@@ -118,9 +117,6 @@ if not (asked or named(sweep) or named(study)):
 for path in asked:  # before any work
     if path in named(out_dir) and not Path(path, 'ckpt.pt').exists():
         raise UserError(f'there is no {path}/ckpt.pt: train a model first, for instance with `python train.py config/induction_mla.py --out_dir={path}`')
-for path in named(sweep):
-    if len(checkpoint.kept_in(path)) < 2:
-        raise UserError(f'{path} holds no checkpoints of its training: run train.py with --keep_checkpoints=20 first')
 device = machine.pick_device(device)
 try:
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -131,51 +127,60 @@ footer = f"{machine.describe(device)} · commit {made['commit']} · {made['date'
 footer = footer if len(footer) < 150 else footer[:147] + '...'
 how = dict(length=length, texts=texts, seed=seed, threshold=threshold)
 
-runs = []
-for variant, folder in [(None, Path(path)) for path in named(sweep)] + (train_study() if study else []):
-    files = checkpoint.kept_in(folder)
-    run = head_report.through_training(lambda path: Subject(path, device, True, dataset), files, tell=say, **how)
+folders = [(None, Path(path)) for path in named(sweep)] + (train_study() if study else [])
+files = {folder: checkpoint.kept_in(folder) for _, folder in folders}
+for folder in files:
+    if len(files[folder]) < 2:
+        raise UserError(f'{folder} holds no checkpoints of its training: run train.py with --keep_checkpoints=20 first')
+paths = asked or named(sweep) or [f'{out}/{Path(file).stem.removeprefix("induction_")}-1' for file in named(study)]
+subjects, names = [load(path) for path in paths], {}
+for subject in subjects:  # what cannot be done is said before anything is
+    if prompt:
+        subject.encode(prompt)
+    if copying:
+        names[subject] = indirect_object.prompts(subject.codec, subject.begin, seed=seed)
+if latents and not any(subject.kind == 'MLA' for subject in subjects):
+    raise UserError('--latents=True compares the latents of MLA, and none of these models has one')
+
+runs, models, kept = [], [], []
+for variant, folder in folders:
+    run = head_report.through_training(lambda path: Subject(path, device, True, dataset), files[folder], tell=say, **how)
     runs.append(dict(name=folder.name) | run | (dict(variant=variant) if variant else {}))
 if study:
-    log = ''.join(json.dumps(dict(event='run', **made) | run) + '\n' for run in runs)
-    head_report.write_text(Path(out) / 'study.jsonl', log)
-if runs:
-    from head_figures import training
-    training(runs, Path(out) / ('study.png' if study else 'training.png'), footer, 'Induction through training')
-paths = asked or named(sweep) or [f'{out}/{Path(file).stem.removeprefix("induction_")}-1' for file in named(study)][:4]
-models, kept = [], []
-for path in paths:
-    subject = load(path)
+    variants = head_report.summary(runs)
+    head_report.write_text(Path(out) / 'study.jsonl', ''.join(json.dumps(line) + '\n' for line in [
+        dict(event='settings', made=made, **how), *(dict(event='run') | run for run in runs), *(dict(event='variant') | v for v in variants)]))
+    for v in variants:
+        say('{variant:>12} {kind}: gap score {mean:.3f} ({least:.3f} to {most:.3f}), induction heads in {formed} of {seeds} seeds'.format(**v) +
+            (', gap score 0.5 after {first:,} to {last:,} tokens'.format(**v) if v['formed'] else ''))
+for subject in subjects:
     say(subject.banner())
     models.append(head_report.examine(subject, causes=causes, prompt=prompt, shown=shown, tell=lambda text: say(f'  {text}'), **how))
     tell(models[-1])
     if latents and subject.kind == 'MLA':
-        import latents as found_in
-        found = found_in.read(subject.model, head_report.texts_for(subject, texts, seed))
-        kept.append((subject.name, found_in.shares(found), found_in.likeness(found), found_in.plane(found[:, :600])))
+        found = read_latents(subject.model, head_report.texts_for(subject, texts, seed))
+        kept.append((subject.name, shares(found), likeness(found), plane(found[:, :600])))
         models[-1]['latents'] = dict(variance=kept[-1][1].tolist(), likeness=kept[-1][2].tolist())
     if copying:
-        import indirect_object
-        models[-1]['indirect_objects'], movers = indirect_object.measure(subject.model, indirect_object.prompts(subject.codec, subject.begin, seed=seed))
+        answers, movers = indirect_object.measure(subject.model, names[subject])
+        models[-1]['indirect_objects'] = answers
         for entry, mover in zip(models[-1]['scores'], movers):
             entry['indirect_object'] = {key: mover[key] for key in ('moved', 'attention', 'copying')}
-        say('  indirect objects: {prompts} prompts, {accuracy:.0%} right, IO above S by {logit_difference:.2f} logits'.format(**models[-1]['indirect_objects']))
+        say('  indirect objects: {prompts} prompts, {accuracy:.0%} right, IO above S by {logit_difference:.2f} logits'.format(**answers))
         for mover in sorted(movers, key=lambda m: -m['moved'])[:3]:
             say('    head {layer}.{head} adds {moved:+.3f}, looks at the name by {attention:.2f}, copies {copying:.0%} of the names'.format(**mover))
-if latents and not kept:
-    raise UserError('--latents=True compares the latents of MLA, and none of these models has one')
 
 # ---------------------------------------------------------------------------------------------------
-report = dict(models=models, checkpoints=runs, made=made)
-out = Path(out)
-head_report.write(out, report)
-say(f'{out}/heads.html, {out}/heads.json, {out}/heads.csv')
+report, out = dict(models=models, checkpoints=runs, made=made), Path(out)
+written = head_report.write(out, report)
 try:
     import head_figures
+    if runs:
+        written.append(head_figures.training(runs, out / ('study.png' if study else 'training.png'), footer, 'Induction through training'))
     for at in range(0, len(models), 4):
-        head_figures.maps(report | dict(models=models[at:at + 4]), out / f'heads{"" if len(models) <= 4 else at // 4 + 1}.png', footer)
+        written.append(head_figures.maps(report | dict(models=models[at:at + 4]), out / f'heads{"" if len(models) <= 4 else at // 4 + 1}.png', footer))
     if kept:
-        head_figures.latents(kept, out / 'latents.png', footer)
-    say(f'{out}/heads.png')
+        written.append(head_figures.latents(kept, out / 'latents.png', footer))
 except UserError as error:
     say(f'no picture: {error}')
+say(', '.join(str(path) for path in written))

@@ -76,6 +76,7 @@ def maps(report, path, footer):
         bar.outline.set_visible(False)
         figures.footer(fig, footer)
         figures.save(fig, path)
+    return path
 
 
 def training(runs, path, footer, title='Through training'):
@@ -106,6 +107,7 @@ def training(runs, path, footer, title='Through training'):
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper left', ncols=min(4, len(styles)))
         figures.footer(fig, footer)
         figures.save(fig, path, palette=True)
+    return path
 
 
 def latents(found, path, footer):
@@ -136,3 +138,4 @@ def latents(found, path, footer):
             cloud.legend(loc='upper right', markerscale=3)
         figures.footer(fig, footer)
         figures.save(fig, path)
+    return path

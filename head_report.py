@@ -126,6 +126,19 @@ def through_training(load, files, length, texts, seed, threshold, tell=lambda te
     return run | dict(kind=subject.kind, params=subject.model.num_params())
 
 
+def summary(runs, enough=0.5):
+    """A line a variant of a study's runs (its seeds): the best head's last gap score, and after how many tokens it passed `enough`."""
+    lines = []
+    for variant in dict.fromkeys(run['variant'] for run in runs):
+        mine = [run for run in runs if run['variant'] == variant]
+        ends = [run['max_induction'][-1] for run in mine]
+        passed = [next(tokens for tokens, gap in zip(run['tokens'], run['max_induction']) if gap > enough) for run in mine if max(run['max_induction']) > enough]
+        lines.append(dict(variant=variant, kind=mine[0]['kind'], params=mine[0]['params'], seeds=len(mine), mean=round(sum(ends) / len(ends), 4),
+                          least=min(ends), most=max(ends), formed=len(passed), first=min(passed, default=None), last=max(passed, default=None),
+                          repeat_loss=[run['repeat_loss'][-1] for run in mine]))
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------
 # files
 
@@ -152,15 +165,17 @@ def table(rows):
 
 
 def write(folder, report):
-    """heads.html, heads.json (all of the report), heads.csv (a row a head), composition.csv (a row a pair) and, of a sweep, checkpoints.csv."""
+    """heads.html, heads.json (all of the report), heads.csv (a row a head), composition.csv (a row a pair) and, of a sweep, checkpoints.csv; returns their paths."""
     import head_page  # late: it brings the page
     brief = [m | dict(composition=sorted(m['composition'], key=lambda c: -c['value'])[:DRAWN]) for m in report['models']]
     head_page.write(folder / 'heads.html', report | dict(models=brief))
     write_text(folder / 'heads.json', json.dumps(report, allow_nan=False, ensure_ascii=False) + '\n')
-    models, runs = report['models'], report['checkpoints']
+    models, runs, written = report['models'], report['checkpoints'], ['heads.html', 'heads.json', 'heads.csv', 'composition.csv']
     write_text(folder / 'heads.csv', table([dict(model=m['name']) | entry for m in models for entry in m['scores']]))
     write_text(folder / 'composition.csv', table([dict(model=m['name'], from_layer=c['from'][0], from_head=c['from'][1], to_layer=c['to'][0],
                                                        to_head=c['to'][1], kind=c['kind'], value=c['value']) for m in models for c in m['composition']]))
     if runs:
         write_text(folder / 'checkpoints.csv', table([dict(model=run['name']) | {key: run[key][i] for key in run if isinstance(run[key], list) and key not in ('scores', 'gaps')}
                                                       for run in runs for i in range(len(run['step']))]))
+        written.append('checkpoints.csv')
+    return [folder / name for name in written]
