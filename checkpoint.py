@@ -68,7 +68,7 @@ def steps_to_keep(count, last):
     """`count` steps of a run of `last`: 0, then evenly in log(step) from last / 100 on; fewer where they would coincide."""
     if count < 2:
         return {last} if count else set()
-    return {0} | {round(last * 100 ** (i / max(1, count - 2) - 1)) or 1 for i in range(count - 1)} | {last}
+    return {0, last} | {max(1, round(last * 100 ** (i / (count - 2) - 1))) for i in range(count - 2)}
 
 
 def name_of(step):

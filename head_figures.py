@@ -17,7 +17,7 @@ def grid_of(model, row):
     def value(entry):
         induction = entry['induction']
         return {'induction': induction['score'], 'without repetition': induction['control'], 'with a gap': induction['gap'],
-                'previous token': entry['previous']['score'], 'copying (weights)': max(entry['copying'], 0.0)}[row]
+                'previous token': entry['previous']['score'], 'copying (weights)': entry['copying']}[row]
     flat, H = [value(entry) for entry in model['scores']], model['heads']
     return [flat[i:i + H] for i in range(0, len(flat), H)]
 
@@ -31,7 +31,7 @@ def facts(model):
 
 def maps(report, path, footer):
     """
-    Layer x head maps, the models side by side on one scale from 0 to 1, a strip of each layer's mean on the right. A box marks
+    Layer x head maps, the models side by side on one scale from 0 to 1 (copying: from -1, in red), a strip of each layer's mean on the right. A box marks
     heads that are called induction (and, in the row of the previous token, previous).
     """
     models = report['models']
@@ -39,19 +39,21 @@ def maps(report, path, footer):
         raise UserError(f'{len(models)} models do not fit on one picture of maps: look at 4 at a time')
     layers = max(m['layers'] for m in models)
     row_height = min(2.4, 0.9 + 0.17 * layers)
-    title = 'What the heads do: ' + ' and '.join(m['name'] for m in models) if len(models) < 3 else 'What the heads do'
     repeats = models[0]['repeats']
     note = (f"{repeats['texts']} random texts of {repeats['L']} tokens said twice; boxes: called induction, or previous in its row; "
-            'strip: mean of the layer')
-    with figures.sheet(len(SHOWN), len(models), size=(figures.WIDTH, 1.7 + row_height * len(SHOWN)), title=title, note=note) as (fig, axes):
+            'strip: mean of the layer; red: below zero')
+    scale = None
+    with figures.sheet(len(SHOWN), len(models), size=(figures.WIDTH, 1.7 + row_height * len(SHOWN)), title='What the heads do', note=note) as (fig, axes):
         from matplotlib.patches import Rectangle
         from mpl_toolkits.axes_grid1 import make_axes_locatable
 
         for i, row in enumerate(SHOWN):
             for j, model in enumerate(models):
                 ax, grid = (axes[i][j] if len(models) > 1 else axes[i]), grid_of(model, row)
-                look = dict(vmin=0, vmax=1, cmap='Blues', aspect='auto', interpolation='nearest', origin='lower')
+                below = row == 'copying (weights)'  # from -1 on: red is the opposite of copying
+                look = dict(vmin=-1 if below else 0, vmax=1, cmap='RdBu' if below else 'Blues', aspect='auto', interpolation='nearest', origin='lower')
                 image = ax.imshow(grid, **look)
+                scale = scale or image
                 strip = make_axes_locatable(ax).append_axes('right', size='3%', pad=0.06)
                 strip.imshow([[sum(line) / len(line)] for line in grid], **look)
                 for a in (ax, strip):
@@ -72,7 +74,7 @@ def maps(report, path, footer):
                     ax.set_title(f"{model['name']} ({model['kind']})\n{facts(model)}", fontsize=10.5, color=kind_color(model['kind']) if model['trained'] else '#B3261E')
                 if i == len(SHOWN) - 1:
                     ax.set_xlabel('head')
-        bar = fig.colorbar(image, ax=list(axes.flat), shrink=0.35, pad=0.015, aspect=30)
+        bar = fig.colorbar(scale, ax=list(axes.flat), shrink=0.35, pad=0.015, aspect=30)
         bar.outline.set_visible(False)
         figures.footer(fig, footer)
         figures.save(fig, path)
@@ -104,7 +106,7 @@ def training(runs, path, footer, title='Through training'):
             ax.set_xlabel('tokens seen' if over == 'tokens' else 'step')
             ax.set_ylabel(label)
         axes[0].set_ylim(-0.02, 1.02)
-        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper left', ncols=min(4, len(styles)))
+        axes[0].legend(loc='upper left', fontsize=9)
         figures.footer(fig, footer)
         figures.save(fig, path, palette=True)
     return path
@@ -116,6 +118,7 @@ def latents(found, path, footer):
         from matplotlib import colormaps
 
         for i, (name, shares, likeness, plane) in enumerate(found):
+            shares, likeness, plane = (t.numpy() for t in (shares, likeness, plane))
             rank, alike, cloud = axes[i] if len(found) > 1 else axes
             N, R = shares.shape
             colors = [colormaps['viridis'](0.9 * layer / max(1, N - 1)) for layer in range(N)]

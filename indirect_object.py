@@ -10,6 +10,8 @@ tokens (of the head's output alone). `attention` is how much the last token look
 
 Legend: B prompts, T tokens, H heads, C channels, V vocabulary.
 """
+import contextlib
+
 import torch
 
 import patterns
@@ -29,8 +31,9 @@ def prompts(codec, begin, pairs=8, seed=0):
     [(ids, place of IO, id of IO, id of S)] of every template, order and pair of names. UserError when fewer than four names are
     single tokens of the model.
     """
-    known = [(name, codec.encode(f' {name}')) for name in NAMES] if codec else []
-    known = [(name, ids[0]) for name, ids in known if len(ids) == 1]
+    known = []
+    with contextlib.suppress(UserError):  # characters that a small vocabulary lacks
+        known = [(name, ids[0]) for name in NAMES if codec and len(ids := codec.encode(f' {name}')) == 1]
     if len(known) < 4:
         raise UserError('--copying asks about names, which must be single tokens: use a model with GPT-2\'s or another large vocabulary')
     generator, found = torch.Generator().manual_seed(seed), []

@@ -23,8 +23,17 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
     hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
+    patterns={'configurator'},
+    circuits={'model_mla'},
+    ablation={'model', 'patterns'},
+    latents={'configurator', 'model_mla'},
+    indirect_object={'configurator', 'model', 'patterns', 'ablation'},
+    subject={'configurator', 'checkpoint', 'dataset'},
+    head_report={'configurator', 'patterns', 'circuits', 'ablation', 'head_page'},
+    head_figures={'configurator', 'figures'},
+    head_page={'configurator', 'figures'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), dataset={'torch', 'numpy'}, subject={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
 
