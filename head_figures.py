@@ -67,7 +67,7 @@ def maps(report, path, footer):
                 ticks = range(0, model['heads'], max(1, math.ceil(model['heads'] / 12)))
                 ax.set_xticks(list(ticks), [str(t) for t in ticks] if i == len(SHOWN) - 1 else [])
                 ticks = range(0, model['layers'], max(1, math.ceil(model['layers'] / 6)))
-                ax.set_yticks(list(ticks), [str(t) for t in ticks] if j == 0 else [])
+                ax.set_yticks(list(ticks), [str(t) for t in ticks] if j == 0 or model['layers'] != models[0]['layers'] else [])
                 if j == 0:
                     ax.set_ylabel(f'{row}\nlayer', fontsize=10)
                 if i == 0:

@@ -155,6 +155,8 @@ def write_text(path, text):
 
 def table(rows):
     """Dicts as CSV, nested ones with joined names."""
+    if not rows:
+        return ''
     flat = [{f'{key}_{inner}' if inner else key: value for key, entry in row.items()
              for inner, value in (entry.items() if isinstance(entry, dict) else [('', entry)])} for row in rows]
     out = io.StringIO()
@@ -172,8 +174,8 @@ def write(folder, report):
     write_text(folder / 'heads.json', json.dumps(report, allow_nan=False, ensure_ascii=False) + '\n')
     models, runs, written = report['models'], report['checkpoints'], ['heads.html', 'heads.json', 'heads.csv', 'composition.csv']
     write_text(folder / 'heads.csv', table([dict(model=m['name']) | entry for m in models for entry in m['scores']]))
-    write_text(folder / 'composition.csv', table([dict(model=m['name'], from_layer=c['from'][0], from_head=c['from'][1], to_layer=c['to'][0],
-                                                       to_head=c['to'][1], kind=c['kind'], value=c['value']) for m in models for c in m['composition']]))
+    write_text(folder / 'composition.csv', table([dict(model=m['name'], from_layer=a, from_head=i, to_layer=b, to_head=j, kind=c['kind'], value=c['value'])
+                                                  for m in models for c in m['composition'] for (a, i), (b, j) in [(c['from'], c['to'])]]) or 'no pairs\n')
     if runs:
         write_text(folder / 'checkpoints.csv', table([dict(model=run['name']) | {key: run[key][i] for key in run if isinstance(run[key], list) and key not in ('scores', 'gaps')}
                                                       for run in runs for i in range(len(run['step']))]))

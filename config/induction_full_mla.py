@@ -5,7 +5,7 @@ Induction in two whole layers: MLA with RoPE and a latent of 32, and the MLPs.
 """
 out_dir = 'out-induction-full-mla'
 dataset = 'repeats'
-eval_interval = 250
+eval_interval = 300
 eval_iters = 20
 log_interval = 10
 keep_checkpoints = 24
@@ -27,10 +27,10 @@ init = 'fan_in'
 kernel = 'eager'  # so small that the plain kernel is the fast one
 
 optimizer = 'muon'
-muon_lr = 0.02
+muon_lr = 0.015
 learning_rate = 3e-3  # of AdamW: embedding, head and norms
 weight_decay = 0.01
-max_iters = 600
+max_iters = 1200
 warmup_iters = 20
 min_lr = 0.0
 cuda_graph = True

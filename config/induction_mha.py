@@ -7,7 +7,7 @@ The other induction_*.py change one thing each: positions, attention, layers, or
 """
 out_dir = 'out-induction-mha'
 dataset = 'repeats'
-eval_interval = 250
+eval_interval = 300
 eval_iters = 20
 log_interval = 10
 keep_checkpoints = 24
@@ -26,10 +26,10 @@ init = 'fan_in'
 kernel = 'eager'  # so small that the plain kernel is the fast one
 
 optimizer = 'muon'
-muon_lr = 0.02
+muon_lr = 0.015
 learning_rate = 3e-3  # of AdamW: embedding, head and norms
 weight_decay = 0.01
-max_iters = 1500
+max_iters = 2400
 warmup_iters = 20
 min_lr = 0.0
 cuda_graph = True
