@@ -1,40 +1,61 @@
 """
-Measure training: python bench.py train | scale | race [config/x.py ...] [--key=value ...]
+Measure training and decoding: python bench.py train | scale | race | decode [config/x.py ...] [--key=value ...]
 
     python bench.py train config/train_gpt2.py --batch_size=32 --peer=../nanoGPT --profile=True
     python bench.py scale config/train_gpt2.py --batch_size=32 --gpus=1,2
     python bench.py race config/train_shakespeare_mla.py --peer=../nanoGPT --goal=1.886
+    python bench.py decode --models=mha,gqa,mqa,mla --caches=none,dense,paged --batch_sizes=1,64
+    python bench.py decode --peer=../nanoGPT,transformers
+    python bench.py decode --attention_only=True --cache_dtypes=auto,int8,int4
 
 train times whole steps (forward, backward, clip, optimizer) on random tokens, beside a matrix product
 and, with --peer, nanoGPT's own model and recipe, all in this process. scale runs train under torchrun
 on several GPUs. race runs nanoGPT's train.py and then ours, each as a person would, until val loss --goal.
+decode times prefill and decode steps with and without a cache (decode_meter.py), with --peer whole texts beside
+nanoGPT's and transformers' generate, with --attention_only one layer's attention (attention_meter.py).
 """
 # the measurement; the settings of train.py follow
-peer = ''  # a checkout of nanoGPT to measure in the same run
+peer = ''  # a checkout of nanoGPT to measure in the same run; decode: also transformers, or both with a comma
 peer_batch_size = 32  # sequences in the peer's batch (train)
 peer_args = ''  # the peer's own command line (race); '' = its recipe for this device from its README
 warmup_steps = 8  # steps before the clock starts
-timed_steps = 12  # steps between two looks at the clock
+timed_steps = 12  # steps (decode: tokens) between two looks at the clock
 repeats = 5  # how often; the median counts
 profile = False  # add a table of where the time of a step goes
 vocabulary = 50257  # different tokens (train)
 gpus = '1,2'  # scale: numbers of processes
 goal = 1.886  # race: the validation loss to reach
 results = ''  # append the figures to this JSONL file
+# decode
+models = 'mha,gqa,mqa,mla'  # the shape of the settings with random weights (gqa:4, mla:256+32 name widths), or checkpoints; with --peer: mha
+caches = 'none,dense,paged'
+cache_dtypes = 'auto'  # auto = the model's | float32 | bfloat16 | float16 | int8 | int4
+page_size = 64  # tokens in a page of a paged cache: 16 | 64 | 128
+batch_sizes = ''  # '' = 1,64 (CPU: 1,4; attention_only: 64, CPU: 4)
+contexts = ''  # tokens a sequence holds in the end; '' = 128 to 8192 (CPU: 128 to 512; attention_only: 8192, CPU: 256)
+prefill_chunk = 0  # tokens of each prompt in a pass; 0 = 32768 of all together
+new_tokens = 496  # of whole texts, with --peer
+prompt_tokens = 16  # they begin with
+peer_new_tokens = 0  # of the peers' texts, to save time; 0 = new_tokens
+peer_repeats = 3
+attention_only = False  # the decode attention of one layer alone, by several kernels, in % of the copy bandwidth
+attention_shapes = '12:12:64,12:4:64,12:1:64,16:128+32,16:256+32,16:512+64'  # heads:key/value heads:width; MLA heads:latent+k_pe
+ragged = False  # attention_only: lengths between half of the context and all of it
+keep = False  # measure only the rows that out_dir does not hold yet
+out_dir = 'out-bench'  # decode.csv, decode.jsonl, latency.png, memory.png; texts.* with --peer, attention.* with --attention_only
 # of train.py, with other defaults
 gradient_accumulation_steps = 1
 
 import sys
 from configurator import UserError, configure
-mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in ('train', 'scale', 'race') else ''
+mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in ('train', 'scale', 'race', 'decode') else ''
 config = configure(globals(), also='train.py')
 if not mode:
-    raise UserError('say what to measure: python bench.py train | scale | race [config/x.py ...] [--key=value ...]')
+    raise UserError('say what to measure: python bench.py train | scale | race | decode [config/x.py ...] [--key=value ...]')
 
 # ---------------------------------------------------------------------------------------------------
 import contextlib
 import gc
-import importlib.util
 import json
 import re
 import statistics
@@ -49,6 +70,7 @@ import torch
 import checkpoint
 import dataset as datasets
 import machine
+import peers
 from trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
@@ -90,13 +112,8 @@ def median_seconds(step, steps):
 
 def time_peer(folder, data):
     """nanoGPT's step on this device: its model.py and its optimizer, with the autocast, compile and clipping of its train.py."""
-    spec = importlib.util.spec_from_file_location('peer_model', Path(folder) / 'model.py')
-    theirs = importlib.util.module_from_spec(spec)
-    sys.modules['peer_model'] = theirs
+    model = peers.nanogpt(folder, config, padded, device)
     with contextlib.redirect_stdout(None):
-        spec.loader.exec_module(theirs)
-        model = theirs.GPT(theirs.GPTConfig(block_size=config['block_size'], vocab_size=padded, n_layer=config['n_layer'], n_head=config['n_head'],
-                                            n_embd=config['n_embd'], dropout=config['dropout'], bias=config['bias'])).to(device)
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     forward = torch.compile(model) if config['compile'] else model
     half = torch.amp.autocast(device.type, stream) if device.type == 'cuda' else contextlib.nullcontext()
@@ -253,13 +270,33 @@ def race():
            train_seconds=seconds, seconds=line['seconds'], process_seconds=whole)
 
 
+def decode():
+    import attention_meter
+    import decode_figures
+    import decode_meter
+    import text_meter
+    plan = decode_meter.Plan(config, device)
+    rows = decode_meter.Rows(out_dir, 'attention' if attention_only else 'texts' if peer else 'decode', decode_meter.facts(device, stream), keep)
+    if attention_only:
+        attention_meter.measure(plan, rows)
+    elif peer:
+        text_meter.texts(plan, rows)
+    else:
+        decode_meter.cells(plan, rows)
+        decode_meter.fragmentations(plan, rows)
+        print(*decode_meter.answers(rows), sep='\n')
+        decode_figures.latency(rows, f'{out_dir}/latency.png')
+        decode_figures.memory(rows, f'{out_dir}/memory.png')
+    print(f'rows: {out_dir}/{rows.name}.csv and .jsonl' + (', pictures: latency.png and memory.png' if rows.name == 'decode' else ''))
+
+
 for name in ('peer_batch_size', 'timed_steps', 'repeats', 'vocabulary', 'batch_size', 'block_size', 'gradient_accumulation_steps'):
     if config[name] < 1:
         raise UserError(f'{name}={config[name]} must be at least 1')
 if mode == 'race' and not peer:
     raise UserError('a race needs somebody to race against: --peer=FOLDER, a checkout of nanoGPT')
-if peer and not Path(peer, 'model.py').exists():
-    raise UserError(f'--peer={peer} is no checkout of nanoGPT: it has no model.py')
+if peer:
+    peers.check(peer.split(',') if mode == 'decode' else [peer], *['transformers'] * (mode == 'decode'))
 if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', gpus):
     raise UserError(f'--gpus={gpus}: write numbers of processes with commas between them, like 1,2,4')
 if not Path(results).absolute().parent.is_dir():
@@ -274,6 +311,6 @@ if mode == 'train':
     rank, world, _, device = machine.join_processes(device, config['backend'])
     main = rank == 0
 stream = machine.pick_dtype(config['dtype'], device)
-dict(train=train, scale=scale, race=race)[mode]()
+dict(train=train, scale=scale, race=race, decode=decode)[mode]()
 if world > 1:
     torch.distributed.destroy_process_group()

@@ -102,26 +102,38 @@ class Store:
     def buffers(self):
         return self.places + ([] if self.recent is None else [self.recent])
 
-    def extend(self, x):
-        """Keeps the new tokens x (B, T, C) and returns what their queries see (B, N, C), zeros where there is no token."""
-        now, flat = self.cache.now, x.flatten(0, 1)
+    def keep(self, x):
+        """Writes the new tokens x (B, T, C) to their places."""
+        now, flat = self.cache.target, x.flatten(0, 1)
         kept = flat if now.source is None else flat[now.source]
         for buffer, part in zip(self.places, quantise(kept, self.bits) if self.bits else [kept]):
             buffer[now.to] = part.to(buffer.dtype)
+        if self.recent is not None:
+            self.recent[now.to_recent] = flat[now.source_of_recent].to(self.recent.dtype)
+
+    def extend(self, x):
+        """Keeps the new tokens x (B, T, C) and returns what their queries see (B, N, C), zeros where there is no token."""
+        now, before = self.cache.view, self.recent_rows() if self.recent is not None else None
+        self.keep(x)
         parts = [self.cache.read(buffer) for buffer in self.places]
         if not self.bits:
             seen = parts[0].to(x.dtype)
         else:
             seen = dequantise(*parts, self.width, self.bits).to(x.dtype)
-            recent = x
-            if self.recent is not None:
-                recent = self.recent.unflatten(0, (self.cache.slots, -1))
-                recent = torch.cat([recent if now.rows is None else recent[now.rows], x.to(recent.dtype)], dim=1).to(x.dtype)
+            recent = x if before is None else torch.cat([before, x.to(before.dtype)], dim=1).to(x.dtype)
             recent = recent.gather(1, now.place_in_recent[..., None].expand(-1, -1, self.width))
             seen = torch.where(now.is_recent[..., None], recent, seen)
-            if self.recent is not None:
-                self.recent[now.to_recent] = flat[now.source_of_recent].to(self.recent.dtype)
         return torch.where(now.held[..., None], seen, 0)
+
+    def recent_rows(self):
+        """A copy of this pass's sequences' rings, (B, W, C)."""
+        recent, rows = self.recent.unflatten(0, (self.cache.slots, -1)), self.cache.now.rows
+        return recent.clone() if rows is None else recent[rows]
+
+    @property
+    def held(self):
+        """Codes, scales, zeros and window, as a kernel reads them; None for what there is not."""
+        return *self.places, *[None] * (3 - len(self.places)), self.recent
 
 
 class Layer:
@@ -130,15 +142,50 @@ class Layer:
     def __init__(self, cache, stores):
         self.cache, self.stores = cache, stores
 
+    @property
+    def fresh(self):
+        """Whether the sequences of this pass held nothing before it: then they see its own tokens and no others."""
+        return self.cache.now.fresh
+
+    def keep(self, **new):
+        """Takes what new tokens leave behind, name=(B, T, C)."""
+        assert new.keys() == self.stores.keys(), f'this cache holds {list(self.stores)}, not {list(new)}'
+        cache, now = self.cache, self.cache.now
+        if self.serves(now.position.size(1)):
+            from decode_kernels import keep
+            keep([(x, store.held, store.bits, group_of(store.width)) for store, x in zip(self.stores.values(), new.values()) if store.width],
+                 now.lengths, now.counts, cache.size, cache.table, cache.page_size, now.rows, cache.window)
+        else:
+            for name, x in new.items():
+                self.stores[name].keep(x)
+
     def extend(self, **new):
         """
-        Takes what new tokens leave behind, name=(B, T, C). Returns all that is held, each (B, N, C) in the
-        order of the names, and mask (B, 1, T, N): which place each query may see.
+        `keep`, and returns all that is held, each (B, N, C) in the order of the names, and mask (B, 1, T, N):
+        which place each query may see.
 
-        A quantised cache shows in full precision the tokens of this very call and the W before them.
+        A quantised cache shows the tokens of this very call in full precision, and so many before them as make W.
         """
         assert new.keys() == self.stores.keys(), f'this cache holds {list(self.stores)}, not {list(new)}'
-        return [self.stores[name].extend(x) for name, x in new.items()], self.cache.now.mask
+        return [self.stores[name].extend(x) for name, x in new.items()], self.cache.view.mask
+
+    def serves(self, T):
+        """Whether `attend` can take T new tokens of a sequence; where not, there is `extend`."""
+        return T == 1 and self.cache.kernel == 'triton'
+
+    def attend(self, q, scale, q_pe=None):
+        """
+        softmax(scale q kᵀ) v over all that is held, the kept tokens too: q (B, H, 1, C) -> (B, H, 1, C). With q_pe (B, H, 1, P)
+        the stores are MLA's: keys are [c_kv | k_pe], values c_kv. One kernel reads the places as they are (decode_kernels.py).
+        """
+        from decode_kernels import decode
+        cache, stores = self.cache, list(self.stores.values())
+        latent = 'c_kv' in self.stores
+        first = stores[0]
+        y = decode(q[:, :, 0].contiguous(), first.held, None if latent else stores[1].held, cache.now.lengths, scale, cache.size,
+                   None if q_pe is None else q_pe[:, :, 0].contiguous(), stores[1].places[0] if q_pe is not None else None,
+                   cache.table, cache.page_size, cache.now.rows, first.bits, group_of(first.width), cache.window)
+        return y[:, :, None]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -179,7 +226,7 @@ class Cache:
     """
 
     def __init__(self, dims, slots, size, layout='dense', dtype='auto', page_size=64, pages=0, window=128,
-                 full=torch.float32, device='cpu', static=False):
+                 full=torch.float32, device='cpu', static=False, kernel='auto', heads=1):
         known = ['auto', *FULL, *BITS]
         if layout not in LAYOUTS:
             raise UserError(f"cache='{layout}' is not known: use {' or '.join(LAYOUTS)}")
@@ -207,17 +254,34 @@ class Cache:
         self.steps = torch.arange(size, device=self.device)
         self.steps_of_slots = torch.arange(slots, device=self.device)
         self.steps_of_page = torch.arange(self.page_size, device=self.device)
+        self.counts_here = [1] * slots
         self.layers = []
         for widths in dims:
             bits = {name: 0 if name in NEVER_QUANTISED else BITS.get(self.dtype, 0) for name in widths}
             self.layers.append(Layer(self, {name: Store(self, width, bits[name], FULL.get(self.dtype, full)) for name, width in widths.items()}))
-        self.planned = self.now = None
+        self.planned = self.now = self.aimed = self.looked = None
+        reason = self.reason_for_torch(heads)
+        if kernel not in ('auto', 'torch', 'triton') or (kernel == 'triton' and reason):
+            raise UserError(f"--decode_kernel={kernel} cannot run: {reason or 'use auto, torch or triton'}")
+        self.kernel = 'torch' if kernel == 'torch' or reason else 'triton'
+
+    def reason_for_torch(self, heads):
+        """Why decode_kernels.py cannot serve this cache, '' if it can. heads: key/value heads of an attention that has no latent."""
+        from decode_kernels import reason_not_to_run
+        for layer in self.layers:
+            names, first = list(layer.stores), next(iter(layer.stores.values()))
+            if 'c_kv' not in names and first.width % heads:
+                return f'{first.width} channels are not {heads} heads'
+            width = first.width if 'c_kv' in names else first.width // heads
+            if reason := reason_not_to_run(self.device, first.places[0].dtype if not first.bits else self.full, width, first.bits, group_of(first.width)):
+                return reason
+        return ''
 
     @classmethod
     def of(cls, model, slots, size, **how):
         """A cache for `model`, on its device and with its dtype as full precision."""
         dims = [block.attn.cache_dims() for block in model.transformer.h]
-        return cls(dims, slots, size, full=model.stream, device=model.lm_head.weight.device, **how)
+        return cls(dims, slots, size, full=model.stream, device=model.lm_head.weight.device, heads=model.config.n_kv_head, **how)
 
     @property
     def stores(self):
@@ -251,15 +315,17 @@ class Cache:
                 raise UserError(f'the cache is too small: it holds {self.size} tokens of a sequence and {self.used[row] + count} are needed')
         if self.pages:
             self._take_pages(among, counts)
+        fresh = not any(self.used[row] for row in among)
         for row, count in zip(among, counts):
             self.used[row] += count
         ragged = len(set(counts)) > 1
         given = torch.tensor(counts).to(self.device, non_blocking=True) if rows is not None else None
-        if rows is None:
+        if rows is None and counts != self.counts_here:
             self.counts.copy_(torch.tensor(counts), non_blocking=True)
+            self.counts_here = counts
         reach = self.size if self.static else min(self.size, -(-max(self.used[row] for row in among) // 64) * 64)
         where = None if rows is None else torch.tensor(among).to(self.device, non_blocking=True)
-        self.planned = where, given, ragged or self.static, reach, max(counts)
+        self.planned = where, given, ragged or self.static, reach, max(counts), fresh
 
     def _take_pages(self, among, counts):
         """Pages for new tokens, and an own copy of each page that is shared and will be written."""
@@ -327,34 +393,56 @@ class Cache:
         """
         if self.planned is None:
             self.plan(T)
-        (rows, counts, ragged, reach, most), self.planned = self.planned, None
+        (rows, counts, ragged, reach, most, fresh), self.planned = self.planned, None
         assert T == most, f'{most} tokens were planned, not {T}'
         now = self.now = SimpleNamespace()  # what this pass has in common in all layers: where its tokens go, what they see
-        now.rows, now.reach = rows, reach
+        now.rows, now.reach, now.fresh = rows, reach, fresh
         now.counts = self.counts if rows is None else counts
-        start = self.lengths if rows is None else self.lengths[rows]
-        row = (self.steps_of_slots if rows is None else rows)[:, None]
-        new, place = self.steps[:T], self.steps[:reach]
-        position = start[:, None] + new
-        real = new < now.counts[:, None]
+        now.start = start = self.lengths if rows is None else self.lengths[rows]
+        now.lengths = start + now.counts
+        now.position = position = start[:, None] + self.steps[:T]
+        now.ragged = ragged
         if ragged:
-            position = torch.where(real, position, 0)
-        to = row * self.size + position
-        if self.pages:
-            to = self.table[row, position // self.page_size].long() * self.page_size + position % self.page_size
-            table = (self.table if rows is None else self.table[rows])[:, :-(-reach // self.page_size)].long() * self.page_size
-            now.addresses = (table[..., None] + self.steps_of_page).flatten(1)[:, :reach]
-        now.source, now.to = self._instead_of(real, to) if ragged else (None, to.flatten())
-        now.held = place < (start + now.counts)[:, None]
-        now.mask = (place <= position[..., None])[:, None]
-        if self.dtype in BITS:
-            W, before = self.window, place < start[:, None]
-            now.is_recent = place >= start[:, None] - W
-            now.place_in_recent = torch.where(before, place % max(W, 1), W + place - start[:, None]).clamp(0, W + T - 1)
-            if W:
-                staying = real & (new >= now.counts[:, None] - W)
-                now.source_of_recent, now.to_recent = self._instead_of(staying, row * W + position % W)
+            now.real = self.steps[:T] < now.counts[:, None]
+            now.position = position = torch.where(now.real, position, 0)
+        self.aimed = self.looked = None
         return position
+
+    @property
+    def target(self):
+        """Where the tokens of this pass go, worked out once for all layers."""
+        if self.aimed is None:
+            self.aimed = aim = SimpleNamespace(source=None)
+            now, W, position = self.now, self.window, self.now.position
+            row = (self.steps_of_slots if now.rows is None else now.rows)[:, None]
+            aim.to = row * self.size + position
+            if self.pages:
+                aim.to = self.table[row, position // self.page_size].long() * self.page_size + position % self.page_size
+            if now.ragged:
+                aim.source, aim.to = self._instead_of(now.real, aim.to)
+            aim.to = aim.to.flatten()
+            if self.dtype in BITS and W:
+                new = self.steps[:position.size(1)]
+                staying = (new < now.counts[:, None]) & (new >= now.counts[:, None] - W)
+                aim.source_of_recent, aim.to_recent = self._instead_of(staying, row * W + position % W)
+        return self.aimed
+
+    @property
+    def view(self):
+        """What the queries of this pass see of all places, worked out once for all layers: only `Layer.extend` needs it."""
+        if self.looked is None:
+            self.looked = look = SimpleNamespace()
+            now, W, T = self.now, self.window, self.now.position.size(1)
+            place, start = self.steps[:now.reach], now.start[:, None]
+            if self.pages:
+                table = (self.table if now.rows is None else self.table[now.rows])[:, :-(-now.reach // self.page_size)].long() * self.page_size
+                look.addresses = (table[..., None] + self.steps_of_page).flatten(1)[:, :now.reach]
+            look.held = place < now.lengths[:, None]
+            look.mask = (place <= now.position[..., None])[:, None]
+            if self.dtype in BITS:
+                look.is_recent = place >= torch.minimum(start, now.lengths[:, None] - W)
+                look.place_in_recent = torch.where(place < start, place % max(W, 1), W + place - start).clamp(0, W + T - 1)
+        return self.looked
 
     @staticmethod
     def _instead_of(kept, to):
@@ -371,7 +459,7 @@ class Cache:
         """The places of this pass's sequences in a buffer (places, C) -> (B, N, C); what is not held is arbitrary."""
         now = self.now
         if self.pages:
-            return buffer[now.addresses]
+            return buffer[self.view.addresses]
         rows = buffer.unflatten(0, (self.slots, self.size))[:, :now.reach]
         return rows if now.rows is None else rows[now.rows]
 

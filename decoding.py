@@ -20,21 +20,28 @@ import torch
 from configurator import UserError
 
 
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, generator=None):
-    """One token id for each row of logits (B, V) -> (B,); see `generate`."""
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, draw=None):
+    """
+    One token id for each row of logits (B, V) -> (B,); see `generate`. draw (B,), uniform in [0, 1), decides: the token
+    is the first whose probability, with that of all before it, is more than the draw.
+    """
     if vocab_size:
         logits = logits[:, :vocab_size]
     if temperature < 1e-5:
         return logits.argmax(-1)
-    logits = logits / temperature
+    ids = None
     if top_k:
-        kept = logits.topk(min(top_k, logits.size(-1))).values
-        logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    p = (logits / temperature).softmax(-1)
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        p = torch.where(p.cumsum(-1) - p >= top_p, 0, p)  # as much stands before it, among likelier tokens
+    upto = p.cumsum(-1)
+    at = (upto <= draw[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
+    last = torch.where(p > 0, torch.arange(p.size(-1), device=p.device), 0).amax(-1, keepdim=True)  # rounding must not lead behind it
+    at = torch.minimum(at, last)
+    return (at if ids is None else ids.gather(-1, at))[:, 0]
 
 
 def window_of(model, cache):
@@ -52,6 +59,53 @@ def rolled(model, cache, row, text):
         raise UserError(f'the text outgrows {what}, or ask for fewer tokens')
     cache.free(row)
     return text[-max(1, window // 2):]
+
+
+class Step:
+    """
+    One token more in each slot of a cache: plan, model, choice. With a static cache on a GPU it is recorded as a CUDA
+    graph at its second time (the first compiles and allocates), and replayed from then on: no Python in between, and
+    nothing waits for the device. A cache keeps its last step, so that the next text goes on with the recording.
+    """
+
+    def __init__(self, model, cache, how):
+        self.model, self.cache, self.how, self.graph, self.times = model, cache, how, None, 0
+        self.records = cache.static and cache.device.type == 'cuda'
+        self.token = torch.zeros(cache.slots, dtype=torch.long, device=cache.device)
+        self.draw = torch.zeros(cache.slots, device=cache.device)
+        if self.records:
+            self.side = torch.cuda.Stream()
+
+    @classmethod
+    def of(cls, model, cache, **how):
+        step = getattr(cache, 'step', None)
+        if step is None or step.model is not model or step.how != how:
+            step = cache.step = cls(model, cache, how)
+        return step
+
+    def run(self):
+        x = self.model.hidden(self.token[:, None], self.cache)[:, -1]
+        self.token.copy_(choose(self.model.lm_head(x).float(), draw=self.draw, **self.how))
+
+    def __call__(self, rows):
+        """Runs `self.token` in `rows`, a sorted list of slots; leaves what follows in `self.token`."""
+        here = set(rows)
+        self.cache.plan([int(row in here) for row in range(self.cache.slots)])
+        self.times += 1
+        if not self.records:
+            self.run()
+        elif self.times == 1:
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                self.run()
+            torch.cuda.current_stream().wait_stream(self.side)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.run()
+            self.cache.planned = None
+            self.graph.replay()
 
 
 @torch.no_grad()
@@ -88,16 +142,18 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vo
     also a list of B lists of any lengths.
 
     temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest, top_p < 1 the fewest that hold
-    that much probability (Holtzman et al. 2019). Ids from vocab_size on (padding) are never drawn.
+    that much probability (Holtzman et al. 2019); with both, top_p counts within the top_k. Ids from vocab_size on (padding) are never drawn.
 
     cache: the prompts go to its slots `rows` (the first B if None), where it may hold their beginning
     already (`cache.free` a slot that holds another text); each step then runs one token. See above for what happens at the end of the window; UserError
     when a text with learned positions gets there.
     """
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size)
+    draws = torch.rand(max_new_tokens, len(idx), generator=generator, device=model.lm_head.weight.device)
     if cache is None:
-        for _ in range(max_new_tokens):
+        for draw in draws:
             x = model.hidden(idx[:, -model.config.block_size:])
-            token = choose(model.lm_head(x[:, -1]).float(), temperature, top_k, top_p, vocab_size, generator)
+            token = choose(model.lm_head(x[:, -1]).float(), draw=draw, **how)
             idx = torch.cat([idx, token[:, None]], dim=1)
             yield token
         return
@@ -105,19 +161,24 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vo
     texts = [list(text)[-window:] for text in (idx.tolist() if torch.is_tensor(idx) else idx)]
     rows = list(range(len(texts))) if rows is None else list(rows)
     everyone, new = rows == list(range(cache.slots)), []  # new: tokens that are not in `texts` yet, as they wait for the device
-    for i in range(max_new_tokens):
-        if i == 0:
-            x = prefill(model, texts, cache, rows, prefill_chunk)
-        elif any(cache.used[row] >= window for row in rows):
+    step = Step.of(model, cache, **how)
+    if not everyone:
+        places = torch.tensor(rows, device=cache.device)
+    for i, draw in enumerate(draws):
+        full = i > 0 and any(cache.used[row] >= window for row in rows)
+        if full:
             for text, *more in zip(texts, *(token.tolist() for token in new)):
                 text.extend(more)
             new.clear()
             texts = [rolled(model, cache, row, text) for row, text in zip(rows, texts)]
+        if i == 0 or full:
             x = prefill(model, texts, cache, rows, prefill_chunk)
+            token = choose(model.lm_head(x).float(), draw=draw, **how)
+            step.token[slice(None) if everyone else places] = token
         else:
-            cache.plan(1, None if everyone else rows)
-            x = model.hidden(token[:, None], cache)[:, -1]
-        token = choose(model.lm_head(x).float(), temperature, top_k, top_p, vocab_size, generator)
+            step.draw[slice(None) if everyone else places] = draw
+            step(rows)
+            token = step.token.clone() if everyone else step.token[places]
         new.append(token)
         yield token
 
@@ -132,18 +193,21 @@ def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0,
     of its own from seeds[i], so its text does not depend on its neighbours.
     """
     window = window_of(model, cache)
-    waiting, idle, busy = deque(range(len(prompts))), deque(range(cache.slots)), {}  # busy: slot -> prompt, text, tokens told, generator
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size)
+    waiting, idle, busy = deque(range(len(prompts))), deque(range(cache.slots)), {}  # busy: slot -> prompt, text, tokens told, its draws
+    step, ended = Step.of(model, cache, **how), []
     for row in idle:
         cache.free(row)
 
-    def step(rows):
-        x = prefill(model, [busy[row][1] for row in rows], cache, rows, prefill_chunk)
-        for row, logits in zip(rows, model.lm_head(x).float()):
-            i, text, told, generator = busy[row]
-            token = choose(logits[None], temperature, top_k, top_p, vocab_size, generator).item()
+    def draws(rows):
+        return torch.tensor([busy[row][3][busy[row][2]] for row in rows], device=cache.device)
+
+    def told(rows, tokens):
+        for row, token in zip(rows, tokens.tolist()):  # here, once a step, the host waits for the device
+            i, text, count, _ = busy[row]
             text.append(token)
-            busy[row][2] = told + 1
-            if tell(i, token) or told + 1 == max_new_tokens:
+            busy[row][2] = count + 1
+            if tell(i, token) or count + 1 == max_new_tokens:
                 cache.free(row)
                 idle.append(row)
                 del busy[row]
@@ -157,15 +221,20 @@ def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0,
             if busy[row][1] is not before:
                 longer.append(row)
         if one_token := sorted(busy.keys() - set(longer)):
+            places = torch.tensor(one_token, device=cache.device)
+            step.draw[places] = draws(one_token)
             step(one_token)
+            told(one_token, step.token[places])
         while waiting and idle:
             i, row = waiting.popleft(), idle.popleft()
-            generator = torch.Generator(cache.device)
-            generator.manual_seed(seeds[i] if seeds else i)
-            busy[row] = [i, list(prompts[i])[-window:], 0, generator]
+            generator = torch.Generator(cache.device).manual_seed(seeds[i] if seeds else i)
+            busy[row] = [i, list(prompts[i])[-window:], 0, torch.rand(max_new_tokens, 1, generator=generator, device=cache.device).flatten().tolist()]
             longer.append(row)
         if longer:
-            step(longer)
+            x = prefill(model, [busy[row][1] for row in longer], cache, longer, prefill_chunk)
+            tokens = choose(model.lm_head(x).float(), draw=draws(longer), **how)
+            step.token[torch.tensor(longer, device=cache.device)] = tokens
+            told(longer, tokens)
         yield from ended
 
 

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -104,6 +105,22 @@ def peak_memory(device):
 def synchronize(device):
     if device.type != 'cpu':
         getattr(torch, device.type).synchronize()
+
+
+def seconds(device, run):
+    """Seconds that run() takes: between two events on a CUDA GPU's own clock, by this process's clock elsewhere."""
+    if device.type == 'cuda':
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    synchronize(device)
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def commit():

@@ -179,8 +179,16 @@ class Attention(nn.Module):
         if cache is None:
             y = self.attend(q, k, v)
         else:
-            held, seen = cache.extend(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
-            y = self.attend(q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen)
+            new = dict(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
+            if cache.fresh:  # a prompt: its tokens see each other and nothing else
+                cache.keep(**new)
+                y = self.attend(q, k, v)
+            elif cache.serves(q.size(2)) and self.kernel != 'eager':
+                cache.keep(**new)
+                y = cache.attend(q, self.scale)
+            else:
+                held, seen = cache.extend(**new)
+                y = self.attend(q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def attend(self, q, k, v, seen=None):
@@ -286,10 +294,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = Norm(config.n_embd, config)
         self.attn = attention
-        self.mlp = None
-        if config.mlp:
-            self.ln_2 = Norm(config.n_embd, config)
-            self.mlp = MLP(config)
+        self.ln_2, self.mlp = (Norm(config.n_embd, config), MLP(config)) if config.mlp else (None, None)
 
     def forward(self, x, rope, cache=None):
         x = x + self.attn(self.ln_1(x), rope, cache)

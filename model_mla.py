@@ -106,8 +106,10 @@ class MultiHeadLatentAttention(Attention):
 
     def qkv(self, x, rope):
         """q, k (B, H, T, N + P) and v (B, H, T, D): every head's own keys and values, read out of the latent."""
-        q_nope, q_pe = self.query(x, rope)
-        c_kv, k_pe = self.latent(x, rope)
+        return self.read_out(*self.query(x, rope), *self.latent(x, rope))
+
+    def read_out(self, q_nope, q_pe, c_kv, k_pe):
+        """The naive form's q, k, v out of what `query` gives and what `latent` gave, then or before."""
         k_nope, v = self.heads(self.kv_b_proj(c_kv), self.b_widths)
         k_pe = k_pe[:, :, None].expand(-1, -1, self.n_head, -1)
         q, k = torch.cat([q_nope, q_pe], dim=-1), torch.cat([k_nope, k_pe], dim=-1)
@@ -115,19 +117,34 @@ class MultiHeadLatentAttention(Attention):
 
     def forward(self, x, rope, cache=None):
         """
-        Naive, or (always with a cache) absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv
-        go through W^UV once. Then all heads share one key [c_kv | k_pe] and one value c_kv, as in MQA.
+        Naive, or absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv go through W^UV
+        once. Then all heads share one key [c_kv | k_pe] and one value c_kv, as in MQA. With a cache a prompt is naive,
+        and so are more tokens at a time than reading out every held key and value costs.
         """
         if not self.absorb and cache is None:
             return super().forward(x, rope)
-        w_uk, w_uv = (w.unflatten(0, (self.n_head, -1)).to(x.dtype) for w in self.kv_b_proj.weight.split(self.b_widths))
         q_nope, q_pe = self.query(x, rope)
-        (c_kv, k_pe), seen = self.latent(x, rope), None
-        if cache is not None:
+        (c_kv, k_pe), seen, T = self.latent(x, rope), None, x.size(1)
+        if cache is not None and cache.fresh:
+            cache.keep(c_kv=c_kv, k_pe=k_pe)
+            y = self.attend(*self.read_out(q_nope, q_pe, c_kv, k_pe)).transpose(1, 2)
+            return self.resid_dropout(self.c_proj(y.flatten(2)))
+        fused = cache is not None and cache.serves(T) and self.kernel != 'eager'
+        if fused:
+            cache.keep(c_kv=c_kv, k_pe=k_pe)
+        elif cache is not None:
             (c_kv, k_pe), seen = cache.extend(c_kv=c_kv, k_pe=k_pe)
-        c_kv, k_pe = c_kv[:, None], k_pe[:, None]
-        q = torch.cat([torch.einsum('bthn,hnr->bthr', q_nope, w_uk), q_pe], dim=-1).transpose(1, 2)
-        y = self.attend(q, torch.cat([c_kv, k_pe], dim=-1), c_kv, seen)
+            R, a_key = self.a_widths[0], self.nope + self.v_dim
+            if T * (2 * R - a_key) > R * a_key:  # FLOPs of a place and head: T (2 R + P) against T (N + P + D) and R (N + D)
+                y = self.attend(*self.read_out(q_nope, q_pe, c_kv, k_pe), seen).transpose(1, 2)
+                return self.resid_dropout(self.c_proj(y.flatten(2)))
+        w_uk, w_uv = (w.unflatten(0, (self.n_head, -1)).to(x.dtype) for w in self.kv_b_proj.weight.split(self.b_widths))
+        q, q_pe = torch.einsum('bthn,hnr->bhtr', q_nope, w_uk), q_pe.transpose(1, 2)
+        if fused:
+            y = cache.attend(q, self.scale, q_pe if self.pe else None)
+        else:
+            c_kv, k_pe = c_kv[:, None], k_pe[:, None]
+            y = self.attend(torch.cat([q, q_pe], dim=-1), torch.cat([c_kv, k_pe], dim=-1), c_kv, seen)
         y = torch.einsum('bhtr,hdr->bthd', y, w_uv)
         return self.resid_dropout(self.c_proj(y.flatten(2)))
 

@@ -27,6 +27,7 @@ seed = 1337  # sample i depends on (seed, i) only
 cache = 'dense'  # dense | paged | none: every step runs the whole text again
 cache_dtype = 'auto'  # auto = that of the model | float32 | bfloat16 | float16 | int8 | int4
 page_size = 64  # tokens in a page of a paged cache: 16 | 64 | 128
+decode_kernel = 'auto'  # attention of a new token over the cache: auto | triton (reads it where it lies) | torch (gathers it first)
 prefill_chunk = 0  # run prompts this many tokens at a time, for less memory; 0 = all at once
 # machine
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
@@ -155,7 +156,8 @@ if model.config.pos == 'learned' and longest + max_new_tokens - 1 > block_size a
 held, cost = None, 'no cache' if 'cache' in config.given else f'no cache (the text may outgrow block_size={block_size}, where learned positions end)'
 if cache != 'none':
     slots = min(batch_size, len(texts)) if prompts else min(num_samples, 2)  # the prompt stays in slot 0 when it is needed again
-    held = Cache.of(model, slots, min(block_size, longest + max_new_tokens - 1), layout=cache, dtype=cache_dtype, page_size=page_size)
+    held = Cache.of(model, slots, min(block_size, longest + max_new_tokens - 1), layout=cache, dtype=cache_dtype, page_size=page_size,
+                    static=device.type == 'cuda', kernel=decode_kernel)
     cost = f'{cache} {held.dtype} cache, {held.bytes_per_token:,.0f} bytes a token'
 print(f'{checkpoint.kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, {trained}{source}; {cost}', file=sys.stderr)
 if cut := [len(ids) for ids in texts if len(ids) > block_size]:

@@ -105,6 +105,7 @@ import torch.distributed as dist
 import checkpoint
 import dataset as datasets
 import machine
+from cache import Cache
 from trainer import Trainer, rate
 
 started, bar = time.perf_counter(), None
@@ -321,9 +322,7 @@ while not stop:
 # ---------------------------------------------------------------------------------------------------
 if hasattr(signal, 'SIGUSR1'):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one must not kill what has ended well
-if bar:
-    bar.close()
-    bar = None
+bar = bar and bar.close()
 if main:
     memory, halted = machine.peak_memory(device), stop.startswith('stopped')
     note('end', step=run.step, why=stop, best_val_loss=run.best if run.best_step else None, best_step=run.best_step, seconds=seconds(), train_seconds=round(train_seconds, 3),
@@ -331,9 +330,10 @@ if main:
     if sample_tokens and not halted:
         try:
             codec = datasets.Tokenizer(meta)
+            room, learned = Cache.of(model.eval(), 1, block_size, static=device.type == 'cuda', kernel='torch'), model.config.pos == 'learned'
             with torch.compiler.set_stance('force_eager'), trainer.averaged():
-                prompt = torch.tensor([codec.encode('\n')], device=device)
-                tokens = model.eval().generate(prompt, sample_tokens, temperature=0.8, top_k=200, vocab_size=codec.vocab_size)
+                most = min(sample_tokens, block_size) if learned else sample_tokens
+                tokens = model.generate([codec.encode('\n')], most, temperature=0.8, top_k=200, vocab_size=codec.vocab_size, cache=room)
                 say(f'--- a sample ---\n{codec.decode([token.item() for token in tokens]).strip()}\n---')
         except UserError as error:
             say(f'no sample: {error}')

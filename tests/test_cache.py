@@ -134,7 +134,7 @@ def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens)
     before, shapes = [t.data_ptr() for t in tensors], set()
     for t in range(20):
         model(tokens(1), cache=cache)
-        shapes.add((cache.now.mask.shape, cache.now.to.shape, cache.now.held.shape))
+        shapes.add((cache.view.mask.shape, cache.target.to.shape, cache.view.held.shape))
     assert before == [t.data_ptr() for t in tensors] and len(shapes) == 1
 
 

@@ -199,7 +199,7 @@ def test_tensor_rates_on_the_gpu_move_as_plain_ones(kind, tiny, tokens):
                 o.zero_grad()
         moved.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*moved):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)  # Muon's products are bf16; a rate half as large would move 5e-3 less
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     figures={'configurator'},
     dataset={'configurator'},
     machine={'configurator'},
-    cache={'configurator'},
+    cache={'configurator', 'decode_kernels'},  # the kernels late
+    decode_kernels={'kernels'},
     decoding={'configurator'},
     model={'configurator', 'decoding', 'kernels'},
     model_mla={'configurator', 'model'},
@@ -32,8 +33,13 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     head_report={'configurator', 'patterns', 'circuits', 'ablation', 'head_page'},
     head_figures={'configurator', 'figures'},
     head_page={'configurator', 'figures'},
+    peers={'configurator'},
+    decode_meter={'configurator', 'cache', 'checkpoint', 'machine'},
+    text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
+    attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
+    decode_figures={'figures'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), dataset={'torch', 'numpy'}, subject={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), decode_figures=set(), dataset={'torch', 'numpy'}, subject={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm'}
 

@@ -1,0 +1,319 @@
+"""
+Attention of one new token a sequence over a cache, read where it lies: one Triton kernel for MLA in its
+absorbed form and for MHA, GQA and MQA; dense or paged; 16-bit floats, int8 or int4.
+
+A sequence is cut into `splits` parts, so that a few long ones fill the card (flash-decoding, Dao et al.
+2023); each program brings tiles of N tokens into shared memory once and uses them for logits and
+values. All is transposed: tokens are the rows of the tensor cores' 64-row products and heads the columns,
+so that 16 heads waste nothing. A second kernel joins the parts. `reference` is the same in plain PyTorch.
+
+Legend: B sequences, H heads, K key/value heads, G heads of a program that share one, N tokens of a tile, C width of a key
+and of a value (MLA: of the latent, which is both), P width of k_pe, W window.
+"""
+from __future__ import annotations  # `tl.constexpr` below is read by Triton, not by Python
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+
+from kernels import LOG2E, RUNS_ON
+
+triton = tl = None  # set by kernels()
+SHARED = 224 * 1024  # bytes of shared memory of an H200's multiprocessor, for all its programs
+MULTIPROCESSORS, MOST_STAGES, WARPS = 132, 6, 4
+
+
+@lru_cache
+def kernels():
+    """Loads Triton and hands the functions below to it; it compiles each at its first call."""
+    global triton, tl, tile, block, keep_one
+    import triton
+    import triton.language as tl
+    tile, block, keep_one = triton.jit(tile), triton.jit(block), triton.jit(keep_one)
+    return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
+
+
+def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+         WHOLE: tl.constexpr, dtype: tl.constexpr):
+    """The channels of one head at `rows` of a store, (N, CP) twice: all of them (and again), or with 4 bits the even and the odd ones."""
+    N: tl.constexpr = rows.shape[0]
+    PACK: tl.constexpr = 2 if BITS == 4 else 1
+    channels = tl.arange(0, CP // PACK)
+    here = codes + rows[:, None] * (WIDTH // PACK) + channels[None, :]
+    if WHOLE and C == CP:
+        x = tl.load(here)
+    else:
+        x = tl.load(here, mask=inside[:, None] & (channels[None, :] < C // PACK), other=0)
+    if BITS == 0:
+        low, high = x, x
+    else:
+        GROUPS: tl.constexpr = CP // GROUP
+        groups = tl.arange(0, GROUPS)
+        at = rows[:, None] * (WIDTH // GROUP) + groups[None, :]
+        if WHOLE and C == CP:
+            scale, zero = tl.load(scales + at), tl.load(zeros + at)
+        else:
+            there = inside[:, None] & (groups[None, :] < C // GROUP)
+            scale, zero = tl.load(scales + at, mask=there, other=0.0), tl.load(zeros + at, mask=there, other=0.0)
+        scale, zero = scale.to(tl.float32)[:, :, None], zero.to(tl.float32)[:, :, None]
+        x = tl.reshape(x, [N, GROUPS, GROUP // PACK])
+        low = tl.reshape((x & 15 if BITS == 4 else x).to(tl.float32) * scale + zero, [N, CP // PACK]).to(dtype)
+        high = tl.reshape((x >> 4).to(tl.float32) * scale + zero, [N, CP // PACK]).to(dtype) if BITS == 4 else low
+    return low, high
+
+
+def block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS: tl.constexpr, P: tl.constexpr,
+          WHOLE: tl.constexpr, IEEE: tl.constexpr):
+    """
+    One tile of tokens joins the running softmax: its maximum `best` (G,), y (C, G), and `total` (N, G), whose rows are summed
+    at the end: a sum over rows makes the warps wait for each other.
+    """
+    s = tl.dot(k, q, input_precision=IEEE)  # (N, G)
+    if BITS == 4:
+        s = tl.dot(k_high, q_high, s, input_precision=IEEE)
+    if P:
+        s = tl.dot(pe, q_pe, s, input_precision=IEEE)
+    s = s * factor
+    if not WHOLE:
+        s = tl.where(inside[:, None], s, -1e30)  # finite: nothing less nothing is not nan
+    higher = tl.maximum(best, tl.max(s, 0))
+    p = tl.exp2(s - higher[None, :])
+    fade = tl.exp2(best - higher)
+    total = total * fade[None, :] + p
+    p = p.to(v.dtype)
+    y = tl.dot(tl.trans(v), p, y * fade[None, :], input_precision=IEEE)
+    if BITS == 4:
+        y_high = tl.dot(tl.trans(v_high), p, y_high * fade[None, :], input_precision=IEEE)
+    return higher, total, y, y_high
+
+
+def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_codes, v_scales, v_zeros, v_recent, pes, table, lengths, rows,
+                  out, lse, factor, splits, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+                  P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
+                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr):
+    """Program (split, kv head and tile of its heads, sequence): y (C, G) of its part of the sequence, and log2 of its softmax's sum."""
+    split, b = tl.program_id(0), tl.program_id(2)
+    TILES: tl.constexpr = (H // K + G - 1) // G
+    head, first = tl.program_id(1) // TILES, tl.program_id(1) % TILES * G
+    slot = (tl.load(rows + b) if ROWS else b).to(tl.int64)
+    length = tl.load(lengths + b).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, splits), N) * N
+    start, end = split * share, tl.minimum(split * share + share, length)
+
+    PACK: tl.constexpr = 2 if BITS == 4 else 1
+    WIDTH: tl.constexpr = K * C
+    CS: tl.constexpr = WIDTH // PACK  # what a place takes in a store's codes,
+    GS: tl.constexpr = WIDTH // GROUP  # and in its scales and zeros
+    dtype: tl.constexpr = queries.dtype.element_ty
+    g, c, p, n = tl.arange(0, G), tl.arange(0, CP // PACK), tl.arange(0, PP), tl.arange(0, N)
+    mine = first + g < H // K
+    each = b.to(tl.int64) * H + head * (H // K) + first + g  # the program's rows of (B, H)
+    there = mine[None, :] & (c[:, None] < C // PACK)
+    q = tl.load(queries + each[None, :] * C + c[:, None] * PACK, mask=there, other=0.0)  # (C, G)
+    q_high = tl.load(queries + each[None, :] * C + c[:, None] * PACK + 1, mask=there, other=0.0) if BITS == 4 else q
+    q_pe = tl.load(queries_pe + each[None, :] * P + p[:, None], mask=mine[None, :] & (p[:, None] < P), other=0.0) if P else q
+    k_codes, v_codes = k_codes + head * (C // PACK), v_codes + head * (C // PACK)
+    if BITS:
+        k_scales, k_zeros = k_scales + head * (C // GROUP), k_zeros + head * (C // GROUP)
+        v_scales, v_zeros = v_scales + head * (C // GROUP), v_zeros + head * (C // GROUP)
+
+    best, total = tl.full([G], -1e30, tl.float32), tl.zeros([N, G], tl.float32)
+    y, y_high = tl.zeros([CP // PACK, G], tl.float32), tl.zeros([CP // PACK, G], tl.float32)
+    early = tl.minimum(end, length - W) if W else end  # what lies before the window
+    early = tl.maximum(early, start)
+    whole = start + (early - start) // N * N
+    # A tile's pages are asked for while the tile before is read: an address that waits for a load could not be fetched ahead.
+    following = tl.load(table + slot * pages + tl.minimum((start + (n if PAGE % N else 0)) // PAGE, pages - 1)) if PAGE else 0
+    for part in tl.static_range(2):  # whole tiles, then the rest of one
+        WHOLE: tl.constexpr = part == 0
+        for at in tl.range(start if WHOLE else whole, whole if WHOLE else early, N, num_stages=STAGES if WHOLE else 2):
+            inside = at + n < early
+            if PAGE:
+                if PAGE % N == 0:  # a tile lies in one page: only its beginning needs 64 bits
+                    place, base = n, following.to(tl.int64) * PAGE + at % PAGE
+                else:
+                    place, base = following.to(tl.int64) * PAGE + (at + n) % PAGE, 0
+                following = tl.load(table + slot * pages + tl.minimum((at + N + (n if PAGE % N else 0)) // PAGE, pages - 1))
+            else:
+                place, base = n, slot * size + at
+            k, k_high = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
+                             C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
+            if LATENT:
+                v, v_high = k, k_high
+            else:
+                v, v_high = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
+                                 C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
+            if P:
+                pe = pes + base * P + place[:, None] * P + p[None, :]
+                pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
+            else:
+                pe = k
+            best, total, y, y_high = block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, WHOLE, IEEE)
+    if W:  # the last W tokens, in full precision, in a ring of their own
+        for at in tl.range(tl.maximum(early, length - W), end, N, num_stages=2):
+            inside = at + n < end
+            ring = (slot * W + (at + n) % W)[:, None] * WIDTH + head * C + c[None, :] * PACK
+            here = inside[:, None] & (c[None, :] < C // PACK)
+            k = tl.load(k_recent + ring, mask=here, other=0.0)
+            k_high = tl.load(k_recent + ring + 1, mask=here, other=0.0) if BITS == 4 else k
+            if LATENT:
+                v, v_high = k, k_high
+            else:
+                v = tl.load(v_recent + ring, mask=here, other=0.0)
+                v_high = tl.load(v_recent + ring + 1, mask=here, other=0.0) if BITS == 4 else v
+            if P:
+                place = (tl.load(table + slot * pages + (at + n) // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + (at + n) % PAGE) if PAGE else slot * size + at + n
+                pe = tl.load(pes + place[:, None] * P + p[None, :], mask=inside[:, None] & (p[None, :] < P), other=0.0)
+            else:
+                pe = k
+            best, total, y, y_high = block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, False, IEEE)
+
+    sums = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
+    to = (each * splits + split)[None, :] * C + c[:, None] * PACK
+    tl.store(out + to, (y * (1 / sums)[None, :]).to(out.dtype.element_ty), mask=there)
+    if BITS == 4:
+        tl.store(out + to + 1, (y_high * (1 / sums)[None, :]).to(out.dtype.element_ty), mask=there)
+    tl.store(lse + each * splits + split, best + tl.log2(sums), mask=mine)
+
+
+def join_kernel(parts, lse, out, splits, C: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr):
+    """One program a head of a sequence: the parts' mean, weighted by their softmax's sums."""
+    row = tl.program_id(0).to(tl.int64)
+    s, c = tl.arange(0, SP), tl.arange(0, CP)
+    bits = tl.load(lse + row * splits + s, mask=s < splits, other=-1e30)
+    weight = tl.exp2(bits - tl.max(bits, 0))
+    weight = weight / tl.sum(weight, 0)
+    x = tl.load(parts + (row * splits + s[:, None]) * C + c[None, :], mask=(s[:, None] < splits) & (c[None, :] < C), other=0.0)
+    tl.store(out + row * C + c, tl.sum(x * weight[:, None], 0).to(out.dtype.element_ty), mask=c < C)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the new token's own keys and values, on their way into the cache
+
+def keep_one(x, codes, scales, zeros, recent, b, place, in_ring, stride, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+             W: tl.constexpr):
+    c = tl.arange(0, WP)
+    x = tl.load(x + b * stride + c, mask=c < WIDTH, other=0.0)
+    if W:
+        tl.store(recent + in_ring * WIDTH + c, x.to(recent.dtype.element_ty), mask=c < WIDTH)
+    if BITS == 0:
+        tl.store(codes + place * WIDTH + c, x.to(codes.dtype.element_ty), mask=c < WIDTH)
+    else:  # as cache.quantise does it
+        g = tl.arange(0, WP // GROUP)
+        x = tl.reshape(x.to(tl.float32), [WP // GROUP, GROUP])
+        low, high, top = tl.min(x, 1), tl.max(x, 1), 2 ** BITS - 1
+        zero = (low - tl.abs(low) * 2 ** -10 - 2 ** -24).to(tl.float16)
+        scale = tl.maximum((high - zero.to(tl.float32)) / top * (1 + 2 ** -10), 2 ** -14).to(tl.float16)
+        tl.store(scales + place * (WIDTH // GROUP) + g, scale, mask=g < WIDTH // GROUP)
+        tl.store(zeros + place * (WIDTH // GROUP) + g, zero, mask=g < WIDTH // GROUP)
+        x = (x - zero.to(tl.float32)[:, None]) / scale.to(tl.float32)[:, None]
+        x = tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), top).to(tl.int32)
+        if BITS == 4:
+            even, odd = tl.split(tl.reshape(x, [WP // GROUP, GROUP // 2, 2]))
+            x = tl.reshape(even | (odd << 4), [WP // 2])
+            c = tl.arange(0, WP // 2)
+            tl.store(codes + place * (WIDTH // 2) + c, x.to(tl.uint8), mask=c < WIDTH // 2)
+        else:
+            tl.store(codes + place * WIDTH + c, tl.reshape(x, [WP]).to(tl.uint8), mask=c < WIDTH)
+
+
+def keep_kernel(x, codes, scales, zeros, recent, stride, x2, codes2, scales2, zeros2, recent2, stride2, table, lengths, counts, rows, size, pages,
+                WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WIDTH2: tl.constexpr, WP2: tl.constexpr,
+                BITS2: tl.constexpr, GROUP2: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr):
+    """Program (sequence, store): one new token of a sequence that has one takes its place behind the `lengths` that were there."""
+    b = tl.program_id(0)
+    slot = (tl.load(rows + b) if ROWS else b).to(tl.int64)
+    if tl.load(counts + b) > 0:
+        at = tl.load(lengths + b).to(tl.int64) - tl.load(counts + b).to(tl.int64)
+        place = tl.load(table + slot * pages + at // PAGE).to(tl.int64) * PAGE + at % PAGE if PAGE else slot * size + at
+        in_ring = slot * W + at % W if W else place
+        if tl.program_id(1) == 0:
+            keep_one(x, codes, scales, zeros, recent, b, place, in_ring, stride, WIDTH, WP, BITS, GROUP, W if BITS else 0)
+        else:
+            keep_one(x2, codes2, scales2, zeros2, recent2, b, place, in_ring, stride2, WIDTH2, WP2, BITS2, GROUP2, W if BITS2 else 0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the call
+
+def reason_not_to_run(device, dtype, C, bits, group):
+    """Why the kernel cannot serve heads of width C from such a store, as text; '' when it can."""
+    if device.type not in RUNS_ON:
+        return 'Triton and a CUDA GPU are needed'
+    if device.type == 'cuda' and dtype not in (torch.bfloat16, torch.float16):
+        return f'it multiplies in 16 bits, and this cache holds {str(dtype)[6:]}'
+    if C > 512 or C % 2:
+        return f'heads of width {C} are not served'
+    if bits and (group & group - 1 or C % group or group < 16):
+        return f'groups of {group} channels do not fit heads of width {C}'
+    return ''
+
+
+def power_of_2(n, least=16):
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def plan(B, K, heads, C, P, latent, bits, size):
+    """
+    Heads of a program, tokens of a tile, stages of its loop, and parts of a sequence: tiles of about 32 KiB, at least two
+    on their way, and enough programs to fill the card in waves that are nearly full.
+    """
+    G = min(64, power_of_2(heads))
+    C, P = power_of_2(C), power_of_2(P) if P else 0  # as they lie in shared memory
+    values = 1 if latent else 2
+    a_token = (C * (bits or 16) // 8 + 4 * (C // 64) * bool(bits)) * values + 2 * P
+    as_floats = 2 * C * values * bool(bits)  # a dequantised tile
+    N = max(64, min(128, 1 << (32768 // max(a_token, as_floats)).bit_length() - 1))
+    fixed = 2 * (C + P) * G + N * (2 * G + as_floats)
+    stages = max(2, min(MOST_STAGES, (SHARED - fixed) // (N * a_token)))
+    if stages < 4 and 2 * (fixed + 2 * N * a_token) <= SHARED:
+        stages = 2  # and two programs a multiprocessor
+    resident = MULTIPROCESSORS * max(1, min(4, SHARED // (fixed + stages * N * a_token)))
+    programs = B * K * -(-heads // G)
+    splits = max(range(1, max(1, size // (2 * N)) + 1),
+                 key=lambda s: (round(programs * s / (-(-programs * s // resident) * resident), 1), -s))
+    return G, N, stages, splits
+
+
+def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_size=0, rows=None, bits=0, group=1, window=0, splits=0):
+    """
+    softmax(scale (q · k + q_pe · pe)) v over the first lengths[b] tokens of every sequence -> (B, H, C) in q's dtype.
+
+    q (B, H, C), q_pe (B, H, P); k and v: what a store holds, (codes, scales, zeros, recent), as cache.py lays
+    it out, scales, zeros and recent None without bits; v None: k is the latent of MLA, and the values too. pe (places, P).
+    A sequence is `size` places from rows[b] · size on (rows None: b), or the pages of table[rows[b]].
+    Where a length is 0 the result is 0.
+    """
+    B, H, C = q.shape
+    width = k[0].size(1) * (2 if bits == 4 else 1)
+    K, latent = width // C, v is None
+    G, N, stages, best = plan(B, K, H // K, C, 0 if q_pe is None else q_pe.size(-1), latent, bits, size)
+    splits = splits or best
+    P = 0 if q_pe is None else q_pe.size(-1)
+    out = q.new_empty(B, H, C)
+    parts = out if splits == 1 else q.new_empty(B, H, splits, C, dtype=torch.float32)
+    lse = q.new_empty(B, H, splits, dtype=torch.float32)
+    (kc, ks, kz, kr), (vc, vs, vz, vr) = k, k if latent else v  # a latent is read once
+    kernels().decode[(splits, K * -(-(H // K) // G), B)](
+        q, q_pe, kc, ks, kz, kr, vc, vs, vz, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
+        H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window if kr is not None else 0, page_size if table is not None else 0,
+        rows is not None, N, stages, 'ieee' if q.dtype == torch.float32 else 'tf32', num_warps=WARPS)
+    if splits > 1:
+        kernels().join[(B * H,)](parts, lse, out, splits, C, power_of_2(C), power_of_2(splits, 1), num_warps=4)
+    return out
+
+
+def keep(new, lengths, counts, size, table=None, page_size=0, rows=None, window=0):
+    """
+    Writes one new token a sequence: new is [(x (B, 1, width), held, bits, group)] of one store or two, `held` as in `decode`;
+    lengths count the new token where counts is 1; where it is 0 nothing is written.
+    """
+    parts, shapes = [], []
+    for x, held, bits, group in (new * 2)[:2]:
+        assert x.stride(-1) == 1
+        width = x.size(-1)
+        parts += [x, *held, x.stride(0)]
+        shapes += [width, power_of_2(width), bits, group if bits else 1]
+    kernels().keep[(new[0][0].size(0), len(new))](*parts, table, lengths, counts, rows, size, 0 if table is None else table.size(1), *shapes, window,
+                                                  page_size if table is not None else 0, rows is not None, num_warps=4)
