@@ -151,8 +151,8 @@ if study:
     head_report.write_text(Path(out) / 'study.jsonl', ''.join(json.dumps(line) + '\n' for line in [
         dict(event='settings', made=made, **how), *(dict(event='run') | run for run in runs), *(dict(event='variant') | v for v in variants)]))
     for v in variants:
-        say('{variant:>12} {kind}: gap score {mean:.3f} ({least:.3f} to {most:.3f}), induction heads in {formed} of {seeds} seeds'.format(**v) +
-            (', gap score 0.5 after {first:,} to {last:,} tokens'.format(**v) if v['formed'] else ''))
+        say('{variant:>12} {kind}: gap score {mean:.3f} ({least:.3f} to {most:.3f}), above 0.5 in {formed} of {seeds} seeds'.format(**v) +
+            (', first after {first:,} to {last:,} tokens'.format(**v) if v['formed'] else ''))
 for subject in subjects:
     say(subject.banner())
     models.append(head_report.examine(subject, causes=causes, prompt=prompt, shown=shown, tell=lambda text: say(f'  {text}'), **how))

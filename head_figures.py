@@ -93,14 +93,14 @@ def training(runs, path, footer, title='Through training'):
     icl = any(value is not None for run in runs for value in run['icl'])
     over = 'tokens' if all(value is not None for run in runs for value in run['tokens']) else 'step'
     panels = [('gap score of the best head', 'max_induction'), ('loss of what repeats (nats)', 'repeat_loss')] + [('in-context learning (nats)', 'icl')] * icl
-    with figures.sheet(1, len(panels), size=(figures.WIDTH, 4.6), title=title, note='a score with other tokens between the two copies: only content can find it') as (fig, axes):
+    with figures.sheet(1, len(panels), size=(figures.WIDTH, 4.6), title=title, note='gap score: attention to what followed the same token before, with other tokens between the two copies') as (fig, axes):
         for ax, (label, key) in zip(axes, panels):
             drawn = set()
             for run in runs:
                 variant = run.get('variant', run['name'])
                 points = [(x, y) for x, y in zip(run[over], run[key]) if x and y is not None]
                 color, line = styles[variant]
-                ax.plot(*zip(*points), color=color, linestyle=line, linewidth=1.6, alpha=0.85, label=None if variant in drawn else variant)
+                ax.plot(*zip(*points), color=color, linestyle=line, linewidth=1.6, alpha=0.85, marker='.', markersize=5, label=None if variant in drawn else variant)
                 drawn.add(variant)
             ax.set_xscale('log')
             ax.set_xlabel('tokens seen' if over == 'tokens' else 'step')
