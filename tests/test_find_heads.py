@@ -154,6 +154,7 @@ def test_from_a_run_to_its_files(repeats, capsys):
     assert 'ABC' in Path('heads/heads.html').read_text() and not list(Path('heads').glob('*.partial')) + list(Path('heads').glob('*.tmp'))
 
 
+@pytest.mark.slow
 def test_a_study_trains_what_is_missing(repeats, capsys, monkeypatch):
     pytest.importorskip('matplotlib')
     (Path('data/repeats/prepare.py')).write_text('')
