@@ -71,6 +71,9 @@ def tell(model):
         i = e['induction']
         say(f"  {e['layer']:>4}.{e['head']:<3}  {i['score']:>9.3f} {i['low']:>6.3f}-{i['high']:.3f} {i['null']:>6.3f} {i['control']:>7.3f} {i['gap']:>6.3f} "
             f"{e['copying']:>7.2f}  {e['label'] or '-'}")
+    for e in heads:
+        if e['shifted']['gap'] - e['induction']['null_gap'] > threshold:
+            say('  head {layer}.{head} looks {offset} places behind what is repeated, not 1: {score:.3f}, control {control:.3f}, gap {gap:.3f}'.format(**e | e['shifted']))
     counts = {label: len(head_report.of_label(heads, label)) for label in dict.fromkeys(e['label'] for e in heads) if label}
     say('  called: ' + (', '.join(f'{count} {label}' for label, count in sorted(counts.items())) or 'nothing') +
         f"; loss of what repeats {model['repeat_loss']:.3f} nats, of the control {model['control_loss']:.3f}" +

@@ -159,8 +159,8 @@ def token_losses(model, x, targets, chunk=2 ** 25):
 @torch.no_grad()
 def run(model, ids, L, gap, batch=8):
     """
-    The model over one trial, `batch` sequences at a time -> scores {kind: (N, H, B)}, the mean pattern by distance on the rows of the
-    second copy (N, H, distances up to L), and losses (B, T - 1). All on the CPU.
+    The model over one trial, `batch` sequences at a time -> scores {kind: (N, H, B)}, the mean pattern on the rows of the second copy
+    (2, N, H, 1 + L), by distance before the row and by distance behind the token that it repeats, and losses (B, T - 1). All on the CPU.
     """
     device = next(model.parameters()).device
     scores, offsets, losses = [], [], []
@@ -171,14 +171,15 @@ def run(model, ids, L, gap, batch=8):
 
         def see(layer, pattern):
             found[layer] = {kind: pattern[b, :, q, k].float().mean(1) for kind, k in keys.items()}  # (B, L, H) -> (B, H)
-            by_distance[layer] = pattern[b[..., None], :, q[..., None], q[..., None] - far].float().mean((0, 1))  # (B, L, far, H) -> (far, H)
+            by_distance[layer] = torch.stack([pattern[b[..., None], :, q[..., None], start[..., None] + step * far].float().mean((0, 1)).T  # (B, L, far, H) -> (H, far)
+                                              for start, step in ((q, -1), (keys['duplicate'], 1))])
 
         with watched(model, see):
             x = model.hidden(part.to(device))
         losses.append(token_losses(model, x[:, :-1], part[:, 1:].to(device)).cpu())
         layers = range(len(found))
         scores.append({kind: torch.stack([found[l][kind].T for l in layers]).cpu() for kind in KINDS})  # (N, H, B)
-        offsets.append(torch.stack([by_distance[l].T for l in layers]).cpu() * len(part) / len(ids))
+        offsets.append(torch.stack([by_distance[l] for l in layers], 1).cpu() * len(part) / len(ids))
     return {kind: torch.cat([s[kind] for s in scores], -1) for kind in KINDS}, sum(offsets), torch.cat(losses)
 
 
@@ -195,7 +196,8 @@ def interval(values, seed=0):
 def score(model, trial, threshold=THRESHOLD, batch=8):
     """
     Every head's scores over the `trials`. Returns heads (N x H dicts, layer by layer: label, and for each kind score, low, high,
-    null, control, gap; positional: score and distance) and the losses of the repeated and control trial, each (B, T - 1).
+    null, control, gap; positional: score and distance; shifted: the content-bound stripe 2 or more places behind the token
+    that is repeated, where heads look that are fed by one that carries tokens further than a place) and the losses of the repeated and control trial, each (B, T - 1).
 
     A head is called induction (or duplicate) when the low end of its score beats the null, of score - control zero, and of the
     gap score its null, each by `threshold`; previous, current, first when it beats the null with and without a gap; positional
@@ -213,13 +215,18 @@ def score(model, trial, threshold=THRESHOLD, batch=8):
         passes[kind] = (low - null > threshold) & (interval(gap)[0] - null_gap > threshold)
         if kind in ('induction', 'duplicate'):
             passes[kind] &= interval(values - control)[0] > threshold
-    fixed, distance = found['control'][1][..., 2:].max(-1)
+    fixed, distance = found['control'][1][0, ..., 2:].max(-1)
+    stripes = {name: found[name][1][1, ..., 2:] for name in TRIALS}  # that of induction is 1
+    shifted, offset = torch.minimum(stripes['repeated'] - stripes['control'], stripes['gap']).max(-1, keepdim=True)
+    stripes = {name: stripe.gather(-1, offset)[..., 0] for name, stripe in stripes.items()}
     passes['positional'] = fixed - null > threshold
     heads = []
     for l, h in torch.cartesian_prod(*map(torch.arange, fixed.shape)).tolist():
         entry = {kind: {key: round(value[l, h].item(), 6) for key, value in of_kind[kind].items()} | dict(null=round(null, 6), null_gap=round(null_gap, 6))
                  for kind in KINDS}
         entry['positional'] = dict(score=round(fixed[l, h].item(), 6), distance=distance[l, h].item() + 2)
+        entry['shifted'] = dict(score=round(stripes['repeated'][l, h].item(), 6), control=round(stripes['control'][l, h].item(), 6),
+                                gap=round(stripes['gap'][l, h].item(), 6), offset=offset[l, h, 0].item() + 2)
         fits = {kind: entry[kind]['score'] for kind in passes if passes[kind][l, h]}
         matched = [kind for kind in ('induction', 'duplicate') if kind in fits]
         entry['label'] = max(matched or fits, key=fits.get, default='')

@@ -116,6 +116,16 @@ def test_heads_written_by_hand_score_what_they_do(crafted):
         for kind in patterns.KINDS:
             assert idle[kind]['score'] == pytest.approx(idle[kind]['null'], abs=1e-5) and idle[kind]['gap'] == pytest.approx(idle[kind]['null_gap'], abs=1e-5)
     assert patterns.repeat_loss(repeated, trial.L) < 0.01 and patterns.repeat_loss(control, trial.L) > 2
+    assert max(e['shifted']['gap'] for e in heads) < 0.2
+
+
+@pytest.mark.parametrize('offset', [2, 5])
+def test_a_circuit_that_carries_tokens_further_has_its_stripe_elsewhere(offset):
+    model = by_hand('mha', offset)
+    heads, *_ = patterns.score(model, trial_of(model))
+    late = entry(heads, 1, 0)
+    assert late['induction']['score'] < 0.2 and late['label'] != 'induction'
+    assert late['shifted']['offset'] == offset and late['shifted']['score'] > 0.85 and late['shifted']['gap'] > 0.85 and late['shifted']['control'] < 0.2
 
 
 def test_copying_by_hand(crafted):
