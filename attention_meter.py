@@ -12,11 +12,14 @@ is wrong, does not run or does not fit is a row with its reason.
 Legend: B sequences, H query heads, K key/value heads, D width of a head, N places of a sequence, R latent, P k_pe.
 """
 import itertools
+import json
+import math
 import random
 import statistics
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -260,6 +263,30 @@ def try_candidate(candidate, inputs, plan):
     return result | dict(reason=result.pop('wrong', '') or result['reason'])
 
 
+def tune(candidate, inputs, plan, tell):
+    """Tries the variants of the Triton kernel at the shape of `inputs`, and leaves the fastest that is right in decode_tiles.json."""
+    held = inputs[0]
+    first = next(iter(held.stores.values()))
+    latent = held.kind == 'latent'
+    C = first.width if latent else held.per_head
+    if candidate is None or decode_kernels.reason_not_to_run(held.q.device, held.q.dtype, C, first.bits, group_of(first.width)):
+        return
+    tiles, key = decode_kernels.tiles_of_shapes(), decode_kernels.shape_key(held.H * C // first.width if not latent else held.H, C, held.q.size(-1) - C, latent, first.bits)
+    if held.cache.pages and key in tiles:  # the same for both layouts
+        return
+    times = {}
+    for variant in decode_kernels.variants(C, latent, first.bits):
+        tiles[key] = variant
+        result = try_candidate(candidate, inputs, plan)
+        times[tuple(variant)] = result.get('kernel_us', math.inf)
+        tell(f"  {key}: {variant} {result['reason'] or format(result['kernel_us'], '.1f') + ' µs'}")
+    tiles[key] = list(min(times, key=times.get))
+    if math.isinf(min(times.values())):
+        del tiles[key]
+    file = Path(decode_kernels.__file__).with_name('decode_tiles.json')
+    file.write_text('{\n' + ',\n'.join(f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in sorted(tiles.items())) + '\n}\n')
+
+
 def measure(plan, rows, tell=print):
     """Rows of every candidate that can run each of --attention_shapes, at each cache, dtype, batch and context of a decode_meter.Plan."""
     config, device, cpu = plan.config, plan.device, plan.device.type == 'cpu'
@@ -280,7 +307,7 @@ def measure(plan, rows, tell=print):
 
 def compare(able, key, plan, rows, tell):
     """One row for each of the candidates `able` at the shape, cache, batch and context of `key`."""
-    draw, context, device, inputs = random.Random(0), key['context'], plan.device, []
+    draw, context, device, config, inputs = random.Random(0), key['context'], plan.device, plan.config, []
     lengths = [draw.randint((1 + context) // 2, context) if key['ragged'] else context for _ in range(key['batch'])]
 
     def make():
@@ -289,6 +316,8 @@ def compare(able, key, plan, rows, tell):
         return dict(bytes=inputs[0].nbytes, copies=len(inputs))
 
     made = attempt(make, device)
+    if config['tune'] and not made['reason']:
+        tune(next((c for c in able if c.make is triton), None), inputs, plan, tell)
     for candidate in able:
         result = made if made['reason'] else made | try_candidate(candidate, inputs, plan)
         if 'kernel_us' in result:

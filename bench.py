@@ -40,6 +40,7 @@ peer_new_tokens = 0  # of the peers' texts, to save time; 0 = new_tokens
 peer_repeats = 3
 attention_only = False  # the decode attention of one layer alone, by several kernels, in % of the copy bandwidth
 attention_shapes = '12:12:64,12:4:64,12:1:64,16:128+32,16:256+32,16:512+64'  # heads:key/value heads:width; MLA heads:latent+k_pe
+tune = False  # attention_only: try variants of our kernel first and keep the fastest in decode_tiles.json
 ragged = False  # attention_only: lengths between half of the context and all of it
 keep = False  # measure only the rows that out_dir does not hold yet
 out_dir = 'out-bench'  # decode.csv, decode.jsonl, latency.png, memory.png; texts.* with --peer, attention.* with --attention_only

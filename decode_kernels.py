@@ -12,7 +12,9 @@ and of a value (MLA: of the latent, which is both), P width of k_pe, W window.
 """
 from __future__ import annotations  # `tl.constexpr` below is read by Triton, not by Python
 
+import json
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -21,23 +23,23 @@ from kernels import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
 SHARED = 224 * 1024  # bytes of shared memory of an H200's multiprocessor, for all its programs
-MULTIPROCESSORS, MOST_STAGES, WARPS = 132, 6, 4
+MULTIPROCESSORS = 132
+COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the GPU
 
 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, tile, block, keep_one
+    global triton, tl, tile, number, unpack, block, fetch, tiles, keep_one
     import triton
     import triton.language as tl
-    tile, block, keep_one = triton.jit(tile), triton.jit(block), triton.jit(keep_one)
+    tile, number, unpack, block, fetch, tiles, keep_one = map(triton.jit, (tile, number, unpack, block, fetch, tiles, keep_one))
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
 def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-         WHOLE: tl.constexpr, dtype: tl.constexpr):
-    """The channels of one head at `rows` of a store, (N, CP) twice: all of them (and again), or with 4 bits the even and the odd ones."""
-    N: tl.constexpr = rows.shape[0]
+         WHOLE: tl.constexpr):
+    """The channels of one head at `rows` of a store as they lie there: codes (N, CP, or half of it), scales and zeros (N, groups)."""
     PACK: tl.constexpr = 2 if BITS == 4 else 1
     channels = tl.arange(0, CP // PACK)
     here = codes + rows[:, None] * (WIDTH // PACK) + channels[None, :]
@@ -45,29 +47,47 @@ def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, 
         x = tl.load(here)
     else:
         x = tl.load(here, mask=inside[:, None] & (channels[None, :] < C // PACK), other=0)
-    if BITS == 0:
-        low, high = x, x
-    else:
-        GROUPS: tl.constexpr = CP // GROUP
-        groups = tl.arange(0, GROUPS)
+    scale, zero = x, x
+    if BITS:
+        groups = tl.arange(0, CP // GROUP)
         at = rows[:, None] * (WIDTH // GROUP) + groups[None, :]
         if WHOLE and C == CP:
             scale, zero = tl.load(scales + at), tl.load(zeros + at)
         else:
             there = inside[:, None] & (groups[None, :] < C // GROUP)
             scale, zero = tl.load(scales + at, mask=there, other=0.0), tl.load(zeros + at, mask=there, other=0.0)
-        scale, zero = scale.to(tl.float32)[:, :, None], zero.to(tl.float32)[:, :, None]
-        x = tl.reshape(x, [N, GROUPS, GROUP // PACK])
-        low = tl.reshape((x & 15 if BITS == 4 else x).to(tl.float32) * scale + zero, [N, CP // PACK]).to(dtype)
-        high = tl.reshape((x >> 4).to(tl.float32) * scale + zero, [N, CP // PACK]).to(dtype) if BITS == 4 else low
+    return x, scale, zero
+
+
+def number(codes, dtype: tl.constexpr):
+    """Small whole numbers in a float type. In fp16 1024 + n is 0x6400 | n, which is faster than the GPU's conversion."""
+    if dtype == tl.float16:
+        x = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        x = codes.to(dtype)
+    return x
+
+
+def unpack(x, scale, zero, BITS: tl.constexpr, dtype: tl.constexpr):
+    """A tile as numbers, (N, CP) twice: all channels (and again), or of 4 bits the even and the odd ones."""
+    if BITS == 0:
+        low, high = x, x
+    else:
+        N: tl.constexpr = x.shape[0]
+        scale, zero = scale.to(dtype)[:, :, None], zero.to(dtype)[:, :, None]
+        CODES: tl.constexpr = x.shape[1]
+        x = tl.reshape(x, [N, scale.shape[1], CODES // scale.shape[1]])
+        low = tl.reshape(number(x & 15 if BITS == 4 else x, dtype) * scale + zero, [N, CODES])
+        high = tl.reshape(number(x >> 4, dtype) * scale + zero, [N, CODES]) if BITS == 4 else low
     return low, high
 
 
-def block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS: tl.constexpr, P: tl.constexpr,
-          WHOLE: tl.constexpr, IEEE: tl.constexpr):
+def block(k, k_high, v, v_high, x, scale, zero, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS: tl.constexpr, P: tl.constexpr,
+          WHOLE: tl.constexpr, IEEE: tl.constexpr, AGAIN: tl.constexpr):
     """
     One tile of tokens joins the running softmax: its maximum `best` (G,), y (C, G), and `total` (N, G), whose rows are summed
-    at the end: a sum over rows makes the warps wait for each other.
+    at the end: a sum over rows makes the warps wait for each other. AGAIN: the values are unpacked from x a second time,
+    which costs less than the registers that would keep them.
     """
     s = tl.dot(k, q, input_precision=IEEE)  # (N, G)
     if BITS == 4:
@@ -81,6 +101,9 @@ def block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_h
     p = tl.exp2(s - higher[None, :])
     fade = tl.exp2(best - higher)
     total = total * fade[None, :] + p
+    if AGAIN:  # an instruction that does nothing, so that the compiler does not see that it is the same again
+        x = tl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [x], dtype=tl.uint8, is_pure=False, pack=4)
+        v, v_high = unpack(x, scale, zero, BITS, v.dtype)
     p = p.to(v.dtype)
     y = tl.dot(tl.trans(v), p, y * fade[None, :], input_precision=IEEE)
     if BITS == 4:
@@ -88,10 +111,66 @@ def block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_h
     return higher, total, y, y_high
 
 
+def fetch(start, COUNT: tl.constexpr):
+    """Asks for COUNT elements from `start` on to come into the L2 cache, a line of 128 bytes a lane."""
+    A_LINE: tl.constexpr = 128 * 8 // start.dtype.element_ty.primitive_bitwidth
+    lines = start + tl.arange(0, COUNT // A_LINE) * A_LINE
+    tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+def tiles(start, end, shift, limit, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following, q, q_high, q_pe,
+          best, total, y, y_high, factor, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr,
+          BITS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr,
+          IEEE: tl.constexpr, AHEAD: tl.constexpr, AGAIN: tl.constexpr):
+    """The tiles from `start` to `end`, all of them whole or not, the one at `shift` first; of none the tokens from `limit` on."""
+    CS: tl.constexpr = WIDTH // 2 if BITS == 4 else WIDTH  # what a place takes in a store's codes,
+    GS: tl.constexpr = WIDTH // GROUP if BITS else 0  # and in its scales and zeros
+    n, p = tl.arange(0, N), tl.arange(0, PP)
+    count = end - start
+    first = start + shift * N
+    for i in tl.range(first, first + count, N, num_stages=STAGES):
+        at = tl.where(i < end, i, i - count)  # from tile `shift` on, and what is before it at the end
+        ahead = tl.where(i + N < end, i + N, i + N - count)
+        inside = at + n < limit
+        if PAGE:
+            if PAGE % N == 0:  # a tile lies in one page: only its beginning needs 64 bits
+                place, base = n, following.to(tl.int64) * PAGE + at % PAGE
+                following = tl.load(table + slot * pages + tl.minimum(ahead // PAGE, pages - 1))
+            else:
+                place, base = following.to(tl.int64) * PAGE + (at + n) % PAGE, 0
+                following = tl.load(table + slot * pages + tl.minimum((ahead + n) // PAGE, pages - 1))
+        else:
+            place, base = n, slot * size + at
+        if AHEAD and WHOLE and LATENT and C == CP and PAGE % N == 0:  # ask the L2 cache for a later tile: shared memory has no room for it yet
+            later = tl.where(i + AHEAD * N < end, i + AHEAD * N, i + AHEAD * N - count)  # not behind the end: there may be no memory
+            later = tl.minimum(tl.maximum(later, start), end - N)
+            there = tl.load(table + slot * pages + later // PAGE).to(tl.int64) * PAGE + later % PAGE if PAGE else slot * size + later
+            fetch(k_codes + there * CS, N * CS)
+            if P:
+                fetch(pes + there * P, N * P)
+        x, scale, zero = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
+                              C, CP, WIDTH, BITS, GROUP, WHOLE)
+        k, k_high = unpack(x, scale, zero, BITS, dtype)
+        if LATENT:
+            v, v_high = k, k_high
+        else:
+            v, v_scale, v_zero = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place,
+                                      inside, C, CP, WIDTH, BITS, GROUP, WHOLE)
+            v, v_high = unpack(v, v_scale, v_zero, BITS, dtype)
+        if P:
+            pe = pes + base * P + place[:, None] * P + p[None, :]
+            pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
+        else:
+            pe = k
+        best, total, y, y_high = block(k, k_high, v, v_high, x, scale, zero, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, WHOLE,
+                                              IEEE, AGAIN and LATENT and BITS > 0 and CP > 256)
+    return best, total, y, y_high, following
+
+
 def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_codes, v_scales, v_zeros, v_recent, pes, table, lengths, rows,
                   out, lse, factor, splits, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
                   P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
-                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr):
+                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr, IEEE: tl.constexpr, AGAIN: tl.constexpr):
     """Program (split, kv head and tile of its heads, sequence): y (C, G) of its part of the sequence, and log2 of its softmax's sum."""
     split, b = tl.program_id(0), tl.program_id(2)
     TILES: tl.constexpr = (H // K + G - 1) // G
@@ -103,15 +182,16 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
 
     PACK: tl.constexpr = 2 if BITS == 4 else 1
     WIDTH: tl.constexpr = K * C
-    CS: tl.constexpr = WIDTH // PACK  # what a place takes in a store's codes,
-    GS: tl.constexpr = WIDTH // GROUP  # and in its scales and zeros
-    dtype: tl.constexpr = queries.dtype.element_ty
+    full: tl.constexpr = queries.dtype.element_ty
+    # Codes, scales and zeros are whole in fp16, and half the registers of fp32
+    dtype: tl.constexpr = tl.float16 if BITS and full != tl.float32 else full
     g, c, p, n = tl.arange(0, G), tl.arange(0, CP // PACK), tl.arange(0, PP), tl.arange(0, N)
     mine = first + g < H // K
     each = b.to(tl.int64) * H + head * (H // K) + first + g  # the program's rows of (B, H)
     there = mine[None, :] & (c[:, None] < C // PACK)
     q = tl.load(queries + each[None, :] * C + c[:, None] * PACK, mask=there, other=0.0)  # (C, G)
     q_high = tl.load(queries + each[None, :] * C + c[:, None] * PACK + 1, mask=there, other=0.0) if BITS == 4 else q
+    q, q_high = q.to(dtype), q_high.to(dtype)
     q_pe = tl.load(queries_pe + each[None, :] * P + p[:, None], mask=mine[None, :] & (p[:, None] < P), other=0.0) if P else q
     k_codes, v_codes = k_codes + head * (C // PACK), v_codes + head * (C // PACK)
     if BITS:
@@ -124,50 +204,37 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
     early = tl.maximum(early, start)
     whole = start + (early - start) // N * N
     # A tile's pages are asked for while the tile before is read: an address that waits for a load could not be fetched ahead.
-    following = tl.load(table + slot * pages + tl.minimum((start + (n if PAGE % N else 0)) // PAGE, pages - 1)) if PAGE else 0
-    for part in tl.static_range(2):  # whole tiles, then the rest of one
-        WHOLE: tl.constexpr = part == 0
-        for at in tl.range(start if WHOLE else whole, whole if WHOLE else early, N, num_stages=STAGES if WHOLE else 2):
-            inside = at + n < early
-            if PAGE:
-                if PAGE % N == 0:  # a tile lies in one page: only its beginning needs 64 bits
-                    place, base = n, following.to(tl.int64) * PAGE + at % PAGE
-                else:
-                    place, base = following.to(tl.int64) * PAGE + (at + n) % PAGE, 0
-                following = tl.load(table + slot * pages + tl.minimum((at + N + (n if PAGE % N else 0)) // PAGE, pages - 1))
-            else:
-                place, base = n, slot * size + at
-            k, k_high = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
-                             C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
-            if LATENT:
-                v, v_high = k, k_high
-            else:
-                v, v_high = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
-                                 C, CP, WIDTH, BITS, GROUP, WHOLE, dtype)
-            if P:
-                pe = pes + base * P + place[:, None] * P + p[None, :]
-                pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
-            else:
-                pe = k
-            best, total, y, y_high = block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, WHOLE, IEEE)
+    # Programs that begin at the same place of their sequences would all ask the same part of the memory: with TURN they do not.
+    shift = (b * 7 + split * 3) % tl.maximum((whole - start) // N, 1) if TURN else 0
+    if PAGE:
+        begin = start + shift * N
+        following = tl.load(table + slot * pages + tl.minimum((begin + n if PAGE % N else begin) // PAGE, pages - 1))
+    else:
+        following = 0
+    best, total, y, y_high, following = tiles(start, whole, shift, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
+                                              q, q_high, q_pe, best, total, y, y_high, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, True, N, STAGES, dtype, IEEE, AHEAD, AGAIN)
+    if PAGE:
+        following = tl.load(table + slot * pages + tl.minimum((whole + n if PAGE % N else whole) // PAGE, pages - 1))
+    best, total, y, y_high, following = tiles(whole, early, 0, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
+                                              q, q_high, q_pe, best, total, y, y_high, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, False, N, 2, dtype, IEEE, 0, AGAIN)
     if W:  # the last W tokens, in full precision, in a ring of their own
         for at in tl.range(tl.maximum(early, length - W), end, N, num_stages=2):
             inside = at + n < end
             ring = (slot * W + (at + n) % W)[:, None] * WIDTH + head * C + c[None, :] * PACK
             here = inside[:, None] & (c[None, :] < C // PACK)
-            k = tl.load(k_recent + ring, mask=here, other=0.0)
-            k_high = tl.load(k_recent + ring + 1, mask=here, other=0.0) if BITS == 4 else k
+            k = tl.load(k_recent + ring, mask=here, other=0.0).to(dtype)
+            k_high = tl.load(k_recent + ring + 1, mask=here, other=0.0).to(dtype) if BITS == 4 else k
             if LATENT:
                 v, v_high = k, k_high
             else:
-                v = tl.load(v_recent + ring, mask=here, other=0.0)
-                v_high = tl.load(v_recent + ring + 1, mask=here, other=0.0) if BITS == 4 else v
+                v = tl.load(v_recent + ring, mask=here, other=0.0).to(dtype)
+                v_high = tl.load(v_recent + ring + 1, mask=here, other=0.0).to(dtype) if BITS == 4 else v
             if P:
                 place = (tl.load(table + slot * pages + (at + n) // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + (at + n) % PAGE) if PAGE else slot * size + at + n
                 pe = tl.load(pes + place[:, None] * P + p[None, :], mask=inside[:, None] & (p[None, :] < P), other=0.0)
             else:
                 pe = k
-            best, total, y, y_high = block(k, k_high, v, v_high, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, False, IEEE)
+            best, total, y, y_high = block(k, k_high, v, v_high, k, k, k, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, False, IEEE, False)
 
     sums = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
     to = (each * splits + split)[None, :] * C + c[:, None] * PACK
@@ -254,26 +321,41 @@ def power_of_2(n, least=16):
     return max(least, 1 << (n - 1).bit_length())
 
 
+@lru_cache
+def tiles_of_shapes():
+    """What `bench.py decode --attention_only=True --tune=True` found best: shape_key -> [tokens of a tile, stages, ahead, turn]."""
+    file = Path(__file__).with_name('decode_tiles.json')
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def shape_key(heads, C, P, latent, bits):
+    return f"{'latent' if latent else 'kv'} {C}+{P}, {min(64, power_of_2(heads))} heads, {bits or 16} bits"
+
+
+def variants(C, latent, bits):
+    """What is worth trying for a shape, as in tiles_of_shapes."""
+    if latent and not bits:
+        return [[64, stages, ahead, turn] for stages, ahead, turn in ((2, 1, 0), (2, 1, 1), (2, 0, 1), (3, 1, 1), (4, 0, 1), (4, 1, 0)) if stages * C < 1400]
+    return [[64, 2, 0, 0], [64, 2, 0, 1], [64, 3, 0, 1]] if bits else [[64, 3, 0, 0], [64, 4, 0, 1], [128, 3, 0, 1]]
+
+
 def plan(B, K, heads, C, P, latent, bits, size):
     """
-    Heads of a program, tokens of a tile, stages of its loop, and parts of a sequence: tiles of about 32 KiB, at least two
-    on their way, and enough programs to fill the card in waves that are nearly full.
+    Heads of a program, tokens of a tile, stages of its loop, tiles that L2 is asked for ahead, whether programs begin at
+    different tiles, and parts of a sequence, so many that programs fill the card in waves that are nearly full.
     """
+    known = tiles_of_shapes().get(shape_key(heads, C, P, latent, bits))
     G = min(64, power_of_2(heads))
     C, P = power_of_2(C), power_of_2(P) if P else 0  # as they lie in shared memory
     values = 1 if latent else 2
     a_token = (C * (bits or 16) // 8 + 4 * (C // 64) * bool(bits)) * values + 2 * P
-    as_floats = 2 * C * values * bool(bits)  # a dequantised tile
-    N = max(64, min(128, 1 << (32768 // max(a_token, as_floats)).bit_length() - 1))
-    fixed = 2 * (C + P) * G + N * (2 * G + as_floats)
-    stages = max(2, min(MOST_STAGES, (SHARED - fixed) // (N * a_token)))
-    if stages < 4 and 2 * (fixed + 2 * N * a_token) <= SHARED:
-        stages = 2  # and two programs a multiprocessor
+    fixed = 2 * (C + P) * G + 64 * (2 * G + 2 * C * values * bool(bits))  # queries, softmax, a tile that has been unpacked
+    N, stages, ahead, turn = known or (64, max(2, min(3, (SHARED - fixed) // (64 * a_token))), int(latent and not bits), 0)
     resident = MULTIPROCESSORS * max(1, min(4, SHARED // (fixed + stages * N * a_token)))
     programs = B * K * -(-heads // G)
     splits = max(range(1, max(1, size // (2 * N)) + 1),
                  key=lambda s: (round(programs * s / (-(-programs * s // resident) * resident), 1), -s))
-    return G, N, stages, splits
+    return G, N, stages, ahead * COMPILED, turn, splits
 
 
 def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_size=0, rows=None, bits=0, group=1, window=0, splits=0):
@@ -288,7 +370,7 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     B, H, C = q.shape
     width = k[0].size(1) * (2 if bits == 4 else 1)
     K, latent = width // C, v is None
-    G, N, stages, best = plan(B, K, H // K, C, 0 if q_pe is None else q_pe.size(-1), latent, bits, size)
+    G, N, stages, ahead, turn, best = plan(B, K, H // K, C, 0 if q_pe is None else q_pe.size(-1), latent, bits, size)
     splits = splits or best
     P = 0 if q_pe is None else q_pe.size(-1)
     out = q.new_empty(B, H, C)
@@ -298,7 +380,7 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     kernels().decode[(splits, K * -(-(H // K) // G), B)](
         q, q_pe, kc, ks, kz, kr, vc, vs, vz, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
         H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window if kr is not None else 0, page_size if table is not None else 0,
-        rows is not None, N, stages, 'ieee' if q.dtype == torch.float32 else 'tf32', num_warps=WARPS)
+        rows is not None, N, stages, ahead, turn, 'ieee' if q.dtype == torch.float32 else 'tf32', COMPILED, num_warps=4)
     if splits > 1:
         kernels().join[(B * H,)](parts, lse, out, splits, C, power_of_2(C), power_of_2(splits, 1), num_warps=4)
     return out

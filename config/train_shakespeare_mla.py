@@ -36,7 +36,7 @@ dropout_in = 'residual'
 optimizer = 'muon'
 muon_lr = 0.03
 learning_rate = 1e-3  # of AdamW: embedding, head and norms
-weight_decay = 0.1
+weight_decay = 0.2
 max_iters = 900
 schedule = 'wsd'
 warmup_iters = 20
@@ -49,4 +49,4 @@ cuda_graph = True  # a step takes 5 ms: replay it without Python in between
 # is the fast one on a CPU
 on_cpu = dict(cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64, n_layer=4, n_head=4,
               n_embd=128, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, tie_weights=True, dropout=0.0, muon_lr=0.02,
-              learning_rate=5e-3, warmup_iters=10, max_iters=1300, cooldown=0.7, ema_decay=0.98, eval_interval=75)
+              learning_rate=5e-3, warmup_iters=10, max_iters=1300, cooldown=0.7, ema_decay=0.98, weight_decay=0.1, eval_interval=75)

@@ -6,7 +6,7 @@ ReLU², zero-initialised projections, Muon, a long linear cooldown and averaged 
 
 More steps and more dropout go lower still:
 
-    python train.py config/train_shakespeare_modern.py --max_iters=2500 --dropout=0.25
+    python train.py config/train_shakespeare_modern.py --max_iters=2000 --dropout=0.2
 """
 out_dir = 'out-shakespeare-modern'
 eval_interval = 100
