@@ -50,6 +50,36 @@ def save(path, content):
         raise UserError(f'cannot write {path}: {what}; what was there before is untouched') from None
 
 
+def set_aside(out):
+    """Moves the run in folder `out` to out/previous, in the place of an older one; nothing else is lost. Whether there was one."""
+    previous, found = out / 'previous', any((out / name).exists() for name in ('ckpt.pt', 'last.pt'))
+    for path in kept_in(previous if found else out):  # of the run that makes room; of one that never saved more
+        path.unlink()
+    if not found:
+        return False
+    previous.mkdir(exist_ok=True)
+    for path in [*(out / name for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png')), *kept_in(out)]:
+        if path.exists():
+            os.replace(path, previous / path.name)
+    return True
+
+
+def steps_to_keep(count, last):
+    """`count` steps of a run of `last`: 0, then evenly in log(step) from last / 100 on; fewer where they would coincide."""
+    if count < 2:
+        return {last} if count else set()
+    return {0, last} | {max(1, round(last * 100 ** (i / (count - 2) - 1))) for i in range(count - 2)}
+
+
+def name_of(step):
+    return f'step-{step:06d}.pt'
+
+
+def kept_in(folder):
+    """The checkpoints that train.py --keep_checkpoints left in `folder`, by step."""
+    return sorted(Path(folder).glob('step-*.pt'), key=lambda path: int(path.stem[5:]) if path.stem[5:].isdigit() else -1)
+
+
 def load(path):
     """The checkpoint in a file, or in a folder's ckpt.pt. UserError for anything that is none."""
     path = Path(path)

@@ -1,6 +1,7 @@
 """What a run runs on: device, dtype, peak rate, memory, and the commit of the code."""
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -134,3 +135,20 @@ def commit():
         return git('rev-parse', '--short', 'HEAD') + ('+' if git('--no-optional-locks', 'status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get('NANOMLA_COMMIT', 'unknown')
+
+
+class Signals:
+    """The name of the SIGTERM or SIGUSR1 that has come, '' before: a cluster's way to say that time is up."""
+
+    def __init__(self):
+        self.name = ''
+        for name in ('SIGTERM', 'SIGUSR1'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.remember)
+
+    def remember(self, number, frame):
+        self.name = signal.Signals(number).name
+
+    def ignore(self):
+        if hasattr(signal, 'SIGUSR1'):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -40,6 +40,7 @@ class GPTConfig:
     n_kv_head: int = 0           # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
     head_dim: int = 0            # 0 = n_embd // n_head
     n_inner: int = 0             # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd, up to a multiple of 64)
+    mlp: bool = True             # False: attention only, the models in which circuits are studied
     pos: str = 'learned'
     rope_theta: float = 10000.0
     rope_scaling: float = 1.0    # linear: position p counts as p / rope_scaling
@@ -293,12 +294,11 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = Norm(config.n_embd, config)
         self.attn = attention
-        self.ln_2 = Norm(config.n_embd, config)
-        self.mlp = MLP(config)
+        self.ln_2, self.mlp = (Norm(config.n_embd, config), MLP(config)) if config.mlp else (None, None)
 
     def forward(self, x, rope, cache=None):
         x = x + self.attn(self.ln_1(x), rope, cache)
-        return x + self.mlp(self.ln_2(x))
+        return x if self.mlp is None else x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):

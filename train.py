@@ -15,6 +15,7 @@ eval_iters = 200  # batches of an evaluation; a validation split that is smaller
 eval_only = False  # evaluate once and stop
 log_interval = 10  # steps between lines of the log
 always_save_checkpoint = False  # ckpt.pt follows the newest evaluation, not the best one
+keep_checkpoints = 0  # keep as many, spread evenly over log(step), as step-NNNNNN.pt: how the run got there
 sample_tokens = 300  # length of the text written at the end; 0 = none
 wandb_log = False  # mirror the log to Weights & Biases
 wandb_project = 'nanomla'
@@ -33,6 +34,7 @@ n_embd = 768
 n_kv_head = 0  # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
 head_dim = 0  # 0 = n_embd / n_head
 n_inner = 0  # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd)
+mlp = True  # False: attention only
 dropout = 0.0
 dropout_in = 'all'  # all (embedding, attention, residual branches: GPT-2's) | residual
 bias = False  # in Linear and LayerNorm
@@ -92,7 +94,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -129,7 +130,7 @@ if on_cpu:
 # what was asked for, checked before anything is written
 for rule, fits, names in (
         ('at least 1', lambda x: x >= 1, 'batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters'),
-        ('at least 0', lambda x: x >= 0, 'warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens'),
+        ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens'),
         ('at least 0 and less than 1', lambda x: 0 <= x < 1, 'beta1 beta2 ema_decay'),
         ('more than 0', lambda x: x > 0, 'learning_rate'),
         ('at least 0 and less than 2**32', lambda x: 0 <= x < 2 ** 32, 'seed')):
@@ -232,11 +233,7 @@ def save(name, resumable):
 if main:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if init_from != 'resume' and ((out / 'ckpt.pt').exists() or (out / 'last.pt').exists()):  # nothing is lost: the last run moves aside
-            (out / 'previous').mkdir(exist_ok=True)
-            for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png'):
-                if (out / name).exists():
-                    os.replace(out / name, out / 'previous' / name)
+        if init_from != 'resume' and checkpoint.set_aside(out):
             say(f'{out_dir} held an earlier run: it is now in {out_dir}/previous')
         if init_from == 'resume' and (out / 'log.jsonl').exists():  # a crash may have cut its last line short
             os.truncate(out / 'log.jsonl', (out / 'log.jsonl').read_bytes().rfind(b'\n') + 1)
@@ -258,16 +255,11 @@ else:
     note('settings', config=dict(config), kind=kind, params=model.num_params(), commit=commit, world=world,
          data=dict(name=dataset, source=meta['source'], tokenizer=meta['tokenizer']), device=machine.describe(device),
          dtype=str(model.stream)[6:], torch=torch.__version__, cache_bytes_per_token=model.cache_bytes_per_token())
+kept = checkpoint.steps_to_keep(keep_checkpoints, max_iters)
+if main and run.step == 0 in kept:
+    save(checkpoint.name_of(0), resumable=False)
 
-signalled = ''
-
-def remember(number, frame):
-    global signalled
-    signalled = signal.Signals(number).name
-
-for name in ('SIGTERM', 'SIGUSR1'):
-    if hasattr(signal, name):
-        signal.signal(getattr(signal, name), remember)
+signals = machine.Signals()  # SIGTERM and SIGUSR1 end the run after its step, with a checkpoint to resume from
 
 # ---------------------------------------------------------------------------------------------------
 # the loop. Speed is measured from the sixth step on: the first ones compile, record and warm up.
@@ -277,10 +269,10 @@ while not stop:
     loss = trainer.update(run.step)
     run.step += 1
     logging, ending, evaluating = run.step % log_interval == 0, run.step >= max_iters, run.step % eval_interval == 0
-    if logging or ending or evaluating or run.step == first + 5 or (world == 1 and signalled):
+    if logging or ending or evaluating or run.step in kept or run.step == first + 5 or (world == 1 and signals.name):
         # here, and only here, the processes wait for the device and agree on whether to go on
         late = max_minutes > 0 and time.perf_counter() - started > 60 * max_minutes
-        agreed = torch.stack([loss.float(), loss.new_tensor(float(bool(signalled) or late))])
+        agreed = torch.stack([loss.float(), loss.new_tensor(float(bool(signals.name) or late))])
         if world > 1:
             dist.all_reduce(agreed)
         lossf, wish = agreed[0].item() / world, agreed[1].item()
@@ -299,7 +291,7 @@ while not stop:
         if ending:
             stop = 'max_iters reached'
         elif wish:
-            stop = f'stopped by {signalled or ("max_minutes" if max_minutes else "a signal")}'
+            stop = f'stopped by {signals.name or ("max_minutes" if max_minutes else "a signal")}'
         if evaluating or ending:
             val = trainer.evaluate()
             check(val)
@@ -312,15 +304,15 @@ while not stop:
                 save('ckpt.pt', resumable=False)
             if target_loss and val <= target_loss:
                 stop = f'target_loss reached: {val:.4f}'
+        if main and run.step in kept:
+            save(checkpoint.name_of(run.step), resumable=False)
         if main and (evaluating or stop):
             save('last.pt', resumable=True)
         marked = (time.perf_counter(), run.step)
-    if bar:
-        bar.update(1)
+    bar.update(1) if bar else None
 
 # ---------------------------------------------------------------------------------------------------
-if hasattr(signal, 'SIGUSR1'):
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one must not kill what has ended well
+signals.ignore()  # a late one must not kill what has ended well
 bar = bar and bar.close()
 if main:
     memory, halted = machine.peak_memory(device), stop.startswith('stopped')
@@ -346,5 +338,4 @@ if main:
     if halted:
         given = [word for word in sys.argv[1:] if not word.startswith('--init_from')]
         say(f'go on with: python train.py {shlex.join(given)} --init_from=resume')
-if world > 1:
-    dist.destroy_process_group()
+dist.destroy_process_group() if world > 1 else None

@@ -27,6 +27,14 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
     hf_tokenizer={'configurator'},
     trainer={'configurator', 'muon', 'kernels'},
+    patterns={'configurator'},
+    circuits={'model_mla'},
+    ablation={'model', 'patterns'},
+    latents={'configurator', 'model_mla'},
+    indirect_object={'configurator', 'model', 'patterns', 'ablation'},
+    subject={'configurator', 'checkpoint', 'dataset'},
+    head_report={'configurator', 'patterns', 'circuits', 'ablation', 'head_page'},
+    head_figures={'configurator', 'figures'},
     peers={'configurator'},
     decode_meter={'configurator', 'cache', 'checkpoint', 'machine'},
     text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
@@ -37,12 +45,10 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     harness={'configurator', 'decoding', 'scoring'},
     scoreboard=set(),
 )
-AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), decode_figures=set(),
+               dataset={'torch', 'numpy'}, subject={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
-HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval'}
-AT_ONCE = dict(configurator=set(), figures=set(), head_page=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
-USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
-HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'playwright'}
+HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright'}
 
 FILES = {path.stem: path for path in sorted(ROOT.glob('*.py'))}
 every_file = pytest.mark.parametrize('name', FILES)

@@ -1,0 +1,37 @@
+"""
+Induction on real text, 1: a GPT-2-size MHA with RoPE, 123.6M parameters, on books as GPT-2 tokens.
+
+    python data/text/prepare.py books.txt.xz --tokenizer=gpt2
+    python train.py config/induction_books_mha.py
+    python train.py config/induction_books_mla.py
+    python find_induction_heads.py --sweep=out-induction-books-mha,out-induction-books-mla
+"""
+out_dir = 'out-induction-books-mha'
+dataset = 'text'
+eval_interval = 250
+eval_iters = 50
+log_interval = 10
+keep_checkpoints = 24
+sample_tokens = 0
+
+gradient_accumulation_steps = 1
+batch_size = 32
+block_size = 1024  # 32,768 tokens a step
+
+pos = 'rope'
+norm = 'rmsnorm'
+act = 'relu2'
+qk_norm = True
+zero_init = True
+dropout = 0.1
+dropout_in = 'residual'
+
+optimizer = 'muon'
+muon_lr = 0.02
+learning_rate = 3e-3  # of AdamW: embedding, head and norms
+weight_decay = 0.1
+max_iters = 2000  # 66M tokens, about two and a half times the text
+schedule = 'wsd'
+warmup_iters = 50
+cooldown = 0.5
+min_lr = 0.0

@@ -1,0 +1,27 @@
+"""
+Repeated random texts, on which a transformer learns to copy: python data/repeats/prepare.py --documents=200000
+
+Each document is a line: a newline, L different symbols in random order, the same L symbols again. L is drawn
+anew for each, so that no head can copy by counting places. train.bin, val.bin and meta.json go to this folder,
+or to --out. A symbol is a character, so that a prompt can be typed.
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
+
+import repeated_text
+from configurator import configure
+from dataset import summary
+
+documents = 100000  # to train on; a tenth as many validate
+symbols = 64        # different ones; the newline that begins a document is one more
+shortest = 8        # L is drawn from shortest to longest, both included
+longest = 31
+seed = 1            # of the texts
+out = ''            # the folder of the dataset ('' = data/repeats, which is --dataset=repeats in train.py)
+
+configure(globals())
+
+print(summary(out or HERE, repeated_text.write(out or HERE, documents, symbols, shortest, longest, seed)))
