@@ -177,7 +177,7 @@ def triton(held):
     """The project's own kernel on the buffers where they lie; UserError with its reason where it cannot run."""
     cache, (first, second) = held.cache, held.stores.values()
     C = first.width if held.kind == 'latent' else held.per_head
-    if reason := decode_kernels.reason_not_to_run(held.q.device, held.q.dtype if first.bits else first.places[0].dtype, C, first.bits, group_of(first.width)):
+    if reason := decode_kernels.reason_not_to_run(held.q.device, held.q.dtype if first.bits else first.places[0].dtype, C, first.bits, group_of(first.width), held.kind == 'latent'):
         raise UserError(reason)
     k, v = ((*store.places, *[None] * (3 - len(store.places)), store.recent) for store in (first, second))
     q, q_pe = (part.contiguous() for part in held.q[:, :, 0].split([C, held.q.size(-1) - C], dim=-1))
@@ -269,7 +269,7 @@ def tune(candidate, inputs, plan, tell):
     first = next(iter(held.stores.values()))
     latent = held.kind == 'latent'
     C = first.width if latent else held.per_head
-    if candidate is None or decode_kernels.reason_not_to_run(held.q.device, held.q.dtype, C, first.bits, group_of(first.width)):
+    if candidate is None or decode_kernels.reason_not_to_run(held.q.device, held.q.dtype, C, first.bits, group_of(first.width), latent):
         return
     tiles, key = decode_kernels.tiles_of_shapes(), decode_kernels.shape_key(held.H * C // first.width if not latent else held.H, C, held.q.size(-1) - C, latent, first.bits)
     if held.cache.pages and key in tiles:  # the same for both layouts

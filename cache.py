@@ -273,7 +273,7 @@ class Cache:
             if 'c_kv' not in names and first.width % heads:
                 return f'{first.width} channels are not {heads} heads'
             width = first.width if 'c_kv' in names else first.width // heads
-            if reason := reason_not_to_run(self.device, first.places[0].dtype if not first.bits else self.full, width, first.bits, group_of(first.width)):
+            if reason := reason_not_to_run(self.device, first.places[0].dtype if not first.bits else self.full, width, first.bits, group_of(first.width), 'c_kv' in names):
                 return reason
         return ''
 
