@@ -1,0 +1,368 @@
+"""
+MHA, GQA and MQA turned into MLA, without training: `convert` takes a GPT and gives a GPT_MLA.
+
+Two things stand in the way of a small cache. Position: a rotated key cannot pass through a latent, so only some pairs
+of each head keep RoPE and become k_pe (MHA2MLA, Ji et al. 2025), and several heads may share what is kept (TransMLA,
+Meng et al. 2025). Rank: what remains of the keys, and the values, are read out of one latent of R numbers a token.
+
+    pairs that keep RoPE        high | low | uniform | 2-norm, `own` ones of each kv head, or components `shared` by all
+    low rank                    split | joint | calibrated | balanced | output: which error the latent makes least
+
+Exact where nothing is left out: with every pair and the full rank the logits are the source's. A key's bias that no
+RoPE touches is the same for all tokens, which a softmax does not see; a value's goes through W^O into its bias.
+
+Legend: H query heads, K kv heads, G = H / K, D the source's head dim, F = D / 2 its pairs and frequencies, pair j being
+(j, j + F); N, P, R as in model_mla.py. C̃ = C + 1: x̃ = [x, 1] and W̃ = [W | b], as in calibration.py. A pair is one
+complex number: RoPE multiplies it by exp(i θ_j t), which commutes with every complex mixture of pairs of frequency j.
+"""
+import torch
+import torch.nn as nn
+
+from configurator import UserError
+from model import GPT
+from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
+
+ROPES, HEADS = ('high', 'low', 'uniform', '2-norm'), ('own', 'shared')
+LOW_RANKS, RANKS = ('split', 'joint', 'calibrated', 'balanced', 'output'), ('equal', 'spectrum')
+SMALL = 1024  # matrices up to this width are decomposed wholly and in float64 on a CPU
+
+
+# ---------------------------------------------------------------------------------------------------
+# which pairs keep RoPE
+
+def some_of(n, p, rope):
+    """p of n frequencies in order, 0 being the fastest (MHA2MLA, section 3.1)."""
+    return dict(high=range(p), low=range(n - p, n), uniform=[i * n // p for i in range(p)])[rope]
+
+
+def own_pairs(layers, moments, p, rope):
+    """For each layer the p pairs of each kv head that keep RoPE, (K, p) in order. 2-norm: those of the largest mean |q| · mean |k|."""
+    if rope != '2-norm':
+        return [torch.tensor([list(some_of(k.size(1) // 2, p, rope))] * len(k), dtype=torch.long, device=k.device) for _, k, _ in layers]
+    return [(m.k_norms * m.q_norms.unflatten(0, (len(m.k_norms), -1)).sum(1)).topk(p).indices.sort().values.to(k.device)
+            for m, (_, k, _) in zip(moments, layers)]
+
+
+def with_own_pairs(q, k, pairs):
+    """
+    q (H, D, C̃), k (K, D, C̃), pairs (K, p) -> q_nope (H, N, C̃), q_pe (H, P, C̃), k_nope (K, N, C̃), k_pe (P, C̃) and
+    the frequency of each of the P / 2 = K p pairs of k_pe. A query is zero in the slots of other heads.
+    """
+    K, p = pairs.shape
+    group = torch.arange(len(q), device=q.device) // (len(q) // K)
+    kept = torch.zeros(K, q.size(1) // 2, dtype=torch.bool, device=q.device).scatter(1, pairs, True)
+    rest = (~kept).nonzero()[:, 1].view(K, -1)
+    q, k = paired(q), paired(k)
+    heads = torch.arange(len(q), device=q.device)[:, None]
+    q_pe = q.new_zeros(len(q), K, p, q.size(-1))
+    q_pe[heads[:, 0], group] = q[heads, pairs[group]]
+    own = torch.arange(K, device=q.device)[:, None]
+    return (unpaired(q[heads, rest[group]]), unpaired(q_pe.flatten(1, 2)), unpaired(k[own, rest]),
+            unpaired(k[own, pairs].flatten(0, 1)), pairs.flatten())
+
+
+def paired(w):
+    """(..., 2n, C̃) -> (..., n, C̃) complex."""
+    return torch.complex(*w.chunk(2, dim=-2))
+
+
+def unpaired(z):
+    return torch.cat([z.real, z.imag], dim=-2)
+
+
+def principal_components(q, k, cov, fold, real):
+    """
+    The kv heads' pairs of one frequency (or of `fold` neighbouring ones, taken for one: FreqFold) as principal components of
+    the keys, each pair weighed by the power of the queries that it meets. RoRoPE (TransMLA, section 4.2) turns heads by
+    real rotations; complex ones find all that commutes with RoPE. Yields for each run of frequencies
+    js (f,), power (K f,) falling, there (m, K f) and back (K f, m): component = there · pairs, pairs = back · components.
+    """
+    q, k = paired(q), paired(k)
+    for js in torch.arange(k.size(1), device=k.device).split(fold):
+        z, zq = k[:, js].flatten(0, 1), q[:, js]
+        cov_z = z @ cov.to(z.dtype) @ z.mH
+        power = torch.einsum('hfc,cd,hfd->hf', zq, cov.to(z.dtype), zq.conj()).real
+        weight = power.unflatten(0, (len(k), -1)).sum(1).flatten()
+        weight = (weight + 1e-6 * weight.mean() + 1e-30).sqrt()
+        values, vectors = torch.linalg.eigh(
+            weight[:, None] * (cov_z.real if real else cov_z) * weight)
+        values, vectors = values.flip(0), vectors.flip(1).to(z.dtype)
+        yield js, values.clamp(min=0), vectors.mH * weight, vectors / weight[:, None]
+
+
+def shared_components(layers, covs, p, rope, fold, real):
+    """
+    The p components that keep RoPE, the same of all layers (so that one table of frequencies serves them): a list of
+    (run, m). 2-norm: by their power, as a share of the layer's; otherwise the first ones of some runs, then the second ones ...
+    """
+    runs = [list(principal_components(q, k, cov, fold, real)) for (q, k, _), cov in zip(layers, covs)]
+    if rope == '2-norm':
+        share = sum(torch.nn.utils.rnn.pad_sequence([values for _, values, *_ in run], batch_first=True).cpu() / sum(values.sum().item() for _, values, *_ in run)
+                    for run in runs)
+        chosen = [divmod(i, share.size(1)) for i in share.flatten().topk(p).indices.tolist()]
+    else:
+        chosen, m = [], 0
+        while len(chosen) < p:
+            with_m = [r for r, (_, values, *_) in enumerate(runs[0]) if len(values) > m]
+            chosen += [(with_m[i], m) for i in some_of(len(with_m), min(p - len(chosen), len(with_m)), rope)]
+            m += 1
+    return runs, sorted(chosen, key=lambda run_m: (run_m[1], run_m[0]))
+
+
+def with_shared_components(q, k, runs, chosen):
+    """As with_own_pairs, but k_pe holds the chosen components, and N = D: k_nope is what they leave of the keys, q_nope the query as it was."""
+    zq, zk = paired(q), paired(k)
+    left, group = zk.clone(), len(q) // len(k)
+    q_pe, k_pe, frequencies = [], [], []
+    for r, m in chosen:
+        js, values, there, back = runs[r]
+        y = there[m] @ zk[:, js].flatten(0, 1)
+        back = back[:, m].view(len(k), len(js))
+        left[:, js] -= back[..., None] * y
+        q_pe.append(torch.einsum('hf,hfc->hc', back.conj().repeat_interleave(group, dim=0), zq[:, js]))
+        k_pe.append(y)
+        frequencies.append(js[values.new_tensor([(back[:, f].abs() ** 2).sum() for f in range(len(js))]).argmax()])
+    everything = len(chosen) == zk.size(0) * zk.size(1)
+    nope = 0 if everything else q.size(1)
+    return (q[:, :nope], unpaired(torch.stack(q_pe, dim=1)), unpaired(left)[:, :nope], unpaired(torch.stack(k_pe)), torch.stack(frequencies))
+
+
+# ---------------------------------------------------------------------------------------------------
+# low rank
+
+def top_eigen(a, r):
+    """The r largest eigenvalues, falling, and eigenvectors (n, r) of a symmetric positive matrix; large ones on a CPU by subspace iteration."""
+    n = len(a)
+    if n <= SMALL or a.is_cuda or r > 0.7 * n:
+        values, vectors = torch.linalg.eigh(a)
+        return values.flip(0)[:r].clamp(min=0), vectors.flip(1)[:, :r]
+    basis = torch.randn(n, min(n, r + 64), dtype=a.dtype, generator=torch.Generator().manual_seed(0)).to(a.device)
+    for _ in range(8):
+        basis = torch.linalg.qr(a @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ a @ basis)
+    return values.flip(0)[:r].clamp(min=0), (basis @ vectors.flip(1))[:, :r]
+
+
+def factor(m, r, root=None):
+    """
+    m (rows, C) ≈ up (rows, r) · down (r, C) with the least E |(m - up down) x|², where E[x xᵀ] = root rootᵀ (the identity if
+    None), and the singular values s (r,) of m root. Both carry √s, so latents, like weights, are evenly scaled.
+    """
+    seen = m if root is None else m @ root
+    if r >= min(m.shape) and max(m.shape) > SMALL and not m.is_cuda:  # nothing is left out
+        rows, C = m.shape
+        s = seen.norm(dim=0 if C <= rows else 1)
+        return (m, torch.eye(C, dtype=m.dtype), s) if C <= rows else (torch.eye(rows, dtype=m.dtype), m, s)
+    values, y = top_eigen(seen.T @ seen, min(r, *m.shape))
+    s = values.sqrt()
+    half = s.clamp(min=1e-6 * s.max().item() + 1e-30).sqrt()
+    down = y.T if root is None else torch.linalg.solve_triangular(root, y.T, upper=False, left=False)  # yᵀ root⁻¹
+    return seen @ y / half, down * half[:, None], s
+
+
+def root_of(cov):
+    """Lower triangular: root rootᵀ = cov, which is made a little larger so that it has one."""
+    jitter = 1e-6 * cov.diagonal().mean() + 1e-30
+    return torch.linalg.cholesky(cov + jitter * torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
+
+
+def scales(k, v, q_nope, w_o, cov, D, low_rank):
+    """
+    What errors of k_nope (K, N, C) and v (K, D, C) weigh, as lower triangular matrices a (K, N, N) and b (K, D, D): |aᵀ e|² + |bᵀ e|².
+    balanced: as if keys were as long as values (TransMLA, section 4.3). output: what they do to the layer's output, to first
+    order: a value's error goes through W^O; a key's moves logits by q · e / √D, and these move the output by as much as the values differ.
+    """
+    def power(w):
+        return torch.einsum('kdc,ce,kde->', w, cov, w).clamp(min=1e-30)
+    eye = [torch.eye(w.size(1), dtype=w.dtype, device=w.device).expand(len(w), -1, -1) for w in (k, v)]
+    if low_rank == 'balanced':
+        return (power(v) / power(k)).sqrt() * eye[0], eye[1]
+    K = len(k)
+    w_o = w_o.unflatten(1, (K, -1, v.size(1)))                                               # (C, K, G, D)
+    through = torch.einsum('ckgd,ckge->kgde', w_o, w_o)                                      # W^Oᵀ W^O of each query head
+    spread = torch.einsum('kgde,kdc,cf,kef->kg', through, v, cov, v) / D                     # E |W^O v|² / D
+    q = q_nope.unflatten(0, (K, -1))                                                         # (K, G, N, C̃)
+    asked = torch.einsum('kg,kgnm->knm', spread, q @ q.mT)
+    return [torch.stack([root_of(g) for g in gram]) for gram in (asked, through.sum(1))]
+
+
+def latent_factors(k, v, q_nope, w_o, cov, r, low_rank, D):
+    """
+    k_nope ≈ up_k down, v ≈ up_v down for the weights k (K, N, C) and v (K, D, C): down (r, C), up_k (K, N, r), up_v (K, D, r)
+    and the singular values (r,). q_nope and w_o (C, H D) as the softmax's neighbours, `cov` (C̃, C̃) or None.
+    """
+    rows_k = k.size(0) * k.size(1)
+    centre = None if low_rank in ('split', 'joint') else cov[:-1, :-1]
+    root = None if centre is None else root_of(centre)
+    if low_rank == 'split':
+        limits = [min(w.size(0) * w.size(1), w.size(2)) for w in (k, v)]
+        r_k = max(min(r // 2, limits[0]), r - limits[1])
+        up_k, down_k, s_k = factor(k.flatten(0, 1), r_k) if r_k else (k.new_zeros(rows_k, 0), k.new_zeros(0, k.size(2)), k.new_zeros(0))
+        up_v, down_v, s_v = factor(v.flatten(0, 1), r - r_k)
+        up = torch.block_diag(up_k, up_v)
+        down, s = torch.cat([down_k, down_v]), torch.cat([s_k, s_v])
+    elif low_rank in ('joint', 'calibrated'):
+        up, down, s = factor(torch.cat([k.flatten(0, 1), v.flatten(0, 1)]), r, root)
+    else:
+        if q_nope is not None:
+            q_nope = q_nope @ root_of(cov)
+        a, b = scales(k, v, q_nope, w_o, centre, D, low_rank)
+        up, down, s = factor(torch.cat([(a.mT @ k).flatten(0, 1), (b.mT @ v).flatten(0, 1)]), r, root)
+        up_k, up_v = up.split([rows_k, len(up) - rows_k])
+        up_k = torch.linalg.solve_triangular(a.mT, up_k.view(*k.shape[:2], len(down)), upper=True)
+        up_v = torch.linalg.solve_triangular(b.mT, up_v.view(*v.shape[:2], len(down)), upper=True)
+        return down, up_k, up_v, s
+    up_k, up_v = up.split([rows_k, len(up) - rows_k])
+    return down, up_k.reshape(*k.shape[:2], len(down)), up_v.reshape(*v.shape[:2], len(down)), s
+
+
+def share_out(spectra, total, step=8):
+    """
+    Ranks of all layers, `total` in sum: blocks of `step` singular values go to the layer where they carry the largest share
+    of its energy. Every layer gets a block.
+    """
+    shares = [(s.double().cpu() ** 2 / (s.double().cpu() ** 2).sum()).split(step) for s in spectra]
+    ranks = [len(blocks[0]) for blocks in shares]
+    for gain, n, size in sorted(((block.mean().item(), n, len(block)) for n, blocks in enumerate(shares) for block in blocks[1:]), reverse=True):
+        if sum(ranks) + size <= total:
+            ranks[n] += size
+    return ranks
+
+
+# ---------------------------------------------------------------------------------------------------
+# the whole model
+
+def layer_weights(attn, dtype):
+    """W̃ of queries (H, D, C̃), keys and values (K, D, C̃)."""
+    w = attn.c_attn.weight.detach().to(dtype)
+    bias = w.new_zeros(len(w)) if attn.c_attn.bias is None else attn.c_attn.bias.detach().to(dtype)
+    return [t.unflatten(0, (-1, attn.v_dim)) for t in torch.cat([w, bias[:, None]], dim=1).split(attn.widths)]
+
+
+def full_rank(config, rope_pairs, rope_heads, low_rank='joint'):
+    """The smallest kv_lora_rank that loses nothing."""
+    K, D, C = config.n_kv_head, config.head_dim, config.n_embd
+    k_rows = K * D - 2 * rope_pairs * (K if rope_heads == 'own' else 1) if config.pos == 'rope' else K * D
+    return min(C, k_rows) + min(C, K * D) if low_rank == 'split' else min(C, k_rows + K * D)
+
+
+def check(config, moments, kv_lora_rank, rope_pairs, rope, rope_heads, fold, low_rank, ranks, q_lora_rank):
+    """UserError for what cannot be converted, or not so. Returns rope_pairs and kv_lora_rank with their defaults filled in."""
+    for name, value, choices in (('rope', rope, ROPES), ('rope_heads', rope_heads, HEADS), ('low_rank', low_rank, LOW_RANKS), ('ranks', ranks, RANKS)):
+        if value not in choices:
+            raise UserError(f"{name}='{value}' is not known: use {', '.join(choices)}")
+    if isinstance(config, MLAConfig):
+        raise UserError('the source is an MLA model already: convert one with MHA, GQA or MQA')
+    if config.qk_norm:
+        raise UserError('the source has QK-norm (qk_norm=True), which cannot pass through a latent: its keys would have to be normed behind W^UK')
+    most = 0 if config.pos != 'rope' else config.head_dim // 2 * (config.n_kv_head if rope_heads == 'shared' else 1)
+    if rope_pairs > most or rope_pairs < -1:
+        what = f'pos={config.pos}, which has no RoPE' if not most else f'{most} pairs {"in all kv heads together" if rope_heads == "shared" else "in a head"}'
+        raise UserError(f'rope_pairs={rope_pairs}: the source has {what}; use 0 to {most}, or -1 for all')
+    rope_pairs = most if rope_pairs == -1 else rope_pairs
+    if fold < 1 or fold > 1 and rope_heads != 'shared':
+        raise UserError(f'fold={fold} must be at least 1, and more than 1 only with rope_heads=shared')
+    full = full_rank(config, rope_pairs, rope_heads, low_rank)
+    if kv_lora_rank < 0 or kv_lora_rank > full:
+        raise UserError(f'kv_lora_rank={kv_lora_rank} is above the full rank of keys and values, {full}: use 1 to {full}, or 0 for all of it')
+    if q_lora_rank < 0 or q_lora_rank > config.n_embd:
+        raise UserError(f'q_lora_rank={q_lora_rank} is above the full rank of the query, {config.n_embd}: use 1 to {config.n_embd}, or 0 for no latent')
+    if moments is None and (low_rank not in ('split', 'joint') or rope == '2-norm' and rope_heads == 'own' and 0 < rope_pairs < most):
+        raise UserError(f'rope={rope} with low_rank={low_rank} needs calibration text: name some, or use rope=uniform and low_rank=joint')
+    return rope_pairs, kv_lora_rank or full
+
+
+@torch.no_grad()
+def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='2-norm', rope_heads='own', fold=1, real=False, low_rank='balanced',
+            ranks='equal', q_lora_rank=0, rotate=False, seed=0, tick=lambda: None):
+    """
+    A GPT_MLA out of `model`, a GPT, with which it shares all modules but the attentions; and for each layer a dict of its rank
+    and the share of its keys' and values' energy that is kept.
+
+    moments       calibration.measure(model, ...); None: only what looks at weights alone
+    kv_lora_rank  R, 0 = full; with ranks='spectrum' the mean of all layers, shared out by their spectra
+    rope_pairs    pairs that keep RoPE, -1 = all: of each kv head (P = 2 K pairs), or with rope_heads='shared' of all together (P = 2 pairs)
+    fold          neighbouring frequencies that pass for one (shared); real: components by real rotations only
+    q_lora_rank   a latent for the query, too; 0 = none
+    rotate        turn the latent by a random rotation: the same function, and no channel stands out when it is quantised
+    """
+    c = model.config
+    rope_pairs, R = check(c, moments, kv_lora_rank, rope_pairs, rope, rope_heads, fold, low_rank, ranks, q_lora_rank)
+    weight = model.lm_head.weight
+    dtype = torch.float64 if weight.device.type != 'mps' and (c.n_embd <= SMALL or weight.is_cuda or moments) else torch.float32
+    attentions = [block.attn for block in model.transformer.h]
+    covs = [None if moments is None else m.cov.to(weight.device, dtype) for m in moments or attentions]
+    layers = (layer_weights(attn, dtype) for attn in attentions)
+    shared = rope_heads == 'shared' and rope_pairs > 0
+    if shared or rope_pairs and rope == '2-norm' and rope_heads == 'own':
+        layers = list(layers)
+    D, pe = c.head_dim, rope_pairs * (1 if rope_heads == 'shared' else c.n_kv_head)
+    if shared:
+        eye = torch.eye(c.n_embd + 1, dtype=dtype, device=weight.device)
+        runs, chosen = shared_components(layers, [eye if cov is None else cov for cov in covs], rope_pairs, rope, fold, real)
+    elif rope_pairs:
+        layers = list(layers)
+        pairs = own_pairs(layers, moments, rope_pairs, rope) if rope_pairs < D // 2 else own_pairs(layers, None, rope_pairs, 'high')
+    nope = D if not pe else 0 if pe == c.n_kv_head * D // 2 else D if shared else D - 2 * rope_pairs
+
+    parts = []  # of each layer: queries, k_pe, frequencies, biases and the two factors
+    for n, (q, k, v) in enumerate(layers):
+        if shared:
+            q_nope, q_pe, k_nope, k_pe, frequencies = with_shared_components(q, k, runs[n], chosen)
+        elif rope_pairs:
+            q_nope, q_pe, k_nope, k_pe, frequencies = with_own_pairs(q, k, pairs[n])
+        else:
+            q_nope, q_pe, k_nope, k_pe, frequencies = q, q[:, :0], k, q.new_zeros(0, q.size(-1)), torch.zeros(0, dtype=torch.long)
+        w_o = attentions[n].c_proj.weight.detach().to(dtype)
+        most = min(full_rank(c, rope_pairs, rope_heads, low_rank), 2 * R) if ranks == 'spectrum' else R
+        found = latent_factors(k_nope[..., :-1], v[..., :-1], q_nope if low_rank == 'output' else None, w_o, covs[n], most, low_rank, D)
+        whole = torch.cat([k_nope[..., :-1].flatten(0, 1), v[..., :-1].flatten(0, 1)])
+        parts.append((torch.cat([q_nope.flatten(0, 1), q_pe.flatten(0, 1)]).to(weight.dtype), k_pe.to(weight.dtype), frequencies,
+                      v[..., -1], found, whole.to(weight.dtype)))
+        tick()
+    each = share_out([found[3] for *_, found, _ in parts], R * c.n_layer) if ranks == 'spectrum' else [R] * c.n_layer
+
+    config = MLAConfig(**{key: getattr(c, key) for key in GPT.Config.keys()} | dict(
+        n_kv_head=0, head_dim=nope + 2 * pe, kv_lora_rank=max(each), kv_lora_ranks=tuple(each) if len(set(each)) > 1 else (), q_lora_rank=q_lora_rank,
+        qk_nope_head_dim=nope, qk_rope_head_dim=2 * pe, v_head_dim=D, latent_norm=False, source_head_dim=D, pos='none' if c.pos == 'rope' and not pe else c.pos))
+    with torch.device('meta'):
+        mla = GPT_MLA(config)
+    for name in mla.transformer:
+        if name != 'h':
+            mla.transformer[name] = model.transformer[name]
+    mla.lm_head, mla.stream = model.lm_head, model.stream
+    told, generator = [], torch.Generator().manual_seed(seed)
+    for n, (block, old) in enumerate(zip(mla.transformer.h, model.transformer.h)):
+        q, k_pe, frequencies, v_bias, (down, up_k, up_v, s), whole = parts[n]
+        parts[n] = None
+        r = each[n]
+        down, up_k, up_v = down[:r], up_k[..., :r], up_v[..., :r]
+        told.append(dict(rank=r, energy=kept_energy(whole, up_k, up_v, down, covs[n])))
+        if rotate:
+            turn = torch.linalg.qr(torch.randn(len(down), len(down), dtype=torch.float64, generator=generator)).Q.to(down)
+            down, up_k, up_v = turn @ down, up_k @ turn.T, up_v @ turn.T
+        up_k, up_v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=0).flatten(0, 1) for t in (up_k, up_v))
+        block.ln_1, block.ln_2, block.mlp = old.ln_1, old.ln_2, old.mlp
+        block.attn = attn = MultiHeadLatentAttention(config, n).to(weight.device, weight.dtype)
+        new = {'kv_a_proj_with_mqa.weight': torch.cat([down.to(k_pe.dtype), k_pe[:, :-1]]), 'kv_b_proj.weight': torch.cat([up_k, up_v]), 'c_proj.weight': old.attn.c_proj.weight,
+               'rope_pairs': frequencies}
+        if q_lora_rank:
+            root = None if covs[n] is None else root_of(covs[n][:-1, :-1])
+            new['q_b_proj.weight'], new['q_a_proj.weight'], _ = factor(q[:, :-1].to(dtype), min(q_lora_rank, len(q)), root)
+        else:
+            new['q_proj.weight'] = q[:, :-1]
+        if c.bias:
+            through = torch.einsum('che,he->c', old.attn.c_proj.weight.to(dtype).unflatten(1, (c.n_head, D)), v_bias.repeat_interleave(c.n_head // c.n_kv_head, dim=0))
+            new |= {f'q_{"b_" if q_lora_rank else ""}proj.bias': q[:, -1], 'kv_a_proj_with_mqa.bias': torch.cat([k_pe.new_zeros(len(down)), k_pe[:, -1]]),
+                    'c_proj.bias': old.attn.c_proj.bias + through.to(weight.dtype)}
+            new |= {'q_a_proj.bias': q.new_zeros(q_lora_rank)} if q_lora_rank else {}
+        attn.load_state_dict(new)
+        tick()
+    return mla.train(model.training), told
+
+
+def kept_energy(whole, up_k, up_v, down, cov):
+    """The share of E |[k_nope; v]|² that the latent carries, by the calibration text where there is one, else by the weights: 1 is all."""
+    left = whole.to(down) - torch.cat([up_k.flatten(0, 1), up_v.flatten(0, 1)]) @ down
+    power = [(w.to(down) @ cov[:-1, :-1] * w if cov is not None else w ** 2).sum().item() for w in (left, whole)]
+    return 1 - power[0] / max(power[1], 1e-30)
