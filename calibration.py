@@ -35,7 +35,7 @@ def measure(model, windows, batch_size=8, tick=lambda: None):
         def see(module, args):
             x = args[0].flatten(0, 1)
             q, k, _ = (t.unflatten(-1, (-1, attn.v_dim)) for t in attn.c_attn(x).float().split(attn.widths, dim=-1))
-            x = F.pad(x.float(), (0, 1), value=1.0)
+            x = F.pad(x.to(wide), (0, 1), value=1.0)  # in float32 rounding alone would make cov indefinite
             new = [x.T @ x, *(t.unflatten(-1, (2, -1)).norm(dim=-2).sum(0) for t in (q, k))]
             sums[:] = [a + b.to(wide) for a, b in zip(sums or [0] * 3, new)]
         hooks.append(attn.register_forward_pre_hook(see))

@@ -5,8 +5,8 @@ Two things stand in the way of a small cache. Position: a rotated key cannot pas
 of each head keep RoPE and become k_pe (MHA2MLA, Ji et al. 2025), and several heads may share what is kept (TransMLA,
 Meng et al. 2025). Rank: what remains of the keys, and the values, are read out of one latent of R numbers a token.
 
-    pairs that keep RoPE        high | low | uniform | 2-norm, `own` ones of each kv head, or components `shared` by all
-    low rank                    split | joint | calibrated | balanced | output: which error the latent makes least
+    pairs that keep RoPE    high | low | uniform | 2-norm | turn, `own` ones of each kv head, or components `shared` by all
+    low rank                split | joint | calibrated | balanced: which error the latent makes least
 
 Exact where nothing is left out: with every pair and the full rank the logits are the source's. A key's bias that no
 RoPE touches is the same for all tokens, which a softmax does not see; a value's goes through W^O into its bias.
@@ -22,8 +22,8 @@ from configurator import UserError
 from model import GPT
 from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
 
-ROPES, HEADS = ('high', 'low', 'uniform', '2-norm'), ('own', 'shared')
-LOW_RANKS, RANKS = ('split', 'joint', 'calibrated', 'balanced', 'output'), ('equal', 'spectrum')
+ROPES, HEADS = ('high', 'low', 'uniform', '2-norm', 'turn'), ('own', 'shared')
+LOW_RANKS, RANKS = ('split', 'joint', 'calibrated', 'balanced'), ('equal', 'spectrum')
 SMALL = 1024  # matrices up to this width are decomposed wholly and in float64 on a CPU
 
 
@@ -35,12 +35,22 @@ def some_of(n, p, rope):
     return dict(high=range(p), low=range(n - p, n), uniform=[i * n // p for i in range(p)])[rope]
 
 
-def own_pairs(layers, moments, p, rope):
+def turning(c, rope):
+    """
+    How much each of the F frequencies counts beside the power of its pairs. 2-norm: all the same. turn: by what becomes of a
+    pair that turns no more, the mean of 1 - cos(θ t) over a block; the slow ones hardly turn, and lose nothing without RoPE.
+    """
+    if rope == '2-norm':
+        return torch.ones(c.head_dim // 2, dtype=torch.float64)
+    theta = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim) / c.rope_scaling
+    return (1 - (torch.arange(c.block_size)[:, None] * theta).cos()).mean(0)
+
+
+def own_pairs(c, moments, p, rope):
     """For each layer the p pairs of each kv head that keep RoPE, (K, p) in order. 2-norm: those of the largest mean |q| · mean |k|."""
-    if rope != '2-norm':
-        return [torch.tensor([list(some_of(k.size(1) // 2, p, rope))] * len(k), dtype=torch.long, device=k.device) for _, k, _ in layers]
-    return [(m.k_norms * m.q_norms.unflatten(0, (len(m.k_norms), -1)).sum(1)).topk(p).indices.sort().values.to(k.device)
-            for m, (_, k, _) in zip(moments, layers)]
+    if rope in ('high', 'low', 'uniform') or p == c.head_dim // 2:
+        return [torch.tensor([list(some_of(c.head_dim // 2, p, 'high' if rope not in ('low', 'uniform') else rope))] * c.n_kv_head, dtype=torch.long)] * c.n_layer
+    return [(m.k_norms * m.q_norms.unflatten(0, (c.n_kv_head, -1)).sum(1) * turning(c, rope).to(m.k_norms)).topk(p).indices.sort().values for m in moments]
 
 
 def with_own_pairs(q, k, pairs):
@@ -90,15 +100,16 @@ def principal_components(q, k, cov, fold, real):
         yield js, values.clamp(min=0), vectors.mH * weight, vectors / weight[:, None]
 
 
-def shared_components(layers, covs, p, rope, fold, real):
+def shared_components(c, layers, covs, p, rope, fold, real):
     """
     The p components that keep RoPE, the same of all layers (so that one table of frequencies serves them): a list of
-    (run, m). 2-norm: by their power, as a share of the layer's; otherwise the first ones of some runs, then the second ones ...
+    (run, m). 2-norm and turn: by their power, as a share of the layer's; otherwise the first ones of some runs, then the second ones ...
     """
     runs = [list(principal_components(q, k, cov, fold, real)) for (q, k, _), cov in zip(layers, covs)]
-    if rope == '2-norm':
-        share = sum(torch.nn.utils.rnn.pad_sequence([values for _, values, *_ in run], batch_first=True).cpu() / sum(values.sum().item() for _, values, *_ in run)
-                    for run in runs)
+    if rope in ('2-norm', 'turn'):
+        counts = turning(c, rope).split(fold)
+        share = sum(torch.nn.utils.rnn.pad_sequence([values.cpu() * count.mean() for (_, values, *_), count in zip(run, counts)], batch_first=True)
+                    / sum(values.sum().item() for _, values, *_ in run) for run in runs)
         chosen = [divmod(i, share.size(1)) for i in share.flatten().topk(p).indices.tolist()]
     else:
         chosen, m = [], 0
@@ -161,59 +172,37 @@ def factor(m, r, root=None):
 
 
 def root_of(cov):
-    """Lower triangular: root rootᵀ = cov, which is made a little larger so that it has one."""
-    jitter = 1e-6 * cov.diagonal().mean() + 1e-30
-    return torch.linalg.cholesky(cov + jitter * torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
+    """Lower triangular: root rootᵀ = cov, which is made a little larger, so that it has one."""
+    eye = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    for jitter in (1e-6, 1e-4, 1e-2):  # the first one, unless rounding has left no more
+        root, failed = torch.linalg.cholesky_ex(cov + (jitter * cov.diagonal().mean() + 1e-30) * eye)
+        if not failed:
+            break
+    return root
 
 
-def scales(k, v, q_nope, w_o, cov, D, low_rank):
-    """
-    What errors of k_nope (K, N, C) and v (K, D, C) weigh, as lower triangular matrices a (K, N, N) and b (K, D, D): |aᵀ e|² + |bᵀ e|².
-    balanced: as if keys were as long as values (TransMLA, section 4.3). output: what they do to the layer's output, to first
-    order: a value's error goes through W^O; a key's moves logits by q · e / √D, and these move the output by as much as the values differ.
-    """
-    def power(w):
-        return torch.einsum('kdc,ce,kde->', w, cov, w).clamp(min=1e-30)
-    eye = [torch.eye(w.size(1), dtype=w.dtype, device=w.device).expand(len(w), -1, -1) for w in (k, v)]
-    if low_rank == 'balanced':
-        return (power(v) / power(k)).sqrt() * eye[0], eye[1]
-    K = len(k)
-    w_o = w_o.unflatten(1, (K, -1, v.size(1)))                                               # (C, K, G, D)
-    through = torch.einsum('ckgd,ckge->kgde', w_o, w_o)                                      # W^Oᵀ W^O of each query head
-    spread = torch.einsum('kgde,kdc,cf,kef->kg', through, v, cov, v) / D                     # E |W^O v|² / D
-    q = q_nope.unflatten(0, (K, -1))                                                         # (K, G, N, C̃)
-    asked = torch.einsum('kg,kgnm->knm', spread, q @ q.mT)
-    return [torch.stack([root_of(g) for g in gram]) for gram in (asked, through.sum(1))]
-
-
-def latent_factors(k, v, q_nope, w_o, cov, r, low_rank, D):
+def latent_factors(k, v, cov, r, low_rank):
     """
     k_nope ≈ up_k down, v ≈ up_v down for the weights k (K, N, C) and v (K, D, C): down (r, C), up_k (K, N, r), up_v (K, D, r)
-    and the singular values (r,). q_nope and w_o (C, H D) as the softmax's neighbours, `cov` (C̃, C̃) or None.
+    and the singular values (r,). cov (C, C) of the input, or None.
+
+    split: k and v by themselves, half the rank each. joint: [k; v] at once (MHA2MLA, section 3.2). calibrated: the least error on
+    inputs of this covariance. balanced: the same, of keys made as long as values, which else count for less (TransMLA, section 4.3).
     """
-    rows_k = k.size(0) * k.size(1)
-    centre = None if low_rank in ('split', 'joint') else cov[:-1, :-1]
-    root = None if centre is None else root_of(centre)
+    (K, N, C), D = k.shape, v.size(1)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    root = None if low_rank in ('split', 'joint') else root_of(cov)
     if low_rank == 'split':
-        limits = [min(w.size(0) * w.size(1), w.size(2)) for w in (k, v)]
-        r_k = max(min(r // 2, limits[0]), r - limits[1])
-        up_k, down_k, s_k = factor(k.flatten(0, 1), r_k) if r_k else (k.new_zeros(rows_k, 0), k.new_zeros(0, k.size(2)), k.new_zeros(0))
-        up_v, down_v, s_v = factor(v.flatten(0, 1), r - r_k)
-        up = torch.block_diag(up_k, up_v)
-        down, s = torch.cat([down_k, down_v]), torch.cat([s_k, s_v])
-    elif low_rank in ('joint', 'calibrated'):
-        up, down, s = factor(torch.cat([k.flatten(0, 1), v.flatten(0, 1)]), r, root)
+        most_k, most_v = (min(w.shape) for w in (k, v))
+        r_k = min(most_k, max(r // 2, r - most_v))
+        pieces = [factor(w, rank) for w, rank in ((k, r_k), (v, r - r_k)) if rank]
+        up, down, s = torch.block_diag(*(up for up, _, _ in pieces)), torch.cat([down for _, down, _ in pieces]), torch.cat([s for *_, s in pieces])
+        up = up if r_k else torch.cat([k.new_zeros(len(k), r), up])
     else:
-        if q_nope is not None:
-            q_nope = q_nope @ root_of(cov)
-        a, b = scales(k, v, q_nope, w_o, centre, D, low_rank)
-        up, down, s = factor(torch.cat([(a.mT @ k).flatten(0, 1), (b.mT @ v).flatten(0, 1)]), r, root)
-        up_k, up_v = up.split([rows_k, len(up) - rows_k])
-        up_k = torch.linalg.solve_triangular(a.mT, up_k.view(*k.shape[:2], len(down)), upper=True)
-        up_v = torch.linalg.solve_triangular(b.mT, up_v.view(*v.shape[:2], len(down)), upper=True)
-        return down, up_k, up_v, s
-    up_k, up_v = up.split([rows_k, len(up) - rows_k])
-    return down, up_k.reshape(*k.shape[:2], len(down)), up_v.reshape(*v.shape[:2], len(down)), s
+        longer = ((v @ cov * v).sum() / (k @ cov * k).sum().clamp(min=1e-30)).sqrt() if low_rank == 'balanced' else 1.0
+        up, down, s = factor(torch.cat([longer * k, v]), r, root)
+        up = torch.cat([up[:K * N] / longer, up[K * N:]])
+    return down, up[:K * N].reshape(K, N, len(down)), up[K * N:].reshape(K, D, len(down)), s
 
 
 def share_out(spectra, total, step=8):
@@ -267,13 +256,13 @@ def check(config, moments, kv_lora_rank, rope_pairs, rope, rope_heads, fold, low
         raise UserError(f'kv_lora_rank={kv_lora_rank} is above the full rank of keys and values, {full}: use 1 to {full}, or 0 for all of it')
     if q_lora_rank < 0 or q_lora_rank > config.n_embd:
         raise UserError(f'q_lora_rank={q_lora_rank} is above the full rank of the query, {config.n_embd}: use 1 to {config.n_embd}, or 0 for no latent')
-    if moments is None and (low_rank not in ('split', 'joint') or rope == '2-norm' and rope_heads == 'own' and 0 < rope_pairs < most):
+    if moments is None and (low_rank not in ('split', 'joint') or rope in ('2-norm', 'turn') and rope_heads == 'own' and 0 < rope_pairs < most):
         raise UserError(f'rope={rope} with low_rank={low_rank} needs calibration text: name some, or use rope=uniform and low_rank=joint')
     return rope_pairs, kv_lora_rank or full
 
 
 @torch.no_grad()
-def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='2-norm', rope_heads='own', fold=1, real=False, low_rank='balanced',
+def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='turn', rope_heads='shared', fold=1, real=False, low_rank='balanced',
             ranks='equal', q_lora_rank=0, rotate=False, seed=0, tick=lambda: None):
     """
     A GPT_MLA out of `model`, a GPT, with which it shares all modules but the attentions; and for each layer a dict of its rank
@@ -281,6 +270,7 @@ def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='2-norm', r
 
     moments       calibration.measure(model, ...); None: only what looks at weights alone
     kv_lora_rank  R, 0 = full; with ranks='spectrum' the mean of all layers, shared out by their spectra
+    rope          which pairs: see `some_of`, `turning`
     rope_pairs    pairs that keep RoPE, -1 = all: of each kv head (P = 2 K pairs), or with rope_heads='shared' of all together (P = 2 pairs)
     fold          neighbouring frequencies that pass for one (shared); real: components by real rotations only
     q_lora_rank   a latent for the query, too; 0 = none
@@ -294,15 +284,13 @@ def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='2-norm', r
     covs = [None if moments is None else m.cov.to(weight.device, dtype) for m in moments or attentions]
     layers = (layer_weights(attn, dtype) for attn in attentions)
     shared = rope_heads == 'shared' and rope_pairs > 0
-    if shared or rope_pairs and rope == '2-norm' and rope_heads == 'own':
-        layers = list(layers)
     D, pe = c.head_dim, rope_pairs * (1 if rope_heads == 'shared' else c.n_kv_head)
     if shared:
-        eye = torch.eye(c.n_embd + 1, dtype=dtype, device=weight.device)
-        runs, chosen = shared_components(layers, [eye if cov is None else cov for cov in covs], rope_pairs, rope, fold, real)
-    elif rope_pairs:
         layers = list(layers)
-        pairs = own_pairs(layers, moments, rope_pairs, rope) if rope_pairs < D // 2 else own_pairs(layers, None, rope_pairs, 'high')
+        eye = torch.eye(c.n_embd + 1, dtype=dtype, device=weight.device)
+        runs, chosen = shared_components(c, layers, [eye if cov is None else cov for cov in covs], rope_pairs, rope, fold, real)
+    elif rope_pairs:
+        pairs = [p.to(weight.device) for p in own_pairs(c, moments, rope_pairs, rope)]
     nope = D if not pe else 0 if pe == c.n_kv_head * D // 2 else D if shared else D - 2 * rope_pairs
 
     parts = []  # of each layer: queries, k_pe, frequencies, biases and the two factors
@@ -313,9 +301,8 @@ def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='2-norm', r
             q_nope, q_pe, k_nope, k_pe, frequencies = with_own_pairs(q, k, pairs[n])
         else:
             q_nope, q_pe, k_nope, k_pe, frequencies = q, q[:, :0], k, q.new_zeros(0, q.size(-1)), torch.zeros(0, dtype=torch.long)
-        w_o = attentions[n].c_proj.weight.detach().to(dtype)
         most = min(full_rank(c, rope_pairs, rope_heads, low_rank), 2 * R) if ranks == 'spectrum' else R
-        found = latent_factors(k_nope[..., :-1], v[..., :-1], q_nope if low_rank == 'output' else None, w_o, covs[n], most, low_rank, D)
+        found = latent_factors(k_nope[..., :-1], v[..., :-1], None if covs[n] is None else covs[n][:-1, :-1], most, low_rank)
         whole = torch.cat([k_nope[..., :-1].flatten(0, 1), v[..., :-1].flatten(0, 1)])
         parts.append((torch.cat([q_nope.flatten(0, 1), q_pe.flatten(0, 1)]).to(weight.dtype), k_pe.to(weight.dtype), frequencies,
                       v[..., -1], found, whole.to(weight.dtype)))

@@ -35,8 +35,10 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     retrieval=set(),
     harness={'configurator', 'decoding', 'scoring'},
     scoreboard=set(),
+    calibration={'configurator', 'dataset'},
+    conversion={'configurator', 'model', 'model_mla'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), decode_figures=set(), dataset={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), decode_figures=set(), dataset={'torch', 'numpy'}, calibration={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval'}
 
