@@ -2,9 +2,9 @@
 Turn a model with MHA, GQA or MQA into an MLA model: python convert_mla.py SOURCE --out=FOLDER [--key=value ...]
 
     python convert_mla.py out-shakespeare-char --out=out-mla --kv_lora_rank=128
-    python convert_mla.py out-books --out=out-mla --saving=0.875 --rope_pairs=4 --calibration=books
-    python convert_mla.py deepseek-ai/deepseek-coder-1.3b-base --out=out-mla --saving=0.8 --rope_pairs=4 --calibration=code.txt
-    python convert_mla.py random:deepseek-coder-1.3b --out=out-mla --kv_lora_rank=512 --rope=uniform --rope_pairs=4 --low_rank=joint --calibration=none
+    python convert_mla.py out-books --out=out-mla --saving=0.875
+    python convert_mla.py deepseek-ai/deepseek-coder-1.3b-base --out=out-mla --saving=0.875 --calibration=code.txt --export=out-hf
+    python convert_mla.py random:deepseek-coder-1.3b --out=out-mla --kv_lora_rank=448 --rope_pairs=32 --low_rank=joint --calibration=none
 
 SOURCE is a run's folder or checkpoint, gpt2*, or a Llama of the Hugging Face layout. What comes out is an ordinary
 checkpoint: train.py heals it (config/heal_mla.py), sample.py reads it, every cache holds it.
@@ -16,12 +16,12 @@ export = ''  # a new folder for a copy that stock transformers loads as deepseek
 kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
 saving = 0.0  # instead of kv_lora_rank: the share of the source's cache to save, 0.875 for an eighth of it
 ranks = 'equal'  # equal | spectrum: layers share kv_lora_rank · n_layer by what each needs
-rope_pairs = -1  # pairs of dimensions that keep RoPE: of each kv head (own), or of all together (shared); -1 = all
-rope = '2-norm'  # which: high | low | uniform (frequencies), 2-norm (what queries and keys are long in)
-rope_heads = 'own'  # own: each kv head keeps its pairs | shared: the heads' principal components of each frequency (RoRoPE)
+rope_pairs = -1  # pairs of dimensions that keep RoPE, of each kv head (own) or of all together (shared); -1 = all, but head_dim / 4 with saving
+rope = 'turn'  # which: high | low | uniform (frequencies) | 2-norm (queries and keys are long there) | turn (and turn far in a block)
+rope_heads = 'shared'  # own: each kv head keeps its pairs | shared: the heads' principal components of each frequency (as RoRoPE)
 fold = 1  # shared: neighbouring frequencies that pass for one (FreqFold)
 real = False  # shared: mix heads by real rotations only, as RoRoPE does; complex ones lose less
-low_rank = 'balanced'  # split | joint (weights alone) | calibrated | balanced | output (the least error on real text, in this or that)
+low_rank = 'balanced'  # split | joint (weights alone) | calibrated | balanced (the least error on text; keys as long as values)
 q_lora_rank = 0  # a latent for the query, too; 0 = none
 rotate = False  # turn the latent so that no channel stands out, before it is quantised
 # text
@@ -71,13 +71,14 @@ if cache_dtype not in ('', *BITS):
     raise UserError(f"cache_dtype='{cache_dtype}' is not known: use {' or '.join(BITS)}")
 device = machine.pick_device(device)
 model, content = checkpoint.load_model(source)
-c, mla_source = model.config, checkpoint.kind_of(model) == 'mla'
-if saving and not mla_source:
-    pe = c.head_dim if rope_pairs < 0 else 2 * rope_pairs
-    pe = 0 if c.pos != 'rope' else pe * (c.n_kv_head if rope_heads == 'own' or rope_pairs < 0 else 1)
-    kv_lora_rank = int((1 - saving) * 2 * c.n_kv_head * c.head_dim) - pe
+c = model.config
+if saving and isinstance(model, checkpoint.MODELS['mha']):
+    if rope_pairs == -1 and c.pos == 'rope':
+        rope_pairs = c.head_dim // 4
+    pe = 2 * rope_pairs * (c.n_kv_head if rope_heads == 'own' else 1) if c.pos == 'rope' else 0
+    kv_lora_rank = int((1 - saving) * 2 * c.n_kv_head * c.head_dim + 1e-9) - pe
     if kv_lora_rank < 1:
-        raise UserError(f'saving={saving} leaves {kv_lora_rank + pe} numbers a token, and k_pe alone takes {pe}: use fewer rope_pairs, or rope_heads=shared')
+        raise UserError(f'saving={saving} leaves {kv_lora_rank + pe} numbers a token and layer, and k_pe alone takes {pe}: use fewer rope_pairs, or rope_heads=shared')
 how = {key: globals()[key] for key in ('kv_lora_rank', 'rope_pairs', 'rope', 'rope_heads', 'fold', 'real', 'low_rank', 'ranks', 'q_lora_rank', 'rotate', 'seed')}
 settings = {key: how[key] for key in ('kv_lora_rank', 'rope_pairs', 'rope', 'rope_heads', 'fold', 'low_rank', 'ranks', 'q_lora_rank')}
 named = calibration or (content.get('config') or {}).get('dataset', '')
@@ -90,7 +91,7 @@ conversion.check(c, named or None, **settings)  # before anything takes long
 # ---------------------------------------------------------------------------------------------------
 windows = held_out = None
 if named:
-    T = min(c.block_size, block_size or 1024)
+    T = min(c.block_size, block_size or 1024)  # tokens in a window
     train, val, text_source = text.tokens_of(named, content, c.vocab_size)
     windows = text.windows_of(train, calibration_tokens, T, c.n_embd + 1, f'calibration={named}').to(device)
     held_out = text.windows_of(val, eval_tokens, T + 1, what=f'the held-out part of {named}').to(device)
@@ -102,10 +103,12 @@ rows, moments = [], None
 
 
 def tell(name, model, storage='bfloat16'):
-    """A row of the table: bytes of a token in a real cache that text went through, and the perplexity."""
-    held = Cache.of(model, 1, 2048, dtype=storage, window=0)  # the window is not of each token
-    model.prefill([list(range(min(8, c.vocab_size)))], held)
-    how = {} if storage == 'bfloat16' else dict(cache=lambda slots, size: Cache.of(model, slots, size, dtype=storage))
+    """A row of the table: bytes of a token in a real cache of bf16 or `storage`, and the perplexity."""
+    held = Cache([block.attn.cache_dims() for block in model.transformer.h], 1, 2048, dtype=storage, window=0, full=torch.bfloat16, device=device)
+    model.prefill([[0] * 8], held)
+    how = {}
+    if storage != 'bfloat16':  # most of what a token reads must be in this dtype: a short window, and few tokens at a time
+        how = dict(cache=lambda slots, size: Cache.of(model, slots, size, dtype=storage, window=min(128, T // 8)), chunk=max(1, T // 16))
     nats = None if held_out is None else text.mean_loss(model, held_out, batch_size, tick=bar.update, **how)
     rows.append(dict(name=name, bytes=held.bytes_per_token, nats=nats, perplexity=None if nats is None else text.perplexity(nats)))
 
@@ -145,7 +148,7 @@ saved = dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_
 def draw(path):
     import figures
     with figures.sheet(cols=2, size=(figures.WIDTH, 4.6), title=f'{Path(source).name} as MLA: {100 * rows[-1]["saved"]:.1f} % of the cache saved',
-                       note=f'{low_rank} low rank, RoPE {rope} ({rope_heads})' + (f' · perplexity on {text.perplexity and named}' if named else '')) as (fig, (left, right)):
+                       note=f'{low_rank} low rank, RoPE {rope} ({rope_heads})' + (f' · perplexity on {named}' if named else '')) as (fig, (left, right)):
         colors = [figures.COLORS[figures.kind_of(dict(kind='mha', config=checkpoint.model_args(model)))], figures.COLORS['muted']] + [figures.COLORS['mla']] * 2
         shown = [row for row in rows if 'full rank' not in row['name']] if not named else rows
         for at, (row, color) in enumerate(zip(shown, colors if named else [colors[0], *colors[2:]])):
