@@ -87,16 +87,15 @@ def principal_components(q, k, cov, fold, real):
     real rotations; complex ones find all that commutes with RoPE. Yields for each run of frequencies
     js (f,), power (K f,) falling, there (m, K f) and back (K f, m): component = there · pairs, pairs = back · components.
     """
-    q, k = paired(q), paired(k)
-    for js in torch.arange(k.size(1), device=k.device).split(fold):
-        z, zq = k[:, js].flatten(0, 1), q[:, js]
-        cov_z = z @ cov.to(z.dtype) @ z.mH
-        power = torch.einsum('hfc,cd,hfd->hf', zq, cov.to(z.dtype), zq.conj()).real
+    zq, zk, seen_q, seen_k = (paired(w) for w in (q, k, *((q, k) if cov is None else (q @ cov, k @ cov))))
+    for js in torch.arange(zk.size(1), device=k.device).split(fold):
+        cov_z = seen_k[:, js].flatten(0, 1) @ zk[:, js].flatten(0, 1).mH
+        power = (seen_q[:, js] * zq[:, js].conj()).sum(-1).real
         weight = power.unflatten(0, (len(k), -1)).sum(1).flatten()
         weight = (weight + 1e-6 * weight.mean() + 1e-30).sqrt()
         values, vectors = torch.linalg.eigh(
             weight[:, None] * (cov_z.real if real else cov_z) * weight)
-        values, vectors = values.flip(0), vectors.flip(1).to(z.dtype)
+        values, vectors = values.flip(0), vectors.flip(1).to(cov_z.dtype)
         yield js, values.clamp(min=0), vectors.mH * weight, vectors / weight[:, None]
 
 
@@ -287,8 +286,7 @@ def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='turn', rop
     D, pe = c.head_dim, rope_pairs * (1 if rope_heads == 'shared' else c.n_kv_head)
     if shared:
         layers = list(layers)
-        eye = torch.eye(c.n_embd + 1, dtype=dtype, device=weight.device)
-        runs, chosen = shared_components(c, layers, [eye if cov is None else cov for cov in covs], rope_pairs, rope, fold, real)
+        runs, chosen = shared_components(c, layers, covs, rope_pairs, rope, fold, real)
     elif rope_pairs:
         pairs = [p.to(weight.device) for p in own_pairs(c, moments, rope_pairs, rope)]
     nope = D if not pe else 0 if pe == c.n_kv_head * D // 2 else D if shared else D - 2 * rope_pairs

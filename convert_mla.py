@@ -16,7 +16,7 @@ export = ''  # a new folder for a copy that stock transformers loads as deepseek
 kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
 saving = 0.0  # instead of kv_lora_rank: the share of the source's cache to save, 0.875 for an eighth of it
 ranks = 'equal'  # equal | spectrum: layers share kv_lora_rank · n_layer by what each needs
-rope_pairs = -1  # pairs of dimensions that keep RoPE, of each kv head (own) or of all together (shared); -1 = all, but head_dim / 4 with saving
+rope_pairs = -1  # pairs of dimensions that keep RoPE, of each kv head (own) or of all together (shared); -1 = all, but with saving a third of the cache
 rope = 'turn'  # which: high | low | uniform (frequencies) | 2-norm (queries and keys are long there) | turn (and turn far in a block)
 rope_heads = 'shared'  # own: each kv head keeps its pairs | shared: the heads' principal components of each frequency (as RoRoPE)
 fold = 1  # shared: neighbouring frequencies that pass for one (FreqFold)
@@ -73,10 +73,11 @@ device = machine.pick_device(device)
 model, content = checkpoint.load_model(source)
 c = model.config
 if saving and isinstance(model, checkpoint.MODELS['mha']):
+    left, width = int((1 - saving) * 2 * c.n_kv_head * c.head_dim + 1e-9), 2 * (c.n_kv_head if rope_heads == 'own' else 1)
     if rope_pairs == -1 and c.pos == 'rope':
-        rope_pairs = c.head_dim // 4
-    pe = 2 * rope_pairs * (c.n_kv_head if rope_heads == 'own' else 1) if c.pos == 'rope' else 0
-    kv_lora_rank = int((1 - saving) * 2 * c.n_kv_head * c.head_dim + 1e-9) - pe
+        rope_pairs = max(1, min(c.head_dim // 2, left // (3 * width)))
+    pe = width * rope_pairs if c.pos == 'rope' else 0
+    kv_lora_rank = min(left - pe, conversion.full_rank(c, max(0, rope_pairs), rope_heads, low_rank))
     if kv_lora_rank < 1:
         raise UserError(f'saving={saving} leaves {kv_lora_rank + pe} numbers a token and layer, and k_pe alone takes {pe}: use fewer rope_pairs, or rope_heads=shared')
 how = {key: globals()[key] for key in ('kv_lora_rank', 'rope_pairs', 'rope', 'rope_heads', 'fold', 'real', 'low_rank', 'ranks', 'q_lora_rank', 'rotate', 'seed')}

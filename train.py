@@ -65,6 +65,9 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0 = do not clip
 ema_decay = 0.0  # evaluate and keep a moving average of the weights; 0 = none
+train_only = ''  # words, separated by commas: train only parameters that have one of them in their name; '' = all
+teacher = ''  # a checkpoint whose predictions to learn, such as the model before its conversion; '' = none
+distill = 0.5  # share of the loss that is KL(teacher, model), not cross-entropy
 # schedule
 max_iters = 600000  # steps
 decay_lr = True

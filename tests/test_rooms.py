@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {'train', 'sample', 'bench', 'compare', 'evaluate', 'find_induction_heads', 'convert_mla', 'bench_adapters'}
+SCRIPTS = {'train', 'sample', 'bench', 'compare', 'evaluate', 'find_induction_heads', 'convert_mla', 'study_conversion', 'bench_adapters'}
 ROOMS = dict(  # what each may import of this project; a script may import all of these
     configurator=set(),
     muon=set(),
