@@ -147,8 +147,8 @@ def top_eigen(a, r):
         values, vectors = torch.linalg.eigh(a)
         return values.flip(0)[:r].clamp(min=0), vectors.flip(1)[:, :r]
     basis = torch.randn(n, min(n, r + 64), dtype=a.dtype, generator=torch.Generator().manual_seed(0)).to(a.device)
-    for _ in range(8):
-        basis = torch.linalg.qr(a @ basis).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(a @ (a @ basis)).Q
     values, vectors = torch.linalg.eigh(basis.T @ a @ basis)
     return values.flip(0)[:r].clamp(min=0), (basis @ vectors.flip(1))[:, :r]
 

@@ -148,8 +148,8 @@ saved = dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_
 
 def draw(path):
     import figures
-    with figures.sheet(cols=2, size=(figures.WIDTH, 4.6), title=f'{Path(source).name} as MLA: {100 * rows[-1]["saved"]:.1f} % of the cache saved',
-                       note=f'{low_rank} low rank, RoPE {rope} ({rope_heads})' + (f' · perplexity on {named}' if named else '')) as (fig, (left, right)):
+    with figures.sheet(cols=2, size=(figures.WIDTH, 4.6), title=f'{Path(source).name} as MLA: {100 * rows[-1]["saved"]:.1f} % of the cache saved' + f', in {cache_dtype}' * bool(cache_dtype),
+                       note=f'{low_rank} low rank, RoPE {rope} ({rope_heads})' + (f' · perplexity on {Path(named).name}' if named else '')) as (fig, (left, right)):
         colors = [figures.COLORS[figures.kind_of(dict(kind='mha', config=checkpoint.model_args(model)))], figures.COLORS['muted']] + [figures.COLORS['mla']] * 2
         shown = [row for row in rows if 'full rank' not in row['name']] if not named else rows
         for at, (row, color) in enumerate(zip(shown, colors if named else [colors[0], *colors[2:]])):

@@ -135,8 +135,8 @@ class Trainer:
             if s.compile:
                 self.forward.divergence = torch.compile(self.forward.divergence, dynamic=False)
         if self.world > 1:
-            self.forward = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == 'cuda' else None,
-                                                   gradient_as_bucket_view=True)
+            ids = [self.device.index] if self.device.type == 'cuda' else None
+            self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
 
     def update(self, step):
         """Train on the batch of `step` (from 0): one update. Returns its mean loss, on the device, not waited for."""
