@@ -29,6 +29,7 @@ block_size = 512
 batch_size = 64
 source_steps = 2000
 heal_steps = 100  # at most a twentieth of source_steps
+heal_optimizer = 'adamw'  # adamw | muon
 heal_lr = 1e-3
 heal_muon_lr = 0.005
 # measuring
@@ -42,6 +43,7 @@ config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -84,14 +86,10 @@ def key_of(row):
 
 
 def read_rows():
-    lines = results.read_text().splitlines() if results.exists() else []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a piece that a kill has left
-            pass
-    return rows
+    try:
+        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    except ValueError:
+        raise UserError(f'{results} is damaged: a line of it is no JSON') from None
 
 
 def tell(**row):
@@ -176,7 +174,7 @@ def study(kind, seed):
             if all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
                 continue
             train(place / 'healed', str(HERE / 'config' / 'heal_mla.py'), f'--init_from={place}', f'--teacher={home / "source"}', f'--max_iters={heal_steps}',
-                  f'--warmup_iters={max(1, heal_steps // 20)}', '--optimizer=muon', f'--learning_rate={heal_lr}', f'--muon_lr={heal_muon_lr}', f'--eval_interval={heal_steps}',
+                  f'--warmup_iters={max(1, heal_steps // 20)}', f'--optimizer={heal_optimizer}', f'--learning_rate={heal_lr}', f'--muon_lr={heal_muon_lr}', f'--eval_interval={heal_steps}',
                   f'--seed={seed + 1000}', '--compile=False', f'--cuda_graph={on_gpu}')
             mla = load(place / 'healed')
             for what, cache in (('healed', ''), ('healed, int4', 'int4')):
@@ -201,16 +199,16 @@ def draw():
     columns = sorted({saving for *_, saving in groups})
     for kind in shown:
         own = [row['perplexity'] for (k, _), row in base.items() if k == kind]
-        print(f'\n{kind.upper()}: source perplexity {sum(own) / len(own):.4f} ({len(own)} seeds); percent above it\n{"":52}' + ''.join(f'{"−" + format(100 * s, "g") + " %":>22}' for s in columns))
+        print(f'\n{kind.upper()}: source perplexity {sum(own) / len(own):.4f} ({len(own)} seeds); percent above it\n{"":52}' + ''.join(f'{"−" + format(100 * s, "g") + " %":>26}' for s in columns))
         for what, way in sorted({(what, way) for k, what, way, _ in groups if k == kind}):
             cells = [groups.get((kind, what, way, s)) for s in columns]
             told = [f'{100 * sum(x) / len(x):.2f} ({100 * min(x):.2f}–{100 * max(x):.2f})' if x else '' for x in cells]
-            print(f'{what + ": " + ", ".join(map(str, json.loads(way).values())):52}' + ''.join(f'{cell:>22}' for cell in told))
+            print(f'{what + ": " + ", ".join(map(str, json.loads(way).values())):52}' + ''.join(f'{cell:>26}' for cell in told))
     lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], '--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], '--'),
              ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], '--'),
              ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], '-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], '-'),
              ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], ':')]
-    with figures.sheet(cols=len(shown), size=(figures.WIDTH, 5.0), title='Perplexity that a conversion to MLA costs',
+    with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
                        note=f'bytes of books; healing: {heal_steps} steps after {source_steps} of training; mean of {len({seed for _, seed in base})} seeds, bars from least to most') as (fig, axes):
         for ax, kind in zip([axes] if len(shown) == 1 else axes, shown):
             for label, what, way, color, style in lines:
@@ -220,10 +218,15 @@ def draw():
                     ax.errorbar([s for s, _ in points], means, [[max(m - max(min(x), 0.005), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
                                 color=color, linestyle=style, marker='o', markersize=4, capsize=2, label=label)
             ax.set_yscale('log')
+            ax.yaxis.set_major_formatter(lambda y, _: f'{y:g}')
+            ax.yaxis.set_minor_formatter(lambda y, _: '')
+            ax.set_xticks([100 * s for s in columns], [f'{100 * s:g}' for s in columns])
+            ax.set_xlim(100 * columns[0] - 2, 100 * columns[-1] + 2)
             ax.set_title(kind.upper())
             ax.set_xlabel('share of the cache saved (%)')
             ax.set_ylabel('perplexity above the source (%)')
-            ax.legend(fontsize=8.5)
+        seen = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(seen.values(), seen.keys(), loc='outside right center', fontsize=9)
         some = next(iter(base.values()))
         figures.footer(fig, f'commit {some["commit"]} · seeds {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
         figures.save(fig, picture)
@@ -232,6 +235,8 @@ def draw():
 
 device = machine.pick_device(device)
 torch.set_float32_matmul_precision('high')
+if results.exists() and not draw_only:  # a kill may have cut its last line short
+    os.truncate(results, results.read_bytes().rfind(b'\n') + 1)
 done = {key_of(row): row for row in read_rows()}
 if draw_only:
     draw()

@@ -2,9 +2,9 @@
 Heal a model that convert_mla.py made: a few steps on the text it comes from, at a constant rate after a
 warmup and with a linear decay at the end, as MHA2MLA does.
 
-    python train.py config/heal_mla.py --init_from=out-mla --dataset=books
-    python train.py config/heal_mla.py --init_from=out-mla --dataset=books --teacher=out-books
-    python train.py config/heal_mla.py --init_from=out-mla --dataset=books --train_only=attn
+    python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char
+    python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char --teacher=out-shakespeare-char
+    python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char --train_only=attn
 """
 out_dir = 'out-healed'
 init_from = 'out-mla'
@@ -13,7 +13,7 @@ distill = 0.9         # with --teacher: the source's predictions say more than t
 gradient_accumulation_steps = 1
 batch_size = 16
 max_iters = 200       # 5 % of the steps of a source that was trained for 4,000
-learning_rate = 3e-4
+learning_rate = 1e-3
 weight_decay = 0.0
 schedule = 'wsd'
 warmup_iters = 10
