@@ -234,6 +234,19 @@ def full_rank(config, rope_pairs, rope_heads, low_rank='joint'):
     return min(C, k_rows) + min(C, K * D) if low_rank == 'split' else min(C, k_rows + K * D)
 
 
+def for_saving(config, saving, rope_heads, low_rank, rope_pairs=-1):
+    """
+    (rope_pairs, kv_lora_rank) that leave 1 - saving of the cache of `config`. rope_pairs=-1: a third of what is left is for
+    k_pe. Larger ranks are multiples of 8, so that a quantised cache has groups of them. A rank below 1 says that nothing fits.
+    """
+    K, D, rope = config.n_kv_head, config.head_dim, config.pos == 'rope'
+    left, width = int((1 - saving) * 2 * K * D + 1e-9), 2 * (K if rope_heads == 'own' else 1)
+    pairs = rope_pairs if rope_pairs >= 0 else max(1, min(D // 2, left // (3 * width))) if rope else 0
+    rank = min(left - width * pairs, full_rank(config, pairs, rope_heads, low_rank))
+    spare = rank % 8 if rank > 16 else 0
+    return pairs + (spare // width if rope and rope_pairs < 0 and pairs < D // 2 - 4 else 0), rank - spare
+
+
 def check(config, moments, kv_lora_rank, rope_pairs, rope, rope_heads, fold, low_rank, ranks, q_lora_rank):
     """UserError for what cannot be converted, or not so. Returns rope_pairs and kv_lora_rank with their defaults filled in."""
     for name, value, choices in (('rope', rope, ROPES), ('rope_heads', rope_heads, HEADS), ('low_rank', low_rank, LOW_RANKS), ('ranks', ranks, RANKS)):

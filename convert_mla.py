@@ -73,13 +73,9 @@ device = machine.pick_device(device)
 model, content = checkpoint.load_model(source)
 c = model.config
 if saving and isinstance(model, checkpoint.MODELS['mha']):
-    left, width = int((1 - saving) * 2 * c.n_kv_head * c.head_dim + 1e-9), 2 * (c.n_kv_head if rope_heads == 'own' else 1)
-    if rope_pairs == -1 and c.pos == 'rope':
-        rope_pairs = max(1, min(c.head_dim // 2, left // (3 * width)))
-    pe = width * rope_pairs if c.pos == 'rope' else 0
-    kv_lora_rank = min(left - pe, conversion.full_rank(c, max(0, rope_pairs), rope_heads, low_rank))
+    rope_pairs, kv_lora_rank = conversion.for_saving(c, saving, rope_heads, low_rank, rope_pairs)
     if kv_lora_rank < 1:
-        raise UserError(f'saving={saving} leaves {kv_lora_rank + pe} numbers a token and layer, and k_pe alone takes {pe}: use fewer rope_pairs, or rope_heads=shared')
+        raise UserError(f'saving={saving} leaves no room for a latent beside {rope_pairs} pairs of k_pe: use fewer rope_pairs, or rope_heads=shared')
 how = {key: globals()[key] for key in ('kv_lora_rank', 'rope_pairs', 'rope', 'rope_heads', 'fold', 'real', 'low_rank', 'ranks', 'q_lora_rank', 'rotate', 'seed')}
 settings = {key: how[key] for key in ('kv_lora_rank', 'rope_pairs', 'rope', 'rope_heads', 'fold', 'low_rank', 'ranks', 'q_lora_rank')}
 named = calibration or (content.get('config') or {}).get('dataset', '')
@@ -105,7 +101,7 @@ rows, moments = [], None
 
 def tell(name, model, storage='bfloat16'):
     """A row of the table: bytes of a token in a real cache of bf16 or `storage`, and the perplexity."""
-    held = Cache([block.attn.cache_dims() for block in model.transformer.h], 1, 2048, dtype=storage, window=0, full=torch.bfloat16, device=device)
+    held = Cache([block.attn.cache_dims() for block in model.transformer.h], 1, 2048, dtype=storage, window=0, full=torch.bfloat16, device=device, kernel='torch')
     model.prefill([[0] * 8], held)
     how = {}
     if storage != 'bfloat16':  # most of what a token reads must be in this dtype: a short window, and few tokens at a time

@@ -113,6 +113,7 @@ def train(folder, *words):
     shutil.rmtree(folder, ignore_errors=True)
     words = [*words, f'--out_dir={folder}', f'--dataset={data}', '--gradient_accumulation_steps=1', f'--batch_size={batch_size}', '--sample_tokens=0',
              '--schedule=wsd', '--min_lr=0', f'--device={device.type}', '--eval_iters=4']
+    words += ['--dtype=fast', '--kernel=eager'] if device.type == 'cpu' else []
     if subprocess.run([sys.executable, str(HERE / 'train.py'), *words], stdout=subprocess.DEVNULL).returncode:
         raise UserError(f'training {folder} has failed (its message is above)')
 
@@ -123,16 +124,8 @@ def nats_of(model, cache=''):
 
 
 def figures_of(model, nats, cache=''):
-    held = Cache([block.attn.cache_dims() for block in model.transformer.h], 1, 256, dtype=cache or 'bfloat16', full=torch.bfloat16, window=0, device=device)
+    held = Cache([block.attn.cache_dims() for block in model.transformer.h], 1, 256, dtype=cache or 'bfloat16', full=torch.bfloat16, window=0, device=device, kernel='torch')
     return dict(nats=nats, perplexity=calibration.perplexity(nats), bytes=held.bytes_per_token)
-
-
-def plan(kv_heads, head_dim, saving, way):
-    """What is left of the cache, a third of it for k_pe."""
-    left = int((1 - saving) * 2 * kv_heads * head_dim + 1e-9)
-    pairs = max(1, min(head_dim // 2, left // 6)) if way['rope_heads'] == 'shared' else max(1, round(left / 6 / kv_heads))
-    pe = 2 * pairs * (1 if way['rope_heads'] == 'shared' else kv_heads)
-    return dict(rope_pairs=pairs, kv_lora_rank=min(left - pe, conversion.full_rank(source.config, pairs, way['rope_heads'], way['low_rank'])))
 
 
 def load(path):
@@ -141,7 +134,6 @@ def load(path):
 
 
 def study(kind, seed):
-    global source
     home = out / f'{kind}-{seed}'
     on_gpu = device.type == 'cuda'
     train(home / 'source', f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--n_kv_head={n_kv_head if kind == "gqa" else 0}', f'--block_size={block_size}',
@@ -160,7 +152,8 @@ def study(kind, seed):
             if key_of(row) in done and not (healed and not (place / 'ckpt.pt').exists()):
                 continue
             moments = moments or calibration.measure(source, windows, 32)
-            mla, layers = conversion.convert(source, moments, **way, **plan(c.n_kv_head, c.head_dim, saving, way))
+            pairs, rank = conversion.for_saving(c, saving, way['rope_heads'], way['low_rank'])
+            mla, layers = conversion.convert(source, moments, rank, pairs, **way)
             if key_of(row) not in done:
                 tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
             if way == BEST and key_of(row | dict(what='converted, int4')) not in done:

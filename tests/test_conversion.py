@@ -260,6 +260,19 @@ def test_a_budget_is_shared_out(total, seed, full):
     assert sum(ranks) == min(2 * full, total) or sum(ranks) > min(2 * full, total) - 16
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(saving=st.floats(0, 0.99), K=st.sampled_from([1, 2, 4]), F=st.integers(2, 32), heads=st.sampled_from(HEADS), pos=st.sampled_from(['rope', 'learned']))
+def test_what_is_left_by_a_saving(saving, K, F, heads, pos):
+    """Never more than was asked for, and at most 8 numbers less unless nothing is lost."""
+    c = model_py.GPTConfig(n_head=4, n_embd=8 * F, n_kv_head=K, pos=pos)
+    pairs, rank = conversion.for_saving(c, saving, heads, 'joint')
+    pe, left = 2 * pairs * (K if heads == 'own' else 1), (1 - saving) * 2 * K * 2 * F
+    assert rank + pe <= left + 1e-6 or rank < 1
+    assert rank + pe > left - 9 or rank >= conversion.full_rank(c, pairs, heads) - 8
+    if rank >= 1:
+        conversion.check(c, True, rank, pairs, 'turn', heads, 1, 'joint', 'equal', 0)
+
+
 def test_ranks_by_layer(source, tokens, tmp_path):
     model, moments = source('mha')
     with torch.no_grad():  # the first layer's keys and values need little
@@ -283,7 +296,7 @@ def test_caches_hold_what_was_promised(name, heads, source, tokens):
     """L × (rope + rank) × bytes after generation, and the text of the naive form."""
     model, moments = source(name)
     rope = model.config.pos == 'rope'
-    mla, _ = convert(model, moments, 10, rope_pairs=1 if rope else 0, rope_heads=heads)
+    mla, layers = convert(model, moments, 10, rope_pairs=1 if rope else 0, rope_heads=heads)
     pe = 0 if not rope else 2 * (model.config.n_kv_head if heads == 'own' else 1)
     prompt = tokens(24)[:, :5]
     plain = torch.stack(list(mla.generate(prompt, 12, temperature=0)))
@@ -293,6 +306,10 @@ def test_caches_hold_what_was_promised(name, heads, source, tokens):
         assert cache.nbytes == 2 * (10 + pe) * 4 * cache.places
     cache = Cache.of(mla, 2, 24, dtype='int4')
     assert len(list(mla.generate(prompt, 12, temperature=0, cache=cache))) == 12
+    mla, layers = convert(model, moments, 12, rope_pairs=1 if rope else 0, rope_heads=heads, ranks='spectrum')
+    cache = Cache.of(mla, 2, 24)
+    assert torch.equal(torch.stack(list(mla.generate(prompt, 12, temperature=0, cache=cache))), torch.stack(list(mla.generate(prompt, 12, temperature=0))))
+    assert cache.nbytes == sum(layer['rank'] + pe for layer in layers) * 4 * cache.places
 
 
 def test_perplexity_through_a_cache_is_that_without(source, tokens):

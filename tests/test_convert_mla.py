@@ -117,7 +117,7 @@ def test_a_foreign_source_keeps_its_tokenizer(source, tmp_path, capsys):
     (('src', '--out=mla', '--export=src'), 'src is there already'), (('src', '--out=mla', '--kv_lora_rank=999'), 'above the full rank'),
     (('src', '--out=mla', '--rope_pairs=99'), 'rope_pairs=99'), (('src', '--out=mla', '--rope_pairs=2.5'), 'rope_pairs takes a whole number'),
     (('src', '--out=mla', '--saving=1.5'), 'saving=1.5'), (('src', '--out=mla', '--saving=0.5', '--kv_lora_rank=3'), 'give one of'),
-    (('src', '--out=mla', '--saving=0.99'), 'leaves 0 numbers|k_pe alone'), (('src', '--out=mla', '--saving=0.9', '--rope_heads=own', '--rope_pairs=2'), 'k_pe alone takes 16'),
+    (('src', '--out=mla', '--saving=0.99'), 'leaves no room for a latent'), (('src', '--out=mla', '--saving=0.9', '--rope_heads=own', '--rope_pairs=2'), 'beside 2 pairs'),
     (('src', '--out=mla', '--calibration=none'), 'needs calibration text'), (('src', '--out=mla', '--calibration=nowhere'), 'no such file, and no dataset'),
     (('src', '--out=mla', '--calibration=short.txt'), 'calibration=short.txt: 7 tokens are too few'), (('src', '--out=mla', '--eval_tokens=3'), 'too few'),
     (('src', '--out=mla', '--cache_dtype=int2'), "cache_dtype='int2'"), (('src', '--out=mla', '--batch_size=0'), 'batch_size=0'), (('normed', '--out=mla'), 'QK-norm'),
