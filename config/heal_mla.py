@@ -3,11 +3,12 @@ Heal a model that convert_mla.py made: a few steps on the text it comes from, at
 warmup and with a linear decay at the end, as MHA2MLA does.
 
     python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char
-    python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char --teacher=out-shakespeare-char
-    python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char --train_only=attn
+    python train.py config/heal_mla.py --teacher=out-shakespeare-char
+    python train.py config/heal_mla.py --train_only=attn
 """
 out_dir = 'out-healed'
 init_from = 'out-mla'
+dataset = 'shakespeare_char'  # what the source was trained on
 
 distill = 0.9         # with --teacher: the source's predictions say more than the next token alone
 gradient_accumulation_steps = 1
