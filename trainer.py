@@ -99,8 +99,8 @@ class Trainer:
         if teacher is not None and teacher.config.block_size < s.block_size:
             raise UserError(f'--teacher={s.teacher} reads {teacher.config.block_size} tokens at a time: use --block_size={teacher.config.block_size} or less')
         words = [word.strip() for word in s.train_only.split(',') if word.strip()]
-        for name, p in model.named_parameters():
-            p.requires_grad_(not words or any(word in name for word in words))
+        for name, p in model.named_parameters() if words else ():
+            p.requires_grad_(any(word in name for word in words))
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(f"--train_only={s.train_only}: no parameter has such a name; 'attn' or 'kv_a_proj,kv_b_proj,q_proj' are words of MLA's")
         self.teacher = None if teacher is None else teacher.to(self.device)
