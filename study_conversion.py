@@ -81,6 +81,10 @@ WAYS += [dict(rope='turn', rope_heads='shared', low_rank=low_rank) for low_rank 
 WAYS += [BEST | dict(real=True), BEST | dict(fold=2), BEST | dict(ranks='spectrum'), BEST | dict(rotate=True)]
 
 
+def name_of(way):
+    return ', '.join(str(v) if k in BEST else f'{k}={v}' for k, v in way.items())
+
+
 def key_of(row):
     return json.dumps({k: row[k] for k in ('kind', 'seed', 'saving', 'what', 'way') if k in row}, sort_keys=True)
 
@@ -98,7 +102,7 @@ def tell(**row):
         file.write(json.dumps(row) + '\n')
     done[key_of(row)] = row
     print(f'{row["kind"]} seed {row["seed"]}' + (f' −{100 * row["saving"]:g} %' if 'saving' in row else '') + f' {row["what"]}: '
-          f'perplexity {row["perplexity"]:.4f}' + (f' ({", ".join(map(str, row["way"].values()))})' if 'way' in row else ''), flush=True)
+          f'perplexity {row["perplexity"]:.4f}' + (f' ({name_of(row["way"])})' if 'way' in row else ''), flush=True)
     return row
 
 
@@ -195,14 +199,14 @@ def draw():
         print(f'\n{kind.upper()}: source perplexity {sum(own) / len(own):.4f} ({len(own)} seeds); percent above it\n{"":52}' + ''.join(f'{"−" + format(100 * s, "g") + " %":>26}' for s in columns))
         for what, way in sorted({(what, way) for k, what, way, _ in groups if k == kind}):
             cells = [groups.get((kind, what, way, s)) for s in columns]
-            told = [f'{100 * sum(x) / len(x):.2f} ({100 * min(x):.2f}–{100 * max(x):.2f})' if x else '' for x in cells]
-            print(f'{what + ": " + ", ".join(map(str, json.loads(way).values())):52}' + ''.join(f'{cell:>26}' for cell in told))
+            told = [f'{100 * sum(x) / len(x):.2f}' + f' ({100 * min(x):.2f}–{100 * max(x):.2f})' * (len(x) > 1) if x else '' for x in cells]
+            print(f'{what + ": " + name_of(json.loads(way)):52}' + ''.join(f'{cell:>26}' for cell in told))
     lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], '--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], '--'),
              ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], '--'),
              ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], '-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], '-'),
              ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], ':')]
     with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
-                       note=f'bytes of books; healing: {heal_steps} steps after {source_steps} of training; mean of {len({seed for _, seed in base})} seeds, bars from least to most') as (fig, axes):
+                       note=f'bytes of books; healing: {heal_steps} steps after {source_steps} of training; mean of the seeds, bars from least to most') as (fig, axes):
         for ax, kind in zip([axes] if len(shown) == 1 else axes, shown):
             for label, what, way, color, style in lines:
                 points = [(100 * s, [100 * x for x in groups[kind, what, json.dumps(way), s]]) for s in columns if (kind, what, json.dumps(way), s) in groups]
