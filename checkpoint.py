@@ -247,7 +247,8 @@ def load_model(init_from, **changes):
     """
     A model and its checkpoint dict, from a file or a folder with ckpt.pt, 'gpt2*', a folder of the Hugging Face
     layout (GPT-2, Llama, dense DeepSeek-V3), a name on its hub (organisation/model) or 'random:NAME'.
-    Of a foreign model the dict holds its tokenizer as 'codec', where it has one, and nothing else.
+    Of a foreign model the dict holds its tokenizer as 'codec', where it has one, and nothing else. A tokenizer.json beside a
+    ckpt.pt is its codec.
     """
     init_from, path = str(init_from), Path(init_from)
     if init_from in HUB or is_gpt2(path):
@@ -258,4 +259,8 @@ def load_model(init_from, **changes):
         model, codec = deepseek.load(init_from, **changes)
         return model, dict(codec=codec) if codec else {}
     content = load(init_from)
+    folder = Path(content['path']).parent
+    if (folder / 'tokenizer.json').exists():  # of a foreign model, which was converted or trained on
+        import deepseek
+        content['codec'] = deepseek.tokenizer_of(deepseek.finder(str(folder)), content.get('meta') or {})
     return build(content, **changes), content

@@ -80,9 +80,12 @@ def settings_of(shape):
     return (GPT_MLA if mla else GPT), settings
 
 
-def shape_of(model, ends):
-    """The config.json of `model`, its inverse. UserError names all that Llama or DeepSeek-V3 cannot express."""
-    c, mla = model.config, isinstance(model.config, MLAConfig)
+def shape_of(c, dtype, ends, rope=None):
+    """
+    The config.json of a model with config `c`, the inverse of settings_of; `rope` in the place of its RoPE.
+    UserError names all that Llama or DeepSeek-V3 cannot express.
+    """
+    mla = isinstance(c, MLAConfig)
     target = CLASSES['deepseek_v3' if mla else 'llama']
     needs = dict(mlp=True, pos='rope', norm='rmsnorm', act='swiglu', qk_norm=False) | (dict(bias=False, latent_norm=True) if mla else {})
     lacks = [f'{key}={getattr(c, key)} (it has {value})' for key, value in needs.items() if getattr(c, key) != value]
@@ -91,14 +94,14 @@ def shape_of(model, ends):
     if lacks:
         raise UserError(f'{target} cannot express this model: {"; ".join(lacks)}')
 
-    rope = dict(rope_type='default') if c.rope_scaling == 1 else dict(rope_type='linear', type='linear', factor=float(c.rope_scaling))
-    dtype = str(max((p.dtype for p in model.parameters()), key=lambda d: d.itemsize))[6:]
+    plain = rope is None and c.rope_scaling == 1
+    rope = rope or (dict(rope_type='default') if plain else dict(rope_type='linear', type='linear', factor=float(c.rope_scaling)))
     shape = dict(
         architectures=[target], model_type='deepseek_v3' if mla else 'llama', vocab_size=c.vocab_size, hidden_size=c.n_embd,
         intermediate_size=c.n_inner, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
         max_position_embeddings=c.block_size, rms_norm_eps=float(c.norm_eps), hidden_act='silu', tie_word_embeddings=c.tie_weights,
         attention_bias=c.bias, attention_dropout=0.0, rope_theta=float(c.rope_theta), rope_parameters=rope | dict(rope_theta=float(c.rope_theta)),
-        rope_scaling=None if c.rope_scaling == 1 else rope, initializer_range=0.02, use_cache=True, dtype=dtype, torch_dtype=dtype, **ends)
+        rope_scaling=None if plain else rope, initializer_range=0.02, use_cache=True, dtype=dtype, torch_dtype=dtype, **ends)
     if not mla:
         return shape | dict(head_dim=c.head_dim, mlp_bias=c.bias)
     return shape | dict(  # every layer dense, no prediction of further tokens
@@ -298,6 +301,58 @@ def fill(model, table, tensors, dtype, name):
 # ---------------------------------------------------------------------------------------------------
 # writing
 
+SHRUNK = 2.0 ** -30  # latents as small as that vanish beside the epsilon of the stock norm, which then only divides by its root
+
+
+def stock(model):
+    """
+    A converted GPT_MLA as the stock class computes it: its config, its parameters by our names, and its RoPE for config.json
+    (None: the ordinary one). The same function by other weights:
+
+    - the norm of the latent cannot be left out there: W^DKV · 2⁻³⁰ makes it a division by √ε, which W^UK | W^UV undo
+    - one table of frequencies serves all layers: it has each as often as the layer that needs it most, where others are zero
+    - the softmax scale is that of the width of query and key: the query takes up the difference
+    """
+    c, params = model.config, {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    layers = [block.attn.rope_pairs.tolist() for block in model.transformer.h]
+    slots = sorted(j for j in set().union(*layers) for _ in range(max(pairs.count(j) for pairs in layers)))
+    P, R, H, D = 2 * len(slots), c.kv_lora_rank, c.n_head, c.source_head_dim
+    stock_config = MLAConfig(**{key: getattr(c, key) for key in MLAConfig.keys()} | dict(
+        head_dim=c.qk_nope_head_dim + P, qk_rope_head_dim=P, kv_lora_ranks=(), source_head_dim=0, latent_norm=True))
+    shape_of(stock_config, '', {})  # refuses what has no place
+    if max(p.dtype.itemsize for p in params.values()) == 2 and any(p.dtype == torch.float16 for p in params.values()):
+        raise UserError('a converted model does not fit float16, whose numbers are not small enough: export it in bfloat16 or float32')
+
+    def spread(rows, to):
+        """(..., P of this model, C) -> (..., P of the stock one, C): pair k to slot to[k]."""
+        a, b = rows.unflatten(-2, (2, -1)).unbind(-3)
+        wide = rows.new_zeros(*rows.shape[:-2], 2, len(slots), rows.size(-1))
+        wide[..., 0, to, :], wide[..., 1, to, :] = a, b
+        return wide.flatten(-3, -2)
+
+    grow = 1e-6 ** 0.5 / SHRUNK
+    for n, pairs in enumerate(layers):
+        a, r = f'transformer.h.{n}.attn.', c.rank(n)
+        to = [slots.index(j) + pairs[:k].count(j) for k, j in enumerate(pairs)]
+        q = f'{a}q_b_proj.weight' if c.q_lora_rank else f'{a}q_proj.weight'
+        nope, pe = params[q].split([H * c.qk_nope_head_dim, H * c.qk_rope_head_dim])
+        scale = ((c.qk_nope_head_dim + P) / D) ** 0.5 * (grow if c.q_lora_rank else 1.0)
+        params[q] = scale * torch.cat([nope, spread(pe.unflatten(0, (H, -1)), to).flatten(0, 1)])
+        down, k_pe = params[f'{a}kv_a_proj_with_mqa.weight'].split([r, c.qk_rope_head_dim])
+        params[f'{a}kv_a_proj_with_mqa.weight'] = torch.cat([SHRUNK * down, down.new_zeros(R - r, down.size(1)), spread(k_pe, to)])
+        up = params[f'{a}kv_b_proj.weight']
+        params[f'{a}kv_b_proj.weight'] = torch.cat([grow * up, up.new_zeros(len(up), R - r)], dim=1)
+        params[f'{a}kv_a_layernorm.weight'] = up.new_ones(R)
+        if c.q_lora_rank:
+            params[f'{a}q_a_proj.weight'] = SHRUNK * params[f'{a}q_a_proj.weight']
+            params[f'{a}q_a_layernorm.weight'] = up.new_ones(c.q_lora_rank)
+    if all(j * P == k * D for k, j in enumerate(slots)):
+        return stock_config, params, None
+    factors = [c.rope_scaling * c.rope_theta ** (2 * j / D - 2 * k / P) for k, j in enumerate(slots)]  # of the ordinary wavelengths
+    return stock_config, params, dict(rope_type='longrope', short_factor=factors, long_factor=factors, factor=1.0, attention_factor=1.0,
+                                      original_max_position_embeddings=c.block_size)
+
+
 def export(model, folder, tokenizer=None, max_shard_size=5 * 10 ** 9):
     """
     Writes `model` to a new `folder` as stock transformers reads it: config.json, generation_config.json, safetensors
@@ -316,8 +371,9 @@ def export(model, folder, tokenizer=None, max_shard_size=5 * 10 ** 9):
             raise UserError(f'{name} has no tokenizer.json')
     eos = sorted(tokenizer.eos) if tokenizer else []
     ends = dict(bos_token_id=tokenizer.bos if tokenizer else None, eos_token_id=eos[0] if len(eos) == 1 else eos or None, pad_token_id=None)
-    shape = shape_of(model, ends)
-    params, table, shards, sizes = dict(model.named_parameters(remove_duplicate=False)), layout(model.config), [[]], [0]
+    c, params, rope = stock(model) if getattr(model.config, 'source_head_dim', 0) else (model.config, dict(model.named_parameters(remove_duplicate=False)), None)
+    shape = shape_of(c, str(max((p.dtype for p in params.values()), key=lambda d: d.itemsize))[6:], ends, rope)
+    table, shards, sizes = layout(c), [[]], [0]
     for theirs, (ours, rows) in table.items():
         size = params[ours].detach()[rows].nbytes
         if shards[-1] and sizes[-1] + size > max_shard_size:

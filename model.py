@@ -245,7 +245,7 @@ class Attention(nn.Module):
 class MultiHeadAttention(Attention):
     """MHA; GQA and MQA when there are fewer key/value heads than query heads."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__(config, config.head_dim, config.head_dim)
         self.widths = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)  # W^Q | W^K | W^V
@@ -313,7 +313,7 @@ class GPT(nn.Module):
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         parts |= dict(drop=nn.Dropout(config.inner_dropout),
-                      h=nn.ModuleList(Block(config, self.Attention(config)) for _ in range(config.n_layer)),
+                      h=nn.ModuleList(Block(config, self.Attention(config, n)) for n in range(config.n_layer)),
                       ln_f=Norm(config.n_embd, config))
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)

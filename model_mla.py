@@ -12,6 +12,9 @@ c_kv = W^DKV x, so only that latent (and one rotated key k_pe, shared by all hea
 c_q is norm(W^DQ x), or x itself with q_lora_rank = 0. In the matrices that hold two symbols their
 rows stand one after the other, all heads of the first, then all heads of the second.
 
+A model that conversion.py made of MHA or GQA keeps its source's scale and RoPE frequencies; k_pe may hold the
+rotated pairs of several heads side by side, and W^QR is zero where a query has no business with them.
+
 Legend: as in model.py, and R kv_lora_rank, N qk_nope_head_dim, P qk_rope_head_dim, D v_head_dim.
 """
 from dataclasses import dataclass
@@ -34,6 +37,8 @@ class MLAConfig(GPTConfig):
     latent_norm: bool = True     # RMS norm of the latents
     latent_init: str = 'fan_in'  # 'fan_in' | 'gpt2': how the down and up projections start
     absorb: bool = False         # compute in the latent space (for decoding), not with per-head keys and values
+    kv_lora_ranks: tuple = ()    # one for each layer, where they differ; kv_lora_rank is then the largest
+    source_head_dim: int = 0     # of a converted model: the width of its source's heads, whose RoPE frequencies and softmax scale it keeps
     # The early nanoGPT-MLA block with its n_latent: kv_lora_rank=n_latent, qk_rope_head_dim=0,
     # latent_norm=False, latent_init='gpt2', pos='learned'.
 
@@ -49,20 +54,29 @@ class MLAConfig(GPTConfig):
         if min(self.kv_lora_rank, self.v_head_dim) < 1 or min(self.qk_nope_head_dim, self.q_lora_rank, self.qk_rope_head_dim) < 0:
             raise UserError(f'MLA widths must be positive: kv_lora_rank={self.kv_lora_rank}, qk_nope_head_dim={self.qk_nope_head_dim}, '
                             f'qk_rope_head_dim={self.qk_rope_head_dim}, v_head_dim={self.v_head_dim}, q_lora_rank={self.q_lora_rank}')
+        self.kv_lora_ranks = tuple(self.kv_lora_ranks)
+        if self.kv_lora_ranks and (len(self.kv_lora_ranks) != self.n_layer or min(self.kv_lora_ranks) < 1 or max(self.kv_lora_ranks) != self.kv_lora_rank):
+            raise UserError(f'kv_lora_ranks={self.kv_lora_ranks} must be one for each of {self.n_layer} layers, the largest kv_lora_rank={self.kv_lora_rank}')
+        if self.qk_rope_head_dim % 2 or self.source_head_dim < 0:
+            raise UserError(f'qk_rope_head_dim={self.qk_rope_head_dim} must be even and source_head_dim={self.source_head_dim} at least 0')
         if self.latent_init not in ('fan_in', 'gpt2'):
             raise UserError(f"latent_init='{self.latent_init}' is not known: use fan_in or gpt2")
 
     @property
     def rope_dim(self):
-        return self.qk_rope_head_dim
+        """Width of RoPE's tables: twice the frequencies there are to choose from."""
+        return self.source_head_dim if self.source_head_dim and self.qk_rope_head_dim else self.qk_rope_head_dim
+
+    def rank(self, layer):
+        return self.kv_lora_ranks[layer] if self.kv_lora_ranks else self.kv_lora_rank
 
 
 class MultiHeadLatentAttention(Attention):
     """MLA in its naive form (keys and values of every head) and, with absorb, in the latent space."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__(config, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
-        H, R = config.n_head, config.kv_lora_rank
+        H, R = config.n_head, config.rank(layer)
         self.nope, self.pe, self.absorb = config.qk_nope_head_dim, config.qk_rope_head_dim, config.absorb
         self.q_widths = [H * self.nope, H * self.pe]
         self.a_widths = [R, self.pe]
@@ -82,6 +96,8 @@ class MultiHeadLatentAttention(Attention):
         self.kv_a_proj_with_mqa = linear(config.n_embd, self.a_widths)           # W^DKV | W^KR
         self.kv_a_layernorm = self.latent_norm(R, config)
         self.kv_b_proj = linear(R, self.b_widths, bias=False)                    # W^UK | W^UV
+        self.scale = (config.source_head_dim or self.qk_dim) ** -0.5
+        self.register_buffer('rope_pairs', torch.arange(self.pe // 2) % (config.source_head_dim // 2) if config.source_head_dim else None)
 
     @staticmethod
     def latent_norm(width, config):
@@ -92,13 +108,17 @@ class MultiHeadLatentAttention(Attention):
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, 'q_a_proj') else self.q_proj(x)
         q_nope, q_pe = self.heads(q, self.q_widths)
         q_nope, q_pe = self.normed(q_nope, q_pe)
-        return q_nope, rotate(q_pe, rope)
+        return q_nope, self.rotated(q_pe, rope)
 
     def latent(self, x, rope):
         """c_kv (B, T, R) and k_pe (B, T, P), rotated: what a cache holds."""
         c_kv, k_pe = self.kv_a_proj_with_mqa(x).split(self.a_widths, dim=-1)
         k_pe, = self.normed(k_pe)  # k_nope is left alone: a norm behind W^UK could not be absorbed
-        return self.kv_a_layernorm(c_kv), rotate(k_pe[:, :, None], rope)[:, :, 0]
+        return self.kv_a_layernorm(c_kv), self.rotated(k_pe[:, :, None], rope)[:, :, 0]
+
+    def rotated(self, x, rope):
+        """RoPE; pair k of a converted model turns as pair rope_pairs[k] of its source does, and several may turn alike."""
+        return rotate(x, rope if self.rope_pairs is None or rope is None else [t[..., self.rope_pairs] for t in rope])
 
     def heads(self, x, widths):
         """(B, T, sum of widths) -> for each symbol (B, T, H, its width in a head)."""

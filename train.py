@@ -67,6 +67,9 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0 = do not clip
 ema_decay = 0.0  # evaluate and keep a moving average of the weights; 0 = none
+train_only = ''  # words, separated by commas: train only parameters that have one of them in their name; '' = all
+teacher = ''  # a checkpoint whose predictions to learn, such as the model before its conversion; '' = none
+distill = 0.5  # share of the loss that is KL(teacher, model), not cross-entropy
 # schedule
 max_iters = 600000  # steps
 decay_lr = True
@@ -94,6 +97,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -106,7 +110,7 @@ import checkpoint
 import dataset as datasets
 import machine
 from cache import Cache
-from trainer import Trainer, rate
+from trainer import Trainer, check_ranges, rate
 
 started, bar = time.perf_counter(), None
 device = machine.pick_device(device)
@@ -128,15 +132,7 @@ if on_cpu:
 
 # ---------------------------------------------------------------------------------------------------
 # what was asked for, checked before anything is written
-for rule, fits, names in (
-        ('at least 1', lambda x: x >= 1, 'batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters'),
-        ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens'),
-        ('at least 0 and less than 1', lambda x: 0 <= x < 1, 'beta1 beta2 ema_decay'),
-        ('more than 0', lambda x: x > 0, 'learning_rate'),
-        ('at least 0 and less than 2**32', lambda x: 0 <= x < 2 ** 32, 'seed')):
-    for name in names.split():
-        if not fits(config[name]):
-            raise UserError(f'{name}={config[name]} must be {rule}')
+check_ranges(config)
 out = Path(out_dir)
 if init_from == 'scratch' and (kind := checkpoint.kind_in(out)) not in (None, attention):
     raise UserError(f"--out_dir={out_dir} holds a model of kind '{kind}', not '{attention}': name another folder, or remove it")
@@ -179,7 +175,7 @@ model.float().to(device).train()  # master weights in fp32, whatever the file he
 model.stream = machine.pick_dtype(dtype, device)
 model.check_kernel(device)
 data = datasets.Dataset(datasets.find(dataset), block_size, seed, device, rank, world)
-trainer = Trainer(config, model, data)
+trainer = Trainer(config, model, data, checkpoint.load_model(teacher, dropout=0.0, kernel=kernel)[0] if teacher else None)
 if old:
     trainer.load_state(old)
     old = None
@@ -222,7 +218,7 @@ def check(value):
 def save(name, resumable):
     """Write out_dir/name: the weights to use (averaged, if they are), or all that a resumed run needs."""
     content = dict(kind=kind, model_args=checkpoint.model_args(model), step=run.step, best_val_loss=run.best, best_step=run.best_step,
-                   meta=meta, config=dict(config), commit=commit, seconds=seconds())
+                   meta=meta, config=dict(config), commit=commit, seconds=seconds()) | {key: source[key] for key in ('conversion',) if key in source}
     if resumable:
         checkpoint.save(out / name, content | dict(model=model.state_dict()) | trainer.state())
     else:
@@ -237,6 +233,8 @@ if main:
             say(f'{out_dir} held an earlier run: it is now in {out_dir}/previous')
         if init_from == 'resume' and (out / 'log.jsonl').exists():  # a crash may have cut its last line short
             os.truncate(out / 'log.jsonl', (out / 'log.jsonl').read_bytes().rfind(b'\n') + 1)
+        for file in source['codec'].files if 'codec' in source else ():
+            shutil.copyfile(file, out / file.name) if not (out / file.name).exists() else None
         log = open(out / 'log.jsonl', 'a' if init_from == 'resume' else 'w')
     except OSError as error:
         raise UserError(f'cannot write to --out_dir={out_dir}: {error.strerror}') from None

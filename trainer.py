@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
@@ -19,6 +21,23 @@ from muon import MovingAverage, optimizers, set_rate
 
 CHOICES = dict(optimizer=('adamw', 'muon'), schedule=('cosine', 'wsd'))
 EAGER_STEPS = 3  # a CUDA graph can be recorded once everything is allocated: after as many ordinary steps
+
+
+RANGES = (
+    ('at least 1', lambda x: x >= 1, 'batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters'),
+    ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens'),
+    ('at least 0 and less than 1', lambda x: 0 <= x < 1, 'beta1 beta2 ema_decay'),
+    ('at least 0 and at most 1', lambda x: 0 <= x <= 1, 'distill'),
+    ('more than 0', lambda x: x > 0, 'learning_rate'),
+    ('at least 0 and less than 2**32', lambda x: 0 <= x < 2 ** 32, 'seed'))
+
+
+def check_ranges(settings):
+    """UserError for a number among train.py's settings that cannot be meant."""
+    for rule, fits, names in RANGES:
+        for name in names.split():
+            if not fits(settings[name]):
+                raise UserError(f'{name}={settings[name]} must be {rule}')
 
 
 def rate(s, step):
@@ -35,13 +54,35 @@ def rate(s, step):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - s.warmup_iters) / (end - s.warmup_iters)))
 
 
-class Trainer:
+class Distilled(nn.Module):
     """
-    A model, its optimizers and its data. `settings` are train.py's; the model is on its device, its
-    `stream` is set. Rank and world come from `data`.
+    A model that learns from text and from a teacher's predictions: forward(idx, targets), both (B, T), gives
+    (1 - share) · cross-entropy + share · KL(teacher, model) in nats a token (Hinton et al. 2015, at temperature 1).
     """
 
-    def __init__(self, settings, model, data):
+    def __init__(self, model, teacher, share):
+        super().__init__()
+        self.model, self.teacher, self.share = model, teacher.eval().requires_grad_(False), share
+
+    def forward(self, idx, targets):
+        x = self.model.hidden(idx)
+        with torch.no_grad():
+            theirs = self.teacher.hidden(idx)
+        loss = self.share * self.divergence(x, theirs)
+        return loss + (1 - self.share) * self.model.loss(x, targets) if self.share < 1 else loss
+
+    def divergence(self, x, theirs):
+        ours, theirs = (model.lm_head(h).float().log_softmax(-1).flatten(0, 1) for model, h in ((self.model, x), (self.teacher, theirs)))
+        return F.kl_div(ours, theirs, reduction='batchmean', log_target=True)
+
+
+class Trainer:
+    """
+    A model, its optimizers and its data, and perhaps a teacher, another model. `settings` are train.py's; the model is
+    on its device, its `stream` is set. Rank and world come from `data`.
+    """
+
+    def __init__(self, settings, model, data, teacher=None):
         self.s = s = SimpleNamespace(**settings)
         self.model, self.data, self.device, self.world = model, data, data.device, data.world
         for name, choices in CHOICES.items():
@@ -53,6 +94,16 @@ class Trainer:
             raise UserError('--cuda_graph=True needs one CUDA GPU, bfloat16 or float32, and a dataset that fits on it: use --cuda_graph=False')
         if s.fp8_head and (self.device.type != 'cuda' or not s.fused_loss):
             raise UserError('--fp8_head=True needs a CUDA GPU and --fused_loss=True: use --fp8_head=False')
+        if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+            raise UserError(f'--teacher={s.teacher} knows {teacher.config.vocab_size} tokens, the model {model.config.vocab_size}: name the model it was converted from')
+        if teacher is not None and teacher.config.block_size < s.block_size:
+            raise UserError(f'--teacher={s.teacher} reads {teacher.config.block_size} tokens at a time: use --block_size={teacher.config.block_size} or less')
+        words = [word.strip() for word in s.train_only.split(',') if word.strip()]
+        for name, p in model.named_parameters() if words else ():
+            p.requires_grad_(any(word in name for word in words))
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(f"--train_only={s.train_only}: no parameter has such a name; 'attn' or 'kv_a_proj,kv_b_proj,q_proj' are words of MLA's")
+        self.teacher = None if teacher is None else teacher.to(self.device)
         self.accumulation = s.gradient_accumulation_steps // self.world
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2), graph=s.cuda_graph,
@@ -74,12 +125,18 @@ class Trainer:
             if self.device.type != 'cuda' or not s.fused_loss:
                 model.loss = torch.compile(model.loss, dynamic=False)
             model.embed = torch.compile(model.embed, dynamic=False)
-            for block in model.transformer.h:
+            for block in [*model.transformer.h, *(self.teacher.transformer.h if self.teacher else ())]:
                 block.compile(dynamic=False)
+            torch._dynamo.config.recompile_limit = max(8, 2 * len(model.transformer.h))  # ranks may differ from layer to layer
         self.forward = model
+        if self.teacher:
+            self.teacher.stream = model.stream
+            self.forward = Distilled(model, self.teacher, s.distill)
+            if s.compile:
+                self.forward.divergence = torch.compile(self.forward.divergence, dynamic=False)
         if self.world > 1:
-            self.forward = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == 'cuda' else None,
-                                                   gradient_as_bucket_view=True)
+            ids = [self.device.index] if self.device.type == 'cuda' else None
+            self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
 
     def update(self, step):
         """Train on the batch of `step` (from 0): one update. Returns its mean loss, on the device, not waited for."""

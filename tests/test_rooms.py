@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {'train', 'sample', 'bench', 'compare', 'evaluate', 'find_induction_heads', 'convert_mla', 'bench_adapters'}
+SCRIPTS = {'train', 'sample', 'bench', 'compare', 'evaluate', 'find_induction_heads', 'convert_mla', 'study_conversion', 'bench_adapters'}
 ROOMS = dict(  # what each may import of this project; a script may import all of these
     configurator=set(),
     muon=set(),
@@ -44,9 +44,11 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     retrieval=set(),
     harness={'configurator', 'decoding', 'scoring'},
     scoreboard=set(),
+    calibration={'configurator', 'dataset'},
+    conversion={'configurator', 'model', 'model_mla'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), decode_figures=set(),
-               dataset={'torch', 'numpy'}, subject={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), decode_figures=set(), dataset={'torch', 'numpy'},
+               subject={'torch', 'numpy'}, calibration={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright'}
 

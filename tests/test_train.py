@@ -639,7 +639,7 @@ def test_on_the_cpu_a_config_shrinks_and_a_key_beats_it(path, tmp_path, capsys):
 def test_model_settings_have_the_defaults_of_the_models():
     page, _ = configurator._read_page(str(ROOT / 'train.py'))
     fields = {field.name: field.default for field in dataclasses.fields(MLAConfig)}
-    assert fields.keys() - page.keys() == {'vocab_size', 'absorb'}  # the data's, and decoding's
+    assert fields.keys() - page.keys() == {'vocab_size', 'absorb', 'kv_lora_ranks', 'source_head_dim'}  # the data's, decoding's, and conversion's
     wanted = fields | dict(bias=False, pos='learned')  # MLA without a word about positions takes rope
     assert {name: page[name][0] for name in fields.keys() & page.keys()} == {name: wanted[name] for name in fields.keys() & page.keys()}
     assert {field.name: field.default for field in dataclasses.fields(GPT.Config)}.items() - {('bias', True)} <= wanted.items()

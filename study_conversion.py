@@ -1,0 +1,254 @@
+"""
+The conversion study: how much perplexity each way into MLA costs, and how much of it healing gives back.
+
+    python study_conversion.py --text=books.txt.xz --seeds=1,2,3
+    python study_conversion.py --text=books.txt.xz --seeds=1 --kinds=mha        # minutes on one large GPU
+    python study_conversion.py --results=out-study/results.jsonl --draw_only=True
+
+Trains the sources (MHA and GQA with RoPE), converts each at every saving by every strategy, heals the chosen ones for at
+most a twentieth of the source's steps, and reads them through an int4 cache. Each figure is a line of a JSONL file; a
+study that was interrupted goes on where it was.
+"""
+# what
+out = 'out-study'  # sources, converted and healed models
+results = ''  # the figures; '' = out/results.jsonl
+picture = ''  # '' = out/study.png
+text = ''  # a text file to make the dataset of when it is not there, byte by byte
+dataset = ''  # a folder of tokens, '' = out/text
+seeds = '1,2,3'
+kinds = 'mha,gqa'  # sources
+savings = '0.6875,0.8125,0.875,0.93'  # shares of the source's cache
+heal_savings = '0.875,0.93'  # of these, which to heal
+draw_only = False  # only the table and the picture of what is there
+# the source: 35M parameters (MHA), 32M (GQA)
+n_layer = 11
+n_head = 8
+n_kv_head = 4  # of the GQA source
+n_embd = 512
+block_size = 512
+batch_size = 64
+source_steps = 2000
+heal_steps = 100  # at most a twentieth of source_steps
+heal_optimizer = 'adamw'  # adamw | muon
+heal_lr = 1e-3
+heal_muon_lr = 0.005
+# measuring
+calibration_tokens = 131072
+eval_tokens = 262144
+device = 'auto'  # auto | cpu | cuda
+seconds = 0.0  # stop (resumably) before a training that would begin later than that; 0 = no limit
+
+from configurator import UserError, configure
+config = configure(globals())
+
+# ---------------------------------------------------------------------------------------------------
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+import calibration
+import checkpoint
+import conversion
+import machine
+from cache import Cache
+
+HERE, out, began = Path(__file__).resolve().parent, Path(out), time.perf_counter()
+results, picture = Path(results or out / 'results.jsonl'), Path(picture or out / 'study.png')
+folder = Path(dataset or out / 'text')
+if heal_steps * 20 > source_steps:
+    raise UserError(f'heal_steps={heal_steps} is more than a twentieth of source_steps={source_steps}')
+try:
+    seeds, savings, heal_savings = [int(s) for s in seeds.split(',')], [float(s) for s in savings.split(',')], [float(s) for s in heal_savings.split(',') if s]
+except ValueError:
+    raise UserError('seeds, savings and heal_savings are numbers, separated by commas') from None
+kinds = kinds.split(',')
+if not set(kinds) <= {'mha', 'gqa'} or not set(heal_savings) <= set(savings) or not all(0 < s < 1 for s in savings):
+    raise UserError('kinds are mha and gqa; savings lie between 0 and 1, and heal_savings are some of them')
+
+BASELINE = dict(rope='2-norm', rope_heads='own', low_rank='joint')  # what MHA2MLA does
+BEST = dict(rope='turn', rope_heads='shared', low_rank='balanced')
+WAYS = [dict(rope=rope, rope_heads='own', low_rank='joint') for rope in ('high', 'low', 'uniform', '2-norm', 'turn')]
+WAYS += [dict(rope='2-norm', rope_heads='own', low_rank=low_rank) for low_rank in ('split', 'calibrated', 'balanced')]
+WAYS += [dict(rope=rope, rope_heads='shared', low_rank='balanced') for rope in ('uniform', '2-norm', 'turn')]
+WAYS += [dict(rope='turn', rope_heads='shared', low_rank=low_rank) for low_rank in ('split', 'joint', 'calibrated')]
+WAYS += [BEST | dict(real=True), BEST | dict(fold=2), BEST | dict(ranks='spectrum'), BEST | dict(rotate=True)]
+
+
+def name_of(way):
+    return ', '.join(str(v) if k in BEST else f'{k}={v}' for k, v in way.items())
+
+
+def key_of(row):
+    return json.dumps({k: row[k] for k in ('kind', 'seed', 'saving', 'what', 'way') if k in row}, sort_keys=True)
+
+
+def read_rows():
+    try:
+        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    except ValueError:
+        raise UserError(f'{results} is damaged: a line of it is no JSON') from None
+
+
+def tell(**row):
+    row |= dict(commit=machine.commit(), device=machine.describe(device), torch=torch.__version__)
+    with open(results, 'a') as file:
+        file.write(json.dumps(row) + '\n')
+    done[key_of(row)] = row
+    print(f'{row["kind"]} seed {row["seed"]}' + (f' −{100 * row["saving"]:g} %' if 'saving' in row else '') + f' {row["what"]}: '
+          f'perplexity {row["perplexity"]:.4f}' + (f' ({name_of(row["way"])})' if 'way' in row else ''), flush=True)
+    return row
+
+
+def train(folder, *words):
+    """train.py in a process of its own, into `folder`; nothing when it has ended there before. UserError when it fails or must wait."""
+    log = folder / 'log.jsonl'
+    if (folder / 'ckpt.pt').exists() and log.exists() and '"max_iters reached"' in log.read_text():
+        return
+    if seconds and time.perf_counter() - began > seconds:
+        draw()
+        raise UserError(f'stopped after {seconds:.0f} s, before {folder}: the same command goes on')
+    shutil.rmtree(folder, ignore_errors=True)
+    words = [*words, f'--out_dir={folder}', f'--dataset={data}', '--gradient_accumulation_steps=1', f'--batch_size={batch_size}', '--sample_tokens=0',
+             '--schedule=wsd', '--min_lr=0', f'--device={device.type}', '--eval_iters=4']
+    words += ['--dtype=fast', '--kernel=eager'] if device.type == 'cpu' else []
+    if subprocess.run([sys.executable, str(HERE / 'train.py'), *words], stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f'training {folder} has failed (its message is above)')
+
+
+def nats_of(model, cache=''):
+    how = dict(cache=lambda slots, size: Cache.of(model, slots, size, dtype=cache, window=min(128, block_size // 8)), chunk=max(1, block_size // 16)) if cache else {}
+    return calibration.mean_loss(model, held_out, 32, **how)
+
+
+def figures_of(model, nats, cache=''):
+    held = Cache([block.attn.cache_dims() for block in model.transformer.h], 1, 256, dtype=cache or 'bfloat16', full=torch.bfloat16, window=0, device=device, kernel='torch')
+    return dict(nats=nats, perplexity=calibration.perplexity(nats), bytes=held.bytes_per_token)
+
+
+def load(path):
+    model = checkpoint.load_model(path)[0].to(device).eval()
+    return model
+
+
+def study(kind, seed):
+    home = out / f'{kind}-{seed}'
+    on_gpu = device.type == 'cuda'
+    train(home / 'source', f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--n_kv_head={n_kv_head if kind == "gqa" else 0}', f'--block_size={block_size}',
+          '--pos=rope', '--norm=rmsnorm', '--act=swiglu', '--tie_weights=False', '--init=fan_in', '--zero_init=True', '--optimizer=muon', '--muon_lr=0.02',
+          '--learning_rate=3e-3', '--warmup_iters=20', '--cooldown=0.6', f'--max_iters={source_steps}', f'--eval_interval={max(1, source_steps // 4)}', f'--seed={seed}',
+          f'--compile={on_gpu}', f'--cuda_graph={on_gpu}')
+    source = load(home / 'source')
+    c, moments = source.config, None
+    if key_of(dict(kind=kind, seed=seed, what='source')) not in done:
+        tell(kind=kind, seed=seed, what='source', params=source.num_params(), **figures_of(source, nats_of(source)))
+    for saving in savings:
+        for way in WAYS:
+            row = dict(kind=kind, seed=seed, saving=saving, what='converted', way=way)
+            healed = saving in heal_savings and way in (BASELINE, BEST)
+            place = home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
+            if key_of(row) in done and not (healed and not (place / 'ckpt.pt').exists()):
+                continue
+            moments = moments or calibration.measure(source, windows, 32)
+            pairs, rank = conversion.for_saving(c, saving, way['rope_heads'], way['low_rank'])
+            mla, layers = conversion.convert(source, moments, rank, pairs, **way)
+            if key_of(row) not in done:
+                tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
+            if way == BEST and key_of(row | dict(what='converted, int4')) not in done:
+                tell(**row | dict(what='converted, int4'), **figures_of(mla, nats_of(mla, 'int4'), 'int4'))
+            if healed:
+                checkpoint.save(place / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict(), step=0, config={}))
+    for saving in heal_savings:
+        for way in (BEST, BASELINE):
+            row = dict(kind=kind, seed=seed, saving=saving, what='healed', way=way)
+            place = home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
+            if all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
+                continue
+            train(place / 'healed', str(HERE / 'config' / 'heal_mla.py'), f'--init_from={place}', f'--teacher={home / "source"}', f'--max_iters={heal_steps}',
+                  f'--warmup_iters={max(1, heal_steps // 20)}', f'--optimizer={heal_optimizer}', f'--learning_rate={heal_lr}', f'--muon_lr={heal_muon_lr}', f'--eval_interval={heal_steps}',
+                  f'--seed={seed + 1000}', '--compile=False', f'--cuda_graph={on_gpu}')
+            mla = load(place / 'healed')
+            for what, cache in (('healed', ''), ('healed, int4', 'int4')):
+                if key_of(row | dict(what=what)) not in done:
+                    tell(**row | dict(what=what), **figures_of(mla, nats_of(mla, cache), cache))
+
+
+# ---------------------------------------------------------------------------------------------------
+# table and picture
+
+def draw():
+    """The perplexity of each row as a multiple of its source's, over the seeds: mean (least to most)."""
+    import figures
+    base = {(row['kind'], row['seed']): row for row in done.values() if row['what'] == 'source'}
+    groups = defaultdict(list)
+    for row in done.values():
+        if 'saving' in row and (row['kind'], row['seed']) in base:
+            groups[row['kind'], row['what'], json.dumps(row['way']), row['saving']].append(row['perplexity'] / base[row['kind'], row['seed']]['perplexity'] - 1)
+    shown = sorted({kind for kind, *_ in groups})
+    if not shown:
+        return
+    columns = sorted({saving for *_, saving in groups})
+    for kind in shown:
+        own = [row['perplexity'] for (k, _), row in base.items() if k == kind]
+        print(f'\n{kind.upper()}: source perplexity {sum(own) / len(own):.4f} ({len(own)} seeds); percent above it\n{"":52}' + ''.join(f'{"−" + format(100 * s, "g") + " %":>26}' for s in columns))
+        for what, way in sorted({(what, way) for k, what, way, _ in groups if k == kind}):
+            cells = [groups.get((kind, what, way, s)) for s in columns]
+            told = [f'{100 * sum(x) / len(x):.2f}' + f' ({100 * min(x):.2f}–{100 * max(x):.2f})' * (len(x) > 1) if x else '' for x in cells]
+            print(f'{what + ": " + name_of(json.loads(way)):52}' + ''.join(f'{cell:>26}' for cell in told))
+    lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], '--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], '--'),
+             ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], '--'),
+             ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], '-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], '-'),
+             ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], ':')]
+    with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
+                       note=f'bytes of books; healing: {heal_steps} steps after {source_steps} of training; mean of the seeds, bars from least to most') as (fig, axes):
+        for ax, kind in zip([axes] if len(shown) == 1 else axes, shown):
+            for label, what, way, color, style in lines:
+                points = [(100 * s, [100 * x for x in groups[kind, what, json.dumps(way), s]]) for s in columns if (kind, what, json.dumps(way), s) in groups]
+                if points:
+                    means = [max(sum(x) / len(x), 0.01) for _, x in points]
+                    ax.errorbar([s for s, _ in points], means, [[max(m - max(min(x), 0.005), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
+                                color=color, linestyle=style, marker='o', markersize=4, capsize=2, label=label)
+            ax.set_yscale('log')
+            ax.yaxis.set_major_formatter(lambda y, _: f'{y:g}')
+            ax.yaxis.set_minor_formatter(lambda y, _: '')
+            ax.set_xticks([100 * s for s in columns], [f'{100 * s:g}' for s in columns])
+            ax.set_xlim(100 * columns[0] - 2, 100 * columns[-1] + 2)
+            ax.set_title(kind.upper())
+            ax.set_xlabel('share of the cache saved (%)')
+            ax.set_ylabel('perplexity above the source (%)')
+        seen = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(seen.values(), seen.keys(), loc='outside right center', fontsize=9)
+        some = next(iter(base.values()))
+        figures.footer(fig, f'commit {some["commit"]} · seeds {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
+        figures.save(fig, picture)
+    print(f'\n{results}, {picture}')
+
+
+device = machine.pick_device(device)
+torch.set_float32_matmul_precision('high')
+if results.exists() and not draw_only:  # a kill may have cut its last line short
+    os.truncate(results, results.read_bytes().rfind(b'\n') + 1)
+done = {key_of(row): row for row in read_rows()}
+if draw_only:
+    draw()
+    sys.exit()
+if not (folder / 'train.bin').exists():
+    if not text:
+        raise UserError(f'{folder} holds no tokens: name a --text to make them of, or a --dataset')
+    if subprocess.run([sys.executable, str(HERE / 'data' / 'text' / 'prepare.py'), text, '--tokenizer=bytes', f'--out={folder}', '--val_fraction=0.02']).returncode:
+        raise UserError(f'--text={text} could not be prepared (the message is above)')
+data = folder.resolve()
+results.parent.mkdir(parents=True, exist_ok=True)
+known, val, _ = calibration.tokens_of(str(folder), {}, 256)
+windows = calibration.windows_of(known, calibration_tokens, block_size, n_embd + 1).to(device)
+held_out = calibration.windows_of(val, eval_tokens, block_size + 1, what='the held-out part').to(device)
+for seed in seeds:
+    for kind in kinds:
+        study(kind, seed)
+draw()
