@@ -187,9 +187,10 @@ def test_set_rate_is_a_share_of_the_peak(as_tensors, tiny):
 @pytest.mark.gpu
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 def test_tensor_rates_on_the_gpu_move_as_plain_ones(kind, tiny, tokens):
-    moved = []
+    moved, start = [], None
     for graph in (False, True):
         model = tiny(kind).cuda()
+        start = [p.detach().clone() for p in model.parameters()]
         made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), graph=graph)
         set_rate(made, 0.5)
         for _ in range(3):
@@ -198,8 +199,8 @@ def test_tensor_rates_on_the_gpu_move_as_plain_ones(kind, tiny, tokens):
                 o.step()
                 o.zero_grad()
         moved.append([p.detach().clone() for p in model.parameters()])
-    for a, b in zip(*moved):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)  # Muon's products are bf16; a rate half as large would move 5e-3 less
+    for a, b, was in zip(*moved, start):  # Muon's products are bf16: all that moves must agree, but not each element
+        assert (a - b).norm() <= 0.05 * (a - was).norm()
 
 
 # ---------------------------------------------------------------------------------------------------
