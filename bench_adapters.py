@@ -65,7 +65,6 @@ from configurator import UserError, configure
 
 words = [word for word in sys.argv[1:] if not word.startswith('-')]
 options = [word for word in sys.argv[1:] if word.startswith('-')]
-per_adapter = {}
 
 
 def as_options(settings, path):
@@ -84,7 +83,7 @@ def configured(more=()):
     return configure({'__file__': __file__}, [*given, *more, *options])
 
 
-given = []
+given, per_adapter = [], {}
 configure({'__file__': __file__}, options)  # --help, and what is wrong there
 if len(words) == 3:
     try:

@@ -214,6 +214,14 @@ def test_the_shipped_presets_are_settings(capsys):
         assert len(lines) == n and lines[0] == '0 full/eager' and any(line.endswith('qlora/sdpa/peer') for line in lines)
 
 
+def test_an_adapter_s_own_settings_are_in_its_rows_alone(capsys):
+    Path('per.json').write_text(json.dumps(TINY | dict(per_adapter=dict(lora=dict(lora_r=7, targets=['q_proj', 'v_proj'])))))
+    for kind in ('lora', 'qlora'):
+        assert not exit_code('bench_adapters.py', ['random:tiny', 'per.json', 'out', f'--cell={kind}/cudnn', '--seed=3'])
+    rows = [json.loads(path.read_text()) for path in sorted(Path('out/cells').iterdir())]
+    assert [(row['settings']['lora_r'], row['settings']['targets'], row['settings']['seed']) for row in rows] == [(7, 'q_proj,v_proj', 3), (4, 'all', 3)]
+
+
 def test_a_row_belongs_to_its_settings_and_its_data(capsys):
     def cell(*more):
         assert not exit_code('bench_adapters.py', ['random:tiny', 'c.json', 'out', '--cell=lora/cudnn', *more])
