@@ -174,10 +174,10 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, cache=None):
-        """x (B, T, C) -> (B, T, C). cache: this layer's (see cache.py); the T tokens join what it holds and attend to all of it."""
+        """x (B, T, C) -> (B, T, C). cache: this layer's (cache.py), which the T tokens join and attend to all of; or packed documents (packing.py)."""
         q, k, v = self.qkv(x, rope)
-        if cache is None:
-            y = self.attend(q, k, v)
+        if not hasattr(cache, 'extend'):
+            y = self.attend(q, k, v) if cache is None else cache.isolate(self, q, k, v)
         else:
             new = dict(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
             if cache.fresh:  # a prompt: its tokens see each other and nothing else

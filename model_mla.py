@@ -141,8 +141,8 @@ class MultiHeadLatentAttention(Attention):
         once. Then all heads share one key [c_kv | k_pe] and one value c_kv, as in MQA. With a cache a prompt is naive,
         and so are more tokens at a time than reading out every held key and value costs.
         """
-        if not self.absorb and cache is None:
-            return super().forward(x, rope)
+        if not self.absorb and not hasattr(cache, 'extend'):  # no cache, or packed documents
+            return super().forward(x, rope, cache)
         q_nope, q_pe = self.query(x, rope)
         (c_kv, k_pe), seen, T = self.latent(x, rope), None, x.size(1)
         if cache is not None and cache.fresh:

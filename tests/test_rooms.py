@@ -26,6 +26,14 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     checkpoint={'configurator', 'model', 'model_mla', 'deepseek'},  # deepseek late
     deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
     hf_tokenizer={'configurator'},
+    adapters={'configurator', 'model'},
+    packing={'model'},  # late
+    finetuning={'configurator', 'model', 'kernels', 'adapters'},  # the last two late
+    instructions={'configurator', 'dataset'},
+    answers={'configurator'},
+    peft_peer={'adapters', 'configurator', 'deepseek', 'finetuning'},
+    cells={'adapters', 'answers', 'cache', 'calibration', 'configurator', 'conversion', 'deepseek', 'finetuning', 'instructions', 'machine', 'packing', 'peft_peer'},
+    adapter_table={'dataset', 'figures'},
     trainer={'configurator', 'muon', 'kernels'},
     patterns={'configurator'},
     circuits={'model_mla'},
@@ -47,10 +55,10 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     calibration={'configurator', 'dataset'},
     conversion={'configurator', 'model', 'model_mla'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), decode_figures=set(), dataset={'torch', 'numpy'},
-               subject={'torch', 'numpy'}, calibration={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), adapter_table=set(), decode_figures=set(), dataset={'torch', 'numpy'},
+               subject={'torch', 'numpy'}, packing={'torch', 'numpy'}, calibration={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
-HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright'}
+HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright', 'rouge_score'}
 
 FILES = {path.stem: path for path in sorted(ROOT.glob('*.py'))}
 every_file = pytest.mark.parametrize('name', FILES)
