@@ -1,5 +1,6 @@
 """What the tests share: two threads, no GPU tests without a GPU, and tiny models whose weights are all random."""
 import os
+import signal
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A train.py that runs inside a test leaves its handlers; what is ignored here would be ignored by every child, too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM))}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
