@@ -113,6 +113,29 @@ def test_interpreted_widths_that_are_no_power_of_two_and_empty_sequences():
     assert d.decode(q, (k, None, None, None), None, torch.tensor([0, 0]), 1.0, 10).eq(0).all()
 
 
+@interpreted
+@pytest.mark.parametrize('dtype', ['auto', 'int4'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_interpreted_some_rows_only(layout, dtype):
+    dims, rows, full = dict(c_kv=64, k_pe=8), torch.tensor([2, 0]), torch.float32
+    cache = filled(dims, [30, 70, 50], 96, dtype=dtype, window=24, **LAYOUTS[layout])
+    new = {name: torch.randn(2, 1, width) for name, width in dims.items()}
+    cache.plan(1, rows.tolist())
+    cache.begin(1)
+    first, second = cache.stores
+    d.keep([(x, store.held, store.bits, group_of(store.width)) for x, store in zip(new.values(), cache.stores)],
+           cache.now.lengths, cache.now.counts, cache.size, cache.table, cache.page_size, rows, cache.window)
+    q, q_pe = torch.randn(2, 4, 64), torch.randn(2, 4, 8)
+    got = d.decode(q, first.held, None, cache.now.lengths, 0.2, cache.size, q_pe, second.places[0], cache.table, cache.page_size, rows,
+                   first.bits, 64, cache.window)
+    cache.end()
+    for b, row in enumerate(rows.tolist()):
+        c_kv, k_pe = (held(cache, name)[row, :cache.used[row]].double() for name in dims)
+        assert torch.equal(c_kv[-1].float(), new['c_kv'][b, 0]) and torch.equal(k_pe[-1].float(), new['k_pe'][b, 0])
+        p = (0.2 * (q[b].double() @ c_kv.T + q_pe[b].double() @ k_pe.T)).softmax(-1)
+        torch.testing.assert_close(got[b].double(), p @ c_kv, rtol=0, atol=2e-6)
+
+
 def kept(device, full, dims, dtype, layout):
     """Twice the same tokens into a cache, by cache.py and by the kernel; the (store, store) of each name."""
     caches = [Cache([dims], 3, 40, dtype=dtype, window=8, full=full, device=device, kernel='torch', static=True, **LAYOUTS[layout]) for _ in range(2)]
