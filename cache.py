@@ -261,8 +261,10 @@ class Cache:
             self.layers.append(Layer(self, {name: Store(self, width, bits[name], FULL.get(self.dtype, full)) for name, width in widths.items()}))
         self.planned = self.now = self.aimed = self.looked = None
         reason = self.reason_for_torch(heads)
-        if kernel not in ('auto', 'torch', 'triton') or (kernel == 'triton' and reason):
-            raise UserError(f"--decode_kernel={kernel} cannot run: {reason or 'use auto, torch or triton'}")
+        if kernel not in ('auto', 'torch', 'triton'):
+            raise UserError(f"decode_kernel='{kernel}' is not known: use auto, torch or triton")
+        if kernel == 'triton' and reason:
+            raise UserError(f'--decode_kernel=triton cannot run: {reason}. Use --decode_kernel=auto')
         self.kernel = 'torch' if kernel == 'torch' or reason else 'triton'
 
     def reason_for_torch(self, heads):
@@ -291,6 +293,11 @@ class Cache:
     def nbytes(self):
         """Bytes of all buffers that hold tokens: the formula above."""
         return sum(buffer.nbytes for store in self.stores for buffer in store.buffers)
+
+    @property
+    def window_bytes(self):
+        """Those of them that hold the windows of full precision of a quantised cache."""
+        return sum(store.recent.nbytes for store in self.stores if store.recent is not None)
 
     @property
     def bytes_per_token(self):

@@ -137,7 +137,8 @@ if cache != 'none':
     slots = min(batch_size, len(texts)) if prompts else min(num_samples, 2)  # the prompt stays in slot 0 when it is needed again
     held = Cache.of(model, slots, min(block_size, longest + max_new_tokens - 1), layout=cache, dtype=cache_dtype, page_size=page_size,
                     static=device.type == 'cuda', kernel=decode_kernel)
-    cost = f'{cache} {held.dtype} cache, {held.bytes_per_token:,.0f} bytes a token'
+    cost = f'{cache} {held.dtype} cache, {(held.nbytes - held.window_bytes) / held.places:,.0f} bytes a token'
+    cost += f' and {held.window_bytes / held.slots / 1024:,.0f} KiB for the last {held.window}' * bool(held.window_bytes)
 print(f'{checkpoint.kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, {trained}{source}; {cost}', file=sys.stderr)
 if cut := [len(ids) for ids in texts if len(ids) > block_size]:
     whose = f'{len(cut)} prompts have up to {max(cut)}' if prompts else f'the prompt has {cut[0]}'

@@ -476,6 +476,8 @@ def test_a_stop_ends_a_sample(sample):
     (['--cache=big'], '--cache=big is not known: use none, dense or paged'),
     (['--cache_dtype=int2'], "cache_dtype='int2' is not known: use auto, float32"),
     (['--cache=paged', '--page_size=17'], 'page_size=17 is not supported: use 16, 64, 128'),
+    (['--decode_kernel=fast'], "decode_kernel='fast' is not known: use auto, torch or triton"),
+    (['--decode_kernel=triton'], '--decode_kernel=triton cannot run: Triton and a CUDA GPU are needed'),
     (['--batch_size=0'], 'batch_size=0 must be at least 1'),
     (['--prefill_chunk=-1'], 'prefill_chunk=-1 must be at least 0'),
     (['--prompts=none.txt'], '--prompts=none.txt cannot be read: No such file'),
@@ -500,6 +502,11 @@ def test_it_says_what_is_wrong_in_one_line(arguments, message, sample):
 def test_learned_positions_fall_back_to_no_cache(sample):
     out, err = sample('--init_from=gpt2.pt', '--max_new_tokens=60', '--start=abc')
     assert len(out) == 64 and err.endswith('no cache (the text may outgrow block_size=24, where learned positions end)\n')
+
+
+def test_the_window_of_a_quantised_cache_is_told_apart(sample):
+    _, err = sample('--cache_dtype=int8')
+    assert re.search(r' dense int8 cache, [0-9,]+ bytes a token and [0-9,]+ KiB for the last \d+\n$', err)
 
 
 def test_a_wrong_setting_ends_with_code_2(sample):
