@@ -106,7 +106,7 @@ def training(runs, path, footer, title='Through training'):
             ax.set_xlabel('tokens seen' if over == 'tokens' else 'step')
             ax.set_ylabel(label)
         axes[0].set_ylim(-0.02, 1.02)
-        axes[0].legend(loc='upper left', fontsize=9)
+        axes[0].legend(loc='upper left', fontsize=9, handlelength=3.6)
         figures.footer(fig, footer)
         figures.save(fig, path, palette=True)
     return path
