@@ -221,8 +221,10 @@ class Cache:
     """
     dims: one dict name -> width for each layer; slots: sequences at a time; size: tokens of each.
 
-    dtype 'auto' is `full`, the full precision of k_pe and of the window. pages=0: enough for all slots.
-    UserError for a layout, dtype, page size or width of window that is not known.
+    dtype 'auto' is `full`, the full precision of k_pe and of the window. pages=0: enough for all slots. static: shapes
+    for a CUDA graph. kernel: who attends for a single new token, triton (decode_kernels.py) or torch; auto is the first where
+    it can run. heads: key/value heads, where there is no latent.
+    UserError for a layout, dtype, kernel, page size or width of window that is not known.
     """
 
     def __init__(self, dims, slots, size, layout='dense', dtype='auto', page_size=64, pages=0, window=128,
