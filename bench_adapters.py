@@ -229,7 +229,7 @@ def run_apart(name):
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'w') as file:
         if forks():
-            code = forked(name, file)
+            code = in_fork(lambda: run_here(name), file)
         else:
             code = subprocess.run([sys.executable, __file__, *words, *options, f'--cell={name}'], stdout=file, stderr=file).returncode
     said = (log.read_text().strip().splitlines() or [''])[-1]
@@ -244,30 +244,37 @@ def run_apart(name):
 
 @lru_cache
 def forks():
-    """Whether a cell's process is a fork of this one, which has then loaded the large packages for all. Not with a GPU: CUDA does not outlive a fork."""
+    """
+    Whether a cell's process is a fork of this one, which has then loaded the large packages for all. CUDA does not outlive a
+    fork, so with a GPU this process must not have woken it: a first fork tries whether the GPU answers.
+    """
     if not hasattr(os, 'fork'):
         return False
+    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')  # to ask whether there is a GPU does not wake it
     import machine
-    if machine.pick_device(device).type != 'cpu':
-        return False
+    kind = machine.pick_device(device).type
     import cells  # noqa: F401
-    for package in ('torch._dynamo', 'peft', 'bitsandbytes', 'rouge_score.rouge_scorer'):
+    import torch
+    packages = ['torch._dynamo', 'torch._inductor.compile_fx', 'rouge_score.rouge_scorer']
+    packages += ['peft', 'bitsandbytes'] if kind == 'cpu' else ['transformers.models.llama.modeling_llama']  # bitsandbytes, which peft loads, wakes a GPU
+    for package in packages:
         with suppress(ImportError):  # the cells that need it will say so
             importlib.import_module(package)
-    return True
+    return kind == 'cpu' or kind == 'cuda' and in_fork(lambda: torch.ones(1, device=device.replace('auto', 'cuda')).item(), subprocess.DEVNULL) == 0
 
 
-def forked(name, file):
-    """The exit code of the cell, run in a fork that writes to `file`."""
+def in_fork(run, file):
+    """The exit code of run(), in a fork that writes to `file`."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 1
     try:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        run_here(name)
+        target = os.open(os.devnull, os.O_WRONLY) if file == subprocess.DEVNULL else file.fileno()
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        run()
         code = 0
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
