@@ -201,6 +201,31 @@ def study(kind, seed):
 # ---------------------------------------------------------------------------------------------------
 # table and picture
 
+def verdict(above):
+    """What must hold of conversions, by `above`: (what, way as JSON, saving) -> percent above the source, by seed."""
+    def pairs(a, b):
+        """Of the seeds that both have: the perplexities over the source's."""
+        a, b = (above.get(key, {}) for key in (a, b))
+        return [(1 + a[seed] / 100, 1 + b[seed] / 100) for seed in a if seed in b]
+
+    def told(found):
+        """How many are in order, within half a percent."""
+        return f'{sum(x <= 1.005 * y for x, y in found)} of {len(found)}'
+
+    at = sorted({saving for *_, saving in above})
+    print('perplexity falls with rank: ' + told([pair for key in {key[:2] for key in above} for s, t in zip(at, at[1:]) for pair in pairs((*key, s), (*key, t))]))
+    for way in (BEST, BASELINE):
+        order = [json.dumps(way | dict(low_rank=low_rank)) for low_rank in ('balanced', 'calibrated', 'joint', 'split')]
+        for a, b in zip(order, order[1:]):
+            print(f'{name_of(json.loads(a))} at most {json.loads(b)["low_rank"]}: ' + told([pair for s in at for pair in pairs(('converted', a, s), ('converted', b, s))]))
+    best, baseline = json.dumps(BEST), json.dumps(BASELINE)
+    for s in at:
+        gap = [100 * (x - 1) / (y - 1) for x, y in pairs(('converted', best, s), ('converted', baseline, s))]
+        int4 = [100 * (y / x - 1) for x, y in pairs(('healed', best, s), ('healed, int4', best, s))]
+        print(f'−{100 * s:g} %, worst seed: ' + '; '.join(f'{name} {max(x):.2f} %' for name, x in (
+            ("gap before healing, of MHA2MLA's:", gap), ('healed, above the source:', above.get(('healed', best, s), {}).values()), ('int4, above healed:', int4)) if x))
+
+
 def draw():
     """The perplexity of each row as a multiple of its source's, over the seeds: mean (least to most)."""
     import figures
@@ -222,6 +247,11 @@ def draw():
             print(f'{what + ": " + name_of(json.loads(way)):52}' + ''.join(f'{cell:>26}' for cell in told))
         if gains := [100 * (row['perplexity'] / base[key]['perplexity'] - 1) for key, row in more.items() if key in base and key[0] == kind]:
             print(f'control: the source, trained on by as many steps: {sum(gains) / len(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})')
+        found = defaultdict(dict)
+        for row in done.values():
+            if row['kind'] == kind and 'saving' in row and (kind, row['seed']) in base:
+                found[row['what'], json.dumps(row['way']), row['saving']][row['seed']] = 100 * (row['perplexity'] / base[kind, row['seed']]['perplexity'] - 1)
+        verdict(found)
     lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], '--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], '--'),
              ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], '--'),
              ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], '-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], '-'),
@@ -234,10 +264,12 @@ def draw():
             for label, what, way, color, style in lines:
                 points = [(100 * s, [100 * x for x in groups[kind, what, json.dumps(way), s]]) for s in columns if (kind, what, json.dumps(way), s) in groups]
                 if points:
-                    means = [max(sum(x) / len(x), 0.01) for _, x in points]
-                    ax.errorbar([s for s, _ in points], means, [[max(m - max(min(x), 0.005), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
+                    means = [sum(x) / len(x) for _, x in points]
+                    ax.errorbar([s for s, _ in points], means, [[max(m - min(x), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
                                 color=color, linestyle=style, marker='o', markersize=4, capsize=2, label=label)
-            ax.set_yscale('log')
+            ax.set_yscale('symlog', linthresh=1)  # healed models may end below their source
+            if gains := [100 * (row['perplexity'] / base[key]['perplexity'] - 1) for key, row in more.items() if key in base and key[0] == kind]:
+                ax.axhline(sum(gains) / len(gains), color=figures.COLORS['muted'], linestyle=':', label='the source, as many steps more')
             ax.yaxis.set_major_formatter(lambda y, _: f'{y:g}')
             ax.yaxis.set_minor_formatter(lambda y, _: '')
             ax.set_xticks([100 * s for s in columns], [f'{100 * s:g}' for s in columns])
