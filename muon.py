@@ -84,7 +84,8 @@ def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=F
 
     adam = [group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
             group([p for p in rest if p.ndim < 2], learning_rate, 0.0)]
-    made = [torch.optim.AdamW([g for g in adam if g['params']], betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph)]
+    adam = [g for g in adam if g['params']]  # none is left where only matrices of the blocks are trained
+    made = [torch.optim.AdamW(adam, betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph)] if adam else []
     if hidden:
         made.append(Muon([group(hidden, muon_lr, weight_decay)], split=split))
     return made

@@ -3,15 +3,17 @@ The conversion study: how much perplexity each way into MLA costs, and how much 
 
     python study_conversion.py --text=books.txt.xz --seeds=1,2,3
     python study_conversion.py --text=books.txt.xz --seeds=1 --kinds=mha        # minutes on one large GPU
-    python study_conversion.py --results=out-study/results.jsonl --draw_only=True
+    python study_conversion.py --seeds=2 --kinds=gqa --out=out-study-2          # its share on another machine
+    python study_conversion.py --results=out-study/results.jsonl,out-study-2/results.jsonl --draw_only=True
 
 Trains the sources (MHA and GQA with RoPE), converts each at every saving by every strategy, heals the chosen ones for at
-most a twentieth of the source's steps, and reads them through an int4 cache. Each figure is a line of a JSONL file; a
-study that was interrupted goes on where it was.
+most a twentieth of the source's steps, and reads them through an int4 cache. The control is the source itself, trained on
+by as many steps in the same way, without a teacher: what more training alone is worth. Each figure is a line of a JSONL
+file; a study that was interrupted goes on where it was.
 """
 # what
 out = 'out-study'  # sources, converted and healed models
-results = ''  # the figures; '' = out/results.jsonl
+results = ''  # the figures; '' = out/results.jsonl; with draw_only several files, with commas between them
 picture = ''  # '' = out/study.png
 text = ''  # a text file to make the dataset of when it is not there, byte by byte
 dataset = ''  # a folder of tokens, '' = out/text
@@ -27,16 +29,18 @@ n_kv_head = 4  # of the GQA source
 n_embd = 512
 block_size = 512
 batch_size = 64
-source_steps = 2000
-heal_steps = 100  # at most a twentieth of source_steps
-heal_optimizer = 'adamw'  # adamw | muon
+source_steps = 5000
+heal_steps = 250  # at most a twentieth of source_steps
+heal_optimizer = 'muon'  # adamw | muon
 heal_lr = 1e-3
 heal_muon_lr = 0.005
+heal_distill = 0.9  # share of the loss that is KL(source, model)
+heal_cooldown = 0.5
 # measuring
 calibration_tokens = 131072
-eval_tokens = 262144
+eval_tokens = 1048576
 device = 'auto'  # auto | cpu | cuda
-seconds = 0.0  # stop (resumably) before a training that would begin later than that; 0 = no limit
+seconds = 0.0  # stop (resumably) the training that is under way then; 0 = no limit
 
 from configurator import UserError, configure
 config = configure(globals())
@@ -44,7 +48,6 @@ config = configure(globals())
 # ---------------------------------------------------------------------------------------------------
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -57,10 +60,14 @@ import calibration
 import checkpoint
 import conversion
 import machine
+import runs
 from cache import Cache
 
 HERE, out, began = Path(__file__).resolve().parent, Path(out), time.perf_counter()
-results, picture = Path(results or out / 'results.jsonl'), Path(picture or out / 'study.png')
+files, picture = [Path(name) for name in (results or str(out / 'results.jsonl')).split(',')], Path(picture or out / 'study.png')
+results = files[0]
+if len(files) > 1 and not draw_only:
+    raise UserError('several --results can only be drawn: add --draw_only=True')
 folder = Path(dataset or out / 'text')
 if heal_steps * 20 > source_steps:
     raise UserError(f'heal_steps={heal_steps} is more than a twentieth of source_steps={source_steps}')
@@ -90,10 +97,15 @@ def key_of(row):
 
 
 def read_rows():
-    try:
-        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    except ValueError:
-        raise UserError(f'{results} is damaged: a line of it is no JSON') from None
+    rows = []
+    for file in files:
+        try:
+            rows += [json.loads(line) for line in file.read_text().splitlines()] if file.exists() or draw_only else []
+        except OSError as error:
+            raise UserError(f'cannot read {file}: {error.strerror}') from None
+        except ValueError:
+            raise UserError(f'{file} is damaged: a line of it is no JSON') from None
+    return rows
 
 
 def tell(**row):
@@ -106,25 +118,25 @@ def tell(**row):
     return row
 
 
-def train(folder, *words):
-    """train.py in a process of its own, into `folder`; nothing when it has ended there before. UserError when it fails or must wait."""
-    log = folder / 'log.jsonl'
-    if (folder / 'ckpt.pt').exists() and log.exists() and '"max_iters reached"' in log.read_text():
-        return
-    if seconds and time.perf_counter() - began > seconds:
+def train(jobs):
+    """A run of train.py for each folder: words of `jobs`, one after the other in one process; those that have ended are not run again."""
+    gpu = device.type == 'cuda'
+    same = [f'--dataset={data}', '--gradient_accumulation_steps=1', f'--batch_size={batch_size}', '--sample_tokens=0', '--schedule=wsd', '--min_lr=0', '--eval_iters=4',
+            f'--device={device.type}', f'--compile={gpu}', f'--cuda_graph={gpu}', *([] if gpu else ['--dtype=fast', '--kernel=eager'])]
+    every = [runs.Run('study', 'seed', 0, path, [*words, *same]) for path, words in jobs.items()]
+    left = (seconds - time.perf_counter() + began) / 60 if seconds else 0
+    stopped = 'seconds' if left < 0 else runs.train(every, lambda run: None, [{}], True, {}, lambda run: print(f'{run.folder}: {run.over}', flush=True), lambda running: None, left)
+    if failed := [run for run in every if run.state() == 'failed']:
+        raise UserError(f'training {failed[0].folder} has failed: {failed[0].error()}')
+    if stopped:
         draw()
-        raise UserError(f'stopped after {seconds:.0f} s, before {folder}: the same command goes on')
-    shutil.rmtree(folder, ignore_errors=True)
-    words = [*words, f'--out_dir={folder}', f'--dataset={data}', '--gradient_accumulation_steps=1', f'--batch_size={batch_size}', '--sample_tokens=0',
-             '--schedule=wsd', '--min_lr=0', f'--device={device.type}', '--eval_iters=4']
-    words += ['--dtype=fast', '--kernel=eager'] if device.type == 'cpu' else []
-    if subprocess.run([sys.executable, str(HERE / 'train.py'), *words], stdout=subprocess.DEVNULL).returncode:
-        raise UserError(f'training {folder} has failed (its message is above)')
+        print(f'stopped by {stopped}: the same command goes on')
+        sys.exit(runs.STOPPED)
 
 
 def nats_of(model, cache=''):
     how = dict(cache=lambda slots, size: Cache.of(model, slots, size, dtype=cache, window=min(128, block_size // 8)), chunk=max(1, block_size // 16)) if cache else {}
-    return calibration.mean_loss(model, held_out, 32, **how)
+    return calibration.mean_loss(model, held_out, 512 if device.type == 'cuda' else 32, **how)
 
 
 def figures_of(model, nats, cache=''):
@@ -139,15 +151,13 @@ def load(path):
 
 def study(kind, seed):
     home = out / f'{kind}-{seed}'
-    on_gpu = device.type == 'cuda'
-    train(home / 'source', f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--n_kv_head={n_kv_head if kind == "gqa" else 0}', f'--block_size={block_size}',
+    train({home / 'source': [f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--n_kv_head={n_kv_head if kind == "gqa" else 0}', f'--block_size={block_size}',
           '--pos=rope', '--norm=rmsnorm', '--act=swiglu', '--tie_weights=False', '--init=fan_in', '--zero_init=True', '--optimizer=muon', '--muon_lr=0.02',
-          '--learning_rate=3e-3', '--warmup_iters=20', '--cooldown=0.6', f'--max_iters={source_steps}', f'--eval_interval={max(1, source_steps // 4)}', f'--seed={seed}',
-          f'--compile={on_gpu}', f'--cuda_graph={on_gpu}')
+          '--learning_rate=3e-3', '--warmup_iters=20', '--cooldown=0.6', f'--max_iters={source_steps}', f'--eval_interval={max(1, source_steps // 2)}', f'--seed={seed}']})
     source = load(home / 'source')
     c, moments = source.config, None
     if key_of(dict(kind=kind, seed=seed, what='source')) not in done:
-        tell(kind=kind, seed=seed, what='source', params=source.num_params(), **figures_of(source, nats_of(source)))
+        tell(kind=kind, seed=seed, what='source', params=source.num_params(), steps=source_steps, **figures_of(source, nats_of(source)))
     for saving in savings:
         for way in WAYS:
             row = dict(kind=kind, seed=seed, saving=saving, what='converted', way=way)
@@ -157,6 +167,8 @@ def study(kind, seed):
                 continue
             moments = moments or calibration.measure(source, windows, 32)
             pairs, rank = conversion.for_saving(c, saving, way['rope_heads'], way['low_rank'])
+            if rank < 1:
+                raise UserError(f'saving {saving} leaves no room for a latent beside the k_pe of {name_of(way)}: use a larger model, or save less')
             mla, layers = conversion.convert(source, moments, rank, pairs, **way)
             if key_of(row) not in done:
                 tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
@@ -164,28 +176,60 @@ def study(kind, seed):
                 tell(**row | dict(what='converted, int4'), **figures_of(mla, nats_of(mla, 'int4'), 'int4'))
             if healed:
                 checkpoint.save(place / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict(), step=0, config={}))
+    how = [str(HERE / 'config' / 'heal_mla.py'), f'--max_iters={heal_steps}', f'--warmup_iters={max(1, heal_steps // 20)}', f'--optimizer={heal_optimizer}', f'--learning_rate={heal_lr}',
+           f'--muon_lr={heal_muon_lr}', f'--cooldown={heal_cooldown}', f'--distill={heal_distill}', f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
+    control, places = dict(kind=kind, seed=seed, what='control'), {}
     for saving in heal_savings:
         for way in (BEST, BASELINE):
-            row = dict(kind=kind, seed=seed, saving=saving, what='healed', way=way)
-            place = home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
-            if all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
-                continue
-            train(place / 'healed', str(HERE / 'config' / 'heal_mla.py'), f'--init_from={place}', f'--teacher={home / "source"}', f'--max_iters={heal_steps}',
-                  f'--warmup_iters={max(1, heal_steps // 20)}', f'--optimizer={heal_optimizer}', f'--learning_rate={heal_lr}', f'--muon_lr={heal_muon_lr}', f'--eval_interval={heal_steps}',
-                  f'--seed={seed + 1000}', '--compile=False', f'--cuda_graph={on_gpu}')
-            mla = load(place / 'healed')
-            for what, cache in (('healed', ''), ('healed, int4', 'int4')):
-                if key_of(row | dict(what=what)) not in done:
-                    tell(**row | dict(what=what), **figures_of(mla, nats_of(mla, cache), cache))
+            row, place = dict(kind=kind, seed=seed, saving=saving, what='healed', way=way), home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
+            if not all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
+                places[place] = row
+    jobs = {place / 'healed': [*how, f'--init_from={place}', f'--teacher={home / "source"}'] for place in places}
+    if heal_savings and key_of(control) not in done:
+        jobs[home / 'control'] = [*how, f'--init_from={home / "source"}']
+    train(jobs) if jobs else None
+    for place, row in places.items():
+        mla = load(place / 'healed')
+        for what, cache in (('healed', ''), ('healed, int4', 'int4')):
+            if key_of(row | dict(what=what)) not in done:
+                tell(**row | dict(what=what), steps=heal_steps, **figures_of(mla, nats_of(mla, cache), cache))
+    if home / 'control' in jobs:
+        model = load(home / 'control')
+        tell(**control, steps=heal_steps, **figures_of(model, nats_of(model)))
 
 
 # ---------------------------------------------------------------------------------------------------
 # table and picture
 
+def verdict(above):
+    """What must hold of conversions, by `above`: (what, way as JSON, saving) -> percent above the source, by seed."""
+    def pairs(a, b):
+        """Of the seeds that both have: the perplexities over the source's."""
+        a, b = (above.get(key, {}) for key in (a, b))
+        return [(1 + a[seed] / 100, 1 + b[seed] / 100) for seed in a if seed in b]
+
+    def told(found):
+        """How many are in order, within half a percent."""
+        return f'{sum(x <= 1.005 * y for x, y in found)} of {len(found)}'
+
+    at = sorted({saving for *_, saving in above})
+    print('perplexity falls with rank: ' + told([pair for key in {key[:2] for key in above} for s, t in zip(at, at[1:]) for pair in pairs((*key, s), (*key, t))]))
+    for way in (BEST, BASELINE):
+        order = [json.dumps(way | dict(low_rank=low_rank)) for low_rank in ('balanced', 'calibrated', 'joint', 'split')]
+        for a, b in zip(order, order[1:]):
+            print(f'{name_of(json.loads(a))} at most {json.loads(b)["low_rank"]}: ' + told([pair for s in at for pair in pairs(('converted', a, s), ('converted', b, s))]))
+    best, baseline = json.dumps(BEST), json.dumps(BASELINE)
+    for s in at:
+        gap = [100 * (x - 1) / (y - 1) for x, y in pairs(('converted', best, s), ('converted', baseline, s))]
+        int4 = [100 * (y / x - 1) for x, y in pairs(('healed', best, s), ('healed, int4', best, s))]
+        print(f'−{100 * s:g} %, worst seed: ' + '; '.join(f'{name} {max(x):.2f} %' for name, x in (
+            ("gap before healing, of MHA2MLA's:", gap), ('healed, above the source:', above.get(('healed', best, s), {}).values()), ('int4, above healed:', int4)) if x))
+
+
 def draw():
     """The perplexity of each row as a multiple of its source's, over the seeds: mean (least to most)."""
     import figures
-    base = {(row['kind'], row['seed']): row for row in done.values() if row['what'] == 'source'}
+    base, more = ({(row['kind'], row['seed']): row for row in done.values() if row['what'] == what} for what in ('source', 'control'))
     groups = defaultdict(list)
     for row in done.values():
         if 'saving' in row and (row['kind'], row['seed']) in base:
@@ -201,20 +245,31 @@ def draw():
             cells = [groups.get((kind, what, way, s)) for s in columns]
             told = [f'{100 * sum(x) / len(x):.2f}' + f' ({100 * min(x):.2f}–{100 * max(x):.2f})' * (len(x) > 1) if x else '' for x in cells]
             print(f'{what + ": " + name_of(json.loads(way)):52}' + ''.join(f'{cell:>26}' for cell in told))
+        if gains := [100 * (row['perplexity'] / base[key]['perplexity'] - 1) for key, row in more.items() if key in base and key[0] == kind]:
+            print(f'control: the source, trained on by as many steps: {sum(gains) / len(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})')
+        found = defaultdict(dict)
+        for row in done.values():
+            if row['kind'] == kind and 'saving' in row and (kind, row['seed']) in base:
+                found[row['what'], json.dumps(row['way']), row['saving']][row['seed']] = 100 * (row['perplexity'] / base[kind, row['seed']]['perplexity'] - 1)
+        verdict(found)
     lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], '--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], '--'),
              ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], '--'),
              ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], '-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], '-'),
              ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], ':')]
+    steps = [sorted({row['steps'] for row in done.values() if row['what'] == what and 'steps' in row}) for what in ('source', 'healed')]
+    healing = 'healing: ' + ' steps after '.join(', '.join(map(str, x)) for x in reversed(steps)) + ' of training; ' if all(steps) else ''
     with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
-                       note=f'bytes of books; healing: {heal_steps} steps after {source_steps} of training; mean of the seeds, bars from least to most') as (fig, axes):
+                       note=f'{healing}mean of the seeds, bars from least to most') as (fig, axes):
         for ax, kind in zip([axes] if len(shown) == 1 else axes, shown):
             for label, what, way, color, style in lines:
                 points = [(100 * s, [100 * x for x in groups[kind, what, json.dumps(way), s]]) for s in columns if (kind, what, json.dumps(way), s) in groups]
                 if points:
-                    means = [max(sum(x) / len(x), 0.01) for _, x in points]
-                    ax.errorbar([s for s, _ in points], means, [[max(m - max(min(x), 0.005), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
+                    means = [sum(x) / len(x) for _, x in points]
+                    ax.errorbar([s for s, _ in points], means, [[max(m - min(x), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
                                 color=color, linestyle=style, marker='o', markersize=4, capsize=2, label=label)
-            ax.set_yscale('log')
+            ax.set_yscale('symlog', linthresh=1)  # healed models may end below their source
+            if gains := [100 * (row['perplexity'] / base[key]['perplexity'] - 1) for key, row in more.items() if key in base and key[0] == kind]:
+                ax.axhline(sum(gains) / len(gains), color=figures.COLORS['muted'], linestyle=':', label='the source, as many steps more')
             ax.yaxis.set_major_formatter(lambda y, _: f'{y:g}')
             ax.yaxis.set_minor_formatter(lambda y, _: '')
             ax.set_xticks([100 * s for s in columns], [f'{100 * s:g}' for s in columns])
@@ -227,7 +282,7 @@ def draw():
         some = next(iter(base.values()))
         figures.footer(fig, f'commit {some["commit"]} · seeds {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
         figures.save(fig, picture)
-    print(f'\n{results}, {picture}')
+    print(f'\n{", ".join(map(str, files))}; {picture}')
 
 
 device = machine.pick_device(device)

@@ -197,6 +197,29 @@ def test_the_study_goes_on_where_it_was(tmp_path):
     assert first.returncode == 0, first.stderr
     lines = (tmp_path / 'study' / 'results.jsonl').read_text().splitlines()
     assert (tmp_path / 'study' / 'study.png').exists() and len(lines) == len(set(lines)) and 'MHA: source perplexity' in first.stdout
+    assert {row['kind'] for row in map(json.loads, lines) if row['what'] == 'control'} == {'mha', 'gqa'}
     (tmp_path / 'study' / 'results.jsonl').write_text('\n'.join(lines[:-3]) + '\n{"kind": "mh')
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 0 and len((tmp_path / 'study' / 'results.jsonl').read_text().splitlines()) == len(lines), again.stderr
+
+
+def test_a_study_is_drawn_from_several_files(tmp_path, monkeypatch, capsys):
+    """Seeds of other machines; what must hold is counted by seed, whatever is missing."""
+    monkeypatch.chdir(tmp_path)
+    balanced, joint = (dict(rope='turn', rope_heads='shared', low_rank=low_rank) for low_rank in ('balanced', 'joint'))
+    theirs = dict(rope='2-norm', rope_heads='own', low_rank='joint')
+    for seed, worse in ((1, 1.0), (2, 1.5)):
+        def row(what, perplexity, **more):
+            return json.dumps(dict(kind='mha', seed=seed, what=what, perplexity=perplexity, commit='x', device='y') | more) + '\n'
+        with open(f'{seed}.jsonl', 'w') as file:
+            file.write(row('source', 2.0, steps=100) + row('control', 1.99, steps=5) + row('converted', 2.2, saving=0.5, way=theirs) + row('converted', 2 + 0.04 * worse, saving=0.5, way=balanced)
+                       + row('healed', 2.01 * worse, saving=0.5, way=balanced, steps=5) + row('healed, int4', 2.02 * worse, saving=0.5, way=balanced, steps=5))
+            file.write(row('converted', 2.03, saving=0.25, way=balanced) + row('converted', 2.1, saving=0.5, way=joint) if seed == 2 else '')
+    with pytest.raises(SystemExit) as end:
+        run('study_conversion.py', '--draw_only=True', '--results=1.jsonl,2.jsonl', '--picture=both.png')
+    told = capsys.readouterr().out
+    assert not end.value.code and Path('both.png').stat().st_size > 10_000
+    assert '2.50 (2.00–3.00)' in told and 'as many steps: -0.50 (-0.50 to -0.50)' in told and 'perplexity falls with rank: 1 of 1' in told
+    assert "of MHA2MLA's: 30.00 %; healed, above the source: 50.75 %; int4, above healed: 0.50 %" in told
+    refused('can only be drawn', 'study_conversion.py', '--results=1.jsonl,2.jsonl')
+    refused('cannot read 3.jsonl', 'study_conversion.py', '--draw_only=True', '--results=1.jsonl,3.jsonl')

@@ -171,6 +171,14 @@ def test_frozen_parameters_are_left_out(tiny):
     assert all(p is not model.transformer.wpe.weight for o in made for g in o.param_groups for p in g['params'])
 
 
+def test_muon_may_be_alone(tiny):
+    model = tiny('mla')
+    for name, p in model.named_parameters():
+        p.requires_grad_('kv_b_proj' in name)
+    made = optimizers(model, 'muon', 1e-3, 0.02, 0.0, (0.9, 0.95))
+    assert [type(o) for o in made] == [Muon] and len(made[0].param_groups[0]['params']) == model.config.n_layer
+
+
 @pytest.mark.parametrize('as_tensors', [False, True])
 def test_set_rate_is_a_share_of_the_peak(as_tensors, tiny):
     made = optimizers(tiny(), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95))
