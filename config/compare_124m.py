@@ -1,7 +1,7 @@
 """
 Which MLA matches MHA with RoPE at 124M parameters, and at which cache size: books, GPT-2's tokens.
 
-    python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books
+    python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books_gpt2
     python compare.py config/compare_124m.py
     sbatch --array=0-15 slurm/compare.sbatch config/compare_124m.py
 
@@ -22,7 +22,7 @@ contenders = dict(
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.01, 0.02, 0.04])
 
-dataset = 'books'
+dataset = 'books_gpt2'
 gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 1024
