@@ -15,6 +15,7 @@ out_dir = 'out-compare'
 title = ''  # of table and figure; '' = the name of out_dir
 remark = ''  # a sentence for both
 contenders = {}  # name -> settings of train.py, and 'label'; where a setting has a list, its values are a grid to choose from
+only = []  # names of contenders: train and show these alone; [] = all
 control = ''  # the contender that the others are compared with; '' = the first
 seeds = [1, 2, 3]  # a run of each contender with each; differences are paired by them
 tune = {}  # a grid for each contender that has none of its own, as dict(muon_lr=[0.01, 0.02, 0.04]); {} = no tuning
@@ -90,6 +91,9 @@ from cache import Cache
 device = machine.pick_device(config['device'])
 if device.type == 'cpu':
     config.apply_on_cpu()
+if unknown := [name for name in only if name not in contenders]:
+    raise UserError(f"only={only}: '{unknown[0]}' is no contender; there are {', '.join(contenders)}")
+contenders = {name: asked for name, asked in contenders.items() if not only or name in only}
 results = Path(results or out / 'results.jsonl')
 control = control or next(iter(contenders), '')
 if not contenders or 'dataset' not in config.given:
@@ -138,7 +142,7 @@ class Contender:
         given = self.settings | changes
         settings = config | given
         with torch.device('meta'):
-            return checkpoint.new_model(settings['attention'], settings, {key: f"contender '{self.name}'" for key in given}, vocabulary)
+            return checkpoint.new_model(settings['attention'], settings, {key: f"contender '{self.name}'" for key in given}, meta['vocab_size'])
 
     def match(self, target):
         """Set n_inner so that the parameters, which grow linearly with it, come to `target`: a multiple of 8, or any where that is too coarse."""
@@ -166,8 +170,7 @@ class Contender:
         self.ratio = self.params / against if self.params and against else None
 
     def words(self, seed, tuned):
-        settings = self.settings | tuned | dict(seed=seed, sample_tokens=0)
-        return [f'--{key}={value}' for key, value in settings.items()]
+        return [f'--{key}={value}' for key, value in (self.settings | tuned | dict(seed=seed, sample_tokens=0)).items()]
 
     def differs(self, base):
         """Its settings that are not the control's, grids aside."""
@@ -196,14 +199,12 @@ class Contender:
         return bool(self.tuning and self.chosen) and any(len(values) > 1 and self.chosen[key] in (min(values), max(values)) for key, values in self.grid.items())
 
 
-for key, values in tune.items():
-    if not isinstance(values, list):
-        raise UserError(f'tune: {key} needs a list of values, like dict({key}=[1e-3, 2e-3])')
+if key := next((key for key, values in tune.items() if not isinstance(values, list)), ''):
+    raise UserError(f'tune: {key} needs a list of values, like dict({key}=[1e-3, 2e-3])')
 field = {name: Contender(name, asked) for name, asked in contenders.items()}
 with closing(lock(out, wait=True)):
     datasets.prepare_if_missing(config['dataset'])
 meta = datasets.read_meta(datasets.find(config['dataset']))
-vocabulary = meta['vocab_size']
 base = field[control]
 for contender in [base] + [contender for contender in field.values() if contender is not base]:
     contender.measure(None if contender is base else base)
@@ -224,12 +225,11 @@ if base.error or getattr(base, 'shape').pos != 'rope' or base.kind != 'mha':
 plan = [contender.runs() for contender in field.values()]
 every = [run for tuning, _ in plan for run in tuning] + [run for turn in zip(*(reported for _, reported in plan)) for run in turn]  # a seed of each, then the next
 of_seed = {name: reported for name, (_, reported) in zip(field, plan)}
-if retry:
-    for run in every:
-        if run.state() == 'failed' and (held := lock(run.folder)):
-            with held:
-                (run.folder / 'error.txt').unlink()
-            run.over = ''
+for run in every if retry else ():
+    if run.state() == 'failed' and (held := lock(run.folder)):
+        with held:
+            (run.folder / 'error.txt').unlink()
+        run.over = ''
 bar, counted = None, 0
 
 
@@ -269,14 +269,14 @@ bar.close() if bar else None
 
 def decode(contender):
     """Speed of decoding and a sample, by the checkpoint of the first seed that has one; kept in its folder."""
-    run = next((run for run in of_seed[contender.name] if run.state() == 'done'), None)
-    if run is None:
-        return None
     asked = dict(tokens=min(decode_tokens, config['block_size']), batch=decode_batch, repeats=decode_repeats)
-    kept = run.folder / 'decode.json'
-    if kept.exists() and asked.items() <= (old := json.loads(kept.read_text())).items():
-        return old
-    model, content = checkpoint.load_model(run.folder, dropout=0.0, kernel='sdpa')
+    done = [run for run in of_seed[contender.name] if run.state() == 'done']
+    for kept in (run.folder / 'decode.json' for run in done):
+        if kept.exists() and asked.items() <= (old := json.loads(kept.read_text())).items():
+            return old
+    if not (run := next((run for run in done if (run.folder / 'ckpt.pt').exists()), None)):  # a log without weights is a complete run all the same
+        return None
+    kept, (model, content) = run.folder / 'decode.json', checkpoint.load_model(run.folder, dropout=0.0, kernel='sdpa')
     model.stream = machine.pick_dtype(config['dtype'], device)
     model.to(device, model.stream).eval()
     prompt, times = torch.zeros(decode_batch, 1, dtype=torch.long, device=device), []

@@ -1,7 +1,7 @@
 """
 Which MLA matches MHA with RoPE at 124M parameters, and at which cache size: books, GPT-2's tokens.
 
-    python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books
+    python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books_gpt2
     python compare.py config/compare_124m.py
     sbatch --array=0-15 slurm/compare.sbatch config/compare_124m.py
 
@@ -12,17 +12,17 @@ title = 'Books, BPE, 124M parameters: MHA, GQA, MQA and MLA'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
-    gqa=dict(label='GQA, 4 groups', n_kv_head=4),
-    mqa=dict(label='MQA', n_kv_head=1),
-    mla512=dict(label='MLA 512 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=512, qk_rope_head_dim=32),
-    mla256=dict(label='MLA 256 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=256, qk_rope_head_dim=32),
     mla160=dict(label='MLA 160 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=160, qk_rope_head_dim=32),  # 1/8
-    mla128=dict(label='MLA 128 + 64', attention='mla', n_head=6, head_dim=128, kv_lora_rank=128, qk_rope_head_dim=64),  # 1/8
-    mla160x12=dict(label='MLA 160 + 32, 12 heads', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32))
+    mla128plain=dict(label='MLA 128 + 64, no QK-norm', attention='mla', n_head=6, head_dim=128, kv_lora_rank=128, qk_rope_head_dim=64, qk_norm=False),  # 1/8
+    mla160x12=dict(label='MLA 160 + 32, 12 heads', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32),
+    mqa=dict(label='MQA', n_kv_head=1),
+    gqa=dict(label='GQA, 4 groups', n_kv_head=4),
+    mla256=dict(label='MLA 256 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=256, qk_rope_head_dim=32),
+    mla512=dict(label='MLA 512 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=512, qk_rope_head_dim=32))
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.01, 0.02, 0.04])
 
-dataset = 'books'
+dataset = 'books_gpt2'
 gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 1024
@@ -39,9 +39,10 @@ zero_init = True
 optimizer = 'muon'
 learning_rate = 1e-3  # of AdamW: embedding, head and norms
 weight_decay = 0.1
-max_iters = 1500  # 32 x 1024 tokens a step: 49M tokens, two passes over 100 MB of text
-eval_interval = 150
+max_iters = 600  # 32 x 1024 tokens a step: 20M tokens, of the books' 25M
+eval_interval = 200
 eval_iters = 32
+log_interval = 50
 schedule = 'wsd'
 warmup_iters = 50
 cooldown = 0.6

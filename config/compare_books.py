@@ -4,20 +4,20 @@ Which MLA matches MHA with RoPE at 30M parameters, and at which cache size: book
     python data/text/prepare.py books.txt.xz --tokenizer=bytes --out=data/books_bytes
     python compare.py config/compare_books.py
 
-MHA leaves 1024 values a token and layer; MLA at 96 + 32 an eighth of that.
+MHA leaves 1024 values a token and layer; MQA and MLA at 96 + 32 or 64 + 64 an eighth of that.
 """
 out_dir = 'out-compare-books'
 title = 'Books, bytes, 30M parameters: MHA, GQA, MQA and MLA'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
-    gqa=dict(label='GQA, 2 groups', n_kv_head=2),
-    mqa=dict(label='MQA', n_kv_head=1),
-    mla256=dict(label='MLA 256 + 32', attention='mla', kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32),
-    mla128=dict(label='MLA 128 + 32', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32),
     mla96=dict(label='MLA 96 + 32', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32),  # 1/8
-    mla96wide=dict(label='MLA 96 + 32, heads of 96', attention='mla', kv_lora_rank=96, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
-    mla64=dict(label='MLA 64 + 32', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32))
+    mla96plain=dict(label='MLA 96 + 32, no QK-norm', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32, qk_norm=False),
+    mla64plain=dict(label='MLA 64 + 64, no QK-norm', attention='mla', kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, qk_norm=False),  # 1/8
+    mha_plain=dict(label='MHA + RoPE, no QK-norm', qk_norm=False),
+    mqa=dict(label='MQA', n_kv_head=1),
+    gqa=dict(label='GQA, 2 groups', n_kv_head=2),
+    mla224=dict(label='MLA 224 + 32', attention='mla', kv_lora_rank=224, qk_nope_head_dim=32, qk_rope_head_dim=32))  # 1/4
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.01, 0.02, 0.04])
 
@@ -39,9 +39,10 @@ zero_init = True
 optimizer = 'muon'
 learning_rate = 2e-3  # of AdamW: embedding, head and norms
 weight_decay = 0.1
-max_iters = 2000  # 64 x 512 bytes a step: 66 MB, two thirds of the books
-eval_interval = 200
+max_iters = 1000  # 64 x 512 bytes a step: 33 MB, a third of the books
+eval_interval = 250
 eval_iters = 16
+log_interval = 50
 schedule = 'wsd'
 warmup_iters = 50
 cooldown = 0.6

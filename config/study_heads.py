@@ -1,7 +1,7 @@
 """
 How many heads, and how wide, over one latent of 128 + 32? More query and value heads cost no cache in MLA.
 
-    python compare.py config/compare_shakespeare.py config/study_heads.py --jobs=6 --in_process=True
+    python compare.py config/compare_shakespeare.py config/study_heads.py --jobs=12 --in_process=True
 
 Recipe and control are those of compare_shakespeare.py. The studies keep their runs in one folder, so contenders
 of the same name are trained once for all of them.

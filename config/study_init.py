@@ -1,7 +1,7 @@
 """
 How should the latent's two stacked matrices start: by fan-in, or at GPT-2's 0.02? With Muon and with AdamW.
 
-    python compare.py config/compare_shakespeare.py config/study_init.py --jobs=6 --in_process=True
+    python compare.py config/compare_shakespeare.py config/study_init.py --jobs=12 --in_process=True
 
 Recipe and control are those of compare_shakespeare.py. The studies keep their runs in one folder, so contenders
 of the same name are trained once for all of them.

@@ -1,7 +1,7 @@
 """
 Should Muon take stacked matrices (W^Q | W^K | W^V, W^DKV | W^KR, W^UK | W^UV) apart before it orthogonalises them?
 
-    python compare.py config/compare_shakespeare.py config/study_muon.py --jobs=6 --in_process=True
+    python compare.py config/compare_shakespeare.py config/study_muon.py --jobs=12 --in_process=True
 
 Recipe and control are those of compare_shakespeare.py. The studies keep their runs in one folder, so contenders
 of the same name are trained once for all of them.

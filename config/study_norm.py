@@ -1,7 +1,7 @@
 """
 Do the latent's RMS norm and the norm of queries and keys matter?
 
-    python compare.py config/compare_shakespeare.py config/study_norm.py --jobs=6 --in_process=True
+    python compare.py config/compare_shakespeare.py config/study_norm.py --jobs=12 --in_process=True
 
 Recipe and control are those of compare_shakespeare.py. The studies keep their runs in one folder, so contenders
 of the same name are trained once for all of them.

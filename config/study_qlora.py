@@ -1,7 +1,7 @@
 """
 Does a latent for the queries help? The MLP gets the parameters that it saves.
 
-    python compare.py config/compare_shakespeare.py config/study_qlora.py --jobs=6 --in_process=True
+    python compare.py config/compare_shakespeare.py config/study_qlora.py --jobs=12 --in_process=True
 
 Recipe and control are those of compare_shakespeare.py. The studies keep their runs in one folder, so contenders
 of the same name are trained once for all of them.

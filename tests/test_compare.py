@@ -197,6 +197,17 @@ def test_a_comparison_from_end_to_end(capfd):
     assert exit_code('compare.py', ['--plot_only=True', '--results=kept.jsonl,kept.jsonl', '--figure=both.png']) == 0 and Path('both.png').exists()
 
 
+def test_runs_are_complete_by_their_logs_and_the_rest_can_be_left_out():
+    asked = dict(seeds=[1], only=['mla'], contenders=dict(mha={}, gqa=dict(n_kv_head=1), mla=dict(MLA, learning_rate=[1e-2, 3e-4])), sample_tokens=5)
+    assert compare(**asked) == 0
+    before, logs = found(), {path: path.read_bytes() for path in Path('cmp').rglob('log.jsonl')}
+    assert list(before[1]) == ['mla'] and len(before[2]) == len(logs) == 3 and before[0]['control'] == 'mla' and before[1]['mla']['decode']['sample']
+    for path in [*Path('cmp').rglob('*.pt'), *Path('cmp').rglob('decode.json')]:
+        path.unlink()
+    assert compare(**asked) == 0
+    assert found()[2] == before[2] and {path: path.read_bytes() for path in Path('cmp').rglob('log.jsonl')} == logs and found()[1]['mla']['decode'] is None
+
+
 def plan(*arguments, **settings):
     """compare.py up to the first run: the runs it has in mind, the function that prepares one, and its contenders."""
     caught = []
@@ -287,7 +298,7 @@ def test_every_preset_is_a_fair_comparison(name, device, monkeypatch):
     control = next(iter(field.values()))
     assert not any(one.error for one in field.values()) and control.kind == 'mha' and control.shape.pos == 'rope' and control.grid
     for one in field.values():
-        assert abs(one.ratio - 1 if one is not control else 0) < 0.01 and one.grid and all(len(values) >= 3 for values in one.grid.values())
+        assert abs(one.ratio - 1 if one is not control else 0) < 0.01 and max(len(values) for key, values in one.grid.items() if key.endswith('lr') or key == 'learning_rate') >= 3
     assert any(one.kind == 'mla' for one in field.values())
     if name in ('compare_124m', 'compare_books', 'compare_litgpt'):
         assert any(one.kind == 'mla' and 8 * one.cache_bytes <= control.cache_bytes for one in field.values())
@@ -366,6 +377,7 @@ def test_other_settings_are_not_mixed_into_old_results(capsys):
     (dict(seed=3), '--seed=3: seed is not for a comparison'),
     (dict(init_from='gpt2'), '--init_from=gpt2: init_from is not for a comparison'),
     (dict(jobs=0), 'jobs=0 must be at least 1'),
+    (dict(only=['mla', 'gqa']), "only=['mla', 'gqa']: 'gqa' is no contender; there are mha, mla"),
     (dict(dataset='nothing'), "there is no dataset 'nothing'"),
     (dict(figure='x.gif'), '--figure=x.gif: name a .png'),
     (dict(plot_only=True), 'cmp/results.jsonl cannot be read (No such file or directory): run the comparison first'),
