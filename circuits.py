@@ -14,6 +14,7 @@ Legend: C channels, H heads, D head dim, V vocabulary, N layers.
 """
 import torch
 
+from model import rope_tables
 from model_mla import MultiHeadLatentAttention
 
 
@@ -80,6 +81,40 @@ def copying(model):
         values = torch.linalg.eigvals((c['o'] @ crossed @ c['v']).cpu())
         scores.append(values.real.sum(-1) / values.abs().sum(-1).clamp(min=1e-20))
     return torch.stack(scores)
+
+
+@torch.no_grad()
+def effective_copying(model, ids):
+    """
+    As `copying`, but with what the head really reads in the place of W_E W_V, (N, H): its value of each token of the texts ids (B, T),
+    on average over the token's places but a text's first, less the mean over tokens. Layers before may have turned a token's vector round, above all where embedding
+    and head are tied: W_E W_U then makes a token foretell itself, and early heads that look at it write its opposite. Then copying
+    takes a negative OV circuit, and `copying` is near -1 (the "effective embedding" of McDougall et al. 2023 is after the same).
+    """
+    t, values, rope = model.transformer, {}, rope_tables(model.config, torch.arange(ids.size(1), device=ids.device))
+
+    def see(layer, attention, x):
+        v = attention.qkv(x, rope)[2].float()
+        values[layer] = v.repeat_interleave(attention.n_head // v.size(1), dim=1).transpose(1, 2)[:, 1:].flatten(0, 1)  # (B (T - 1), H, D)
+
+    hooks = [block.attn.register_forward_pre_hook(lambda attention, given, layer=layer: see(layer, attention, given[0])) for layer, block in enumerate(t.h)]
+    try:
+        model.hidden(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens, which, counts = ids[:, 1:].flatten().unique(return_inverse=True, return_counts=True)
+    w_u = model.lm_head.weight.float()[tokens] * gain(t.ln_f).float()
+    w_u = w_u - w_u.mean(0)  # what all logits share changes no probability
+    w_u = w_u if t.ln_f.rms else w_u - w_u.mean(-1, keepdim=True)
+    scores = []
+    for layer, block in enumerate(t.h):
+        mean = torch.zeros(len(tokens), *values[layer].shape[1:], device=ids.device).index_add(0, which, values[layer]) / counts[:, None, None]
+        read = (mean - mean.mean(0)).transpose(0, 1)  # (H, V, D)
+        o = block.attn.c_proj.weight.float().T.unflatten(0, (block.attn.n_head, -1))
+        found = torch.linalg.eigvals((o.double() @ (w_u.double().T @ read.double())).cpu())  # few tokens leave many eigenvalues zero
+        scores.append(found.real.sum(-1) / found.abs().sum(-1).clamp(min=1e-20))
+    return torch.stack(scores).float()
 
 
 def norm_of_product(left, middle, right):

@@ -66,11 +66,11 @@ def tell(model):
     """A model's findings in a few lines."""
     heads = model['scores']
     best = sorted(heads, key=lambda e: -e['induction']['gap'])[:5]
-    say(f"  {'head':>8}  {'induction':>9} {'(95 %)':>13} {'null':>6} {'control':>7} {'gap':>6} {'copying':>7}  label")
+    say(f"  {'head':>8}  {'induction':>9} {'(95 %)':>13} {'null':>6} {'control':>7} {'gap':>6} {'copying':>9}  label")
     for e in best:
         i = e['induction']
         say(f"  {e['layer']:>4}.{e['head']:<3}  {i['score']:>9.3f} {i['low']:>6.3f}-{i['high']:.3f} {i['null']:>6.3f} {i['control']:>7.3f} {i['gap']:>6.3f} "
-            f"{e['copying']:>7.2f}  {e['label'] or '-'}")
+            f"{e['effective_copying']:>9.2f}  {e['label'] or '-'}")
     for e in heads:
         if e['shifted']['gap'] - e['induction']['null_gap'] > threshold:
             say('  head {layer}.{head} looks {offset} places behind what is repeated, not 1: {score:.3f}, control {control:.3f}, gap {gap:.3f}'.format(**e | e['shifted']))
@@ -82,7 +82,7 @@ def tell(model):
     for label in ('induction', 'previous', 'positional'):
         if f'{label}_heads' in costs:
             say(f"  without the {costs[f'{label}_heads']} {label} heads: {costs[f'{label}_zero']:+.3f} nats (zero), {costs[f'{label}_mean']:+.3f} (mean), "
-                f"{costs[f'{label}_pattern']:+.3f} (patterns kept)")
+                f"{costs[f'{label}_pattern']:+.3f} (patterns kept), {costs[f'{label}_frozen']:+.3f} (and the scales of norms)")
     if 'previous_to_induction_K' in costs:
         say('  previous-token heads cut off from the induction heads\' ' + ', '.join(
             f"{what} {costs[f'previous_to_induction_{reads}']:+.3f}" for reads, what in dict(Q='queries', K='keys', V='values').items()) + ' nats')

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import time
 
 import torch
 
@@ -47,9 +48,13 @@ def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, 
     if sums > EXACT or rebuilt > EXACT:
         raise UserError(f'{subject.source}: rows of its patterns sum to 1 ± {sums:.1g}, outputs rebuilt from them are {rebuilt:.1g} off: they cannot be trusted')
     tell(f'{subject.name}: scores of {model.config.n_layer} × {model.config.n_head} heads, {texts} texts of {trial.L} tokens said twice')
+    begun = time.perf_counter()
     heads, repeated, control = patterns.score(model, trial, threshold)
-    for entry, copies in zip(heads, circuits.copying(model).flatten().tolist()):
-        entry |= dict(copying=round(copies, 5), zero_ablation=None, mean_ablation=None, pattern_ablation=None)
+    seconds = time.perf_counter() - begun
+    tell(f'scored in {seconds:.1f} s')
+    by_weights, as_read = circuits.copying(model), circuits.effective_copying(model, trial.control.to(device))
+    for entry, copies, copies_read in zip(heads, by_weights.flatten().tolist(), as_read.flatten().tolist()):
+        entry |= dict(copying=round(copies, 5), effective_copying=round(copies_read, 5)) | {f'{way}_ablation': None for way in ablation.WAYS}
     on_text, icl = None, None
     if subject.held is not None:
         spoken = patterns.text_trials(subject.held, subject.begin, texts, trial.L, seed)
@@ -67,7 +72,7 @@ def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, 
         name=subject.name, kind=subject.kind, params=model.num_params(), step=subject.step, tokens=subject.tokens, val_loss=subject.val_loss,
         source=subject.source, trained=subject.trained, layers=model.config.n_layer, heads=model.config.n_head, tokens_text=subject.text_of(ids),
         patterns_u8=head_page.pack_patterns(found.flatten(0, 1).cpu()), scores=heads, prompt=prompt or None,
-        repeats=dict(L=trial.L, longest_gap=int(trial.gap.max()), texts=texts, seed=seed, threshold=threshold, row_sums=sums, rebuilt=rebuilt),
+        repeats=dict(L=trial.L, longest_gap=int(trial.gap.max()), texts=texts, seed=seed, threshold=threshold, row_sums=sums, rebuilt=rebuilt, seconds=round(seconds, 3)),
         loss_by_position=dict(x=list(range(1, repeated.size(1) + 1)), repeated=[round(x, 5) for x in repeated.mean(0).tolist()],
                               control=[round(x, 5) for x in control.mean(0).tolist()]),
         repeat_loss=patterns.repeat_loss(repeated, trial.L), control_loss=patterns.repeat_loss(control, trial.L),

@@ -19,6 +19,7 @@ import indirect_object
 import latents
 import patterns
 from configurator import UserError
+from model import Norm
 from subject import Subject
 from test_train import exit_code, run, words
 
@@ -43,11 +44,12 @@ def block_matrix(*pieces):
     return w
 
 
-def by_hand(kind, offset=1):
+def by_hand(kind, offset=1, turned=False):
     """
     Two layers of three heads. 0.0 attends `offset` places back (1: the previous token) and writes that token into the slot
     `before`; 0.2 finds the same token earlier; 1.0 finds where its own token came `before` and says what stands there; the
-    others are idle. Norms are constant: every token has the same length.
+    others are idle. Norms are constant: every token has the same length. turned: 0.1 attends to its own token and writes minus
+    twice its vector, so that 1.0 reads, and turns back, the opposite of the embedding.
     """
     args = dict(block_size=P, vocab_size=V, n_layer=2, n_head=3, n_embd=C, head_dim=D, bias=False, norm='rmsnorm', mlp=False, tie_weights=False,
                 kernel='eager', pos='learned')
@@ -64,9 +66,11 @@ def by_hand(kind, offset=1):
     back = block_matrix((0, 'place', SHARP))
     back[:, SLOTS['place']] = back[:, SLOTS['place']].roll(offset, 1)  # a query at p asks for p - offset
     zero, token = torch.zeros(D, C), block_matrix((0, 'token', 1.0))
+    sign = -1.0 if turned else 1.0
     heads = {(0, 0): (back, block_matrix((0, 'place', 1.0)), token, 'before'),
+             **({(0, 1): (block_matrix((0, 'place', SHARP)), block_matrix((0, 'place', 1.0)), -2 * token, 'token')} if turned else {}),
              (0, 2): (block_matrix((0, 'token', SHARP), (V, 'place', -SHARP)), block_matrix((0, 'token', 1.0), (V, 'place', 1.0)), zero, 'said'),
-             (1, 0): (block_matrix((0, 'token', SHARP)), block_matrix((0, 'before', 1.0)), token, 'said')}
+             (1, 0): (block_matrix((0, 'token', sign * SHARP)), block_matrix((0, 'before', 1.0)), sign * token, 'said')}
     for layer, block in enumerate(t.h):
         wanted = [heads.get((layer, head), (zero, zero, zero, 'said')) for head in range(3)]
         q, k, v = (torch.stack([w[i] for w in wanted]) for i in range(3))
@@ -134,6 +138,38 @@ def test_copying_by_hand(crafted):
     with torch.no_grad():
         crafted.transformer.h[1].attn.c_proj.weight.neg_()
     assert circuits.copying(crafted)[1, 0] == pytest.approx(-1, abs=1e-5)
+
+
+@pytest.mark.parametrize('turned', [False, True])
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+def test_copying_of_what_a_head_really_reads(kind, turned):
+    model = by_hand(kind, turned=turned)
+    trial = trial_of(model)
+    heads, repeated, _ = patterns.score(model, trial)
+    assert entry(heads, 1, 0)['label'] == 'induction' and patterns.repeat_loss(repeated, trial.L) < 0.01
+    assert circuits.copying(model)[1, 0] == pytest.approx(-1 if turned else 1, abs=1e-5)
+    assert circuits.effective_copying(model, trial.control)[1].tolist() == [pytest.approx(1, abs=1e-5), 0, 0]
+
+
+@every_kind
+def test_effective_copying_is_that_of_values_as_they_are(kind, tiny):
+    kind, changes = shape_of(kind)
+    model = tiny(kind, kernel='eager', bias=True, **changes).eval()
+    ids = patterns.trials(torch.arange(1, 12), 0, 9, 4, 3).control
+    t, values = model.transformer, {}
+    hook = t.h[1].register_forward_pre_hook(lambda block, given: values.update(v=block.attn.qkv(block.ln_1(given[0]), given[1])[2]))
+    model.hidden(ids)
+    hook.remove()
+    attention, scores = t.h[1].attn, circuits.effective_copying(model, ids)
+    model.double()
+    v = values['v'].double().repeat_interleave(4 // values['v'].size(1), dim=1)
+    present = ids[:, 1:].unique()
+    for head in range(4):
+        read = torch.stack([v[:, head, 1:][ids[:, 1:] == token].mean(0) for token in present])  # (V, D)
+        written = (read - read.mean(0)) @ attention.c_proj.weight[:, head * attention.v_dim:][:, :attention.v_dim].T
+        logits = (written - (0 if t.ln_f.rms else written.mean(-1, keepdim=True))) * t.ln_f.weight @ model.lm_head.weight[present].T
+        found = torch.linalg.eigvals(logits - logits.mean(-1, keepdim=True))
+        assert scores[1, head].item() == pytest.approx((found.real.sum() / found.abs().sum()).item(), abs=1e-3)
 
 
 def test_a_head_that_counts_places_is_called_positional(crafted):
@@ -334,11 +370,34 @@ def test_causes_by_hand(crafted):
         assert surgery.cost([(1, 0)], way) > 2 and surgery.cost([(0, 0)], way) > 2
     assert surgery.cost([(0, 1), (0, 2), (1, 1)]) == pytest.approx(0, abs=1e-4)
     assert surgery.cost([(0, 0)], 'pattern') < 0.1 * surgery.cost([(0, 0)])  # it matters for where others look
+    assert surgery.cost([(0, 0)], 'frozen') < 0.1 * surgery.cost([(0, 0)])
     assert surgery.cost([(1, 0)], 'pattern') == pytest.approx(surgery.cost([(1, 0)]), abs=1e-5)
     assert surgery.path([(0, 0)], [(1, 0)], 'K') > 2
     assert surgery.path([(0, 0)], [(1, 0)], 'Q') == pytest.approx(0, abs=1e-3) == surgery.path([(0, 0)], [(1, 0)], 'V')
     assert surgery.path([(0, 0)], [(1, 1)], 'K') == pytest.approx(0, abs=1e-4)
     assert surgery.path([(1, 0)], [(0, 0)], 'K') == 0 == surgery.cost([])  # nothing comes before its sender
+
+
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+@pytest.mark.parametrize('kind', ['mha', 'mla', 'mla with q latent'])
+def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny, tokens):
+    """Attention alone is then affine in what a head writes: at half of it, half way between all and nothing."""
+    kind, changes = shape_of(kind)
+    model, ids = tiny(kind, kernel='eager', mlp=False, bias=True, norm=norm, **changes).eval(), tokens(17, B=4)
+    for module in model.modules():
+        if isinstance(module, Norm):
+            torch.nn.init.normal_(module.weight)
+    surgery = ablation.Surgery(model, ids, 8)
+    ends = []
+    for share in (0.0, 0.5, 1.0):
+        edit = lambda layer, y: y * torch.tensor([share, 1, 1, 1])[:, None] if layer == 0 else None
+        with torch.no_grad(), ablation.outputs_of(model, edit), patterns.watched(model, lambda layer, a: surgery.seen[layer]), \
+                ablation.norms_of(model, lambda norm, x: x * surgery.scales[norm]):
+            ends.append(model.hidden(ids))
+    torch.testing.assert_close(ends[1], (ends[0] + ends[2]) / 2, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ends[2], model.hidden(ids), atol=1e-5, rtol=1e-4)
+    assert (ends[0] - ends[2]).abs().max() > 1e-3
+    assert surgery.cost([(0, 0)], 'frozen') == pytest.approx(surgery.loss_of(ends[0]) - surgery.loss, abs=1e-5)
 
 
 @every_kind
