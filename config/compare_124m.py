@@ -13,7 +13,7 @@ title = 'Books, BPE, 124M parameters: MHA, GQA, MQA and MLA'
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
     mla160=dict(label='MLA 160 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=160, qk_rope_head_dim=32),  # 1/8
-    mla128plain=dict(label='MLA 128 + 64, no QK-norm', attention='mla', n_head=6, head_dim=128, kv_lora_rank=128, qk_rope_head_dim=64, qk_norm=False),  # 1/8
+    mla128=dict(label='MLA 128 + 64', attention='mla', n_head=6, head_dim=128, kv_lora_rank=128, qk_rope_head_dim=64),  # 1/8
     mla160x12=dict(label='MLA 160 + 32, 12 heads', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32),
     mqa=dict(label='MQA', n_kv_head=1),
     gqa=dict(label='GQA, 4 groups', n_kv_head=4),

@@ -12,12 +12,12 @@ title = 'Books, bytes, 30M parameters: MHA, GQA, MQA and MLA'
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
     mla96=dict(label='MLA 96 + 32', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32),  # 1/8
+    mla64=dict(label='MLA 64 + 64', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=64),  # 1/8
     mla96plain=dict(label='MLA 96 + 32, no QK-norm', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32, qk_norm=False),
-    mla64plain=dict(label='MLA 64 + 64, no QK-norm', attention='mla', kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, qk_norm=False),  # 1/8
     mha_plain=dict(label='MHA + RoPE, no QK-norm', qk_norm=False),
     mqa=dict(label='MQA', n_kv_head=1),
     gqa=dict(label='GQA, 2 groups', n_kv_head=2),
-    mla224=dict(label='MLA 224 + 32', attention='mla', kv_lora_rank=224, qk_nope_head_dim=32, qk_rope_head_dim=32))  # 1/4
+    mla192=dict(label='MLA 192 + 64', attention='mla', kv_lora_rank=192, qk_nope_head_dim=32, qk_rope_head_dim=64))  # 1/4
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.01, 0.02, 0.04])
 

@@ -20,7 +20,5 @@ contenders = dict(
     r160plain=dict(label='160 + 32, no QK-norm', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32, qk_norm=False),
     p64=dict(label='128 + 64', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64),
     p64plain=dict(label='128 + 64, no QK-norm', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64, qk_norm=False),
-    h12plain=dict(label='160 + 32, 12 heads, no QK-norm', attention='mla', n_head=12, kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, qk_norm=False),
-    h12p64plain=dict(label='128 + 64, 12 heads, no QK-norm', attention='mla', n_head=12, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=64, qk_norm=False),
-    h3plain=dict(label='160 + 32, 3 × (96 + 32), no QK-norm', attention='mla', n_head=3, kv_lora_rank=160, qk_nope_head_dim=96, qk_rope_head_dim=32, v_head_dim=128,
-                 qk_norm=False))
+    p64n16=dict(label='128 + 64, 16 without position', attention='mla', kv_lora_rank=128, qk_nope_head_dim=16, qk_rope_head_dim=64),
+    h12p64=dict(label='128 + 64, 12 heads', attention='mla', n_head=12, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=64))
