@@ -158,32 +158,38 @@ def study(kind, seed):
     c, moments = source.config, None
     if key_of(dict(kind=kind, seed=seed, what='source')) not in done:
         tell(kind=kind, seed=seed, what='source', params=source.num_params(), steps=source_steps, **figures_of(source, nats_of(source)))
-    for saving in savings:
-        for way in WAYS:
-            row = dict(kind=kind, seed=seed, saving=saving, what='converted', way=way)
-            healed = saving in heal_savings and way in (BASELINE, BEST)
-            place = home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
-            if key_of(row) in done and not (healed and not (place / 'ckpt.pt').exists()):
-                continue
-            moments = moments or calibration.measure(source, windows, 32)
-            pairs, rank = conversion.for_saving(c, saving, way['rope_heads'], way['low_rank'])
-            if rank < 1:
-                raise UserError(f'saving {saving} leaves no room for a latent beside the k_pe of {name_of(way)}: use a larger model, or save less')
-            mla, layers = conversion.convert(source, moments, rank, pairs, **way)
-            if key_of(row) not in done:
-                tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
-            if way == BEST and key_of(row | dict(what='converted, int4')) not in done:
-                tell(**row | dict(what='converted, int4'), **figures_of(mla, nats_of(mla, 'int4'), 'int4'))
-            if healed:
-                checkpoint.save(place / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict(), step=0, config={}))
+
+    def place_of(saving, way):
+        return home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
+
+    def convert(saving, way, keep):
+        """The rows of this conversion; with keep its checkpoint as well."""
+        nonlocal moments
+        row, place = dict(kind=kind, seed=seed, saving=saving, what='converted', way=way), place_of(saving, way)
+        if key_of(row) in done and (not keep or (place / 'ckpt.pt').exists()):
+            return
+        moments = moments or calibration.measure(source, windows, 32)
+        pairs, rank = conversion.for_saving(c, saving, way['rope_heads'], way['low_rank'])
+        if rank < 1:
+            raise UserError(f'saving {saving} leaves no room for a latent beside the k_pe of {name_of(way)}: use a larger model, or save less')
+        mla, layers = conversion.convert(source, moments, rank, pairs, **way)
+        if keep:
+            checkpoint.save(place / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict(), step=0, config={}))
+        if way == BEST and key_of(row | dict(what='converted, int4')) not in done:
+            tell(**row | dict(what='converted, int4'), **figures_of(mla, nats_of(mla, 'int4'), 'int4'))
+        if key_of(row) not in done:
+            tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
+
+    to_heal = [(saving, way) for saving in heal_savings for way in (BEST, BASELINE)]
+    for saving, way in to_heal:
+        convert(saving, way, keep=True)
     how = [str(HERE / 'config' / 'heal_mla.py'), f'--max_iters={heal_steps}', f'--warmup_iters={max(1, heal_steps // 20)}', f'--optimizer={heal_optimizer}', f'--learning_rate={heal_lr}',
            f'--muon_lr={heal_muon_lr}', f'--cooldown={heal_cooldown}', f'--distill={heal_distill}', f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
     control, places = dict(kind=kind, seed=seed, what='control'), {}
-    for saving in heal_savings:
-        for way in (BEST, BASELINE):
-            row, place = dict(kind=kind, seed=seed, saving=saving, what='healed', way=way), home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
-            if not all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
-                places[place] = row
+    for saving, way in to_heal:
+        row = dict(kind=kind, seed=seed, saving=saving, what='healed', way=way)
+        if not all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
+            places[place_of(saving, way)] = row
     jobs = {place / 'healed': [*how, f'--init_from={place}', f'--teacher={home / "source"}'] for place in places}
     if heal_savings and key_of(control) not in done:
         jobs[home / 'control'] = [*how, f'--init_from={home / "source"}']
@@ -196,6 +202,9 @@ def study(kind, seed):
     if home / 'control' in jobs:
         model = load(home / 'control')
         tell(**control, steps=heal_steps, **figures_of(model, nats_of(model)))
+    for saving in savings:
+        for way in WAYS:
+            convert(saving, way, keep=False)
 
 
 # ---------------------------------------------------------------------------------------------------
