@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from muon import MovingAverage, optimizers, set_rate
@@ -135,8 +134,19 @@ class Trainer:
             if s.compile:
                 self.forward.divergence = torch.compile(self.forward.divergence, dynamic=False)
         if self.world > 1:
-            ids = [self.device.index] if self.device.type == 'cuda' else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
+            self.share_gradients()
+
+    def share_gradients(self):
+        """
+        Data parallelism: every process has the weights of the first, and gradients are views of one tensor, so that one
+        all-reduce after the backward pass adds them up. It waits for nothing but is over soon: DistributedDataParallel,
+        which sends gradients while others are computed, slows the matrix products by more than it hides.
+        """
+        for t in [*self.model.parameters(), *self.model.buffers()]:
+            dist.broadcast(t.data, 0)
+        self.gradients = torch.zeros(sum(p.numel() for p in self.params), device=self.device)
+        for p, part in zip(self.params, self.gradients.split([p.numel() for p in self.params])):
+            p.grad = part.view_as(p)
 
     def update(self, step):
         """Train on the batch of `step` (from 0): one update. Returns its mean loss, on the device, not waited for."""
@@ -162,20 +172,23 @@ class Trainer:
         total = 0
         for micro in range(self.accumulation):
             x, y = self.data.cut('train', starts[micro])
-            last = micro == self.accumulation - 1
-            with nullcontext() if self.world == 1 or last else self.forward.no_sync():  # gradients travel once a step
-                loss = self.forward(x, y) / self.accumulation
-                self.scaler.scale(loss).backward()
+            loss = self.forward(x, y)
+            self.scaler.scale(loss / (self.accumulation * self.world)).backward()
             total = total + loss.detach()
+        if self.world > 1:
+            dist.all_reduce(self.gradients)
         if self.s.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self.params, self.s.grad_clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            if self.world == 1:
+                optimizer.zero_grad(set_to_none=True)
+        if self.world > 1:
+            self.gradients.zero_()
         self.scaler.update()
-        return total
+        return total / self.accumulation
 
     def replay(self, starts):
         """one_step as a CUDA graph: the same kernels without Python between them. The first steps are ordinary ones."""

@@ -1,0 +1,33 @@
+"""
+The same size, text and batches as books_gpt2.py by the recipe of train_gpt2_modern.py, in a quarter of the steps.
+
+    python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books_gpt2
+    python train.py config/books_modern.py
+"""
+out_dir = 'out-books-modern'
+dataset = 'books_gpt2'
+
+gradient_accumulation_steps = 1
+batch_size = 32
+block_size = 1024
+
+pos = 'rope'
+norm = 'rmsnorm'
+act = 'relu2'
+qk_norm = True
+zero_init = True
+
+optimizer = 'muon'
+muon_lr = 0.02
+learning_rate = 3e-3  # of AdamW: embedding, head and norms
+weight_decay = 0.1
+max_iters = 500
+schedule = 'wsd'
+warmup_iters = 20
+cooldown = 0.7
+min_lr = 0.0
+
+eval_interval = 50
+eval_iters = 64
+log_interval = 20
+sample_tokens = 100
