@@ -1,11 +1,11 @@
 """
 GPT-2 124M by nanoGPT's recipe on 100 MB of books, its schedule cut to 2,000 steps: what books_modern.py races against.
 
-    python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books_gpt2
+    python data/text/prepare.py books.txt.xz --tokenizer=gpt2
     python train.py config/books_gpt2.py
 """
 out_dir = 'out-books-gpt2'
-dataset = 'books_gpt2'
+dataset = 'text'
 
 gradient_accumulation_steps = 1
 batch_size = 32  # 32 x 1024 tokens a step: 65M tokens in all, three passes

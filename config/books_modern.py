@@ -1,11 +1,11 @@
 """
 The same size, text and batches as books_gpt2.py by the recipe of train_gpt2_modern.py, in a quarter of the steps.
 
-    python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books_gpt2
+    python data/text/prepare.py books.txt.xz --tokenizer=gpt2
     python train.py config/books_modern.py
 """
 out_dir = 'out-books-modern'
-dataset = 'books_gpt2'
+dataset = 'text'
 
 gradient_accumulation_steps = 1
 batch_size = 32
