@@ -8,8 +8,9 @@ layer it touches, and its cost is how much the loss over the second copy rises, 
     mean     they are their mean over the sequences at each position: what is lost is only what depends on the tokens
     pattern  zero, but all later heads keep the patterns of the unharmed run (Olsson et al. 2022): the part of the cost
              that is left is not about where others look
-    pattern_mean  mean, and all later heads keep their patterns: zero takes away a constant as well, which later layers may
-             count on as on a bias; what is left here depends on the tokens and is not about where others look
+    frozen   mean, and all later heads keep their patterns and all later norms the lengths that they divided by: what a head
+             writes is in part a constant, on which later layers count as on a bias, and part of each norm's length; both are
+             left alone here. What remains is what the tokens say through this head by values and sums
     path     path patching (Wang et al. 2022): the heads are zero only for the queries, keys or values of chosen
              later heads, by the direct path through the residual stream, and intact for everyone else
 
@@ -20,9 +21,9 @@ import contextlib
 import torch
 
 import patterns
-from model import rope_tables
+from model import Norm, rope_tables
 
-WAYS = ('zero', 'mean', 'pattern', 'pattern_mean')
+WAYS = ('zero', 'mean', 'pattern', 'frozen')
 
 
 @contextlib.contextmanager
@@ -42,6 +43,22 @@ def outputs_of(model, edit):
             handle.remove()
 
 
+@contextlib.contextmanager
+def norms_of(model, edit):
+    """Inside, edit(norm, x) sees what each norm is about to divide, already centred where it centres, and may return the result of the division."""
+    def hook(norm, given, out):
+        x = given[0] if norm.rms else given[0] - given[0].mean(-1, keepdim=True)
+        divided = edit(norm, x)
+        return None if divided is None else divided * norm.weight + (0 if norm.bias is None else norm.bias)
+
+    hooks = [module.register_forward_hook(hook) for module in model.modules() if isinstance(module, Norm)]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 class Surgery:
     """
     ids (B, T) are a `repeated` trial with |S| = L, the model runs eagerly in eval mode. `loss` is that of the unharmed model in
@@ -52,11 +69,12 @@ class Surgery:
     def __init__(self, model, ids, L):
         self.model, self.L, self.ids = model, L, ids.to(next(model.parameters()).device)
         self.rope = rope_tables(model.config, torch.arange(ids.size(1), device=self.ids.device))
-        self.inputs, self.outputs, self.seen = {}, {}, {}
+        self.inputs, self.outputs, self.seen, self.scales = {}, {}, {}, {}
         hooks = [block.register_forward_pre_hook(lambda module, given, layer=layer: self.inputs.update({layer: given[0]}))
                  for layer, block in enumerate(model.transformer.h)]
         try:
-            with patterns.watched(model, lambda layer, a: self.seen.update({layer: a})), outputs_of(model, lambda layer, y: self.outputs.update({layer: y})):
+            with (patterns.watched(model, lambda layer, a: self.seen.update({layer: a})), outputs_of(model, lambda layer, y: self.outputs.update({layer: y})),
+                  norms_of(model, lambda norm, x: self.scales.update({norm: (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()}))):
                 x = model.hidden(self.ids)
         finally:
             for hook in hooks:
@@ -88,11 +106,13 @@ class Surgery:
             if not mine:
                 return None
             y = y.clone()
-            y[:, :, mine] = y.mean(0, keepdim=True)[:, :, mine] if 'mean' in way else 0
+            y[:, :, mine] = y.mean(0, keepdim=True)[:, :, mine] if way in ('mean', 'frozen') else 0
             return y
 
-        kept = patterns.watched(self.model, lambda layer, a: self.seen[layer]) if 'pattern' in way else contextlib.nullcontext()
-        with outputs_of(self.model, edit), kept:
+        nothing = contextlib.nullcontext()
+        kept = patterns.watched(self.model, lambda layer, a: self.seen[layer]) if way in ('pattern', 'frozen') else nothing
+        sizes = norms_of(self.model, lambda norm, x: x * self.scales[norm]) if way == 'frozen' else nothing
+        with outputs_of(self.model, edit), kept, sizes:
             return self.loss_from(start) - self.loss
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ import indirect_object
 import latents
 import patterns
 from configurator import UserError
+from model import Norm
 from subject import Subject
 from test_train import exit_code, run, words
 
@@ -369,7 +370,7 @@ def test_causes_by_hand(crafted):
         assert surgery.cost([(1, 0)], way) > 2 and surgery.cost([(0, 0)], way) > 2
     assert surgery.cost([(0, 1), (0, 2), (1, 1)]) == pytest.approx(0, abs=1e-4)
     assert surgery.cost([(0, 0)], 'pattern') < 0.1 * surgery.cost([(0, 0)])  # it matters for where others look
-    assert surgery.cost([(0, 0)], 'pattern_mean') < 0.1 * surgery.cost([(0, 0)])
+    assert surgery.cost([(0, 0)], 'frozen') < 0.1 * surgery.cost([(0, 0)])
     assert surgery.cost([(1, 0)], 'pattern') == pytest.approx(surgery.cost([(1, 0)]), abs=1e-5)
     assert surgery.path([(0, 0)], [(1, 0)], 'K') > 2
     assert surgery.path([(0, 0)], [(1, 0)], 'Q') == pytest.approx(0, abs=1e-3) == surgery.path([(0, 0)], [(1, 0)], 'V')
@@ -377,16 +378,38 @@ def test_causes_by_hand(crafted):
     assert surgery.path([(1, 0)], [(0, 0)], 'K') == 0 == surgery.cost([])  # nothing comes before its sender
 
 
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+@pytest.mark.parametrize('kind', ['mha', 'mla', 'mla with q latent'])
+def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny, tokens):
+    """Attention alone is then affine in what a head writes: half way to its mean, all is half way."""
+    kind, changes = shape_of(kind)
+    model, ids = tiny(kind, kernel='eager', mlp=False, bias=True, norm=norm, **changes).eval(), tokens(17, B=4)
+    for module in model.modules():
+        if isinstance(module, Norm):
+            torch.nn.init.normal_(module.weight)
+    surgery = ablation.Surgery(model, ids, 8)
+    ends = []
+    for share in (0.0, 0.5, 1.0):
+        edit = lambda layer, y: y.lerp(y.mean(0, keepdim=True), torch.tensor([1 - share, 0, 0, 0])[:, None]) if layer == 0 else None
+        with torch.no_grad(), ablation.outputs_of(model, edit), patterns.watched(model, lambda layer, a: surgery.seen[layer]), \
+                ablation.norms_of(model, lambda norm, x: x * surgery.scales[norm]):
+            ends.append(model.hidden(ids))
+    torch.testing.assert_close(ends[1], (ends[0] + ends[2]) / 2, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ends[2], model.hidden(ids), atol=1e-5, rtol=1e-4)
+    assert (ends[0] - ends[2]).abs().max() > 1e-3
+    assert surgery.cost([(0, 0)], 'frozen') == pytest.approx(surgery.loss_of(ends[0]) - surgery.loss, abs=1e-5)
+
+
 def test_a_constant_that_later_layers_count_on(tiny, tokens):
-    """A head that always puts out the same costs something to zero, and nothing when its mean stays, with or without later patterns."""
+    """A head that always puts out the same costs something to zero, and nothing when its mean stays, with or without what later layers saw."""
     model, ids = tiny(kernel='eager', bias=True).eval(), tokens(21, B=6)
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight[-8:] = 0  # W^V of head 3: its bias alone is left
     surgery = ablation.Surgery(model, ids, 10)
     assert min(abs(surgery.cost([(0, 3)], way)) for way in ('zero', 'pattern')) > 1e-3
-    for way in ('mean', 'pattern_mean'):
+    for way in ('mean', 'frozen'):
         assert surgery.cost([(0, 3)], way) == pytest.approx(0, abs=1e-5)
-    assert abs(surgery.cost([(0, 2)], 'pattern_mean')) > 1e-3 < abs(surgery.cost([(0, 2)], 'pattern_mean') - surgery.cost([(0, 2)], 'mean'))
+    assert abs(surgery.cost([(0, 2)], 'frozen')) > 1e-3 < abs(surgery.cost([(0, 2)], 'frozen') - surgery.cost([(0, 2)], 'mean'))
 
 
 @every_kind
