@@ -8,8 +8,9 @@ layer it touches, and its cost is how much the loss over the second copy rises, 
     mean     they are their mean over the sequences at each position: what is lost is only what depends on the tokens
     pattern  zero, but all later heads keep the patterns of the unharmed run (Olsson et al. 2022): the part of the cost
              that is left is not about where others look
-    frozen   the same, and all later norms divide by what they divided by in the unharmed run: zeroing an output changes the
-             length of the residual stream (and of MLA's latent), and so the size of everything else in it; that part goes
+    frozen   mean, and all later heads keep their patterns and all later norms the lengths that they divided by: what a head
+             writes is in part a constant, on which later layers count as on a bias, and part of each norm's length; both are
+             left alone here. What remains is what the tokens say through this head by values and sums
     path     path patching (Wang et al. 2022): the heads are zero only for the queries, keys or values of chosen
              later heads, by the direct path through the residual stream, and intact for everyone else
 
@@ -105,7 +106,7 @@ class Surgery:
             if not mine:
                 return None
             y = y.clone()
-            y[:, :, mine] = y.mean(0, keepdim=True)[:, :, mine] if way == 'mean' else 0
+            y[:, :, mine] = y.mean(0, keepdim=True)[:, :, mine] if way in ('mean', 'frozen') else 0
             return y
 
         nothing = contextlib.nullcontext()

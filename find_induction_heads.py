@@ -82,7 +82,7 @@ def tell(model):
     for label in ('induction', 'previous', 'positional'):
         if f'{label}_heads' in costs:
             say(f"  without the {costs[f'{label}_heads']} {label} heads: {costs[f'{label}_zero']:+.3f} nats (zero), {costs[f'{label}_mean']:+.3f} (mean), "
-                f"{costs[f'{label}_pattern']:+.3f} (patterns kept), {costs[f'{label}_frozen']:+.3f} (and the scales of norms)")
+                f"{costs[f'{label}_pattern']:+.3f} (zero, patterns kept), {costs[f'{label}_frozen']:+.3f} (mean, patterns and norms kept)")
     if 'previous_to_induction_K' in costs:
         say('  previous-token heads cut off from the induction heads\' ' + ', '.join(
             f"{what} {costs[f'previous_to_induction_{reads}']:+.3f}" for reads, what in dict(Q='queries', K='keys', V='values').items()) + ' nats')

@@ -4,7 +4,7 @@ import math
 import figures
 from configurator import UserError
 
-SHOWN = ('induction', 'without repetition', 'with a gap', 'previous token', 'copying (weights)')  # rows of `maps`
+SHOWN = ('induction', 'without repetition', 'with a gap', 'previous token', 'copying')  # rows of `maps`
 LINES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))  # for models of one kind
 
 
@@ -17,7 +17,7 @@ def grid_of(model, row):
     def value(entry):
         induction = entry['induction']
         return {'induction': induction['score'], 'without repetition': induction['control'], 'with a gap': induction['gap'],
-                'previous token': entry['previous']['score'], 'copying (weights)': entry['copying']}[row]
+                'previous token': entry['previous']['score'], 'copying': entry['effective_copying']}[row]
     flat, H = [value(entry) for entry in model['scores']], model['heads']
     return [flat[i:i + H] for i in range(0, len(flat), H)]
 
@@ -31,7 +31,7 @@ def facts(model):
 
 def maps(report, path, footer):
     """
-    Layer x head maps, the models side by side on one scale from 0 to 1 (copying: from -1, in red), a strip of each layer's mean on the right. A box marks
+    Layer x head maps, the models side by side on one scale from 0 to 1 (effective copying: from -1, in red), a strip of each layer's mean on the right. A box marks
     heads that are called induction (and, in the row of the previous token, previous).
     """
     models = report['models']
@@ -50,7 +50,7 @@ def maps(report, path, footer):
         for i, row in enumerate(SHOWN):
             for j, model in enumerate(models):
                 ax, grid = (axes[i][j] if len(models) > 1 else axes[i]), grid_of(model, row)
-                below = row == 'copying (weights)'  # from -1 on: red is the opposite of copying
+                below = row == 'copying'  # from -1 on: red is the opposite of copying
                 look = dict(vmin=-1 if below else 0, vmax=1, cmap='RdBu' if below else 'Blues', aspect='auto', interpolation='nearest', origin='lower')
                 image = ax.imshow(grid, **look)
                 scale = scale or image
@@ -60,7 +60,7 @@ def maps(report, path, footer):
                     a.grid(False)
                     a.tick_params(length=0)
                 strip.set(xticks=[], yticks=[])
-                wanted = {'previous token': 'previous', 'copying (weights)': None}.get(row, 'induction')
+                wanted = {'previous token': 'previous', 'copying': None}.get(row, 'induction')
                 for entry in model['scores']:
                     if entry['label'] == wanted:
                         ax.add_patch(Rectangle((entry['head'] - 0.5, entry['layer'] - 0.5), 1, 1, fill=False, linewidth=1.6, edgecolor=figures.COLORS['mla'], clip_on=False, zorder=3))
@@ -71,7 +71,7 @@ def maps(report, path, footer):
                 if j == 0:
                     ax.set_ylabel(f'{row}\nlayer', fontsize=10)
                 if i == 0:
-                    ax.set_title(f"{model['name']} ({model['kind']})\n{facts(model)}", fontsize=10.5, color=kind_color(model['kind']) if model['trained'] else '#B3261E')
+                    ax.set_title(f"{model['name']} ({model['kind']})\n{facts(model) if len(models) < 3 else facts(model).replace(' · ', chr(10))}", fontsize=10.5, color=kind_color(model['kind']) if model['trained'] else '#B3261E')
                 if i == len(SHOWN) - 1:
                     ax.set_xlabel('head')
         bar = fig.colorbar(scale, ax=list(axes.flat), shrink=0.35, pad=0.015, aspect=30)

@@ -9,6 +9,7 @@ const SCORES = { // what heads can be ordered by: name, whether it is a differen
   induction: ["induction", false, "induction"], previous: ["previous token", false, "previous"],
   duplicate: ["duplicate token", false, "duplicate"], current: ["current token", false, "current"],
   first: ["first token", false, "first"], copying: ["copying (OV)", false, "copying"],
+  effective_copying: ["copying, as read", false, "as read"],
   zero_ablation: ["Δ loss, zero ablation", true, "Δ zero"], mean_ablation: ["Δ loss, mean ablation", true, "Δ mean"],
   pattern_ablation: ["Δ loss, pattern kept", true, "Δ pattern"],
 };

@@ -76,12 +76,13 @@ function showBanners() {
 
 const COLUMNS = [ // key, heading, digits or null for text, text of a cell
   ["model", "Model"], ["head", "Head"], ["label", "Label"], ["score", "Score"], ["null", "Null"], ["control", "Control"], ["gap", "Gap"],
-  ["interval", "Interval"], ["copying", "Copying"], ["zero_ablation", "Δ zero"], ["mean_ablation", "Δ mean"], ["pattern_ablation", "Δ pattern kept"],
+  ["interval", "Interval"], ["copying", "Copying"], ["effective_copying", "as read"], ["zero_ablation", "Δ zero"], ["mean_ablation", "Δ mean"], ["pattern_ablation", "Δ pattern kept"],
 ];
 const EXPLAINED = {
   null: "what a head that looks everywhere alike would score", control: "the same places in a sequence that does not repeat",
   gap: "the score when other tokens stand between the two copies", interval: "confidence interval of the score over sequences; sorts by its lower end",
-  copying: "1: whatever it looks at, it makes likelier; −1: less likely", zero_ablation: "loss added when the head's output is set to zero (nats)",
+  copying: "by weights, from the embedding. 1: whatever it looks at, it makes likelier; −1: less likely",
+  effective_copying: "copying of what the head really reads, which the layers before it may have turned round", zero_ablation: "loss added when the head's output is set to zero (nats)",
   mean_ablation: "loss added when the head's output is replaced by its mean (nats)",
   pattern_ablation: "loss added when the head is removed but later heads keep their patterns (nats)",
 };
@@ -127,7 +128,7 @@ function showTable() {
       label: () => name ? `<span class="label label-${esc(name)}">${esc(name)}</span>` : '<span class="quiet">–</span>',
       interval: () => whisker(row),
     };
-    return `<tr>${shown.map(([key]) => `<td class="col-${key}">${text[key]?.() ?? (key.endsWith("ablation") ? signed(cell(row, key)) : fixed(cell(row, key), key === "copying" ? 2 : 3))}</td>`).join("")}</tr>`;
+    return `<tr>${shown.map(([key]) => `<td class="col-${key}">${text[key]?.() ?? (key.endsWith("ablation") ? signed(cell(row, key)) : fixed(cell(row, key), key.endsWith("copying") ? 2 : 3))}</td>`).join("")}</tr>`;
   }).join("");
   byId("table-count").textContent = `${rows.length} heads`;
 }

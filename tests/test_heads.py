@@ -381,7 +381,7 @@ def test_causes_by_hand(crafted):
 @pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
 @pytest.mark.parametrize('kind', ['mha', 'mla', 'mla with q latent'])
 def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny, tokens):
-    """Attention alone is then affine in what a head writes: at half of it, half way between all and nothing."""
+    """Attention alone is then affine in what a head writes: half way to its mean, all is half way."""
     kind, changes = shape_of(kind)
     model, ids = tiny(kind, kernel='eager', mlp=False, bias=True, norm=norm, **changes).eval(), tokens(17, B=4)
     for module in model.modules():
@@ -390,7 +390,7 @@ def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny
     surgery = ablation.Surgery(model, ids, 8)
     ends = []
     for share in (0.0, 0.5, 1.0):
-        edit = lambda layer, y: y * torch.tensor([share, 1, 1, 1])[:, None] if layer == 0 else None
+        edit = lambda layer, y: y.lerp(y.mean(0, keepdim=True), torch.tensor([1 - share, 0, 0, 0])[:, None]) if layer == 0 else None
         with torch.no_grad(), ablation.outputs_of(model, edit), patterns.watched(model, lambda layer, a: surgery.seen[layer]), \
                 ablation.norms_of(model, lambda norm, x: x * surgery.scales[norm]):
             ends.append(model.hidden(ids))
@@ -398,6 +398,18 @@ def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny
     torch.testing.assert_close(ends[2], model.hidden(ids), atol=1e-5, rtol=1e-4)
     assert (ends[0] - ends[2]).abs().max() > 1e-3
     assert surgery.cost([(0, 0)], 'frozen') == pytest.approx(surgery.loss_of(ends[0]) - surgery.loss, abs=1e-5)
+
+
+def test_a_constant_that_later_layers_count_on(tiny, tokens):
+    """A head that always puts out the same costs something to zero, and nothing when its mean stays, with or without what later layers saw."""
+    model, ids = tiny(kernel='eager', bias=True).eval(), tokens(21, B=6)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[-8:] = 0  # W^V of head 3: its bias alone is left
+    surgery = ablation.Surgery(model, ids, 10)
+    assert min(abs(surgery.cost([(0, 3)], way)) for way in ('zero', 'pattern')) > 1e-3
+    for way in ('mean', 'frozen'):
+        assert surgery.cost([(0, 3)], way) == pytest.approx(0, abs=1e-5)
+    assert abs(surgery.cost([(0, 2)], 'frozen')) > 1e-3 < abs(surgery.cost([(0, 2)], 'frozen') - surgery.cost([(0, 2)], 'mean'))
 
 
 @every_kind
