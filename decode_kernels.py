@@ -30,68 +30,91 @@ COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, tile, number, unpack, block, fetch, tiles, keep_one
+    global triton, tl, numbers, tile, block, fetch, tiles, recent_tile, keep_one
     import triton
     import triton.language as tl
-    tile, number, unpack, block, fetch, tiles, keep_one = map(triton.jit, (tile, number, unpack, block, fetch, tiles, keep_one))
+    numbers, tile, block, fetch, tiles, recent_tile, keep_one = map(triton.jit, (numbers, tile, block, fetch, tiles, recent_tile, keep_one))
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
-def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-         WHOLE: tl.constexpr):
-    """The channels of one head at `rows` of a store as they lie there: codes (N, CP, or half of it), scales and zeros (N, groups)."""
-    PACK: tl.constexpr = 2 if BITS == 4 else 1
-    channels = tl.arange(0, CP // PACK)
-    here = codes + rows[:, None] * (WIDTH // PACK) + channels[None, :]
-    if WHOLE and C == CP:
-        x = tl.load(here)
-    else:
-        x = tl.load(here, mask=inside[:, None] & (channels[None, :] < C // PACK), other=0)
-    scale, zero = x, x
-    if BITS:
-        groups = tl.arange(0, CP // GROUP)
-        at = rows[:, None] * (WIDTH // GROUP) + groups[None, :]
-        if WHOLE and C == CP:
-            scale, zero = tl.load(scales + at), tl.load(zeros + at)
-        else:
-            there = inside[:, None] & (groups[None, :] < C // GROUP)
-            scale, zero = tl.load(scales + at, mask=there, other=0.0), tl.load(zeros + at, mask=there, other=0.0)
-    return x, scale, zero
+def numbers(x, scale, zero, BITS: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
+    """
+    Words of 16 bits (...) of 2 or 4 codes, and the scale and zero of each word -> as many tensors (...): a word's first channel, its second, ...
 
-
-def number(codes, dtype: tl.constexpr):
-    """Small whole numbers in a float type. In fp16 1024 + n is 0x6400 | n, which is faster than the GPU's conversion."""
-    if dtype == tl.float16:
-        x = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    The GPU's own conversion takes several instructions a number. Here two numbers, in the halves of a register, take three: in fp16
+    0x6400 | code is 1024 + code, and 0x4c00 | code << 6 is 16 + code, whose 16 goes into the zero (2^-11 of 32 scales is all that this may round away).
+    """
+    if ASM and BITS == 4:
+        x = tl.inline_asm_elementwise('''{
+            .reg .b32 a, b, c, d;
+            shl.b32 a, $4, 6; shl.b32 b, $4, 2; shr.u32 c, $4, 2; shr.u32 d, $4, 6;
+            lop3.b32 a, a, 0x03c003c0, 0x4c004c00, 0xea; lop3.b32 b, b, 0x03c003c0, 0x4c004c00, 0xea;
+            lop3.b32 c, c, 0x03c003c0, 0x4c004c00, 0xea; lop3.b32 d, d, 0x03c003c0, 0x4c004c00, 0xea;
+            fma.rn.f16x2 $0, a, $5, $6; fma.rn.f16x2 $1, b, $5, $6; fma.rn.f16x2 $2, c, $5, $6; fma.rn.f16x2 $3, d, $5, $6; }''',
+            '=r,=r,=r,=r,r,r,r', [x, scale, zero], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
+    elif ASM:
+        x = tl.inline_asm_elementwise('''{
+            .reg .b32 a, b, m;
+            mov.b32 m, 0xe400e400;
+            prmt.b32 a, $2, 0x64646464, 0x4240; prmt.b32 b, $2, 0x64646464, 0x4341;
+            add.rn.f16x2 a, a, m; add.rn.f16x2 b, b, m;
+            fma.rn.f16x2 $0, a, $3, $4; fma.rn.f16x2 $1, b, $3, $4; }''',
+            '=r,=r,r,r,r', [x, scale, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    elif BITS == 4:
+        x = ((x & 15).to(dtype) * scale + zero, ((x >> 4) & 15).to(dtype) * scale + zero, ((x >> 8) & 15).to(dtype) * scale + zero, (x >> 12).to(dtype) * scale + zero)
     else:
-        x = codes.to(dtype)
+        x = ((x & 255).to(dtype) * scale + zero, (x >> 8).to(dtype) * scale + zero)
     return x
 
 
-def unpack(x, scale, zero, BITS: tl.constexpr, dtype: tl.constexpr):
-    """A tile as numbers, (N, CP) twice: all channels (and again), or of 4 bits the even and the odd ones."""
-    if BITS == 0:
-        low, high = x, x
+def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+         WHOLE: tl.constexpr, TURNED: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
+    """
+    The channels of one head at `rows` of a store as numbers: PACK tensors (N, CP / PACK), the j-th with the channels c of c % PACK = j.
+    TURNED: (CP / PACK, N), which is how the second product wants codes: turned as numbers they would go through shared memory once more.
+    """
+    PACK: tl.constexpr = 16 // BITS if BITS else 1
+    GROUPS: tl.constexpr = CP // GROUP if BITS else 1
+    N: tl.constexpr = rows.shape[0]
+    c, g = tl.arange(0, CP // PACK), tl.arange(0, GROUPS)
+    if TURNED:
+        rows, inside, c, g = rows[None, :], inside[None, :], c[:, None], g[:, None]
     else:
-        N: tl.constexpr = x.shape[0]
-        scale, zero = scale.to(dtype)[:, :, None], zero.to(dtype)[:, :, None]
-        CODES: tl.constexpr = x.shape[1]
-        x = tl.reshape(x, [N, scale.shape[1], CODES // scale.shape[1]])
-        low = tl.reshape(number(x & 15 if BITS == 4 else x, dtype) * scale + zero, [N, CODES])
-        high = tl.reshape(number(x >> 4, dtype) * scale + zero, [N, CODES]) if BITS == 4 else low
-    return low, high
+        rows, inside, c, g = rows[:, None], inside[:, None], c[None, :], g[None, :]
+    if WHOLE and C == CP:
+        x = tl.load(codes + rows * (WIDTH // PACK) + c)
+    else:
+        x = tl.load(codes + rows * (WIDTH // PACK) + c, mask=inside & (c < C // PACK), other=0)
+    if BITS:
+        if WHOLE and C == CP:
+            scale, zero = tl.load(scales + rows * (WIDTH // GROUP) + g), tl.load(zeros + rows * (WIDTH // GROUP) + g)
+        else:
+            scale = tl.load(scales + rows * (WIDTH // GROUP) + g, mask=inside & (g < C // GROUP), other=0.0)
+            zero = tl.load(zeros + rows * (WIDTH // GROUP) + g, mask=inside & (g < C // GROUP), other=0.0)
+        scale, zero = scale.to(dtype), zero.to(dtype)
+        if ASM and BITS == 4:
+            zero = zero - scale * 16
+        EACH: tl.constexpr = GROUP // PACK
+        if TURNED:
+            scale = tl.reshape(tl.broadcast_to(scale[:, None, :], [GROUPS, EACH, N]), [GROUPS * EACH, N])
+            zero = tl.reshape(tl.broadcast_to(zero[:, None, :], [GROUPS, EACH, N]), [GROUPS * EACH, N])
+        else:
+            scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [N, GROUPS, EACH]), [N, GROUPS * EACH])
+            zero = tl.reshape(tl.broadcast_to(zero[:, :, None], [N, GROUPS, EACH]), [N, GROUPS * EACH])
+        x = numbers(x, scale, zero, BITS, ASM, dtype)
+    else:
+        x = (x,)
+    return x
 
 
-def block(k, k_high, v, v_high, x, scale, zero, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS: tl.constexpr, P: tl.constexpr,
-          WHOLE: tl.constexpr, IEEE: tl.constexpr, AGAIN: tl.constexpr):
+def block(k, v, pe, inside, q, q_pe, best, total, y, factor, PACK: tl.constexpr, TURNED: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr, IEEE: tl.constexpr):
     """
     One tile of tokens joins the running softmax: its maximum `best` (G,), y (C, G), and `total` (N, G), whose rows are summed
-    at the end: a sum over rows makes the warps wait for each other. AGAIN: the values are unpacked from x a second time,
-    which costs less than the registers that would keep them.
+    at the end: a sum over rows makes the warps wait for each other. k, v, q and y come as PACK tensors, v of them TURNED or not.
     """
-    s = tl.dot(k, q, input_precision=IEEE)  # (N, G)
-    if BITS == 4:
-        s = tl.dot(k_high, q_high, s, input_precision=IEEE)
+    s = tl.dot(k[0], q[0], input_precision=IEEE)  # (N, G)
+    for j in tl.static_range(1, PACK):
+        s = tl.dot(k[j], q[j], s, input_precision=IEEE)
     if P:
         s = tl.dot(pe, q_pe, s, input_precision=IEEE)
     s = s * factor
@@ -101,14 +124,11 @@ def block(k, k_high, v, v_high, x, scale, zero, pe, inside, q, q_high, q_pe, bes
     p = tl.exp2(s - higher[None, :])
     fade = tl.exp2(best - higher)
     total = total * fade[None, :] + p
-    if AGAIN:  # an instruction that does nothing, so that the compiler does not see that it is the same again
-        x = tl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [x], dtype=tl.uint8, is_pure=False, pack=4)
-        v, v_high = unpack(x, scale, zero, BITS, v.dtype)
-    p = p.to(v.dtype)
-    y = tl.dot(tl.trans(v), p, y * fade[None, :], input_precision=IEEE)
-    if BITS == 4:
-        y_high = tl.dot(tl.trans(v_high), p, y_high * fade[None, :], input_precision=IEEE)
-    return higher, total, y, y_high
+    p = p.to(v[0].dtype)
+    sums = ()
+    for j in tl.static_range(PACK):
+        sums = sums + (tl.dot(v[j] if TURNED else tl.trans(v[j]), p, y[j] * fade[None, :], input_precision=IEEE),)
+    return higher, total, sums
 
 
 def fetch(start, COUNT: tl.constexpr):
@@ -118,12 +138,13 @@ def fetch(start, COUNT: tl.constexpr):
     tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
-def tiles(start, end, shift, limit, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following, q, q_high, q_pe,
-          best, total, y, y_high, factor, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr,
+def tiles(start, end, shift, limit, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following, q, q_pe,
+          best, total, y, factor, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr,
           BITS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr,
-          IEEE: tl.constexpr, AHEAD: tl.constexpr, AGAIN: tl.constexpr):
+          IEEE: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr):
     """The tiles from `start` to `end`, all of them whole or not, the one at `shift` first; of none the tokens from `limit` on."""
-    CS: tl.constexpr = WIDTH // 2 if BITS == 4 else WIDTH  # what a place takes in a store's codes,
+    PACK: tl.constexpr = 16 // BITS if BITS else 1
+    CS: tl.constexpr = WIDTH // PACK  # what a place takes in a store's codes,
     GS: tl.constexpr = WIDTH // GROUP if BITS else 0  # and in its scales and zeros
     n, p = tl.arange(0, N), tl.arange(0, PP)
     count = end - start
@@ -148,29 +169,39 @@ def tiles(start, end, shift, limit, k_codes, k_scales, k_zeros, v_codes, v_scale
             fetch(k_codes + there * CS, N * CS)
             if P:
                 fetch(pes + there * P, N * P)
-        x, scale, zero = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
-                              C, CP, WIDTH, BITS, GROUP, WHOLE)
-        k, k_high = unpack(x, scale, zero, BITS, dtype)
-        if LATENT:
-            v, v_high = k, k_high
-        else:
-            v, v_scale, v_zero = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place,
-                                      inside, C, CP, WIDTH, BITS, GROUP, WHOLE)
-            v, v_high = unpack(v, v_scale, v_zero, BITS, dtype)
+        k = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
+                 C, CP, WIDTH, BITS, GROUP, WHOLE, False, ASM, dtype)
+        if LATENT and BITS == 0:
+            v = k
+        else:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
+            v = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
+                     C, CP, WIDTH, BITS, GROUP, WHOLE, BITS > 0, ASM, dtype)
         if P:
             pe = pes + base * P + place[:, None] * P + p[None, :]
             pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
         else:
-            pe = k
-        best, total, y, y_high = block(k, k_high, v, v_high, x, scale, zero, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, WHOLE,
-                                              IEEE, AGAIN and LATENT and BITS > 0 and CP > 256)
-    return best, total, y, y_high, following
+            pe = k[0]
+        best, total, y = block(k, v, pe, inside, q, q_pe, best, total, y, factor, PACK, BITS > 0, P, WHOLE, IEEE)
+    return best, total, y, following
+
+
+def recent_tile(recent, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr, dtype: tl.constexpr):
+    """As `tile`, from the window."""
+    c = tl.arange(0, CP)
+    x = tl.load(recent + rows[:, None] * WIDTH + c[None, :], mask=inside[:, None] & (c[None, :] < C), other=0.0).to(dtype)
+    if PACK == 4:
+        even, odd = tl.split(tl.reshape(x, [rows.shape[0], CP // 4, 2, 2]))
+        (a, c), (b, d) = tl.split(even), tl.split(odd)
+        x = (a, b, c, d)
+    else:
+        x = tl.split(tl.reshape(x, [rows.shape[0], CP // 2, 2]))
+    return x
 
 
 def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_codes, v_scales, v_zeros, v_recent, pes, table, lengths, rows,
                   out, lse, factor, splits, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
                   P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
-                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr, IEEE: tl.constexpr, AGAIN: tl.constexpr):
+                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr, IEEE: tl.constexpr, ASM: tl.constexpr):
     """Program (split, kv head and tile of its heads, sequence): y (C, G) of its part of the sequence, and log2 of its softmax's sum."""
     split, b = tl.program_id(0), tl.program_id(2)
     TILES: tl.constexpr = (H // K + G - 1) // G
@@ -180,7 +211,7 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
     share = tl.cdiv(tl.cdiv(length, splits), N) * N
     start, end = split * share, tl.minimum(split * share + share, length)
 
-    PACK: tl.constexpr = 2 if BITS == 4 else 1
+    PACK: tl.constexpr = 16 // BITS if BITS else 1  # codes come as words of 16 bits: a tile is PACK tensors, of a word's first channel, its second, ...
     WIDTH: tl.constexpr = K * C
     full: tl.constexpr = queries.dtype.element_ty
     # Codes, scales and zeros are whole in fp16, and half the registers of fp32
@@ -189,17 +220,17 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
     mine = first + g < H // K
     each = b.to(tl.int64) * H + head * (H // K) + first + g  # the program's rows of (B, H)
     there = mine[None, :] & (c[:, None] < C // PACK)
-    q = tl.load(queries + each[None, :] * C + c[:, None] * PACK, mask=there, other=0.0)  # (C, G)
-    q_high = tl.load(queries + each[None, :] * C + c[:, None] * PACK + 1, mask=there, other=0.0) if BITS == 4 else q
-    q, q_high = q.to(dtype), q_high.to(dtype)
-    q_pe = tl.load(queries_pe + each[None, :] * P + p[:, None], mask=mine[None, :] & (p[:, None] < P), other=0.0) if P else q
+    q, y = (), ()
+    for j in tl.static_range(PACK):
+        q = q + (tl.load(queries + each[None, :] * C + c[:, None] * PACK + j, mask=there, other=0.0).to(dtype),)  # (C, G)
+        y = y + (tl.zeros([CP // PACK, G], tl.float32),)
+    q_pe = tl.load(queries_pe + each[None, :] * P + p[:, None], mask=mine[None, :] & (p[:, None] < P), other=0.0) if P else q[0]
     k_codes, v_codes = k_codes + head * (C // PACK), v_codes + head * (C // PACK)
     if BITS:
         k_scales, k_zeros = k_scales + head * (C // GROUP), k_zeros + head * (C // GROUP)
         v_scales, v_zeros = v_scales + head * (C // GROUP), v_zeros + head * (C // GROUP)
 
     best, total = tl.full([G], -1e30, tl.float32), tl.zeros([N, G], tl.float32)
-    y, y_high = tl.zeros([CP // PACK, G], tl.float32), tl.zeros([CP // PACK, G], tl.float32)
     early = tl.minimum(end, length - W) if W else end  # what lies before the window
     early = tl.maximum(early, start)
     whole = start + (early - start) // N * N
@@ -211,36 +242,29 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
         following = tl.load(table + slot * pages + tl.minimum((begin + n if PAGE % N else begin) // PAGE, pages - 1))
     else:
         following = 0
-    best, total, y, y_high, following = tiles(start, whole, shift, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
-                                              q, q_high, q_pe, best, total, y, y_high, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, True, N, STAGES, dtype, IEEE, AHEAD, AGAIN)
+    best, total, y, following = tiles(start, whole, shift, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
+                                      q, q_pe, best, total, y, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, True, N, STAGES, dtype, IEEE, AHEAD, ASM)
     if PAGE:
         following = tl.load(table + slot * pages + tl.minimum((whole + n if PAGE % N else whole) // PAGE, pages - 1))
-    best, total, y, y_high, following = tiles(whole, early, 0, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
-                                              q, q_high, q_pe, best, total, y, y_high, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, False, N, 2, dtype, IEEE, 0, AGAIN)
+    best, total, y, following = tiles(whole, early, 0, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
+                                      q, q_pe, best, total, y, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, False, N, 2, dtype, IEEE, 0, ASM)
     if W:  # the last W tokens, in full precision, in a ring of their own
         for at in tl.range(tl.maximum(early, length - W), end, N, num_stages=2):
             inside = at + n < end
-            ring = (slot * W + (at + n) % W)[:, None] * WIDTH + head * C + c[None, :] * PACK
-            here = inside[:, None] & (c[None, :] < C // PACK)
-            k = tl.load(k_recent + ring, mask=here, other=0.0).to(dtype)
-            k_high = tl.load(k_recent + ring + 1, mask=here, other=0.0).to(dtype) if BITS == 4 else k
-            if LATENT:
-                v, v_high = k, k_high
-            else:
-                v = tl.load(v_recent + ring, mask=here, other=0.0).to(dtype)
-                v_high = tl.load(v_recent + ring + 1, mask=here, other=0.0).to(dtype) if BITS == 4 else v
+            ring = slot * W + (at + n) % W
+            k = recent_tile(k_recent + head * C, ring, inside, C, CP, WIDTH, PACK, dtype)
+            v = k if LATENT else recent_tile(v_recent + head * C, ring, inside, C, CP, WIDTH, PACK, dtype)
             if P:
                 place = (tl.load(table + slot * pages + (at + n) // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + (at + n) % PAGE) if PAGE else slot * size + at + n
                 pe = tl.load(pes + place[:, None] * P + p[None, :], mask=inside[:, None] & (p[None, :] < P), other=0.0)
             else:
-                pe = k
-            best, total, y, y_high = block(k, k_high, v, v_high, k, k, k, pe, inside, q, q_high, q_pe, best, total, y, y_high, factor, BITS, P, False, IEEE, False)
+                pe = k[0]
+            best, total, y = block(k, v, pe, inside, q, q_pe, best, total, y, factor, PACK, False, P, False, IEEE)
 
     sums = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
     to = (each * splits + split)[None, :] * C + c[:, None] * PACK
-    tl.store(out + to, (y * (1 / sums)[None, :]).to(out.dtype.element_ty), mask=there)
-    if BITS == 4:
-        tl.store(out + to + 1, (y_high * (1 / sums)[None, :]).to(out.dtype.element_ty), mask=there)
+    for j in tl.static_range(PACK):
+        tl.store(out + to + j, (y[j] * (1 / sums)[None, :]).to(out.dtype.element_ty), mask=there)
     tl.store(lse + each * splits + split, best + tl.log2(sums), mask=mine)
 
 
@@ -378,7 +402,8 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     out = q.new_empty(B, H, C)
     parts = out if splits == 1 else q.new_empty(B, H, splits, C, dtype=torch.float32)
     lse = q.new_empty(B, H, splits, dtype=torch.float32)
-    (kc, ks, kz, kr), (vc, vs, vz, vr) = k, k if latent else v  # a latent is read once
+    (kc, ks, kz, kr), (vc, vs, vz, vr) = k, k if latent else v
+    kc, vc = (codes.view(torch.uint16) if bits else codes for codes in (kc, vc))
     kernels().decode[(splits, K * -(-(H // K) // G), B)](
         q, q_pe, kc, ks, kz, kr, vc, vs, vz, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
         H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window if kr is not None else 0, page_size if table is not None else 0,
