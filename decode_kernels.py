@@ -30,52 +30,21 @@ COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, numbers, tile, block, fetch, tiles, recent_tile, keep_one
+    global triton, tl, tile, spread, unpack, weigh, add, fetch, tiles, recent_tile, keep_one
     import triton
     import triton.language as tl
-    numbers, tile, block, fetch, tiles, recent_tile, keep_one = map(triton.jit, (numbers, tile, block, fetch, tiles, recent_tile, keep_one))
+    tile, spread, unpack, weigh, add, fetch, tiles, recent_tile, keep_one = map(triton.jit, (tile, spread, unpack, weigh, add, fetch, tiles, recent_tile, keep_one))
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
-def numbers(x, scale, zero, BITS: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
-    """
-    Words of 16 bits (...) of 2 or 4 codes, and the scale and zero of each word -> as many tensors (...): a word's first channel, its second, ...
-
-    The GPU's own conversion takes several instructions a number. Here two numbers, in the halves of a register, take three: in fp16
-    0x6400 | code is 1024 + code, and 0x4c00 | code << 6 is 16 + code, whose 16 goes into the zero (2^-11 of 32 scales is all that this may round away).
-    """
-    if ASM and BITS == 4:
-        x = tl.inline_asm_elementwise('''{
-            .reg .b32 a, b, c, d;
-            shl.b32 a, $4, 6; shl.b32 b, $4, 2; shr.u32 c, $4, 2; shr.u32 d, $4, 6;
-            lop3.b32 a, a, 0x03c003c0, 0x4c004c00, 0xea; lop3.b32 b, b, 0x03c003c0, 0x4c004c00, 0xea;
-            lop3.b32 c, c, 0x03c003c0, 0x4c004c00, 0xea; lop3.b32 d, d, 0x03c003c0, 0x4c004c00, 0xea;
-            fma.rn.f16x2 $0, a, $5, $6; fma.rn.f16x2 $1, b, $5, $6; fma.rn.f16x2 $2, c, $5, $6; fma.rn.f16x2 $3, d, $5, $6; }''',
-            '=r,=r,=r,=r,r,r,r', [x, scale, zero], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
-    elif ASM:
-        x = tl.inline_asm_elementwise('''{
-            .reg .b32 a, b, m;
-            mov.b32 m, 0xe400e400;
-            prmt.b32 a, $2, 0x64646464, 0x4240; prmt.b32 b, $2, 0x64646464, 0x4341;
-            add.rn.f16x2 a, a, m; add.rn.f16x2 b, b, m;
-            fma.rn.f16x2 $0, a, $3, $4; fma.rn.f16x2 $1, b, $3, $4; }''',
-            '=r,=r,r,r,r', [x, scale, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
-    elif BITS == 4:
-        x = ((x & 15).to(dtype) * scale + zero, ((x >> 4) & 15).to(dtype) * scale + zero, ((x >> 8) & 15).to(dtype) * scale + zero, (x >> 12).to(dtype) * scale + zero)
-    else:
-        x = ((x & 255).to(dtype) * scale + zero, (x >> 8).to(dtype) * scale + zero)
-    return x
-
-
 def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-         WHOLE: tl.constexpr, TURNED: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
+         WHOLE: tl.constexpr, TURNED: tl.constexpr):
     """
-    The channels of one head at `rows` of a store as numbers: PACK tensors (N, CP / PACK), the j-th with the channels c of c % PACK = j.
-    TURNED: (CP / PACK, N), which is how the second product wants codes: turned as numbers they would go through shared memory once more.
+    The channels of one head at `rows` of a store as they lie there: words (N, CP / PACK), scales and zeros (N, groups). TURNED: all
+    the other way round, which is how the second product wants codes: turned as numbers they would go through shared memory once more.
     """
     PACK: tl.constexpr = 16 // BITS if BITS else 1
     GROUPS: tl.constexpr = CP // GROUP if BITS else 1
-    N: tl.constexpr = rows.shape[0]
     c, g = tl.arange(0, CP // PACK), tl.arange(0, GROUPS)
     if TURNED:
         rows, inside, c, g = rows[None, :], inside[None, :], c[:, None], g[:, None]
@@ -85,35 +54,72 @@ def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, 
         x = tl.load(codes + rows * (WIDTH // PACK) + c)
     else:
         x = tl.load(codes + rows * (WIDTH // PACK) + c, mask=inside & (c < C // PACK), other=0)
+    scale, zero = x, x
     if BITS:
         if WHOLE and C == CP:
             scale, zero = tl.load(scales + rows * (WIDTH // GROUP) + g), tl.load(zeros + rows * (WIDTH // GROUP) + g)
         else:
             scale = tl.load(scales + rows * (WIDTH // GROUP) + g, mask=inside & (g < C // GROUP), other=0.0)
             zero = tl.load(zeros + rows * (WIDTH // GROUP) + g, mask=inside & (g < C // GROUP), other=0.0)
-        scale, zero = scale.to(dtype), zero.to(dtype)
-        if ASM and BITS == 4:
-            zero = zero - scale * 16
-        EACH: tl.constexpr = GROUP // PACK
-        if TURNED:
-            scale = tl.reshape(tl.broadcast_to(scale[:, None, :], [GROUPS, EACH, N]), [GROUPS * EACH, N])
-            zero = tl.reshape(tl.broadcast_to(zero[:, None, :], [GROUPS, EACH, N]), [GROUPS * EACH, N])
-        else:
-            scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [N, GROUPS, EACH]), [N, GROUPS * EACH])
-            zero = tl.reshape(tl.broadcast_to(zero[:, :, None], [N, GROUPS, EACH]), [N, GROUPS * EACH])
-        x = numbers(x, scale, zero, BITS, ASM, dtype)
+    return x, scale, zero
+
+
+def spread(x, EACH: tl.constexpr, TURNED: tl.constexpr):
+    """Every group's number for each of its EACH words, (N, groups) -> (N, words), or TURNED."""
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    if TURNED:
+        x = tl.reshape(tl.broadcast_to(x[:, None, :], [A, EACH, B]), [A * EACH, B])
     else:
-        x = (x,)
+        x = tl.reshape(tl.broadcast_to(x[:, :, None], [A, B, EACH]), [A, B * EACH])
     return x
 
 
-def block(k, v, pe, inside, q, q_pe, best, total, y, factor, PACK: tl.constexpr, TURNED: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr, IEEE: tl.constexpr):
+def unpack(held, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
     """
-    One tile of tokens joins the running softmax: its maximum `best` (G,), y (C, G), and `total` (N, G), whose rows are summed
-    at the end: a sum over rows makes the warps wait for each other. k, v, q and y come as PACK tensors, v of them TURNED or not.
+    A tile as PACK tensors of numbers: with the first channel of each word, with the second, ...
+
+    The GPU's own conversion takes several instructions a number. Here two numbers, in the halves of a register, take three: in fp16
+    0x6400 | code is 1024 + code, and 0x4c00 | code << 6 is 16 + code, whose 16 goes into the zero (2^-11 of 32 scales is all that this may round away).
     """
-    s = tl.dot(k[0], q[0], input_precision=IEEE)  # (N, G)
-    for j in tl.static_range(1, PACK):
+    x, scale, zero = held
+    if BITS == 0:
+        x = (x,)
+    else:
+        scale, zero = scale.to(dtype), zero.to(dtype)
+        if ASM and BITS == 4:
+            zero = zero - scale * 16
+        scale, zero = spread(scale, GROUP * BITS // 16, TURNED), spread(zero, GROUP * BITS // 16, TURNED)
+        if ASM and BITS == 4:
+            x = tl.inline_asm_elementwise('''{
+                .reg .b32 a, b, c, d;
+                shl.b32 a, $4, 6; shl.b32 b, $4, 2; shr.u32 c, $4, 2; shr.u32 d, $4, 6;
+                lop3.b32 a, a, 0x03c003c0, 0x4c004c00, 0xea; lop3.b32 b, b, 0x03c003c0, 0x4c004c00, 0xea;
+                lop3.b32 c, c, 0x03c003c0, 0x4c004c00, 0xea; lop3.b32 d, d, 0x03c003c0, 0x4c004c00, 0xea;
+                fma.rn.f16x2 $0, a, $5, $6; fma.rn.f16x2 $1, b, $5, $6; fma.rn.f16x2 $2, c, $5, $6; fma.rn.f16x2 $3, d, $5, $6; }''',
+                '=r,=r,=r,=r,r,r,r', [x, scale, zero], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
+        elif ASM:
+            x = tl.inline_asm_elementwise('''{
+                .reg .b32 a, b, m;
+                mov.b32 m, 0xe400e400;
+                prmt.b32 a, $2, 0x64646464, 0x4240; prmt.b32 b, $2, 0x64646464, 0x4341;
+                add.rn.f16x2 a, a, m; add.rn.f16x2 b, b, m;
+                fma.rn.f16x2 $0, a, $3, $4; fma.rn.f16x2 $1, b, $3, $4; }''',
+                '=r,=r,r,r,r', [x, scale, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+        elif BITS == 4:
+            x = ((x & 15).to(dtype) * scale + zero, ((x >> 4) & 15).to(dtype) * scale + zero, ((x >> 8) & 15).to(dtype) * scale + zero, (x >> 12).to(dtype) * scale + zero)
+        else:
+            x = ((x & 255).to(dtype) * scale + zero, (x >> 8).to(dtype) * scale + zero)
+    return x
+
+
+def weigh(k, pe, inside, q, q_pe, best, total, factor, P: tl.constexpr, WHOLE: tl.constexpr, IEEE: tl.constexpr):
+    """
+    A tile's weights p (N, G) in the running softmax: its maximum `best` (G,), and `total` (N, G), whose rows are summed at the end:
+    a sum over rows makes the warps wait for each other. `fade` (G,) is what earlier weights lose. k and q are tuples of PACK tensors.
+    """
+    s = tl.dot(k[0], q[0], input_precision=IEEE)
+    for j in tl.static_range(1, len(q)):
         s = tl.dot(k[j], q[j], s, input_precision=IEEE)
     if P:
         s = tl.dot(pe, q_pe, s, input_precision=IEEE)
@@ -123,12 +129,15 @@ def block(k, v, pe, inside, q, q_pe, best, total, y, factor, PACK: tl.constexpr,
     higher = tl.maximum(best, tl.max(s, 0))
     p = tl.exp2(s - higher[None, :])
     fade = tl.exp2(best - higher)
-    total = total * fade[None, :] + p
-    p = p.to(v[0].dtype)
+    return higher, total * fade[None, :] + p, p.to(k[0].dtype), fade
+
+
+def add(v, p, fade, y, TURNED: tl.constexpr, IEEE: tl.constexpr):
+    """y (C, G) and a tile's values, by their weights; v, TURNED or not, and y are tuples of PACK tensors."""
     sums = ()
-    for j in tl.static_range(PACK):
+    for j in tl.static_range(len(y)):
         sums = sums + (tl.dot(v[j] if TURNED else tl.trans(v[j]), p, y[j] * fade[None, :], input_precision=IEEE),)
-    return higher, total, sums
+    return sums
 
 
 def fetch(start, COUNT: tl.constexpr):
@@ -170,18 +179,21 @@ def tiles(start, end, shift, limit, k_codes, k_scales, k_zeros, v_codes, v_scale
             if P:
                 fetch(pes + there * P, N * P)
         k = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
-                 C, CP, WIDTH, BITS, GROUP, WHOLE, False, ASM, dtype)
-        if LATENT and BITS == 0:
-            v = k
-        else:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
-            v = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
-                     C, CP, WIDTH, BITS, GROUP, WHOLE, BITS > 0, ASM, dtype)
+                 C, CP, WIDTH, BITS, GROUP, WHOLE, False)
+        k = unpack(k, BITS, GROUP, False, ASM, dtype)
         if P:
             pe = pes + base * P + place[:, None] * P + p[None, :]
             pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
         else:
             pe = k[0]
-        best, total, y = block(k, v, pe, inside, q, q_pe, best, total, y, factor, PACK, BITS > 0, P, WHOLE, IEEE)
+        best, total, weight, fade = weigh(k, pe, inside, q, q_pe, best, total, factor, P, WHOLE, IEEE)
+        if BITS or not LATENT:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
+            v = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
+                     C, CP, WIDTH, BITS, GROUP, WHOLE, BITS > 0)
+            v = unpack(v, BITS, GROUP, True, ASM, dtype)
+        else:
+            v = k
+        y = add(v, weight, fade, y, BITS > 0, IEEE)
     return best, total, y, following
 
 
@@ -191,8 +203,8 @@ def recent_tile(recent, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: 
     x = tl.load(recent + rows[:, None] * WIDTH + c[None, :], mask=inside[:, None] & (c[None, :] < C), other=0.0).to(dtype)
     if PACK == 4:
         even, odd = tl.split(tl.reshape(x, [rows.shape[0], CP // 4, 2, 2]))
-        (a, c), (b, d) = tl.split(even), tl.split(odd)
-        x = (a, b, c, d)
+        even, odd = tl.split(even), tl.split(odd)
+        x = (even[0], odd[0], even[1], odd[1])
     else:
         x = tl.split(tl.reshape(x, [rows.shape[0], CP // 2, 2]))
     return x
@@ -259,7 +271,8 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
                 pe = tl.load(pes + place[:, None] * P + p[None, :], mask=inside[:, None] & (p[None, :] < P), other=0.0)
             else:
                 pe = k[0]
-            best, total, y = block(k, v, pe, inside, q, q_pe, best, total, y, factor, PACK, False, P, False, IEEE)
+            best, total, weight, fade = weigh(k, pe, inside, q, q_pe, best, total, factor, P, False, IEEE)
+            y = add(v, weight, fade, y, False, IEEE)
 
     sums = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
     to = (each * splits + split)[None, :] * C + c[:, None] * PACK
