@@ -30,37 +30,33 @@ COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, tile, spread, unpack, weigh, add, fetch, tiles, recent_tile, keep_one
+    global triton, tl, tile, spread, unpack, weigh, add, fetch, part, keep_one
     import triton
     import triton.language as tl
-    tile, spread, unpack, weigh, add, fetch, tiles, recent_tile, keep_one = map(triton.jit, (tile, spread, unpack, weigh, add, fetch, tiles, recent_tile, keep_one))
+    tile, spread, unpack, weigh, add, fetch, part, keep_one = map(triton.jit, (tile, spread, unpack, weigh, add, fetch, part, keep_one))
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
-def tile(codes, scales, zeros, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-         WHOLE: tl.constexpr, TURNED: tl.constexpr):
+def tile(codes, scales, zeros, rows, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr):
     """
     The channels of one head at `rows` of a store as they lie there: words (N, CP / PACK), scales and zeros (N, groups). TURNED: all
     the other way round, which is how the second product wants codes: turned as numbers they would go through shared memory once more.
     """
     PACK: tl.constexpr = 16 // BITS if BITS else 1
-    GROUPS: tl.constexpr = CP // GROUP if BITS else 1
-    c, g = tl.arange(0, CP // PACK), tl.arange(0, GROUPS)
+    c, g = tl.arange(0, CP // PACK), tl.arange(0, CP // GROUP)
     if TURNED:
-        rows, inside, c, g = rows[None, :], inside[None, :], c[:, None], g[:, None]
+        rows, c, g = rows[None, :], c[:, None], g[:, None]
     else:
-        rows, inside, c, g = rows[:, None], inside[:, None], c[None, :], g[None, :]
-    if WHOLE and C == CP:
-        x = tl.load(codes + rows * (WIDTH // PACK) + c)
-    else:
-        x = tl.load(codes + rows * (WIDTH // PACK) + c, mask=inside & (c < C // PACK), other=0)
+        rows, c, g = rows[:, None], c[None, :], g[None, :]
+    here = codes + rows * (WIDTH // PACK) + c
+    x = tl.load(here) if C == CP else tl.load(here, mask=c < C // PACK, other=0)
     scale, zero = x, x
     if BITS:
-        if WHOLE and C == CP:
-            scale, zero = tl.load(scales + rows * (WIDTH // GROUP) + g), tl.load(zeros + rows * (WIDTH // GROUP) + g)
+        at = rows * (WIDTH // GROUP) + g
+        if C == CP:
+            scale, zero = tl.load(scales + at), tl.load(zeros + at)
         else:
-            scale = tl.load(scales + rows * (WIDTH // GROUP) + g, mask=inside & (g < C // GROUP), other=0.0)
-            zero = tl.load(zeros + rows * (WIDTH // GROUP) + g, mask=inside & (g < C // GROUP), other=0.0)
+            scale, zero = tl.load(scales + at, mask=g < C // GROUP, other=0.0), tl.load(zeros + at, mask=g < C // GROUP, other=0.0)
     return x, scale, zero
 
 
@@ -113,7 +109,7 @@ def unpack(held, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr, 
     return x
 
 
-def weigh(k, pe, inside, q, q_pe, best, total, factor, P: tl.constexpr, WHOLE: tl.constexpr, IEEE: tl.constexpr):
+def weigh(k, pe, inside, q, q_pe, best, total, factor, P: tl.constexpr, IEEE: tl.constexpr):
     """
     A tile's weights p (N, G) in the running softmax: its maximum `best` (G,), and `total` (N, G), whose rows are summed at the end:
     a sum over rows makes the warps wait for each other. `fade` (G,) is what earlier weights lose. k and q are tuples of PACK tensors.
@@ -123,9 +119,7 @@ def weigh(k, pe, inside, q, q_pe, best, total, factor, P: tl.constexpr, WHOLE: t
         s = tl.dot(k[j], q[j], s, input_precision=IEEE)
     if P:
         s = tl.dot(pe, q_pe, s, input_precision=IEEE)
-    s = s * factor
-    if not WHOLE:
-        s = tl.where(inside[:, None], s, -1e30)  # finite: nothing less nothing is not nan
+    s = tl.where(inside[:, None], s * factor, -1e30)  # finite: nothing less nothing is not nan
     higher = tl.maximum(best, tl.max(s, 0))
     p = tl.exp2(s - higher[None, :])
     fade = tl.exp2(best - higher)
@@ -147,90 +141,24 @@ def fetch(start, COUNT: tl.constexpr):
     tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
-def tiles(start, end, shift, limit, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following, q, q_pe,
-          best, total, y, factor, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr,
-          BITS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr,
-          IEEE: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr):
-    """The tiles from `start` to `end`, all of them whole or not, the one at `shift` first; of none the tokens from `limit` on."""
-    PACK: tl.constexpr = 16 // BITS if BITS else 1
-    CS: tl.constexpr = WIDTH // PACK  # what a place takes in a store's codes,
-    GS: tl.constexpr = WIDTH // GROUP if BITS else 0  # and in its scales and zeros
-    n, p = tl.arange(0, N), tl.arange(0, PP)
-    count = end - start
-    first = start + shift * N
-    for i in tl.range(first, first + count, N, num_stages=STAGES):
-        at = tl.where(i < end, i, i - count)  # from tile `shift` on, and what is before it at the end
-        ahead = tl.where(i + N < end, i + N, i + N - count)
-        inside = at + n < limit
-        if PAGE:
-            if PAGE % N == 0:  # a tile lies in one page: only its beginning needs 64 bits
-                place, base = n, following.to(tl.int64) * PAGE + at % PAGE
-                following = tl.load(table + slot * pages + tl.minimum(ahead // PAGE, pages - 1))
-            else:
-                place, base = following.to(tl.int64) * PAGE + (at + n) % PAGE, 0
-                following = tl.load(table + slot * pages + tl.minimum((ahead + n) // PAGE, pages - 1))
-        else:
-            place, base = n, slot * size + at
-        if AHEAD and WHOLE and LATENT and C == CP and PAGE % N == 0:  # ask the L2 cache for a later tile: shared memory has no room for it yet
-            later = tl.where(i + AHEAD * N < end, i + AHEAD * N, i + AHEAD * N - count)  # not behind the end: there may be no memory
-            later = tl.minimum(tl.maximum(later, start), end - N)
-            there = tl.load(table + slot * pages + later // PAGE).to(tl.int64) * PAGE + later % PAGE if PAGE else slot * size + later
-            fetch(k_codes + there * CS, N * CS)
-            if P:
-                fetch(pes + there * P, N * P)
-        k = tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place, inside,
-                 C, CP, WIDTH, BITS, GROUP, WHOLE, False)
-        k = unpack(k, BITS, GROUP, False, ASM, dtype)
-        if P:
-            pe = pes + base * P + place[:, None] * P + p[None, :]
-            pe = tl.load(pe) if WHOLE and P == PP else tl.load(pe, mask=inside[:, None] & (p[None, :] < P), other=0.0)
-        else:
-            pe = k[0]
-        best, total, weight, fade = weigh(k, pe, inside, q, q_pe, best, total, factor, P, WHOLE, IEEE)
-        if BITS or not LATENT:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
-            v = tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place, inside,
-                     C, CP, WIDTH, BITS, GROUP, WHOLE, BITS > 0)
-            v = unpack(v, BITS, GROUP, True, ASM, dtype)
-        else:
-            v = k
-        y = add(v, weight, fade, y, BITS > 0, IEEE)
-    return best, total, y, following
-
-
-def recent_tile(recent, rows, inside, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr, dtype: tl.constexpr):
-    """As `tile`, from the window."""
-    c = tl.arange(0, CP)
-    x = tl.load(recent + rows[:, None] * WIDTH + c[None, :], mask=inside[:, None] & (c[None, :] < C), other=0.0).to(dtype)
-    if PACK == 4:
-        even, odd = tl.split(tl.reshape(x, [rows.shape[0], CP // 4, 2, 2]))
-        even, odd = tl.split(even), tl.split(odd)
-        x = (even[0], odd[0], even[1], odd[1])
-    else:
-        x = tl.split(tl.reshape(x, [rows.shape[0], CP // 2, 2]))
-    return x
-
-
-def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_codes, v_scales, v_zeros, v_recent, pes, table, lengths, rows,
-                  out, lse, factor, splits, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-                  P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
-                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr, IEEE: tl.constexpr, ASM: tl.constexpr):
-    """Program (split, kv head and tile of its heads, sequence): y (C, G) of its part of the sequence, and log2 of its softmax's sum."""
-    split, b = tl.program_id(0), tl.program_id(2)
+def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, out, lse, factor,
+         b, slot, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
+         LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+         AHEAD: tl.constexpr, IEEE: tl.constexpr, ASM: tl.constexpr):
+    """
+    Part `index` of `parts`: y (C, G) of the tokens from `start` to `limit`, the tile `shift` first, and log2 of their softmax's sum. The last
+    tile has its last token again instead of what is behind it. RING: codes are a window, a ring of so many places.
+    """
     TILES: tl.constexpr = (H // K + G - 1) // G
-    head, first = tl.program_id(1) // TILES, tl.program_id(1) % TILES * G
-    slot = (tl.load(rows + b) if ROWS else b).to(tl.int64)
-    length = tl.load(lengths + b).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, splits), N) * N
-    start, end = split * share, tl.minimum(split * share + share, length)
-
+    head, mine = tl.program_id(1) // TILES, tl.program_id(1) % TILES * G + tl.arange(0, G)
+    each = b.to(tl.int64) * H + head * (H // K) + mine  # the program's rows of (B, H)
+    mine = mine < H // K
     PACK: tl.constexpr = 16 // BITS if BITS else 1  # codes come as words of 16 bits: a tile is PACK tensors, of a word's first channel, its second, ...
-    WIDTH: tl.constexpr = K * C
+    CS: tl.constexpr = K * C // PACK  # what a place takes in a store's codes,
+    GS: tl.constexpr = K * C // GROUP if BITS else 0  # and in its scales and zeros
     full: tl.constexpr = queries.dtype.element_ty
-    # Codes, scales and zeros are whole in fp16, and half the registers of fp32
-    dtype: tl.constexpr = tl.float16 if BITS and full != tl.float32 else full
-    g, c, p, n = tl.arange(0, G), tl.arange(0, CP // PACK), tl.arange(0, PP), tl.arange(0, N)
-    mine = first + g < H // K
-    each = b.to(tl.int64) * H + head * (H // K) + first + g  # the program's rows of (B, H)
+    dtype: tl.constexpr = tl.float16 if BITS and full != tl.float32 else full  # codes, scales and zeros are whole in fp16, and half the registers of fp32
+    c, p, n = tl.arange(0, CP // PACK), tl.arange(0, PP), tl.arange(0, N)
     there = mine[None, :] & (c[:, None] < C // PACK)
     q, y = (), ()
     for j in tl.static_range(PACK):
@@ -243,42 +171,71 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
         v_scales, v_zeros = v_scales + head * (C // GROUP), v_zeros + head * (C // GROUP)
 
     best, total = tl.full([G], -1e30, tl.float32), tl.zeros([N, G], tl.float32)
-    early = tl.minimum(end, length - W) if W else end  # what lies before the window
-    early = tl.maximum(early, start)
-    whole = start + (early - start) // N * N
-    # A tile's pages are asked for while the tile before is read: an address that waits for a load could not be fetched ahead.
-    # Programs that begin at the same place of their sequences would all ask the same part of the memory: with TURN they do not.
-    shift = (b * 7 + split * 3) % tl.maximum((whole - start) // N, 1) if TURN else 0
-    if PAGE:
-        begin = start + shift * N
-        following = tl.load(table + slot * pages + tl.minimum((begin + n if PAGE % N else begin) // PAGE, pages - 1))
-    else:
-        following = 0
-    best, total, y, following = tiles(start, whole, shift, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
-                                      q, q_pe, best, total, y, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, True, N, STAGES, dtype, IEEE, AHEAD, ASM)
-    if PAGE:
-        following = tl.load(table + slot * pages + tl.minimum((whole + n if PAGE % N else whole) // PAGE, pages - 1))
-    best, total, y, following = tiles(whole, early, 0, early, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, slot, size, pages, following,
-                                      q, q_pe, best, total, y, factor, C, CP, WIDTH, P, PP, LATENT, BITS, GROUP, PAGE, False, N, 2, dtype, IEEE, 0, ASM)
-    if W:  # the last W tokens, in full precision, in a ring of their own
-        for at in tl.range(tl.maximum(early, length - W), end, N, num_stages=2):
-            inside = at + n < end
-            ring = slot * W + (at + n) % W
-            k = recent_tile(k_recent + head * C, ring, inside, C, CP, WIDTH, PACK, dtype)
-            v = k if LATENT else recent_tile(v_recent + head * C, ring, inside, C, CP, WIDTH, PACK, dtype)
-            if P:
-                place = (tl.load(table + slot * pages + (at + n) // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + (at + n) % PAGE) if PAGE else slot * size + at + n
-                pe = tl.load(pes + place[:, None] * P + p[None, :], mask=inside[:, None] & (p[None, :] < P), other=0.0)
+    count = tl.cdiv(limit - start, N) * N
+    first, end, last = start + shift * N, start + count, tl.maximum(limit - 1, 0)
+    IN_ONE: tl.constexpr = PAGE % N == 0 and not RING  # a tile lies in one page: only its beginning needs 64 bits
+    if PAGE:  # a tile's pages are asked for while the tile before is read: an address that waits for a load could not be fetched ahead
+        following = tl.load(table + slot * pages + tl.minimum(first if IN_ONE else first + n, last) // PAGE)
+    for i in tl.range(first, first + count, N, num_stages=STAGES):
+        at = tl.where(i < end, i, i - count)  # from tile `shift` on, and what is before it at the end
+        ahead = tl.where(i + N < end, i + N, i + N - count)
+        inside = at + n < limit
+        place, base = tl.minimum(n, last - at), slot * size + at
+        if PAGE:
+            if IN_ONE:
+                base = following.to(tl.int64) * PAGE + at % PAGE
+                following = tl.load(table + slot * pages + tl.minimum(ahead, last) // PAGE)
             else:
-                pe = k[0]
-            best, total, weight, fade = weigh(k, pe, inside, q, q_pe, best, total, factor, P, False, IEEE)
-            y = add(v, weight, fade, y, False, IEEE)
+                place, base = following.to(tl.int64) * PAGE + (at + place) % PAGE, 0
+                following = tl.load(table + slot * pages + tl.minimum(ahead + n, last) // PAGE)
+        if P:
+            pe = pes + base * P + place[:, None] * P + p[None, :]
+            pe = tl.load(pe) if P == PP else tl.load(pe, mask=p[None, :] < P, other=0.0)
+        if RING:
+            place, base = tl.minimum(at + n, last) % RING, slot * RING
+        if AHEAD and LATENT and C == CP and PAGE % N == 0:  # ask the L2 cache for a later tile: shared memory has no room for it yet
+            later = i + AHEAD * N
+            later = tl.where(later < end, later, tl.maximum(later - count, start))
+            far = tl.load(table + slot * pages + later // PAGE).to(tl.int64) * PAGE + later % PAGE if PAGE else slot * size + tl.minimum(later, size - N)
+            fetch(k_codes + far * CS, N * CS)
+            if P:
+                fetch(pes + far * P, N * P)
+        k = unpack(tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place,
+                        C, CP, K * C, BITS, GROUP, False), BITS, GROUP, False, ASM, dtype)
+        best, total, weight, fade = weigh(k, pe if P else k[0], inside, q, q_pe, best, total, factor, P, IEEE)
+        v = k
+        if BITS or not LATENT:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
+            v = unpack(tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place,
+                            C, CP, K * C, BITS, GROUP, BITS > 0), BITS, GROUP, True, ASM, dtype)
+        y = add(v, weight, fade, y, BITS > 0, IEEE)
 
     sums = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
-    to = (each * splits + split)[None, :] * C + c[:, None] * PACK
+    to = (each * parts + index)[None, :] * C + c[:, None] * PACK
     for j in tl.static_range(PACK):
         tl.store(out + to + j, (y[j] * (1 / sums)[None, :]).to(out.dtype.element_ty), mask=there)
-    tl.store(lse + each * splits + split, best + tl.log2(sums), mask=mine)
+    tl.store(lse + each * parts + index, best + tl.log2(sums), mask=mine)
+
+
+def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_codes, v_scales, v_zeros, v_recent, pes, table, lengths, rows,
+                  out, lse, factor, splits, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+                  P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
+                  ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr, IEEE: tl.constexpr, ASM: tl.constexpr):
+    """Program (split, kv head and tile of its heads, sequence): its part of a sequence; the last split also the window, which is a part of its own."""
+    split, b = tl.program_id(0), tl.program_id(2)
+    slot = (tl.load(rows + b) if ROWS else b).to(tl.int64)
+    length = tl.load(lengths + b).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, splits), N) * N
+    start, end = split * share, tl.minimum(split * share + share, length)
+    end = tl.maximum(tl.minimum(end, length - W), start)
+    # Programs that begin at the same place of their sequences would all ask the same part of the memory: with TURN they do not
+    shift = (b * 7 + split * 3) % tl.maximum(tl.cdiv(end - start, N), 1) if TURN else 0
+    parts = splits + 1 if W else splits
+    part(split, parts, start, end, shift, queries, queries_pe, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, out, lse, factor,
+         b, slot, size, pages, H, K, G, C, CP, P, PP, LATENT, BITS, GROUP, 0, PAGE, N, STAGES, AHEAD, IEEE, ASM)
+    if W:
+        if split == splits - 1:  # in full precision
+            part(splits, parts, tl.maximum(length - W, 0), length, 0, queries, queries_pe, k_recent, k_scales, k_zeros, v_recent, v_scales, v_zeros, pes, table,
+                 out, lse, factor, b, slot, size, pages, H, K, G, C, CP, P, PP, LATENT, 0, GROUP, W, PAGE, min(N, 32), 2, 0, IEEE, ASM)
 
 
 def join_kernel(parts, lse, out, splits, C: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr):
@@ -413,16 +370,18 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     splits = splits or best
     P = 0 if q_pe is None else q_pe.size(-1)
     out = q.new_empty(B, H, C)
-    parts = out if splits == 1 else q.new_empty(B, H, splits, C, dtype=torch.float32)
-    lse = q.new_empty(B, H, splits, dtype=torch.float32)
     (kc, ks, kz, kr), (vc, vs, vz, vr) = k, k if latent else v
+    window = window if kr is not None else 0
+    count = splits + (window > 0)
+    parts = out if count == 1 else q.new_empty(B, H, count, C, dtype=torch.float32)
+    lse = q.new_empty(B, H, count, dtype=torch.float32)
     kc, vc = (codes.view(torch.uint16) if bits else codes for codes in (kc, vc))
     kernels().decode[(splits, K * -(-(H // K) // G), B)](
         q, q_pe, kc, ks, kz, kr, vc, vs, vz, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
-        H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window if kr is not None else 0, page_size if table is not None else 0,
+        H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window, page_size if table is not None else 0,
         rows is not None, N, stages, ahead, turn, 'ieee' if q.dtype == torch.float32 else 'tf32', COMPILED, num_warps=4)
-    if splits > 1:
-        kernels().join[(B * H,)](parts, lse, out, splits, C, power_of_2(C), power_of_2(splits, 1), num_warps=4)
+    if count > 1:
+        kernels().join[(B * H,)](parts, lse, out, count, C, power_of_2(C), power_of_2(count, 1), num_warps=4)
     return out
 
 
