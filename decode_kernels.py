@@ -22,8 +22,6 @@ import torch
 from kernels import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
-SHARED = 224 * 1024  # bytes of shared memory of an H200's multiprocessor, for all its programs
-MULTIPROCESSORS = 132
 COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the GPU
 
 
@@ -308,8 +306,6 @@ def reason_not_to_run(device, dtype, C, bits, group, latent):
         return f'heads of width {C} are not served'
     if bits and (group & group - 1 or C % group or group < 16):
         return f'groups of {group} channels do not fit heads of width {C}'
-    if device.type == 'cuda' and bits == 4 and C == 128 and not latent:
-        return '4-bit heads of width 128 come out wrong with Triton 3.6'  # on a GPU; under the interpreter they are right
     return ''
 
 
@@ -332,26 +328,51 @@ def variants(C, latent, bits):
     """What is worth trying for a shape, as in tiles_of_shapes."""
     if latent and not bits:
         return [[64, stages, ahead, turn] for stages, ahead, turn in ((2, 1, 0), (2, 1, 1), (2, 0, 1), (3, 1, 1), (4, 0, 1), (4, 1, 0)) if stages * C < 1400]
-    return [[64, 2, 0, 0], [64, 2, 0, 1], [64, 3, 0, 1]] if bits else [[64, 3, 0, 0], [64, 4, 0, 1], [128, 3, 0, 1]]
+    return [[64, 2, 0, 0], [64, 2, 0, 1], [64, 3, 0, 1], [32, 3, 0, 1]] if bits else [[64, 3, 0, 0], [64, 4, 0, 1], [128, 3, 0, 1]]
 
 
-def plan(B, K, heads, C, P, latent, bits, size):
+@lru_cache
+def card(device):
+    """What a GPU has for programs: multiprocessors, and bytes of shared memory of one of them and of one program. Without a GPU: an H200."""
+    if device.type != 'cuda':
+        return 132, 228 * 1024, 227 * 1024
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor, gpu.shared_memory_per_block_optin
+
+
+def shared_bytes(G, N, stages, C, P, latent, bits):
+    """Bytes of shared memory that a program takes at most, as Triton 3.6 compiles it: queries, weights, and the tiles that are on their way."""
+    C, P = power_of_2(C), power_of_2(P) if P else 0  # as they lie there
+    if not bits:
+        return 2 * (C + P + N) * G + stages * N * 2 * (C * (1 if latent else 2) + P)
+    window = shared_bytes(G, min(N, 32), 2, C, P, latent, 0)
+    return max(window, 2 * (C + P + N) * G + N * ((stages - 1) * (C * bits // 4 + 8 * (C // 64 + 1)) + stages * 2 * P))
+
+
+def plan(B, K, heads, C, P, latent, bits, size, device):
     """
     Heads of a program, tokens of a tile, stages of its loop, tiles that L2 is asked for ahead, whether programs begin at
-    different tiles, and parts of a sequence, so many that programs fill the card in waves that are nearly full.
+    different tiles, parts of a sequence, so many that programs fill the card in waves that are nearly full, and warps and most registers of a program.
     """
-    known = tiles_of_shapes().get(shape_key(heads, C, P, latent, bits))
+    multiprocessors, shared, most = card(device)
+    # The second product has a row for each word of a token, and a warp takes 16 of them: more warps would unpack the same words
+    warps = max(1, min(4, power_of_2(C) * bits // 256)) if bits else 4
+    registers = 128 if not bits else 168 if C <= 256 else 255
+    at_once = min(16 // warps, 65536 // (32 * warps * registers))  # programs of a multiprocessor
     G = min(64, power_of_2(heads))
-    C, P = power_of_2(C), power_of_2(P) if P else 0  # as they lie in shared memory
-    values = 1 if latent else 2
-    a_token = (C * (bits or 16) // 8 + 4 * (C // 64) * bool(bits)) * values + 2 * P
-    fixed = 2 * (C + P) * G + 64 * (2 * G + 2 * C * values * bool(bits))  # queries, softmax, a tile that has been unpacked
-    N, stages, ahead, turn = known or (64, max(2, min(3, (SHARED - fixed) // (64 * a_token))), int(latent and not bits), 0)
-    resident = MULTIPROCESSORS * max(1, min(4, SHARED // (fixed + stages * N * a_token)))
+
+    def needs(G, N, stages):
+        return shared_bytes(G, N, stages, C, P, latent, bits) + 1024  # what the system takes of each program
+
+    N, stages, ahead, turn = tiles_of_shapes().get(shape_key(heads, C, P, latent, bits)) or (
+        64, 3 if needs(G, 64, 3) * (at_once if bits else 1) <= shared else 2, int(latent and not bits), int(bits > 0))
+    tried = [(g, *tile) for g in (G, 32, 16) if g <= G for tile in ((N, stages), (N, 2), (32, 2), (16, 2)) if tile[0] <= N]
+    G, N, stages = next((way for way in tried if needs(*way) - 1024 <= most), tried[-1])  # a GPU with less shared memory takes smaller tiles
+    resident = multiprocessors * max(1, min(at_once, shared // needs(G, N, stages)))
     programs = B * K * -(-heads // G)
     splits = max(range(1, max(1, size // (2 * N)) + 1),
                  key=lambda s: (round(programs * s / (-(-programs * s // resident) * resident), 1), -s))
-    return G, N, stages, ahead * COMPILED, turn, splits
+    return G, N, stages, ahead * COMPILED * (size >= N), turn, splits, warps, registers if bits and registers < 255 else None
 
 
 def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_size=0, rows=None, bits=0, group=1, window=0, splits=0):
@@ -366,9 +387,9 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     B, H, C = q.shape
     width = k[0].size(1) * (2 if bits == 4 else 1)
     K, latent = width // C, v is None
-    G, N, stages, ahead, turn, best = plan(B, K, H // K, C, 0 if q_pe is None else q_pe.size(-1), latent, bits, size)
-    splits = splits or best
     P = 0 if q_pe is None else q_pe.size(-1)
+    G, N, stages, ahead, turn, best, warps, registers = plan(B, K, H // K, C, P, latent, bits, size, q.device)
+    splits = splits or best
     out = q.new_empty(B, H, C)
     (kc, ks, kz, kr), (vc, vs, vz, vr) = k, k if latent else v
     window = window if kr is not None else 0
@@ -379,7 +400,7 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     kernels().decode[(splits, K * -(-(H // K) // G), B)](
         q, q_pe, kc, ks, kz, kr, vc, vs, vz, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
         H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window, page_size if table is not None else 0,
-        rows is not None, N, stages, ahead, turn, 'ieee' if q.dtype == torch.float32 else 'tf32', COMPILED, num_warps=4)
+        rows is not None, N, stages, ahead, turn, 'ieee' if q.dtype == torch.float32 else 'tf32', COMPILED, num_warps=warps, maxnreg=registers)
     if count > 1:
         kernels().join[(B * H,)](parts, lse, out, count, C, power_of_2(C), power_of_2(count, 1), num_warps=4)
     return out
