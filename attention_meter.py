@@ -179,7 +179,7 @@ def triton(held):
     C = first.width if held.kind == 'latent' else held.per_head
     if reason := decode_kernels.reason_not_to_run(held.q.device, held.q.dtype if first.bits else first.places[0].dtype, C, first.bits, group_of(first.width), held.kind == 'latent'):
         raise UserError(reason)
-    k, v = ((*store.places, *[None] * (3 - len(store.places)), store.recent) for store in (first, second))
+    k, v = ((*store.places, *[None] * (2 - len(store.places)), store.recent) for store in (first, second))
     q, q_pe = (part.contiguous() for part in held.q[:, :, 0].split([C, held.q.size(-1) - C], dim=-1))
     how = dict(table=cache.table, page_size=cache.page_size) if cache.pages else {}
     how |= dict(bits=first.bits, group=group_of(first.width), window=cache.window) if first.bits else {}

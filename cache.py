@@ -55,7 +55,7 @@ def group_of(width):
 
 def quantise(x, bits):
     """
-    x (..., C) -> codes uint8 (..., ceil(C bits / 8)), scale and zero fp16 (..., C / group): x ≈ codes · scale + zero.
+    x (..., C) -> codes uint8 (..., ceil(C bits / 8)), scales fp16 (..., 2 C / group): scale and zero of each group in turn, x ≈ codes · scale + zero.
 
     Zero is rounded down and the scale up, so that every x within fp16's range has a code at most half a
     step (scale / 2) away. With 4 bits an even channel is in the low half of a byte.
@@ -68,19 +68,20 @@ def quantise(x, bits):
     if bits == 4:
         codes = torch.nn.functional.pad(codes, (0, codes.size(-1) % 2))
         codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return codes, scale[..., 0], zero[..., 0]
+    return codes, torch.cat([scale, zero], dim=-1).flatten(-2)
 
 
-def dequantise(codes, scale, zero, width, bits):
+def dequantise(codes, scales, width, bits):
     """What `quantise` kept, (..., C) in fp32."""
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width]
     x = codes.unflatten(-1, (-1, group_of(width))).float()
-    return (x * scale.float()[..., None] + zero.float()[..., None]).flatten(-2)
+    scale, zero = scales.float().unflatten(-1, (-1, 1, 2)).unbind(-1)
+    return (x * scale + zero).flatten(-2)
 
 
 class Store:
-    """One name of one layer: `places` (places, ...) in one buffer, or in three and `recent` (slots · W, C)."""
+    """One name of one layer: `places` (places, ...) in one buffer, or in two (codes, scales) and `recent` (slots · W, C)."""
 
     def __init__(self, cache, width, bits, dtype):
         self.cache, self.width, self.bits = cache, width, bits
@@ -90,9 +91,7 @@ class Store:
 
         self.recent = None
         if bits:
-            groups = width // group_of(width)
-            self.places = [buffer(cache.places, -(-width * bits // 8), torch.uint8),
-                           buffer(cache.places, groups, torch.float16), buffer(cache.places, groups, torch.float16)]
+            self.places = [buffer(cache.places, -(-width * bits // 8), torch.uint8), buffer(cache.places, 2 * width // group_of(width), torch.float16)]
             if cache.window:
                 self.recent = buffer(cache.slots * cache.window, width, cache.full)
         else:
@@ -132,8 +131,8 @@ class Store:
 
     @property
     def held(self):
-        """Codes, scales, zeros and window, as a kernel reads them; None for what there is not."""
-        return *self.places, *[None] * (3 - len(self.places)), self.recent
+        """Codes, scales and window, as a kernel reads them; None for what there is not."""
+        return *self.places, *[None] * (2 - len(self.places)), self.recent
 
 
 class Layer:

@@ -35,10 +35,10 @@ def kernels():
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
-def tile(codes, scales, zeros, rows, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr):
+def tile(codes, scales, rows, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr):
     """
-    The channels of one head at `rows` of a store as they lie there: words (N, CP / PACK), scales and zeros (N, groups). TURNED: all
-    the other way round, which is how the second product wants codes: turned as numbers they would go through shared memory once more.
+    The channels of one head at `rows` of a store as they lie there: words (N, CP / PACK), and pairs of scale and zero (N, groups). TURNED:
+    all the other way round, which is how the second product wants codes: turned as numbers they would go through shared memory once more.
     """
     PACK: tl.constexpr = 16 // BITS if BITS else 1
     c, g = tl.arange(0, CP // PACK), tl.arange(0, CP // GROUP)
@@ -48,14 +48,11 @@ def tile(codes, scales, zeros, rows, C: tl.constexpr, CP: tl.constexpr, WIDTH: t
         rows, c, g = rows[:, None], c[None, :], g[None, :]
     here = codes + rows * (WIDTH // PACK) + c
     x = tl.load(here) if C == CP else tl.load(here, mask=c < C // PACK, other=0)
-    scale, zero = x, x
+    pair = x
     if BITS:
-        at = rows * (WIDTH // GROUP) + g
-        if C == CP:
-            scale, zero = tl.load(scales + at), tl.load(zeros + at)
-        else:
-            scale, zero = tl.load(scales + at, mask=g < C // GROUP, other=0.0), tl.load(zeros + at, mask=g < C // GROUP, other=0.0)
-    return x, scale, zero
+        here = scales + rows * (WIDTH // GROUP) + g
+        pair = tl.load(here) if C == CP else tl.load(here, mask=g < C // GROUP, other=0)
+    return x, pair
 
 
 def spread(x, EACH: tl.constexpr, TURNED: tl.constexpr):
@@ -76,11 +73,12 @@ def unpack(held, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr, 
     The GPU's own conversion takes several instructions a number. Here two numbers, in the halves of a register, take three: in fp16
     0x6400 | code is 1024 + code, and 0x4c00 | code << 6 is 16 + code, whose 16 goes into the zero (2^-11 of 32 scales is all that this may round away).
     """
-    x, scale, zero = held
+    x, pair = held
     if BITS == 0:
         x = (x,)
     else:
-        scale, zero = scale.to(dtype), zero.to(dtype)
+        scale = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(dtype)
+        zero = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(dtype)
         if ASM and BITS == 4:
             zero = zero - scale * 16
         scale, zero = spread(scale, GROUP * BITS // 16, TURNED), spread(zero, GROUP * BITS // 16, TURNED)
@@ -139,7 +137,7 @@ def fetch(start, COUNT: tl.constexpr):
     tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
-def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, out, lse, factor,
+def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scales, v_codes, v_scales, pes, table, out, lse, factor,
          b, slot, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
          LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
          AHEAD: tl.constexpr, IEEE: tl.constexpr, ASM: tl.constexpr):
@@ -153,7 +151,7 @@ def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scal
     mine = mine < H // K
     PACK: tl.constexpr = 16 // BITS if BITS else 1  # codes come as words of 16 bits: a tile is PACK tensors, of a word's first channel, its second, ...
     CS: tl.constexpr = K * C // PACK  # what a place takes in a store's codes,
-    GS: tl.constexpr = K * C // GROUP if BITS else 0  # and in its scales and zeros
+    GS: tl.constexpr = K * C // GROUP if BITS else 0  # and in its scales
     full: tl.constexpr = queries.dtype.element_ty
     dtype: tl.constexpr = tl.float16 if BITS and full != tl.float32 else full  # codes, scales and zeros are whole in fp16, and half the registers of fp32
     c, p, n = tl.arange(0, CP // PACK), tl.arange(0, PP), tl.arange(0, N)
@@ -165,8 +163,7 @@ def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scal
     q_pe = tl.load(queries_pe + each[None, :] * P + p[:, None], mask=mine[None, :] & (p[:, None] < P), other=0.0) if P else q[0]
     k_codes, v_codes = k_codes + head * (C // PACK), v_codes + head * (C // PACK)
     if BITS:
-        k_scales, k_zeros = k_scales + head * (C // GROUP), k_zeros + head * (C // GROUP)
-        v_scales, v_zeros = v_scales + head * (C // GROUP), v_zeros + head * (C // GROUP)
+        k_scales, v_scales = k_scales + head * (C // GROUP), v_scales + head * (C // GROUP)
 
     best, total = tl.full([G], -1e30, tl.float32), tl.zeros([N, G], tl.float32)
     count = tl.cdiv(limit - start, N) * N
@@ -198,13 +195,11 @@ def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scal
             fetch(k_codes + far * CS, N * CS)
             if P:
                 fetch(pes + far * P, N * P)
-        k = unpack(tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, k_zeros + base * GS if BITS else k_zeros, place,
-                        C, CP, K * C, BITS, GROUP, False), BITS, GROUP, False, ASM, dtype)
+        k = unpack(tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, place, C, CP, K * C, BITS, GROUP, False), BITS, GROUP, False, ASM, dtype)
         best, total, weight, fade = weigh(k, pe if P else k[0], inside, q, q_pe, best, total, factor, P, IEEE)
         v = k
         if BITS or not LATENT:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
-            v = unpack(tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, v_zeros + base * GS if BITS else v_zeros, place,
-                            C, CP, K * C, BITS, GROUP, BITS > 0), BITS, GROUP, True, ASM, dtype)
+            v = unpack(tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, place, C, CP, K * C, BITS, GROUP, BITS > 0), BITS, GROUP, True, ASM, dtype)
         y = add(v, weight, fade, y, BITS > 0, IEEE)
 
     sums = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
@@ -214,7 +209,7 @@ def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scal
     tl.store(lse + each * parts + index, best + tl.log2(sums), mask=mine)
 
 
-def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_codes, v_scales, v_zeros, v_recent, pes, table, lengths, rows,
+def decode_kernel(queries, queries_pe, k_codes, k_scales, k_recent, v_codes, v_scales, v_recent, pes, table, lengths, rows,
                   out, lse, factor, splits, size, pages, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
                   P: tl.constexpr, PP: tl.constexpr, LATENT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
                   ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr, IEEE: tl.constexpr, ASM: tl.constexpr):
@@ -228,11 +223,11 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_zeros, k_recent, v_c
     # Programs that begin at the same place of their sequences would all ask the same part of the memory: with TURN they do not
     shift = (b * 7 + split * 3) % tl.maximum(tl.cdiv(end - start, N), 1) if TURN else 0
     parts = splits + 1 if W else splits
-    part(split, parts, start, end, shift, queries, queries_pe, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, pes, table, out, lse, factor,
+    part(split, parts, start, end, shift, queries, queries_pe, k_codes, k_scales, v_codes, v_scales, pes, table, out, lse, factor,
          b, slot, size, pages, H, K, G, C, CP, P, PP, LATENT, BITS, GROUP, 0, PAGE, N, STAGES, AHEAD, IEEE, ASM)
     if W:
         if split == splits - 1:  # in full precision
-            part(splits, parts, tl.maximum(length - W, 0), length, 0, queries, queries_pe, k_recent, k_scales, k_zeros, v_recent, v_scales, v_zeros, pes, table,
+            part(splits, parts, tl.maximum(length - W, 0), length, 0, queries, queries_pe, k_recent, k_scales, v_recent, v_scales, pes, table,
                  out, lse, factor, b, slot, size, pages, H, K, G, C, CP, P, PP, LATENT, 0, GROUP, W, PAGE, min(N, 32), 2, 0, IEEE, ASM)
 
 
@@ -250,7 +245,7 @@ def join_kernel(parts, lse, out, splits, C: tl.constexpr, CP: tl.constexpr, SP: 
 # ---------------------------------------------------------------------------------------------------
 # the new token's own keys and values, on their way into the cache
 
-def keep_one(x, codes, scales, zeros, recent, b, place, in_ring, stride, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+def keep_one(x, codes, scales, recent, b, place, in_ring, stride, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
              W: tl.constexpr):
     c = tl.arange(0, WP)
     x = tl.load(x + b * stride + c, mask=c < WIDTH, other=0.0)
@@ -264,8 +259,8 @@ def keep_one(x, codes, scales, zeros, recent, b, place, in_ring, stride, WIDTH: 
         low, high, top = tl.min(x, 1), tl.max(x, 1), 2 ** BITS - 1
         zero = (low - tl.abs(low) * 2 ** -10 - 2 ** -24).to(tl.float16)
         scale = tl.maximum((high - zero.to(tl.float32)) / top * (1 + 2 ** -10), 2 ** -14).to(tl.float16)
-        tl.store(scales + place * (WIDTH // GROUP) + g, scale, mask=g < WIDTH // GROUP)
-        tl.store(zeros + place * (WIDTH // GROUP) + g, zero, mask=g < WIDTH // GROUP)
+        tl.store(scales + place * (2 * WIDTH // GROUP) + 2 * g, scale, mask=g < WIDTH // GROUP)
+        tl.store(scales + place * (2 * WIDTH // GROUP) + 2 * g + 1, zero, mask=g < WIDTH // GROUP)
         x = (x - zero.to(tl.float32)[:, None]) / scale.to(tl.float32)[:, None]
         x = tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), top).to(tl.int32)
         if BITS == 4:
@@ -277,7 +272,7 @@ def keep_one(x, codes, scales, zeros, recent, b, place, in_ring, stride, WIDTH: 
             tl.store(codes + place * WIDTH + c, tl.reshape(x, [WP]).to(tl.uint8), mask=c < WIDTH)
 
 
-def keep_kernel(x, codes, scales, zeros, recent, stride, x2, codes2, scales2, zeros2, recent2, stride2, table, lengths, counts, rows, size, pages,
+def keep_kernel(x, codes, scales, recent, stride, x2, codes2, scales2, recent2, stride2, table, lengths, counts, rows, size, pages,
                 WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WIDTH2: tl.constexpr, WP2: tl.constexpr,
                 BITS2: tl.constexpr, GROUP2: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr):
     """Program (sequence, store): one new token of a sequence that has one takes its place behind the `lengths` that were there."""
@@ -288,9 +283,9 @@ def keep_kernel(x, codes, scales, zeros, recent, stride, x2, codes2, scales2, ze
         place = tl.load(table + slot * pages + at // PAGE).to(tl.int64) * PAGE + at % PAGE if PAGE else slot * size + at
         in_ring = slot * W + at % W if W else place
         if tl.program_id(1) == 0:
-            keep_one(x, codes, scales, zeros, recent, b, place, in_ring, stride, WIDTH, WP, BITS, GROUP, W if BITS else 0)
+            keep_one(x, codes, scales, recent, b, place, in_ring, stride, WIDTH, WP, BITS, GROUP, W if BITS else 0)
         else:
-            keep_one(x2, codes2, scales2, zeros2, recent2, b, place, in_ring, stride2, WIDTH2, WP2, BITS2, GROUP2, W if BITS2 else 0)
+            keep_one(x2, codes2, scales2, recent2, b, place, in_ring, stride2, WIDTH2, WP2, BITS2, GROUP2, W if BITS2 else 0)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -379,8 +374,8 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     """
     softmax(scale (q · k + q_pe · pe)) v over the first lengths[b] tokens of every sequence -> (B, H, C) in q's dtype.
 
-    q (B, H, C), q_pe (B, H, P); k and v: what a store holds, (codes, scales, zeros, recent), as cache.py lays
-    it out, scales, zeros and recent None without bits; v None: k is the latent of MLA, and the values too. pe (places, P).
+    q (B, H, C), q_pe (B, H, P); k and v: what a store holds, (codes, scales, recent), as cache.py lays
+    it out, scales and recent None without bits; v None: k is the latent of MLA, and the values too. pe (places, P).
     A sequence is `size` places from rows[b] · size on (rows None: b), or the pages of table[rows[b]].
     Where a length is 0 the result is 0.
     """
@@ -391,14 +386,15 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     G, N, stages, ahead, turn, best, warps, registers = plan(B, K, H // K, C, P, latent, bits, size, q.device)
     splits = splits or best
     out = q.new_empty(B, H, C)
-    (kc, ks, kz, kr), (vc, vs, vz, vr) = k, k if latent else v
+    (kc, ks, kr), (vc, vs, vr) = k, k if latent else v
     window = window if kr is not None else 0
     count = splits + (window > 0)
     parts = out if count == 1 else q.new_empty(B, H, count, C, dtype=torch.float32)
     lse = q.new_empty(B, H, count, dtype=torch.float32)
-    kc, vc = (codes.view(torch.uint16) if bits else codes for codes in (kc, vc))
+    if bits:  # two or four codes, and a scale with its zero, are one word
+        kc, vc, ks, vs = kc.view(torch.uint16), vc.view(torch.uint16), ks.view(torch.int32), vs.view(torch.int32)
     kernels().decode[(splits, K * -(-(H // K) // G), B)](
-        q, q_pe, kc, ks, kz, kr, vc, vs, vz, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
+        q, q_pe, kc, ks, kr, vc, vs, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
         H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window, page_size if table is not None else 0,
         rows is not None, N, stages, ahead, turn, 'ieee' if q.dtype == torch.float32 else 'tf32', COMPILED, num_warps=warps, maxnreg=registers)
     if count > 1:

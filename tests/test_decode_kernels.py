@@ -110,7 +110,7 @@ def test_interpreted_other_tiles_and_splits(layout, tiles, monkeypatch):
 def test_interpreted_widths_that_are_no_power_of_two_and_empty_sequences():
     assert error(5, 1, 48, 6, [70, 3], 80) < 2e-6
     q, k = torch.randn(2, 4, 32), torch.full((20, 32), torch.nan)
-    assert d.decode(q, (k, None, None, None), None, torch.tensor([0, 0]), 1.0, 10).eq(0).all()
+    assert d.decode(q, (k, None, None), None, torch.tensor([0, 0]), 1.0, 10).eq(0).all()
 
 
 @interpreted
@@ -202,7 +202,7 @@ def test_gpu_keep_writes_what_the_cache_writes(layout, dtype):
                 assert all(map(torch.equal, want.buffers, got.buffers))
             else:  # the GPU divides a little differently, so what lies between two codes may become either
                 a, b = (dequantise(*store.places, store.width, store.bits) for store in (want, got))
-                step = want.places[1].float().repeat_interleave(group_of(want.width), dim=-1)
+                step = want.places[1][:, ::2].float().repeat_interleave(group_of(want.width), dim=-1)
                 assert torch.equal(want.recent, got.recent) and ((a - b).abs() <= 1.02 * step + 1e-6).all()
                 assert ((a - b).abs() > 0.5 * step).float().mean() < 0.02
 
