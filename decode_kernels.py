@@ -28,30 +28,32 @@ COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, tile, spread, unpack, weigh, add, fetch, part, keep_one
+    global triton, tl, tile, spread, unpack, weigh, fetch, part, keep_one
     import triton
     import triton.language as tl
-    tile, spread, unpack, weigh, add, fetch, part, keep_one = map(triton.jit, (tile, spread, unpack, weigh, add, fetch, part, keep_one))
+    tile, spread, unpack, weigh, fetch, part, keep_one = map(triton.jit, (tile, spread, unpack, weigh, fetch, part, keep_one))
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
-def tile(codes, scales, rows, C: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr):
+def tile(codes, scales, rows, slice: tl.constexpr, WORDS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+         TURNED: tl.constexpr):
     """
-    The channels of one head at `rows` of a store as they lie there: words (N, CP / PACK), and pairs of scale and zero (N, groups). TURNED:
-    all the other way round, which is how the second product wants codes: turned as numbers they would go through shared memory once more.
+    A slice of the channels of one head at `rows` of a store as they lie there: words (N, WORDS), and pairs of scale and zero (N, groups).
+    TURNED: all the other way round, which is how the second product wants codes: turned as numbers they would go through shared memory once more.
     """
     PACK: tl.constexpr = 16 // BITS if BITS else 1
-    c, g = tl.arange(0, CP // PACK), tl.arange(0, CP // GROUP)
+    c, g = slice * WORDS + tl.arange(0, WORDS), slice * (WORDS * PACK // GROUP) + tl.arange(0, WORDS * PACK // GROUP)
     if TURNED:
         rows, c, g = rows[None, :], c[:, None], g[:, None]
     else:
         rows, c, g = rows[:, None], c[None, :], g[None, :]
+    ALL: tl.constexpr = (slice + 1) * WORDS * PACK <= C
     here = codes + rows * (WIDTH // PACK) + c
-    x = tl.load(here) if C == CP else tl.load(here, mask=c < C // PACK, other=0)
+    x = tl.load(here) if ALL else tl.load(here, mask=c < C // PACK, other=0)
     pair = x
     if BITS:
         here = scales + rows * (WIDTH // GROUP) + g
-        pair = tl.load(here) if C == CP else tl.load(here, mask=g < C // GROUP, other=0)
+        pair = tl.load(here) if ALL else tl.load(here, mask=g < C // GROUP, other=0)
     return x, pair
 
 
@@ -105,29 +107,16 @@ def unpack(held, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr, 
     return x
 
 
-def weigh(k, pe, inside, q, q_pe, best, total, factor, P: tl.constexpr, IEEE: tl.constexpr):
+def weigh(s, inside, best, total, factor):
     """
-    A tile's weights p (N, G) in the running softmax: its maximum `best` (G,), and `total` (N, G), whose rows are summed at the end:
-    a sum over rows makes the warps wait for each other. `fade` (G,) is what earlier weights lose. k and q are tuples of PACK tensors.
+    A tile's weights p (N, G) by its logits s in the running softmax: its maximum `best` (G,), and `total` (N, G), whose rows are summed
+    at the end: a sum over rows makes the warps wait for each other. `fade` (G,) is what earlier weights lose.
     """
-    s = tl.dot(k[0], q[0], input_precision=IEEE)
-    for j in tl.static_range(1, len(q)):
-        s = tl.dot(k[j], q[j], s, input_precision=IEEE)
-    if P:
-        s = tl.dot(pe, q_pe, s, input_precision=IEEE)
     s = tl.where(inside[:, None], s * factor, -1e30)  # finite: nothing less nothing is not nan
     higher = tl.maximum(best, tl.max(s, 0))
     p = tl.exp2(s - higher[None, :])
     fade = tl.exp2(best - higher)
-    return higher, total * fade[None, :] + p, p.to(k[0].dtype), fade
-
-
-def add(v, p, fade, y, TURNED: tl.constexpr, IEEE: tl.constexpr):
-    """y (C, G) and a tile's values, by their weights; v, TURNED or not, and y are tuples of PACK tensors."""
-    sums = ()
-    for j in tl.static_range(len(y)):
-        sums = sums + (tl.dot(v[j] if TURNED else tl.trans(v[j]), p, y[j] * fade[None, :], input_precision=IEEE),)
-    return sums
+    return higher, total * fade[None, :] + p, p, fade
 
 
 def fetch(start, COUNT: tl.constexpr):
@@ -149,17 +138,19 @@ def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scal
     head, mine = tl.program_id(1) // TILES, tl.program_id(1) % TILES * G + tl.arange(0, G)
     each = b.to(tl.int64) * H + head * (H // K) + mine  # the program's rows of (B, H)
     mine = mine < H // K
-    PACK: tl.constexpr = 16 // BITS if BITS else 1  # codes come as words of 16 bits: a tile is PACK tensors, of a word's first channel, its second, ...
+    PACK: tl.constexpr = 16 // BITS if BITS else 1  # codes come as words of 16 bits: a slice is PACK tensors, of a word's first channel, its second, ...
+    WORDS: tl.constexpr = min(64, CP // PACK) if BITS else CP  # of a slice: the 64 rows of a product; more at a time would take more registers
+    SLICES: tl.constexpr = CP // PACK // WORDS
     CS: tl.constexpr = K * C // PACK  # what a place takes in a store's codes,
     GS: tl.constexpr = K * C // GROUP if BITS else 0  # and in its scales
     full: tl.constexpr = queries.dtype.element_ty
     dtype: tl.constexpr = tl.float16 if BITS and full != tl.float32 else full  # codes, scales and zeros are whole in fp16, and half the registers of fp32
-    c, p, n = tl.arange(0, CP // PACK), tl.arange(0, PP), tl.arange(0, N)
-    there = mine[None, :] & (c[:, None] < C // PACK)
+    c, p, n = tl.arange(0, WORDS) * PACK, tl.arange(0, PP), tl.arange(0, N)
     q, y = (), ()
-    for j in tl.static_range(PACK):
-        q = q + (tl.load(queries + each[None, :] * C + c[:, None] * PACK + j, mask=there, other=0.0).to(dtype),)  # (C, G)
-        y = y + (tl.zeros([CP // PACK, G], tl.float32),)
+    for j in tl.static_range(SLICES * PACK):
+        channel = j // PACK * WORDS * PACK + j % PACK + c[:, None]  # channels of a slice's j-th tensor
+        q = q + (tl.load(queries + each[None, :] * C + channel, mask=mine[None, :] & (channel < C), other=0.0).to(dtype),)  # (C, G)
+        y = y + (tl.zeros([WORDS, G], tl.float32),)
     q_pe = tl.load(queries_pe + each[None, :] * P + p[:, None], mask=mine[None, :] & (p[:, None] < P), other=0.0) if P else q[0]
     k_codes, v_codes = k_codes + head * (C // PACK), v_codes + head * (C // PACK)
     if BITS:
@@ -195,18 +186,29 @@ def part(index, parts, start, limit, shift, queries, queries_pe, k_codes, k_scal
             fetch(k_codes + far * CS, N * CS)
             if P:
                 fetch(pes + far * P, N * P)
-        k = unpack(tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, place, C, CP, K * C, BITS, GROUP, False), BITS, GROUP, False, ASM, dtype)
-        best, total, weight, fade = weigh(k, pe if P else k[0], inside, q, q_pe, best, total, factor, P, IEEE)
-        v = k
-        if BITS or not LATENT:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
-            v = unpack(tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, place, C, CP, K * C, BITS, GROUP, BITS > 0), BITS, GROUP, True, ASM, dtype)
-        y = add(v, weight, fade, y, BITS > 0, IEEE)
+        s = tl.dot(pe, q_pe, input_precision=IEEE) if P else tl.zeros([N, G], tl.float32)
+        for slice in tl.static_range(SLICES):
+            k = unpack(tile(k_codes + base * CS, k_scales + base * GS if BITS else k_scales, place, slice, WORDS, C, K * C, BITS, GROUP, False),
+                       BITS, GROUP, False, ASM, dtype)
+            for j in tl.static_range(PACK):
+                s = tl.dot(k[j], q[slice * PACK + j], s, input_precision=IEEE)
+        best, total, weight, fade = weigh(s, inside, best, total, factor)
+        weight, sums = weight.to(dtype), ()
+        for slice in tl.static_range(SLICES):
+            v = k
+            if BITS or not LATENT:  # codes of a latent too are read twice, as rows and turned, and then found in the L2 cache
+                v = unpack(tile(v_codes + base * CS, v_scales + base * GS if BITS else v_scales, place, slice, WORDS, C, K * C, BITS, GROUP, BITS > 0),
+                           BITS, GROUP, True, ASM, dtype)
+            for j in tl.static_range(PACK):
+                sums = sums + (tl.dot(v[j] if BITS else tl.trans(v[j]), weight, y[slice * PACK + j] * fade[None, :], input_precision=IEEE),)
+        y = sums
 
-    sums = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
-    to = (each * parts + index)[None, :] * C + c[:, None] * PACK
-    for j in tl.static_range(PACK):
-        tl.store(out + to + j, (y[j] * (1 / sums)[None, :]).to(out.dtype.element_ty), mask=there)
-    tl.store(lse + each * parts + index, best + tl.log2(sums), mask=mine)
+    total = tl.maximum(tl.sum(total, 0), 1e-30)  # 0 times its inverse is 0 where there was no token
+    for j in tl.static_range(SLICES * PACK):
+        channel = j // PACK * WORDS * PACK + j % PACK + c[:, None]
+        to = out + (each * parts + index)[None, :] * C + channel
+        tl.store(to, (y[j] * (1 / total)[None, :]).to(out.dtype.element_ty), mask=mine[None, :] & (channel < C))
+    tl.store(lse + each * parts + index, best + tl.log2(total), mask=mine)
 
 
 def decode_kernel(queries, queries_pe, k_codes, k_scales, k_recent, v_codes, v_scales, v_recent, pes, table, lengths, rows,
