@@ -533,3 +533,5 @@ def test_a_cache_that_is_too_small_stays_as_it_was(tiny, tokens):
         model(tokens(3), cache=cache)
     assert cache.used == cache.lengths.tolist() == [10, 10]
     model(tokens(2), cache=cache)
+    with pytest.raises(UserError, match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed'):
+        model.prefill([[1] * 13], Cache([dict(k=32, v=32)] * 2, 2, 12))
