@@ -72,7 +72,7 @@ def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_ou
     v = tl.load(here + N * w_out, mask=inside, other=0.0) if ACT == 'swiglu' else w
     row = tl.load(x + head * x_head + c, mask=c < C, other=0.0)
     dtype: tl.constexpr = row.dtype
-    if NORM:
+    if NORM != '':
         row = row.to(tl.float32)
         mean = tl.sum(row, 0) / C if NORM == 'layernorm' else 0.0
         apart = tl.where(c < C, row - mean, 0.0)
@@ -95,7 +95,7 @@ def some_kernel(x, weight, bias, gain, shift, add, out, eps, x_row, x_head, w_he
     dtype: tl.constexpr = x.dtype.element_ty
     rows = x + b[None, :] * x_row + head * x_head
     mean, rstd = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
-    if NORM:
+    if NORM != '':
         for at in tl.range(0, C, STEP, num_stages=STAGES):
             part = tl.load(rows + (at + c)[:, None], mask=(b[None, :] < B) & (at + c[:, None] < C), other=0.0).to(tl.float32)
             mean += tl.sum(part, 0)
@@ -106,7 +106,7 @@ def some_kernel(x, weight, bias, gain, shift, add, out, eps, x_row, x_head, w_he
     for at in tl.range(0, C, STEP, num_stages=STAGES):
         inside = at + c < C
         part = tl.load(rows + (at + c)[:, None], mask=(b[None, :] < B) & inside[:, None], other=0.0)
-        if NORM:
+        if NORM != '':
             part = normed(part.to(tl.float32), mean[None, :], rstd[None, :], gain, shift, (at + c)[:, None], inside[:, None], NORM, SHIFT).to(dtype)
         here = weight + head * w_head + n[:, None] * w_out + (at + c)[None, :] * w_in
         there = (n[:, None] < N) & inside[None, :]
@@ -121,13 +121,14 @@ def some_kernel(x, weight, bias, gain, shift, add, out, eps, x_row, x_head, w_he
     tl.store(out + to, y.to(out.dtype.element_ty), mask=inside)
 
 
-def sizes_of_one(C, N):
-    """Outputs of a program and its warps, for one sequence."""
+def sizes_of_one(C):
+    """Outputs of a program and its warps, for one sequence: 32 to 64 numbers of the weight a thread."""
     CP = 1 << (C - 1).bit_length()
-    return (4, 4) if CP <= 1024 else (2, 4)
+    TILE = max(2, min(32, 4096 // CP))
+    return TILE, max(4, min(16, TILE * CP // 2048))
 
 
-def sizes_of_some(B, C, N):
+def sizes_of_some(N):
     """Outputs of a program, channels of a step, stages, warps."""
     return (64 if N > 16384 else 16), 128, 4, 4
 
@@ -148,10 +149,10 @@ def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
     gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     flags = kind, bias is not None, shift is not None, act, add is not None
     if B == 1:
-        TILE, warps = sizes or sizes_of_one(C, N)
+        TILE, warps = sizes or sizes_of_one(C)
         kernels().one[(-(-N // TILE), heads)](x, weight, bias, gain, shift, add, out, eps, x_head, *strides, C, 1 << (C - 1).bit_length(), N, TILE, *flags, num_warps=warps)
     else:
-        TILE, STEP, STAGES, warps = sizes or sizes_of_some(B, C, N)
+        TILE, STEP, STAGES, warps = sizes or sizes_of_some(N)
         BP = min(64, max(16, 1 << (B - 1).bit_length()))
         kernels().some[(-(-N // TILE), heads, -(-B // BP))](x, weight, bias, gain, shift, add, out, eps, x.stride(0), x_head, *strides, B, heads, C, N, TILE, BP, STEP, STAGES, *flags,
                                                            'ieee' if x.dtype == torch.float32 else 'tf32', num_warps=warps)
@@ -172,7 +173,7 @@ def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
 # ---------------------------------------------------------------------------------------------------
 # the token
 
-def choose_kernel(logits, draws, tokens, stride, V, k, inverse, PART: tl.constexpr, SHIFT: tl.constexpr):
+def choose_kernel(logits, draws, tokens, stride, V, k, inverse, PART: tl.constexpr):
     """
     One program a row. 16-bit floats are ordered as whole numbers once the negative ones are turned over, so the k-th largest
     is found bit by bit; then ids are gone through in their order until they hold as much probability as was drawn.
@@ -224,7 +225,7 @@ def choose(logits, draw, temperature, top_k, out=None, PART=8192, warps=16):
     """decoding.choose for logits (B, V) of 16 bits, a temperature and perhaps top_k, in one kernel -> (B,)."""
     B, V = logits.shape
     tokens = torch.empty(B, dtype=torch.long, device=logits.device) if out is None else out
-    kernels().choose[(B,)](logits, draw, tokens, logits.stride(0), V, min(top_k, V), LOG2E / temperature, PART, 0, num_warps=warps)
+    kernels().choose[(B,)](logits, draw, tokens, logits.stride(0), V, min(top_k, V), LOG2E / temperature, PART, num_warps=warps)
     return tokens
 
 

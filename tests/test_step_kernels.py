@@ -72,14 +72,13 @@ def chosen(device, PART):
     logits[3] = 0
     logits[2, 5:] = -torch.inf
     draw = torch.tensor([0, 0.3, 0.6, 0.999], device=device)
-    for top_k in (0, 1, 20, 999):
-        for temperature in (0.7, 1.3):
-            yield (s.choose(logits[:, :650], draw, temperature, top_k, PART=PART), decoding.choose(logits.float(), temperature, top_k, vocab_size=650, draw=draw))
+    for top_k, temperature in ((0, 1.3), (1, 0.7), (20, 0.7), (999, 1)):
+        yield (s.choose(logits[:, :650], draw, temperature, top_k, PART=PART), decoding.choose(logits.float(), temperature, top_k, vocab_size=650, draw=draw))
 
 
 @interpreted
 def test_interpreted_choice():
-    assert all(torch.equal(*pair) for pair in chosen('cpu', 256))
+    assert all(torch.equal(*pair) for pair in chosen('cpu', 512))
 
 
 VARIANTS = {
@@ -90,7 +89,7 @@ VARIANTS = {
     'mla': ('mla', {}),
     'mla_q_latent': ('mla', dict(q_lora_rank=9, qk_norm=True, v_head_dim=6, act='gelu_tanh')),
     'mla_early': ('mla', dict(qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned')),
-    'mla_converted': ('mla', dict(source_head_dim=16, qk_rope_head_dim=8, qk_nope_head_dim=6, kv_lora_ranks=(8, 12))),
+    'mla_converted': ('mla', dict(source_head_dim=16, qk_rope_head_dim=8, qk_nope_head_dim=6, kv_lora_ranks=(8, 12), n_layer=2)),
 }
 HOW = {'gpt2': {}, 'llama': dict(layout='paged', page_size=16), 'gqa': {}, 'attention_only': {}, 'mla': dict(layout='paged', page_size=16), 'mla_q_latent': {},
        'mla_early': dict(layout='paged', page_size=16), 'mla_converted': {}}
@@ -98,27 +97,27 @@ HOW = {'gpt2': {}, 'llama': dict(layout='paged', page_size=16), 'gqa': {}, 'atte
 
 @torch.no_grad()
 def decoded(model, ids, fuse, **how):
-    """Logits of the last 3 of ids (B, T), decoded one by one behind prompts of different lengths, and the cache."""
+    """Logits of the last 2 of ids (B, T), decoded one by one behind prompts of different lengths, and the cache."""
     cache = Cache.of(model, len(ids), 32, fuse=fuse, **how)
     for store in cache.stores:
         for buffer in store.buffers:
             buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
-    cache.plan([ids.size(1) - 3 - b for b in range(len(ids))])
-    prompt = torch.stack([row.roll(b) for b, row in enumerate(ids)])[:, :ids.size(1) - 3]
+    cache.plan([ids.size(1) - 2 - b for b in range(len(ids))])
+    prompt = torch.stack([row.roll(b) for b, row in enumerate(ids)])[:, :ids.size(1) - 2]
     model(prompt, cache=cache)
-    return torch.cat([model(ids[:, t:t + 1], cache=cache) for t in range(ids.size(1) - 3, ids.size(1))], dim=1), cache
+    return torch.cat([model(ids[:, t:t + 1], cache=cache) for t in range(ids.size(1) - 2, ids.size(1))], dim=1), cache
 
 
 @interpreted
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
-    model = tiny(VARIANTS[variant][0], **VARIANTS[variant][1])
+    model = tiny(VARIANTS[variant][0], **dict(n_layer=1) | VARIANTS[variant][1])
     for B in (1, 2) if variant in ('gpt2', 'mla') else (2,):
         calls, block = [], s.block
         monkeypatch.setattr(s, 'block', lambda *args: calls.append(1) or block(*args))
         (got, cache), (want, plain) = (decoded(model, tokens(8, B=B), fuse, **HOW[variant]) for fuse in (True, False))
         monkeypatch.setattr(s, 'block', block)
-        assert len(calls) == 3 * model.config.n_layer and cache.kernel == 'triton'
+        assert len(calls) == 2 * model.config.n_layer and cache.kernel == 'triton'
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
         for a, b in zip(cache.stores, plain.stores):
             torch.testing.assert_close(a.places[0], b.places[0], rtol=0, atol=1e-4, equal_nan=True)
@@ -126,7 +125,7 @@ def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
 
 @interpreted
 def test_interpreted_quantised_blocks(tiny, tokens):
-    for kind, settings in (('mha', dict(pos='rope', n_embd=128, n_head=2)), ('mla', dict(n_embd=64, n_head=2, kv_lora_rank=64))):
+    for kind, settings in (('mha', dict(pos='rope', n_embd=64, n_head=1)), ('mla', dict(n_head=2, kv_lora_rank=64))):
         model = tiny(kind, n_layer=1, **settings)
         (got, cache), (want, _) = (decoded(model, tokens(8), fuse, dtype='int8', window=4) for fuse in (True, False))
         assert cache.kernel == 'triton'
@@ -171,7 +170,7 @@ def test_gpu_thin(case):
 
 @pytest.mark.gpu
 def test_gpu_choice():
-    for got, want in chosen('cuda', 256):
+    for got, want in chosen('cuda', 512):
         assert torch.equal(got, want)
     logits, draw = 3 * torch.randn(64, 50304, device='cuda').bfloat16(), torch.rand(64, device='cuda')
     got, want = s.choose(logits[:, :50257], draw, 0.8, 200), decoding.choose(logits.float(), 0.8, 200, vocab_size=50257, draw=draw)
@@ -190,3 +189,33 @@ def test_gpu_blocks(variant, B, tiny, tokens):
     assert cache.kernel == 'triton'
     exact = decoded(model.float(), tokens(8, B=B).cuda(), False, **HOW[variant], kernel='torch')[0] if setattr(model, 'stream', torch.float32) is None else None
     assert (got.float() - exact).abs().max() < 2 * (want.float() - exact).abs().max() + 0.02
+
+
+def compiled(kernel, constants, **types):
+    """Assembly of a kernel for an H200, without one: arguments are pointers and numbers by `types`, or constants; x_row and the like are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names = [parameter.name for parameter in kernel.params]
+    types |= {name: 'constexpr' for name in constants}
+    whole = {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names) if types[name][0] == '*' or name in ('x_row', 'x_head', 'w_out', 'w_head')}
+    source = ASTSource(kernel, {name: types[name] for name in names}, {(names.index(name),): value for name, value in constants.items()}, whole)
+    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4)).asm['ptx']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHILD or find_spec('triton') is None, reason='needs Triton, and not its interpreter')
+@pytest.mark.parametrize('NORM, ACT, BIAS, ADD', [('layernorm', 'gelu', True, False), ('', 'swiglu', True, False), ('rmsnorm', 'gelu_tanh', False, False), ('', 'relu2', False, True)])
+def test_kernels_compile_for_an_h200(NORM, ACT, BIAS, ADD):
+    """The interpreter takes more for Python than Triton's compiler does."""
+    kernels, SHIFT = s.kernels(), NORM == 'layernorm'
+    constants = dict(C=768, N=3072, NORM=NORM, ACT=ACT, BIAS=BIAS, SHIFT=SHIFT, ADD=ADD, w_in=1)
+    there = dict(bias=BIAS, gain=bool(NORM), shift=SHIFT, add=ADD)
+    types = dict.fromkeys(['x', 'weight', 'out'] + [name for name in there if there[name]], '*bf16') | dict.fromkeys(('x_row', 'x_head', 'w_head', 'w_out', 'B', 'heads'), 'i32')
+    constants |= {name: None for name in there if not there[name]}
+    one = {name: kind for name, kind in types.items() if name not in ('x_row', 'B', 'heads')}
+    assert '.entry' in compiled(kernels.one, constants | dict(CP=1024, TILE=4), eps='fp32', **one)
+    some = compiled(kernels.some, constants | dict(TILE=16, BP=64, STEP=128, STAGES=4, IEEE='tf32'), eps='fp32', **types)
+    assert 'cp.async' in some and 'mma' in some  # weights come in ahead, and go through the tensor cores
+    if ADD:
+        compiled(kernels.choose, dict(PART=8192), logits='*bf16', draws='*fp32', tokens='*i64', stride='i32', V='i32', k='i32', inverse='fp32')
