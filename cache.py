@@ -245,7 +245,7 @@ class Cache:
 
     dtype 'auto' is `full`, the full precision of k_pe and of the window. pages=0: enough for all slots. static: shapes
     for a CUDA graph. kernel: who attends for a single new token: triton (decode_kernels.py), torch, or one of decode_libraries.py;
-    auto is triton where it can run, else torch. heads: key/value heads, where there is no latent.
+    auto is triton where it can run, else torch. heads: key/value heads, where there is no latent. fuse: with triton, blocks by step_kernels.py.
     UserError for a layout, dtype, kernel, page size or width of window that is not known, and a kernel that cannot read this cache.
     """
 

@@ -150,12 +150,14 @@ def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
     flags = kind, bias is not None, shift is not None, act, add is not None
     if B == 1:
         TILE, warps = sizes or sizes_of_one(C)
-        kernels().one[(-(-N // TILE), heads)](x, weight, bias, gain, shift, add, out, eps, x_head, *strides, C, 1 << (C - 1).bit_length(), N, TILE, *flags, num_warps=warps)
+        kernels().one[(-(-N // TILE), heads)](x, weight, bias, gain, shift, add, out, eps, x_head, *strides, C, 1 << (C - 1).bit_length(), N, TILE, *flags,
+                                              num_warps=warps)
     else:
         TILE, STEP, STAGES, warps = sizes or sizes_of_some(N)
         BP = min(64, max(16, 1 << (B - 1).bit_length()))
-        kernels().some[(-(-N // TILE), heads, -(-B // BP))](x, weight, bias, gain, shift, add, out, eps, x.stride(0), x_head, *strides, B, heads, C, N, TILE, BP, STEP, STAGES, *flags,
-                                                           'ieee' if x.dtype == torch.float32 else 'tf32', num_warps=warps)
+        kernels().some[(-(-N // TILE), heads, -(-B // BP))](
+            x, weight, bias, gain, shift, add, out, eps, x.stride(0), x_head, *strides, B, heads, C, N, TILE, BP, STEP, STAGES, *flags,
+            'ieee' if x.dtype == torch.float32 else 'tf32', num_warps=warps)
     return out
 
 
@@ -233,7 +235,10 @@ def choose(logits, draw, temperature, top_k, out=None, PART=8192, warps=16):
 # a block
 
 def serves(block, x, cache):
-    """Whether `block` can stand for the Block's forward: one new token each of few sequences, a cache read by Triton, plain weights in the dtype of x, nobody looking on."""
+    """
+    Whether `block` can stand for the Block's forward: one new token each of few sequences, a cache read by Triton, plain weights in
+    the dtype of x, and nobody looking on.
+    """
     if not hasattr(cache, 'extend') or cache.fresh or cache.cache.kernel != 'triton' or not cache.cache.fuse or x.size(1) > 1 or x.size(0) > WIDEST:
         return False
     from model import Linear
