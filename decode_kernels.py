@@ -380,7 +380,7 @@ def plan(B, K, heads, C, P, latent, bits, size):
     N, stages, ahead, turn = known or (64, max(2, min(3, (SHARED - fixed) // (64 * a_token))), int(latent and not bits), 0)
     resident = MULTIPROCESSORS * max(1, min(4, SHARED // (fixed + stages * N * a_token)))
     programs = B * K * -(-heads // G)
-    splits = max(range(1, max(1, size // (2 * N)) + 1),
+    splits = max(range(1, max(1, size // N) + 1),
                  key=lambda s: (round(programs * s / (-(-programs * s // resident) * resident), 1), -s))
     return G, N, stages, ahead * COMPILED, turn, splits
 

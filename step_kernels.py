@@ -24,10 +24,10 @@ WIDEST = 64  # sequences of a step; beyond, the library's products are as good
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, normed, act, behind
+    global triton, tl, normed, act, behind, ordered, reach, weigh, find
     import triton
     import triton.language as tl
-    normed, act, behind = map(triton.jit, (normed, act, behind))
+    normed, act, behind, ordered, reach, weigh, find = map(triton.jit, (normed, act, behind, ordered, reach, weigh, find))
     return SimpleNamespace(one=triton.jit(one_kernel), some=triton.jit(some_kernel), choose=triton.jit(choose_kernel))
 
 
@@ -175,46 +175,78 @@ def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
 # ---------------------------------------------------------------------------------------------------
 # the token
 
+def ordered(logits, at, V, PART: tl.constexpr, WHOLE: tl.constexpr):
+    """PART logits from `at` on as numbers, and as whole numbers of the same order (16-bit floats, the negative ones turned over; -1 behind the end)."""
+    i = at + tl.arange(0, PART)
+    x = tl.load(logits + i) if WHOLE else tl.load(logits + i, mask=i < V, other=float('-inf'))
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff
+    key = tl.where(bits >= 0x8000, 0xffff - bits, bits + 0x8000)
+    return x.to(tl.float32), key if WHOLE else tl.where(i < V, key, -1)
+
+
+def reach(logits, V, least, PART: tl.constexpr):
+    """How many logits of a row are `least` or more, in that order."""
+    whole = V // PART * PART
+    _, key = ordered(logits, whole, V, PART, False)
+    count = (key >= least).to(tl.int32)
+    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
+        _, key = ordered(logits, at, V, PART, True)
+        count += (key >= least).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+def weigh(x, key, most, least, inverse):
+    return tl.where(key >= least, tl.exp2((x - most) * inverse), 0.0)
+
+
+def find(x, key, most, least, inverse, before, target, first, last, at, PART: tl.constexpr):
+    """The first id behind whose probability is more than `target`, the last that has any, and what all up to here have."""
+    i = at + tl.arange(0, PART)
+    p = weigh(x, key, most, least, inverse)
+    first = tl.minimum(first, tl.min(tl.where((p > 0) & (before + tl.cumsum(p, 0) > target), i, 2147483647), 0))
+    return first, tl.maximum(last, tl.max(tl.where(p > 0, i, 0), 0)), before + tl.sum(p, 0)
+
+
 def choose_kernel(logits, draws, tokens, stride, V, k, inverse, PART: tl.constexpr):
     """
-    One program a row. 16-bit floats are ordered as whole numbers once the negative ones are turned over, so the k-th largest
-    is found bit by bit; then ids are gone through in their order until they hold as much probability as was drawn.
+    One program a row. The k-th largest of its lanes' maxima is no more than the k-th largest logit and hardly less, so a search
+    upwards from there needs few counts. Then ids are gone through in their order until they hold as much probability as was drawn.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    i = tl.arange(0, PART)
-    least = tl.full([], 0, tl.int32)
-    most = tl.full([PART], float('-inf'), tl.float32)
-    for at in range(0, V, PART):
-        most = tl.maximum(most, tl.load(logits + at + i, mask=at + i < V, other=float('-inf')).to(tl.float32))
-    most = tl.max(most, 0)
-    if k > 0:
+    whole = V // PART * PART
+    x, highest = ordered(logits, whole, V, PART, False)
+    largest = x
+    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
+        x, key = ordered(logits, at, V, PART, True)
+        largest, highest = tl.maximum(largest, x), tl.maximum(highest, key)
+    most, beyond = tl.max(largest, 0), tl.max(highest, 0) + 1
+    least = beyond * 0
+    if (k > 0) & (k <= PART):
         for bit in range(16):
             wanted = least + (32768 >> bit)
-            count = tl.zeros([PART], tl.int32)
-            for at in range(0, V, PART):
-                x = tl.load(logits + at + i, mask=at + i < V, other=float('-inf')).to(tl.int16, bitcast=True).to(tl.int32) & 0xffff
-                key = tl.where(x >= 0x8000, 0xffff - x, x + 0x8000)
-                count += tl.where((key >= wanted) & (at + i < V), 1, 0)
-            least = tl.where(tl.sum(count, 0) >= k, wanted, least)
-    total = tl.zeros([PART], tl.float32)
-    for at in range(0, V, PART):
-        x = tl.load(logits + at + i, mask=at + i < V, other=float('-inf'))
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff
-        key = tl.where(bits >= 0x8000, 0xffff - bits, bits + 0x8000)
-        total += tl.where((key >= least) & (at + i < V), tl.exp2((x.to(tl.float32) - most) * inverse), 0.0)
+            least = tl.where(tl.sum((highest >= wanted).to(tl.int32), 0) >= k, wanted, least)
+    if k > 0:
+        step = least * 0 + 1
+        while least + step < beyond:  # `least` reaches k logits, `beyond` does not
+            if reach(logits, V, least + step, PART) >= k:
+                least += step
+                step *= 2
+            else:
+                beyond = least + step
+                step = step * 0 + 1
+    x, key = ordered(logits, whole, V, PART, False)
+    total = weigh(x, key, most, least, inverse)
+    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
+        x, key = ordered(logits, at, V, PART, True)
+        total += weigh(x, key, most, least, inverse)
     target = tl.sum(total, 0) * tl.load(draws + row)
-    before, first, last = target * 0, tl.full([], 2147483647, tl.int32), tl.full([], 0, tl.int32)
-    for at in range(0, V, PART):
-        x = tl.load(logits + at + i, mask=at + i < V, other=float('-inf'))
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff
-        key = tl.where(bits >= 0x8000, 0xffff - bits, bits + 0x8000)
-        kept = (key >= least) & (at + i < V)
-        p = tl.where(kept, tl.exp2((x.to(tl.float32) - most) * inverse), 0.0)
-        upto = before + tl.cumsum(p, 0)
-        first = tl.minimum(first, tl.min(tl.where((p > 0) & (upto > target), at + i, 2147483647), 0))
-        last = tl.maximum(last, tl.max(tl.where(p > 0, at + i, 0), 0))
-        before += tl.sum(p, 0)
+    before, first, last = target * 0, beyond * 0 + 2147483647, beyond * 0
+    for at in range(0, whole, PART):
+        x, key = ordered(logits, at, V, PART, True)
+        first, last, before = find(x, key, most, least, inverse, before, target, first, last, at, PART)
+    x, key = ordered(logits, whole, V, PART, False)
+    first, last, before = find(x, key, most, least, inverse, before, target, first, last, whole, PART)
     tl.store(tokens + row, tl.minimum(first, last).to(tl.int64))
 
 
@@ -223,7 +255,7 @@ def chooses(logits, temperature, top_p):
     return logits.device.type in RUNS_ON and logits.dtype.itemsize == 2 and temperature >= 1e-5 and top_p == 1
 
 
-def choose(logits, draw, temperature, top_k, out=None, PART=8192, warps=16):
+def choose(logits, draw, temperature, top_k, out=None, PART=4096, warps=16):
     """decoding.choose for logits (B, V) of 16 bits, a temperature and perhaps top_k, in one kernel -> (B,)."""
     B, V = logits.shape
     tokens = torch.empty(B, dtype=torch.long, device=logits.device) if out is None else out
