@@ -29,6 +29,7 @@ import decode_kernels
 import machine
 from cache import BITS, FULL, Cache, dequantise, group_of, quantise
 from configurator import UserError
+from decode_libraries import flex_blocks
 from decode_meter import attempt, numbers, read_shape, release, spread
 
 COLD_BYTES = 4 * 60e6  # of inputs in rotation on a GPU: four times the L2 of an H200
@@ -150,16 +151,8 @@ def flex_paged(held):
     and the block mask of a sequence lists its pages. Only the last page is masked inside. MLA's [c_kv | k_pe] has
     to be one tensor here: it is joined ahead, not in the time.
     """
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-    cache, page, lengths = held.cache, held.page_size, held.cache.lengths
-    whole, partial_page = (lengths // page).int(), (lengths % page > 0).int()
-    last = cache.table.gather(1, whole.long().clamp(max=cache.table.size(1) - 1)[:, None])
-    order = torch.full((cache.slots, cache.places // page), cache.size, dtype=torch.int32, device=held.q.device)  # of each page in a sequence; not its own: beyond all
-    for b, pages in enumerate(cache.held_by):
-        order[b, pages] = torch.arange(len(pages), dtype=torch.int32, device=held.q.device)
-    blocks = BlockMask.from_kv_blocks(partial_page[:, None, None], last.expand_as(cache.table)[:, None, None].contiguous(), whole[:, None, None],
-                                      cache.table[:, None, None].contiguous(), BLOCK_SIZE=(128, page), seq_lengths=(1, cache.places), compute_q_blocks=False,
-                                      mask_mod=lambda b, h, i, j: order[b, j // page] * page + j % page < lengths[b])
+    from torch.nn.attention.flex_attention import flex_attention
+    cache, page, blocks = held.cache, held.page_size, flex_blocks(held.cache, held.cache.lengths)
     buffers = [store.places[0] for store in held.stores.values()]
     if held.kind == 'kv':
         k, v = (x.unflatten(-1, (-1, held.per_head)).transpose(0, 1)[None] for x in buffers)  # (1, K, places, D)

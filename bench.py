@@ -33,6 +33,7 @@ cache_dtypes = 'auto'  # auto = the model's | float32 | bfloat16 | float16 | int
 page_size = 64  # tokens in a page of a paged cache: 16 | 64 | 128
 batch_sizes = ''  # '' = 1,64 (CPU: 1,4; attention_only: 64, CPU: 4)
 contexts = ''  # tokens a sequence holds in the end; '' = 128 to 8192 (CPU: 128 to 512; attention_only: 8192, CPU: 256)
+decode_kernel = 'auto'  # attention of a new token over a cache, as in sample.py: auto | triton | torch | flex | flashinfer | flashmla
 prefill_chunk = 0  # tokens of each prompt in a pass; 0 = 32768 of all together
 new_tokens = 496  # of whole texts, with --peer
 prompt_tokens = 16  # they begin with

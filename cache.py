@@ -34,6 +34,7 @@ from configurator import UserError
 FULL = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 BITS = dict(int8=8, int4=4)
 LAYOUTS, PAGE_SIZES = ('dense', 'paged'), (16, 64, 128)
+KERNELS = ('auto', 'triton', 'torch', 'flex', 'flashinfer', 'flashmla')
 NEVER_QUANTISED = {'k_pe'}
 
 
@@ -139,7 +140,13 @@ class Layer:
     """The cache of one layer, as its attention sees it."""
 
     def __init__(self, cache, stores):
-        self.cache, self.stores = cache, stores
+        self.cache, self.stores, self.joint = cache, stores, None
+
+    def join(self):
+        """MLA's two stores become columns of one buffer `joint` (places, R + P), which some kernels want."""
+        c_kv, k_pe = self.stores.values()
+        self.joint = torch.cat([c_kv.places[0], k_pe.places[0]], dim=-1)
+        c_kv.places, k_pe.places = ([part] for part in self.joint.split([c_kv.width, k_pe.width], dim=-1))
 
     @property
     def fresh(self):
@@ -150,13 +157,25 @@ class Layer:
         """Takes what new tokens leave behind, name=(B, T, C)."""
         assert new.keys() == self.stores.keys(), f'this cache holds {list(self.stores)}, not {list(new)}'
         cache, now = self.cache, self.cache.now
-        if self.serves(now.position.size(1)):
+        if cache.kernel == 'triton' and self.serves(now.position.size(1)):
             from decode_kernels import keep
             keep([(x, store.held, store.bits, group_of(store.width)) for store, x in zip(self.stores.values(), new.values()) if store.width],
                  now.lengths, now.counts, cache.size, cache.table, cache.page_size, now.rows, cache.window)
         else:
             for name, x in new.items():
                 self.stores[name].keep(x)
+
+    def settle(self, q, rope, turns, norm=None, **new):
+        """
+        `keep` for one token of each sequence, name=(B, C), which RoPE and norm do not have behind them yet, and its query (B, C); as
+        decode_kernels.keep has it. Returns the query.
+        """
+        from decode_kernels import keep
+        cache, now = self.cache, self.cache.now
+        names = [name for name in new if self.stores[name].width]
+        new = [(new[name], (store := self.stores[name]).held, store.bits, group_of(store.width)) for name in names]
+        return keep(new, now.lengths, now.counts, cache.size, cache.table, cache.page_size, now.rows, cache.window, q if q.size(-1) else None, rope, turns,
+                    norm if hasattr(norm, 'weight') else None)
 
     def extend(self, **new):
         """
@@ -170,13 +189,16 @@ class Layer:
 
     def serves(self, T):
         """Whether `attend` can take T new tokens of a sequence; where not, there is `extend`."""
-        return T == 1 and self.cache.kernel == 'triton'
+        return T == 1 and (self.cache.kernel == 'triton' or self.cache.kernel != 'torch' and self.cache.now.rows is None)
 
     def attend(self, q, scale, q_pe=None):
         """
         softmax(scale q kᵀ) v over all that is held, the kept tokens too: q (B, H, 1, C) -> (B, H, 1, C). With q_pe (B, H, 1, P)
-        the stores are MLA's: keys are [c_kv | k_pe], values c_kv. One kernel reads the places as they are (decode_kernels.py).
+        the stores are MLA's: keys are [c_kv | k_pe], values c_kv. A kernel reads the places as they are (decode_kernels.py, decode_libraries.py).
         """
+        if self.cache.kernel != 'triton':
+            from decode_libraries import attend
+            return attend(self.cache.kernel, self, q, scale, q_pe)
         from decode_kernels import decode
         cache, stores = self.cache, list(self.stores.values())
         latent = 'c_kv' in self.stores
@@ -221,13 +243,13 @@ class Cache:
     dims: one dict name -> width for each layer; slots: sequences at a time; size: tokens of each.
 
     dtype 'auto' is `full`, the full precision of k_pe and of the window. pages=0: enough for all slots. static: shapes
-    for a CUDA graph. kernel: who attends for a single new token, triton (decode_kernels.py) or torch; auto is the first where
-    it can run. heads: key/value heads, where there is no latent.
-    UserError for a layout, dtype, kernel, page size or width of window that is not known.
+    for a CUDA graph. kernel: who attends for a single new token: triton (decode_kernels.py), torch, or one of decode_libraries.py;
+    auto is triton where it can run, else torch. heads: key/value heads, where there is no latent. fuse: with triton, blocks by step_kernels.py.
+    UserError for a layout, dtype, kernel, page size or width of window that is not known, and a kernel that cannot read this cache.
     """
 
     def __init__(self, dims, slots, size, layout='dense', dtype='auto', page_size=64, pages=0, window=128,
-                 full=torch.float32, device='cpu', static=False, kernel='auto', heads=1):
+                 full=torch.float32, device='cpu', static=False, kernel='auto', heads=1, fuse=True):
         known = ['auto', *FULL, *BITS]
         if layout not in LAYOUTS:
             raise UserError(f"cache='{layout}' is not known: use {' or '.join(LAYOUTS)}")
@@ -238,7 +260,7 @@ class Cache:
         if slots < 1 or size < 1 or window < 0 or pages < 0:
             raise UserError(f'a cache needs room: slots={slots} and size={size} must be at least 1, window={window} and pages={pages} at least 0')
         self.slots, self.size, self.layout, self.window = slots, size, layout, min(window, size)
-        self.full, self.device, self.static = full, torch.device(device), static
+        self.full, self.device, self.fuse = full, torch.device(device), fuse
         self.dtype = next(name for name in FULL if FULL[name] == full) if dtype == 'auto' else dtype
         self.page_size = page_size if layout == 'paged' else size
         self.pages = self.table = None
@@ -261,12 +283,24 @@ class Cache:
             bits = {name: 0 if name in NEVER_QUANTISED else BITS.get(self.dtype, 0) for name in widths}
             self.layers.append(Layer(self, {name: Store(self, width, bits[name], FULL.get(self.dtype, full)) for name, width in widths.items()}))
         self.planned = self.now = self.aimed = self.looked = None
-        reason = self.reason_for_torch(heads)
-        if kernel not in ('auto', 'torch', 'triton'):
-            raise UserError(f"decode_kernel='{kernel}' is not known: use auto, torch or triton")
-        if kernel == 'triton' and reason:
-            raise UserError(f'--decode_kernel=triton cannot run: {reason}. Use --decode_kernel=auto')
-        self.kernel = 'torch' if kernel == 'torch' or reason else 'triton'
+        self.kernel = self.pick_kernel(kernel, heads)
+        self.static = static and self.kernel != 'flashinfer'
+        if self.kernel in ('flex', 'flashmla'):
+            for layer in self.layers:
+                if 'c_kv' in layer.stores:
+                    layer.join()
+
+    def pick_kernel(self, kernel, heads):
+        if kernel not in KERNELS:
+            raise UserError(f"decode_kernel='{kernel}' is not known: use {', '.join(KERNELS)}")
+        if kernel in ('auto', 'triton'):
+            reason = self.reason_for_torch(heads)
+        else:
+            from decode_libraries import reason_not_to_run
+            reason = '' if kernel == 'torch' else reason_not_to_run(kernel, self)
+        if reason and kernel != 'auto':
+            raise UserError(f'--decode_kernel={kernel} cannot run: {reason}. Use --decode_kernel=auto')
+        return ('torch' if reason else 'triton') if kernel == 'auto' else kernel
 
     def reason_for_torch(self, heads):
         """Why decode_kernels.py cannot serve this cache, '' if it can. heads: key/value heads of an attention that has no latent."""

@@ -28,10 +28,10 @@ COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, tile, spread, unpack, weigh, fetch, part, keep_one
+    global triton, tl, tile, spread, unpack, weigh, fetch, part, turned, keep_one
     import triton
     import triton.language as tl
-    tile, spread, unpack, weigh, fetch, part, keep_one = map(triton.jit, (tile, spread, unpack, weigh, fetch, part, keep_one))
+    tile, spread, unpack, weigh, fetch, part, turned, keep_one = map(triton.jit, (tile, spread, unpack, weigh, fetch, part, turned, keep_one))
     return SimpleNamespace(decode=triton.jit(decode_kernel), join=triton.jit(join_kernel), keep=triton.jit(keep_kernel))
 
 
@@ -247,10 +247,24 @@ def join_kernel(parts, lse, out, splits, C: tl.constexpr, CP: tl.constexpr, SP: 
 # ---------------------------------------------------------------------------------------------------
 # the new token's own keys and values, on their way into the cache
 
-def keep_one(x, codes, scales, recent, b, place, in_ring, stride, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-             W: tl.constexpr):
+def turned(x, cos, sin, gain, eps, WIDTH: tl.constexpr, WP: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr):
+    """WIDTH channels: their RMS set to 1 (NORM), or heads of TURN channels turned by RoPE; as they are with neither."""
     c = tl.arange(0, WP)
-    x = tl.load(x + b * stride + c, mask=c < WIDTH, other=0.0)
+    y = tl.load(x + c, mask=c < WIDTH, other=0.0)
+    dtype: tl.constexpr = y.dtype
+    if NORM:
+        y = y.to(tl.float32)
+        y = (y * tl.rsqrt(tl.sum(y * y, 0) / WIDTH + eps) * tl.load(gain + c, mask=c < WIDTH, other=0.0).to(tl.float32)).to(dtype)
+    if TURN:
+        HALF: tl.constexpr = TURN // 2
+        low, pair = c % TURN < HALF, c % HALF
+        other = tl.load(x + tl.where(low, c + HALF, c - HALF), mask=c < WIDTH, other=0.0).to(tl.float32)
+        y = (y.to(tl.float32) * tl.load(cos + pair) + tl.where(low, -other, other) * tl.load(sin + pair)).to(dtype)
+    return y
+
+
+def keep_one(x, codes, scales, recent, place, in_ring, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr):
+    c = tl.arange(0, WP)
     if W:
         tl.store(recent + in_ring * WIDTH + c, x.to(recent.dtype.element_ty), mask=c < WIDTH)
     if BITS == 0:
@@ -274,20 +288,34 @@ def keep_one(x, codes, scales, recent, b, place, in_ring, stride, WIDTH: tl.cons
             tl.store(codes + place * WIDTH + c, tl.reshape(x, [WP]).to(tl.uint8), mask=c < WIDTH)
 
 
-def keep_kernel(x, codes, scales, recent, stride, x2, codes2, scales2, recent2, stride2, table, lengths, counts, rows, size, pages,
-                WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WIDTH2: tl.constexpr, WP2: tl.constexpr,
-                BITS2: tl.constexpr, GROUP2: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr):
-    """Program (sequence, store): one new token of a sequence that has one takes its place behind the `lengths` that were there."""
+def keep_kernel(x, codes, scales, recent, stride, x2, codes2, scales2, recent2, stride2, query, query_stride, out, cos, sin, gain, eps,
+                table, lengths, counts, rows, size, pages, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+                WIDTH2: tl.constexpr, WP2: tl.constexpr, BITS2: tl.constexpr, GROUP2: tl.constexpr, QUERY: tl.constexpr, QP: tl.constexpr,
+                TURNS: tl.constexpr, TURN: tl.constexpr, TURN2: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, W: tl.constexpr,
+                PAGE: tl.constexpr, ROWS: tl.constexpr):
+    """
+    Program (sequence, store): one new token of a sequence that has one takes its place behind the `lengths` that were there,
+    turned by RoPE or normed on its way. The third of a sequence's programs turns the query.
+    """
     b = tl.program_id(0)
+    if HALF:
+        cos += b * HALF
+        sin += b * HALF
+    if QUERY:
+        if tl.program_id(1) == 2:
+            c = tl.arange(0, QP)
+            tl.store(out + b * QUERY + c, turned(query + b * query_stride, cos, sin, gain, eps, QUERY, QP, TURNS, False), mask=c < QUERY)
     slot = (tl.load(rows + b) if ROWS else b).to(tl.int64)
     if tl.load(counts + b) > 0:
         at = tl.load(lengths + b).to(tl.int64) - tl.load(counts + b).to(tl.int64)
         place = tl.load(table + slot * pages + at // PAGE).to(tl.int64) * PAGE + at % PAGE if PAGE else slot * size + at
         in_ring = slot * W + at % W if W else place
         if tl.program_id(1) == 0:
-            keep_one(x, codes, scales, recent, b, place, in_ring, stride, WIDTH, WP, BITS, GROUP, W if BITS else 0)
-        else:
-            keep_one(x2, codes2, scales2, recent2, b, place, in_ring, stride2, WIDTH2, WP2, BITS2, GROUP2, W if BITS2 else 0)
+            keep_one(turned(x + b * stride, cos, sin, gain, eps, WIDTH, WP, TURN, NORM), codes, scales, recent,
+                     place, in_ring, WIDTH, WP, BITS, GROUP, W if BITS else 0)
+        elif tl.program_id(1) == 1:
+            keep_one(turned(x2 + b * stride2, cos, sin, gain, eps, WIDTH2, WP2, TURN2, False), codes2, scales2, recent2,
+                     place, in_ring, WIDTH2, WP2, BITS2, GROUP2, W if BITS2 else 0)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -367,7 +395,7 @@ def plan(B, K, heads, C, P, latent, bits, size, device):
     G, N, stages = next((way for way in tried if needs(*way) - 1024 <= most), tried[-1])  # a GPU with less shared memory takes smaller tiles
     resident = multiprocessors * max(1, min(at_once, shared // needs(G, N, stages)))
     programs = B * K * -(-heads // G)
-    splits = max(range(1, max(1, size // (2 * N)) + 1),
+    splits = max(range(1, max(1, size // N) + 1),
                  key=lambda s: (round(programs * s / (-(-programs * s // resident) * resident), 1), -s))
     return G, N, stages, ahead * COMPILED * (size >= N), turn, splits, warps, registers if bits and registers < 255 else None
 
@@ -404,10 +432,13 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
     return out
 
 
-def keep(new, lengths, counts, size, table=None, page_size=0, rows=None, window=0):
+def keep(new, lengths, counts, size, table=None, page_size=0, rows=None, window=0, q=None, rope=None, turns=(0, 0, 0), norm=None):
     """
-    Writes one new token a sequence: new is [(x (B, 1, width), held, bits, group)] of one store or two, `held` as in `decode`;
-    lengths count the new token where counts is 1; where it is 0 nothing is written.
+    Writes one new token a sequence: new is [(x (B, 1, width) or (B, width), held, bits, group)] of one store or two, `held` as in
+    `decode`; lengths count the new token where counts is 1; where it is 0 nothing is written.
+
+    On the way: rope (cos, sin), B rows each, turns heads of `turns` channels (of q, of the first and the second store; 0: not at all),
+    norm (a Norm of model.py) sets the RMS of what goes to the first store. Returns q (B, width), turned and contiguous.
     """
     parts, shapes = [], []
     for x, held, bits, group in (new * 2)[:2]:
@@ -415,5 +446,12 @@ def keep(new, lengths, counts, size, table=None, page_size=0, rows=None, window=
         width = x.size(-1)
         parts += [x, *held, x.stride(0)]
         shapes += [width, power_of_2(width), bits, group if bits else 1]
-    kernels().keep[(new[0][0].size(0), len(new))](*parts, table, lengths, counts, rows, size, 0 if table is None else table.size(1), *shapes, window,
-                                                  page_size if table is not None else 0, rows is not None, num_warps=4)
+    B = new[0][0].size(0)
+    cos, sin = (t.contiguous() for t in rope) if rope else (None, None)
+    out = None if q is None else q.new_empty(B, q.size(-1))
+    turns = turns if rope else (0, 0, 0)
+    kernels().keep[(B, len(new) if q is None else 3)](
+        *parts, q, 0 if q is None else q.stride(0), out, cos, sin, None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
+        table, lengths, counts, rows, size, 0 if table is None else table.size(1), *shapes, 0 if q is None else q.size(-1), 0 if q is None else power_of_2(q.size(-1)),
+        *turns, cos.size(-1) if rope else 0, norm is not None, window, page_size if table is not None else 0, rows is not None, num_warps=4)
+    return out

@@ -241,7 +241,7 @@ class Plan:
         return model.to(self.device, self.dtype).eval()
 
     def cache(self, model, layout, dtype, slots, size):
-        return Cache.of(model, slots, size, layout=layout, dtype=dtype, page_size=self.page_size, static=self.device.type == 'cuda')
+        return Cache.of(model, slots, size, layout=layout, dtype=dtype, page_size=self.page_size, static=self.device.type == 'cuda', kernel=self.config['decode_kernel'])
 
 
 def shape_of(model):
@@ -289,7 +289,7 @@ def cell(plan, model, cache, dtype, batch, context):
     if cache != 'none':
         held = plan.cache(model, cache, dtype, batch, context)
         formula = formula_bytes([block.attn.cache_dims() for block in model.transformer.h], batch, context, cache, held.dtype, plan.page_size, plan.dtype.itemsize)
-        row |= dict(cache_bytes=held.nbytes, bytes_per_token=held.nbytes / held.places, bytes_per_token_formula=formula / held.places)
+        row |= dict(decode_kernel_ran=held.kernel, cache_bytes=held.nbytes, bytes_per_token=held.nbytes / held.places, bytes_per_token_formula=formula / held.places)
     idx = torch.randint(model.config.vocab_size, (batch, context), device=device)
     if held is None:
         chunk = context
@@ -333,6 +333,7 @@ def cells(plan, rows, tell=print):
                 for context in plan.contexts:
                     i += 1
                     key = dict(what='cell', model=name, cache=cache, cache_dtype=dtype, page_size=plan.page_size if cache == 'paged' else None, batch=batch, context=context)
+                    key |= dict(decode_kernel=plan.config['decode_kernel']) if cache != 'none' else {}
                     if row := rows.find(**key, device=rows.facts['device']):
                         tell(f'[{i}/{total}] {line_of(row)}  (kept)')
                         continue

@@ -17,23 +17,26 @@ from collections import deque
 
 import torch
 
+import step_kernels
 from configurator import UserError
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, draw=None):
     """
     One token id for each row of logits (B, V) -> (B,); see `generate`. draw (B,), uniform in [0, 1), decides: the token
-    is the first whose probability, with that of all before it, is more than the draw.
+    is the first whose probability, with that of all before it, is more than the draw; they stand in the order of their ids,
+    with top_p the likeliest first.
     """
     if vocab_size:
         logits = logits[:, :vocab_size]
     if temperature < 1e-5:
         return logits.argmax(-1)
     ids = None
-    if top_k:
-        logits, ids = logits.topk(min(top_k, logits.size(-1)))
-    elif top_p < 1:
-        logits, ids = logits.sort(descending=True)
+    if top_p < 1:
+        logits, ids = logits.topk(min(top_k, logits.size(-1))) if top_k else logits.sort(descending=True)
+    elif top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = torch.where(logits < least, -torch.inf, logits)
     p = (logits / temperature).softmax(-1)
     if top_p < 1:
         p = torch.where(p.cumsum(-1) - p >= top_p, 0, p)  # as much stands before it, among likelier tokens
@@ -85,7 +88,11 @@ class Step:
 
     def run(self):
         x = self.model.hidden(self.token[:, None], self.cache)[:, -1]
-        self.token.copy_(choose(self.model.lm_head(x).float(), draw=self.draw, **self.how))
+        logits, how = self.model.lm_head(x), self.how
+        if step_kernels.chooses(logits, how['temperature'], how['top_p']):
+            step_kernels.choose(logits[:, :how['vocab_size'] or None], self.draw, how['temperature'], how['top_k'], self.token)
+        else:
+            self.token.copy_(choose(logits if how['temperature'] < 1e-5 else logits.float(), draw=self.draw, **how))
 
     def __call__(self, rows):
         """Runs `self.token` in `rows`, a sorted list of slots; leaves what follows in `self.token`."""
@@ -141,7 +148,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vo
     Yields the next token ids (B,), max_new_tokens times, after the prompts idx: (B, T), or with a cache
     also a list of B lists of any lengths.
 
-    temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest, top_p < 1 the fewest that hold
+    temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest (and what is as likely as the last of them), top_p < 1 the fewest that hold
     that much probability (Holtzman et al. 2019); with both, top_p counts within the top_k. Ids from vocab_size on (padding) are never drawn.
 
     cache: the prompts go to its slots `rows` (the first B if None), where it may hold their beginning

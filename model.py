@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import step_kernels
 from configurator import UserError
 from decoding import generate, prefill
 from kernels import gelu
@@ -200,15 +201,13 @@ class Attention(nn.Module):
         if self.kernel == 'eager':
             if grouped:
                 k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-            T = q.size(2)
-            future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1) if seen is None else ~seen
+            future = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1) if seen is None else ~seen
             logits = (q @ k.mT * self.scale).masked_fill(future, -torch.inf)
             return self.attn_dropout(logits.softmax(-1, dtype=torch.float32).to(v.dtype)) @ v
         if seen is not None:  # only torch's choice takes any mask
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped)
         if self.kernel == 'flex':
-            blocks = causal_blocks(q.size(2), q.device)
-            return compiled_flex()(q, k, v, block_mask=blocks, scale=self.scale, enable_gqa=grouped)
+            return compiled_flex()(q, k, v, block_mask=causal_blocks(q.size(2), q.device), scale=self.scale, enable_gqa=grouped)
         call = dict(is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=self.dropout if self.training else 0.0)
         if self.kernel == 'sdpa':  # torch picks the backend
             return F.scaled_dot_product_attention(q, k, v, **call)
@@ -297,6 +296,8 @@ class Block(nn.Module):
         self.ln_2, self.mlp = (Norm(config.n_embd, config), MLP(config)) if config.mlp else (None, None)
 
     def forward(self, x, rope, cache=None):
+        if cache is not None and step_kernels.serves(self, x, cache):
+            return step_kernels.block(self, x, rope, cache)
         x = x + self.attn(self.ln_1(x), rope, cache)
         return x if self.mlp is None else x + self.mlp(self.ln_2(x))
 

@@ -27,7 +27,7 @@ seed = 1337  # sample i depends on (seed, i) only
 cache = 'dense'  # dense | paged | none: every step runs the whole text again
 cache_dtype = 'auto'  # auto = that of the model | float32 | bfloat16 | float16 | int8 | int4
 page_size = 64  # tokens in a page of a paged cache: 16 | 64 | 128
-decode_kernel = 'auto'  # attention of a new token over the cache: auto | triton (reads it where it lies) | torch (gathers it first)
+decode_kernel = 'auto'  # attention of a new token over the cache: auto | triton (reads it where it lies) | torch (gathers it first) | flex | flashinfer | flashmla
 prefill_chunk = 0  # run prompts this many tokens at a time, for less memory; 0 = all at once
 # machine
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps

@@ -477,7 +477,11 @@ def test_a_stop_ends_a_sample(sample):
     (['--cache=big'], '--cache=big is not known: use none, dense or paged'),
     (['--cache_dtype=int2'], "cache_dtype='int2' is not known: use auto, float32"),
     (['--cache=paged', '--page_size=17'], 'page_size=17 is not supported: use 16, 64, 128'),
-    (['--decode_kernel=fast'], "decode_kernel='fast' is not known: use auto, torch or triton"),
+    (['--decode_kernel=fast'], "decode_kernel='fast' is not known: use auto, triton, torch, flex, flashinfer, flashmla"),
+    (['--decode_kernel=flex', '--cache_dtype=int8'], '--decode_kernel=flex cannot run: it reads caches of full precision, not int8. Use --decode_kernel=auto'),
+    (['--decode_kernel=flashinfer'], '--decode_kernel=flashinfer cannot run: flashinfer is not installed (pip install flashinfer-python)'),
+    (['--decode_kernel=flashmla', '--cache=paged'], '--decode_kernel=flashmla cannot run: flash_mla is not installed (see github.com/deepseek-ai/FlashMLA)'),
+    (['--decode_kernel=triton', '--cache=paged'], '--decode_kernel=triton cannot run: Triton and a CUDA GPU are needed'),
     (['--decode_kernel=triton'], '--decode_kernel=triton cannot run: Triton and a CUDA GPU are needed'),
     (['--batch_size=0'], 'batch_size=0 must be at least 1'),
     (['--prefill_chunk=-1'], 'prefill_chunk=-1 must be at least 0'),
@@ -530,3 +534,5 @@ def test_a_cache_that_is_too_small_stays_as_it_was(tiny, tokens):
         model(tokens(3), cache=cache)
     assert cache.used == cache.lengths.tolist() == [10, 10]
     model(tokens(2), cache=cache)
+    with pytest.raises(UserError, match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed'):
+        model.prefill([[1] * 13], Cache([dict(k=32, v=32)] * 2, 2, 12))

@@ -18,10 +18,12 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     head_page={'configurator', 'figures'},
     dataset={'configurator'},
     machine={'configurator'},
-    cache={'configurator', 'decode_kernels'},  # the kernels late
+    cache={'configurator', 'decode_kernels', 'decode_libraries'},  # the kernels late
     decode_kernels={'kernels'},
-    decoding={'configurator'},
-    model={'configurator', 'decoding', 'kernels'},
+    decode_libraries={'configurator'},
+    step_kernels={'kernels', 'model'},  # the model late
+    decoding={'configurator', 'step_kernels'},
+    model={'configurator', 'decoding', 'kernels', 'step_kernels'},
     model_mla={'configurator', 'model'},
     checkpoint={'configurator', 'model', 'model_mla', 'deepseek'},  # deepseek late
     deepseek={'configurator', 'model', 'model_mla', 'hf_tokenizer'},  # not checkpoint, which loads it: no circle
@@ -46,7 +48,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     peers={'configurator'},
     decode_meter={'configurator', 'cache', 'checkpoint', 'machine'},
     text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
-    attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_meter', 'machine'},
+    attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_libraries', 'decode_meter', 'machine'},
     decode_figures={'figures'},
     scoring={'cache'},
     retrieval=set(),
@@ -58,7 +60,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
 AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), adapter_table=set(), decode_figures=set(), dataset={'torch', 'numpy'},
                subject={'torch', 'numpy'}, packing={'torch', 'numpy'}, calibration={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
-HEAVY = {'transformers', 'peft', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright', 'rouge_score'}
+HEAVY = {'transformers', 'peft', 'flashinfer', 'flash_mla', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright', 'rouge_score'}
 
 FILES = {path.stem: path for path in sorted(ROOT.glob('*.py'))}
 every_file = pytest.mark.parametrize('name', FILES)

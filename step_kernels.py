@@ -1,0 +1,324 @@
+"""
+One new token a sequence, with few kernels: beside attention (decode_kernels.py) a step is products of thin matrices, and
+what stands between them would cost as much again only by being launched. Here a norm in front of a product, and an
+activation or the residual stream behind it, are part of its kernel; and a token is chosen by one kernel.
+
+Each kernel stands beside its PyTorch reference. `block` is Block.forward put together from them.
+
+Legend: B sequences, C channels in, N channels out, H heads, V vocabulary.
+"""
+from __future__ import annotations  # `tl.constexpr` below is read by Triton, not by Python
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from kernels import LOG2E, RUNS_ON
+
+triton = tl = None  # set by kernels()
+WIDEST = 64  # sequences of a step; beyond, the library's products are as good
+
+
+@lru_cache
+def kernels():
+    """Loads Triton and hands the functions below to it; it compiles each at its first call."""
+    global triton, tl, normed, act, behind, ordered, reach, weigh, find
+    import triton
+    import triton.language as tl
+    normed, act, behind, ordered, reach, weigh, find = map(triton.jit, (normed, act, behind, ordered, reach, weigh, find))
+    return SimpleNamespace(one=triton.jit(one_kernel), some=triton.jit(some_kernel), choose=triton.jit(choose_kernel))
+
+
+def act(x, gate, ACT: tl.constexpr):
+    if ACT == 'gelu':
+        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACT == 'gelu_tanh':  # 1 + tanh(z) = 2 sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == 'swiglu':
+        x = gate * tl.sigmoid(gate) * x
+    elif ACT == 'relu2':
+        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    return x
+
+
+def normed(x, mean, rstd, gain, shift, c, inside, NORM: tl.constexpr, SHIFT: tl.constexpr):
+    """x - mean times rstd, gain and shift of the channels c, as the norm of model.py rounds it."""
+    y = (x - mean) * rstd * tl.load(gain + c, mask=inside, other=0.0).to(tl.float32)
+    if SHIFT:
+        y += tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)
+    return y
+
+
+def behind(y, gate, bias, add, n, inside, at, N: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
+    """What stands behind a product: bias, activation, residual stream."""
+    if BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    y = act(y, gate, ACT)
+    if ADD:
+        y += tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+    return y
+
+
+def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_out, w_in, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+               NORM: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
+    """Program (TILE outputs, head), one sequence: all that it needs is asked for at once."""
+    head = tl.program_id(1)
+    n, c = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, CP)
+    inside = (n[:, None] < N) & (c[None, :] < C)
+    here = weight + head * w_head + n[:, None] * w_out + c[None, :] * w_in
+    w = tl.load(here, mask=inside, other=0.0)
+    v = tl.load(here + N * w_out, mask=inside, other=0.0) if ACT == 'swiglu' else w
+    row = tl.load(x + head * x_head + c, mask=c < C, other=0.0)
+    dtype: tl.constexpr = row.dtype
+    if NORM != '':
+        row = row.to(tl.float32)
+        mean = tl.sum(row, 0) / C if NORM == 'layernorm' else 0.0
+        apart = tl.where(c < C, row - mean, 0.0)
+        row = normed(row, mean, tl.rsqrt(tl.sum(apart * apart, 0) / C + eps), gain, shift, c, c < C, NORM, SHIFT).to(dtype)
+    row = row.to(tl.float32)
+    y = tl.sum(w.to(tl.float32) * row[None, :], 1)
+    gate = y
+    if ACT == 'swiglu':
+        gate, y = y + (tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0), tl.sum(v.to(tl.float32) * row[None, :], 1)
+    y = behind(y, gate, bias + N if BIAS and ACT == 'swiglu' else bias, add, n, n < N, n, N, BIAS, ACT, ADD)
+    tl.store(out + head * N + n, y.to(out.dtype.element_ty), mask=n < N)
+
+
+def some_kernel(x, weight, bias, gain, shift, add, out, eps, x_row, x_head, w_head, w_out, w_in, B, heads, C: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+                BP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr,
+                ADD: tl.constexpr, IEEE: tl.constexpr):
+    """Program (TILE outputs, head, BP sequences): outputs are the rows of the tensor cores' products and sequences the columns."""
+    head, b = tl.program_id(1), tl.program_id(2) * BP + tl.arange(0, BP)
+    n, c = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
+    dtype: tl.constexpr = x.dtype.element_ty
+    rows = x + b[None, :] * x_row + head * x_head
+    mean, rstd = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
+    if NORM != '':
+        for at in tl.range(0, C, STEP, num_stages=STAGES):
+            part = tl.load(rows + (at + c)[:, None], mask=(b[None, :] < B) & (at + c[:, None] < C), other=0.0).to(tl.float32)
+            mean += tl.sum(part, 0)
+            rstd += tl.sum(part * part, 0)
+        mean = mean / C if NORM == 'layernorm' else mean * 0
+        rstd = tl.rsqrt(tl.maximum(rstd / C - mean * mean, 0.0) + eps)
+    y, gate = tl.zeros([TILE, BP], tl.float32), tl.zeros([TILE, BP], tl.float32)
+    for at in tl.range(0, C, STEP, num_stages=STAGES):
+        inside = at + c < C
+        part = tl.load(rows + (at + c)[:, None], mask=(b[None, :] < B) & inside[:, None], other=0.0)
+        if NORM != '':
+            part = normed(part.to(tl.float32), mean[None, :], rstd[None, :], gain, shift, (at + c)[:, None], inside[:, None], NORM, SHIFT).to(dtype)
+        here = weight + head * w_head + n[:, None] * w_out + (at + c)[None, :] * w_in
+        there = (n[:, None] < N) & inside[None, :]
+        y = tl.dot(tl.load(here, mask=there, other=0.0), part, y, input_precision=IEEE)
+        if ACT == 'swiglu':
+            gate = tl.dot(tl.load(here + N * w_out, mask=there, other=0.0), part, gate, input_precision=IEEE)
+    if ACT == 'swiglu':
+        y, gate = gate, y + (tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None] if BIAS else 0.0)
+    inside = (n[:, None] < N) & (b[None, :] < B)
+    to = (b[None, :] * heads + head) * N + n[:, None]
+    y = behind(y, gate, bias + N if BIAS and ACT == 'swiglu' else bias, add, n[:, None], inside, to, N, BIAS, ACT, ADD)
+    tl.store(out + to, y.to(out.dtype.element_ty), mask=inside)
+
+
+def sizes_of_one(C):
+    """Outputs of a program and its warps, for one sequence: 32 to 64 numbers of the weight a thread."""
+    CP = 1 << (C - 1).bit_length()
+    TILE = max(2, min(32, 4096 // CP))
+    return TILE, max(4, min(16, TILE * CP // 2048))
+
+
+def sizes_of_some(N):
+    """Outputs of a program, channels of a step, stages, warps."""
+    return (64 if N > 16384 else 16), 128, 4, 4
+
+
+def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
+    """
+    act(norm(x) weightᵀ + bias) + add: x (B, C) and weight (N, C) -> (B, N); with x (B, H, C) and weight (H, N, C), each head's own -> (B, H, N).
+
+    norm: a Norm of model.py or None; act: '' or a GPTConfig.act, where swiglu's weight is gate | up (2 N, C); add (B, N).
+    """
+    B, heads, C = x.size(0), x.size(1) if x.ndim == 3 else 1, x.size(-1)
+    N = weight.size(-2) // (2 if act == 'swiglu' else 1)
+    out = x.new_empty(*x.shape[:-1], N)
+    assert x.stride(-1) == 1
+    x_head = x.stride(1) if x.ndim == 3 else 0
+    strides = (weight.stride(0) if weight.ndim == 3 else 0, *weight.stride()[-2:])
+    kind = '' if norm is None else 'rmsnorm' if norm.rms else 'layernorm'
+    gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    flags = kind, bias is not None, shift is not None, act, add is not None
+    if B == 1:
+        TILE, warps = sizes or sizes_of_one(C)
+        kernels().one[(-(-N // TILE), heads)](x, weight, bias, gain, shift, add, out, eps, x_head, *strides, C, 1 << (C - 1).bit_length(), N, TILE, *flags,
+                                              num_warps=warps)
+    else:
+        TILE, STEP, STAGES, warps = sizes or sizes_of_some(N)
+        BP = min(64, max(16, 1 << (B - 1).bit_length()))
+        kernels().some[(-(-N // TILE), heads, -(-B // BP))](
+            x, weight, bias, gain, shift, add, out, eps, x.stride(0), x_head, *strides, B, heads, C, N, TILE, BP, STEP, STAGES, *flags,
+            'ieee' if x.dtype == torch.float32 else 'tf32', num_warps=warps)
+    return out
+
+
+def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
+    x = x if norm is None else norm(x)
+    y = torch.einsum('b...c,...nc->b...n', x, weight) + (0 if bias is None else bias)
+    if act == 'swiglu':
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    elif act:
+        y = F.relu(y).square() if act == 'relu2' else F.gelu(y, approximate='tanh' if act == 'gelu_tanh' else 'none')
+    return y if add is None else y + add
+
+
+# ---------------------------------------------------------------------------------------------------
+# the token
+
+def ordered(logits, at, V, PART: tl.constexpr, WHOLE: tl.constexpr):
+    """PART logits from `at` on as numbers, and as whole numbers of the same order (16-bit floats, the negative ones turned over; -1 behind the end)."""
+    i = at + tl.arange(0, PART)
+    x = tl.load(logits + i) if WHOLE else tl.load(logits + i, mask=i < V, other=float('-inf'))
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff
+    key = tl.where(bits >= 0x8000, 0xffff - bits, bits + 0x8000)
+    return x.to(tl.float32), key if WHOLE else tl.where(i < V, key, -1)
+
+
+def reach(logits, V, least, PART: tl.constexpr):
+    """How many logits of a row are `least` or more, in that order."""
+    whole = V // PART * PART
+    _, key = ordered(logits, whole, V, PART, False)
+    count = (key >= least).to(tl.int32)
+    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
+        _, key = ordered(logits, at, V, PART, True)
+        count += (key >= least).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+def weigh(x, key, most, least, inverse):
+    return tl.where(key >= least, tl.exp2((x - most) * inverse), 0.0)
+
+
+def find(x, key, most, least, inverse, before, target, first, last, at, PART: tl.constexpr):
+    """The first id behind whose probability is more than `target`, the last that has any, and what all up to here have."""
+    i = at + tl.arange(0, PART)
+    p = weigh(x, key, most, least, inverse)
+    first = tl.minimum(first, tl.min(tl.where((p > 0) & (before + tl.cumsum(p, 0) > target), i, 2147483647), 0))
+    return first, tl.maximum(last, tl.max(tl.where(p > 0, i, 0), 0)), before + tl.sum(p, 0)
+
+
+def choose_kernel(logits, draws, tokens, stride, V, k, inverse, PART: tl.constexpr):
+    """
+    One program a row. The k-th largest of its lanes' maxima is no more than the k-th largest logit and hardly less, so a search
+    upwards from there needs few counts. Then ids are gone through in their order until they hold as much probability as was drawn.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    whole = V // PART * PART
+    x, highest = ordered(logits, whole, V, PART, False)
+    largest = x
+    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
+        x, key = ordered(logits, at, V, PART, True)
+        largest, highest = tl.maximum(largest, x), tl.maximum(highest, key)
+    most, beyond = tl.max(largest, 0), tl.max(highest, 0) + 1
+    least = beyond * 0
+    if (k > 0) & (k <= PART):
+        for bit in range(16):
+            wanted = least + (32768 >> bit)
+            least = tl.where(tl.sum((highest >= wanted).to(tl.int32), 0) >= k, wanted, least)
+    if k > 0:
+        step = least * 0 + 1
+        while least + step < beyond:  # `least` reaches k logits, `beyond` does not
+            if reach(logits, V, least + step, PART) >= k:
+                least += step
+                step *= 2
+            else:
+                beyond = least + step
+                step = step * 0 + 1
+    x, key = ordered(logits, whole, V, PART, False)
+    total = weigh(x, key, most, least, inverse)
+    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
+        x, key = ordered(logits, at, V, PART, True)
+        total += weigh(x, key, most, least, inverse)
+    target = tl.sum(total, 0) * tl.load(draws + row)
+    before, first, last = target * 0, beyond * 0 + 2147483647, beyond * 0
+    for at in range(0, whole, PART):
+        x, key = ordered(logits, at, V, PART, True)
+        first, last, before = find(x, key, most, least, inverse, before, target, first, last, at, PART)
+    x, key = ordered(logits, whole, V, PART, False)
+    first, last, before = find(x, key, most, least, inverse, before, target, first, last, whole, PART)
+    tl.store(tokens + row, tl.minimum(first, last).to(tl.int64))
+
+
+def chooses(logits, temperature, top_p):
+    """Whether `choose` can stand for decoding.choose."""
+    return logits.device.type in RUNS_ON and logits.dtype.itemsize == 2 and temperature >= 1e-5 and top_p == 1
+
+
+def choose(logits, draw, temperature, top_k, out=None, PART=4096, warps=16):
+    """decoding.choose for logits (B, V) of 16 bits, a temperature and perhaps top_k, in one kernel -> (B,)."""
+    B, V = logits.shape
+    tokens = torch.empty(B, dtype=torch.long, device=logits.device) if out is None else out
+    kernels().choose[(B,)](logits, draw, tokens, logits.stride(0), V, min(top_k, V), LOG2E / temperature, PART, num_warps=warps)
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# a block
+
+def serves(block, x, cache):
+    """
+    Whether `block` can stand for the Block's forward: one new token each of few sequences, a cache read by Triton, plain weights in
+    the dtype of x, and nobody looking on.
+    """
+    if not hasattr(cache, 'extend') or cache.fresh or cache.cache.kernel != 'triton' or not cache.cache.fuse or x.size(1) > 1 or x.size(0) > WIDEST:
+        return False
+    from model import Linear
+    parts = list(block.modules())
+    return (not block.training and block.attn.kernel != 'eager' and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+            and all(type(part) is Linear and part.weight.dtype == x.dtype for part in parts if isinstance(part, torch.nn.Linear)))
+
+
+def block(block, x, rope, cache):
+    """Block.forward for x (B, 1, C) -> (B, 1, C)."""
+    attn, mlp, x = block.attn, block.mlp, x[:, 0]
+    y = (latent_attention if hasattr(attn, 'kv_b_proj') else attention)(attn, x, block.ln_1, rope, cache)
+    x = thin(y.flatten(1), attn.c_proj.weight, attn.c_proj.bias, add=x)
+    if mlp is not None:
+        y = thin(x, mlp.c_fc.weight, mlp.c_fc.bias, block.ln_2, mlp.act)
+        x = thin(y, mlp.c_proj.weight, mlp.c_proj.bias, add=x)
+    return x[:, None]
+
+
+def attention(attn, x, norm, rope, cache):
+    """MultiHeadAttention up to W^O: (B, H, D)."""
+    qkv = thin(x, attn.c_attn.weight, attn.c_attn.bias, norm)
+    q, k, v = qkv.split(attn.widths, dim=-1)
+    D = attn.v_dim
+    if attn.qk_norm:
+        q, k = (F.rms_norm(t.unflatten(-1, (-1, D)), (D,)).flatten(1) for t in (q, k))
+    q = cache.settle(q, rope, (D, D, 0), k=k, v=v)
+    return cache.attend(q.unflatten(-1, (-1, D))[:, :, None], attn.scale)[:, :, 0]
+
+
+def latent_attention(attn, x, norm, rope, cache):
+    """MultiHeadLatentAttention, absorbed, up to W^O: (B, H, D)."""
+    H, P = attn.n_head, attn.pe
+    if hasattr(attn, 'q_a_proj'):
+        norm_a = attn.q_a_layernorm if hasattr(attn.q_a_layernorm, 'weight') else None
+        q = thin(thin(x, attn.q_a_proj.weight, attn.q_a_proj.bias, norm), attn.q_b_proj.weight, attn.q_b_proj.bias, norm_a)
+    else:
+        q = thin(x, attn.q_proj.weight, attn.q_proj.bias, norm)
+    new = thin(x, attn.kv_a_proj_with_mqa.weight, attn.kv_a_proj_with_mqa.bias, norm)
+    q_nope, q_pe = q.split(attn.q_widths, dim=-1)
+    c_kv, k_pe = new.split(attn.a_widths, dim=-1)
+    if attn.qk_norm:
+        q_nope, q_pe = (F.rms_norm(t.unflatten(-1, (H, -1)), (t.size(-1) // H,)).flatten(1) for t in (q_nope, q_pe))
+        k_pe = F.rms_norm(k_pe, (P,))
+    if attn.rope_pairs is not None and rope is not None:
+        rope = [t[..., attn.rope_pairs] for t in rope]
+    q_pe = cache.settle(q_pe, rope, (P, 0, P), attn.kv_a_layernorm, c_kv=c_kv, k_pe=k_pe)
+    w_uk, w_uv = (w.unflatten(0, (H, -1)) for w in attn.kv_b_proj.weight.split(attn.b_widths))
+    q = thin(q_nope.unflatten(-1, (H, -1)), w_uk.transpose(1, 2))
+    y = cache.attend(q[:, :, None], attn.scale, q_pe.unflatten(-1, (H, P))[:, :, None] if P else None)[:, :, 0]
+    return thin(y, w_uv)
