@@ -425,7 +425,7 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
         kc, vc, ks, vs = kc.view(torch.uint16), vc.view(torch.uint16), ks.view(torch.int32), vs.view(torch.int32)
     kernels().decode[(splits, K * -(-(H // K) // G), B)](
         q, q_pe, kc, ks, kr, vc, vs, vr, pe, table, lengths, rows, parts, lse, scale * LOG2E, splits, size, 0 if table is None else table.size(1),
-        H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group, window, page_size if table is not None else 0,
+        H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group if bits else 1, window, page_size if table is not None else 0,
         rows is not None, N, stages, ahead, turn, 'ieee' if q.dtype == torch.float32 else 'tf32', COMPILED, num_warps=warps, maxnreg=registers)
     if count > 1:
         kernels().join[(B * H,)](parts, lse, out, count, C, power_of_2(C), power_of_2(count, 1), num_warps=4)

@@ -21,6 +21,9 @@ import step_kernels
 from configurator import UserError
 
 
+DRAWS = dict(temperature=1.0, top_k=0, top_p=1.0, vocab_size=0)  # how a token is drawn unless asked otherwise
+
+
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, draw=None):
     """
     One token id for each row of logits (B, V) -> (B,); see `generate`. draw (B,), uniform in [0, 1), decides: the token
@@ -72,7 +75,7 @@ class Step:
     """
 
     def __init__(self, model, cache, how):
-        self.model, self.cache, self.how, self.graph, self.times = model, cache, how, None, 0
+        self.model, self.cache, self.how, self.graph, self.times = model, cache, DRAWS | how, None, 0
         self.records = cache.static and cache.device.type == 'cuda'
         self.token = torch.zeros(cache.slots, dtype=torch.long, device=cache.device)
         self.draw = torch.zeros(cache.slots, device=cache.device)
@@ -82,7 +85,7 @@ class Step:
     @classmethod
     def of(cls, model, cache, **how):
         step = getattr(cache, 'step', None)
-        if step is None or step.model is not model or step.how != how:
+        if step is None or step.model is not model or step.how != DRAWS | how:
             step = cache.step = cls(model, cache, how)
         return step
 

@@ -25,8 +25,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.skipif(CHILD, reason='is the parent')
 @pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed (requirements-dev has it for Linux)')
-def test_under_the_interpreter():
-    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', 'interpreted', __file__], cwd=ROOT,
+@pytest.mark.parametrize('which', ['not slow', pytest.param('slow', marks=pytest.mark.slow)])
+def test_under_the_interpreter(which):
+    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, '-k', 'interpreted', __file__], cwd=ROOT,
                            env=os.environ | dict(TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     assert ' passed' in child.stdout
@@ -89,18 +90,20 @@ SHAPES = dict(mla=(4, 1, 32, 8), mla_many_heads=(20, 1, 64, 4), mla_without_rope
 LAYOUTS = dict(dense=dict(), pages=dict(layout='paged', page_size=64), small_pages=dict(layout='paged', page_size=16))
 
 
+DECODED = [pytest.param(shape, layout, dtype, marks=pytest.mark.slow if (s + l + d) % 3 else ())
+           for s, shape in enumerate(SHAPES) for l, layout in enumerate(LAYOUTS) for d, dtype in enumerate(['auto', 'int8', 'int4'])]
+
+
 @interpreted
-@pytest.mark.parametrize('dtype', ['auto', 'int8', 'int4'])
-@pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('shape, layout, dtype', DECODED)
 def test_interpreted_decode(shape, layout, dtype):
     assert error(*SHAPES[shape], [150, 1, 64, 129], 160, dtype=dtype, window=24, **LAYOUTS[layout]) < 2e-6
 
 
 @interpreted
-@pytest.mark.parametrize('tiles', [[64, 2, 0, 1], [128, 3, 0, 1]])
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_interpreted_other_tiles_and_splits(layout, tiles, monkeypatch):
+@pytest.mark.parametrize('tiles, layout', [([64, 2, 0, 1], 'dense'), ([128, 3, 0, 1], 'pages'), pytest.param([64, 2, 0, 1], 'small_pages', marks=pytest.mark.slow),
+                                           pytest.param([128, 3, 0, 1], 'small_pages', marks=pytest.mark.slow)])
+def test_interpreted_other_tiles_and_splits(tiles, layout, monkeypatch):
     monkeypatch.setattr(d, 'tiles_of_shapes', lambda: {d.shape_key(4, 32, 8, True, 0): tiles, d.shape_key(4, 32, 8, True, 4): tiles})
     for dtype in ('auto', 'int4'):
         assert error(4, 1, 32, 8, [700, 300, 513], 704, dtype=dtype, window=0, **LAYOUTS[layout]) < 2e-6

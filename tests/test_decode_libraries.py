@@ -34,12 +34,12 @@ TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4], [7, 1, 2,
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', [kind if kind in ('gqa', 'mla') else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS])
 def test_flex_is_exact(kind, layout, tiny):
-    model = tiny(MODELS[kind][0], **MODELS[kind][1])
+    model = tiny(MODELS[kind][0], n_layer=1, **MODELS[kind][1])
     cache = Cache.of(model, 3, 24, kernel='flex', static=True, **LAYOUTS[layout])
     before = cache.nbytes
-    assert off(model, cache, TEXTS, 4) < 1e-4 and cache.kernel == 'flex'
+    assert off(model, cache, TEXTS, 2) < 1e-4 and cache.kernel == 'flex'
     assert before == cache.nbytes == Cache.of(model, 3, 24, kernel='torch', **LAYOUTS[layout]).nbytes
 
 

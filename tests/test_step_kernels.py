@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.skipif(CHILD, reason='is the parent')
 @pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed (requirements-dev has it for Linux)')
-def test_under_the_interpreter():
-    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', 'interpreted', __file__], cwd=ROOT,
+@pytest.mark.parametrize('which', ['not slow', pytest.param('slow', marks=pytest.mark.slow)])
+def test_under_the_interpreter(which):
+    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, '-k', 'interpreted', __file__], cwd=ROOT,
                            env=os.environ | dict(TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     assert ' passed' in child.stdout
@@ -109,7 +110,7 @@ def decoded(model, ids, fuse, **how):
 
 
 @interpreted
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', [v if v in ('gpt2', 'llama', 'mla') else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
 def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
     model = tiny(VARIANTS[variant][0], **dict(n_layer=1) | VARIANTS[variant][1])
     for B in (1, 2) if variant in ('gpt2', 'mla') else (2,):
@@ -124,12 +125,13 @@ def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
 
 
 @interpreted
-def test_interpreted_quantised_blocks(tiny, tokens):
-    for kind, settings in (('mha', dict(pos='rope', n_embd=64, n_head=1)), ('mla', dict(n_head=2, kv_lora_rank=64))):
-        model = tiny(kind, n_layer=1, **settings)
-        (got, cache), (want, _) = (decoded(model, tokens(8), fuse, dtype='int8', window=4) for fuse in (True, False))
-        assert cache.kernel == 'triton'
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
+@pytest.mark.parametrize('kind, settings', [('mla', dict(n_head=2, kv_lora_rank=64)),
+                                            pytest.param('mha', dict(pos='rope', n_embd=64, n_head=1), marks=pytest.mark.slow)])
+def test_interpreted_quantised_blocks(kind, settings, tiny, tokens):
+    model = tiny(kind, n_layer=1, **settings)
+    (got, cache), (want, _) = (decoded(model, tokens(8), fuse, dtype='int8', window=4) for fuse in (True, False))
+    assert cache.kernel == 'triton'
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
 
 
 def test_what_a_fused_block_does_not_stand_for(tiny):
