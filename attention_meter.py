@@ -35,6 +35,7 @@ from decode_meter import attempt, numbers, read_shape, release, spread
 COLD_BYTES = 4 * 60e6  # of inputs in rotation on a GPU: four times the L2 of an H200
 TOLERANCE = 0.05       # largest error of a result in bf16 storage, as a share of the reference's largest value
 WARMUP = 3             # rounds
+LONGEST = 0.3          # seconds between two looks at the clock: slow candidates go fewer rounds than timed_steps
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -190,11 +191,11 @@ class Candidate:
 
 
 CANDIDATES = [
+    Candidate('Triton', ('kv', 'latent'), ('dense', 'paged'), (*FULL, *BITS), triton),
     Candidate('SDPA', ('kv', 'latent'), ('dense',), (*FULL,), sdpa_dense),
     Candidate('SDPA, pages gathered', ('kv', 'latent'), ('paged',), (*FULL,), sdpa_gathered),
     Candidate('FlexAttention, page table', ('kv', 'latent'), ('paged',), (*FULL,), flex_paged),
     Candidate('SDPA, dequantised', ('kv', 'latent'), ('dense',), (*BITS,), sdpa_dequantised),
-    Candidate('Triton', ('kv', 'latent'), ('dense', 'paged'), (*FULL, *BITS), triton),
 ]
 
 
@@ -228,7 +229,7 @@ def in_graph(calls):
 
 @torch.no_grad()
 def time_candidate(candidate, inputs, plan):
-    """Row entries of one candidate on all copies of the inputs: µs a call, as timed_steps rounds over them take, with spread, and its error against the reference."""
+    """Row entries of one candidate on all copies of the inputs: µs a call, as up to timed_steps rounds over them take, with spread, and its error against the reference."""
     calls = [candidate.make(held) for held in inputs]
     reference = inputs[0].reference()
     error = ((calls[0]()[0, :, 0].float() - reference).abs().max() / reference.abs().max()).item()
@@ -240,10 +241,10 @@ def time_candidate(candidate, inputs, plan):
         def one_round():
             for call in calls:
                 call()
-    for _ in range(WARMUP):
-        one_round()
-    times = [machine.seconds(plan.device, lambda: [one_round() for _ in range(plan.steps)]) / (plan.steps * len(calls)) for _ in range(plan.repeats)]
-    return spread('kernel_us', times, 1e6) | dict(error=error)
+    one = [machine.seconds(plan.device, one_round) for _ in range(WARMUP)][-1]
+    steps = max(1, min(plan.steps, int(LONGEST / one)))
+    times = [machine.seconds(plan.device, lambda: [one_round() for _ in range(steps)]) / (steps * len(calls)) for _ in range(plan.repeats)]
+    return spread('kernel_us', times, 1e6) | dict(error=error, timed_steps=steps)
 
 
 def try_candidate(candidate, inputs, plan):
@@ -280,8 +281,16 @@ def tune(candidate, inputs, plan, tell):
     file.write_text('{\n' + ',\n'.join(f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in sorted(tiles.items())) + '\n}\n')
 
 
-def measure(plan, rows, tell=print):
-    """Rows of every candidate that can run each of --attention_shapes, at each cache, dtype, batch and context of a decode_meter.Plan."""
+def named(words):
+    """The candidates whose names hold one of the words in 'triton,sdpa'; all for ''. UserError for a word that none holds."""
+    for word in words.lower().split(','):
+        if not any(word in c.name.lower() for c in CANDIDATES):
+            raise UserError(f"--candidates={words}: '{word}' is part of no name: there are {' | '.join(c.name for c in CANDIDATES)}")
+    return [c for c in CANDIDATES if any(word in c.name.lower() for word in words.lower().split(','))]
+
+
+def measure(plan, candidates, rows, tell=print):
+    """Rows of each of `candidates` that can run each of --attention_shapes, at each cache, dtype, batch and context of a decode_meter.Plan."""
     config, device, cpu = plan.config, plan.device, plan.device.type == 'cpu'
     batches, contexts = numbers(config, 'batch_sizes', '4' if cpu else '64'), numbers(config, 'contexts', '256' if cpu else '8192')
     auto = str(plan.dtype)[6:]
@@ -290,7 +299,7 @@ def measure(plan, rows, tell=print):
     cases = itertools.product(plan.shapes, batches, contexts, [name for name in plan.caches if name != 'none'],
                               dict.fromkeys(auto if name == 'auto' else name for name in plan.cache_dtypes))
     for shape, batch, context, layout, dtype in cases:
-        able = [c for c in CANDIDATES if plan.shapes[shape][0] in c.kinds and layout in c.layouts and dtype in c.dtypes]
+        able = [c for c in candidates if plan.shapes[shape][0] in c.kinds and layout in c.layouts and dtype in c.dtypes]
         key = dict(what='attention', shape=shape, cache=layout, cache_dtype=dtype, page_size=plan.page_size if layout == 'paged' else None,
                    batch=batch, context=context, ragged=config['ragged'])
         able = [c for c in able if not rows.find(**key, candidate=c.name, device=rows.facts['device'])]

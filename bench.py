@@ -41,6 +41,7 @@ peer_new_tokens = 0  # of the peers' texts, to save time; 0 = new_tokens
 peer_repeats = 3
 attention_only = False  # the decode attention of one layer alone, by several kernels, in % of the copy bandwidth
 attention_shapes = '12:12:64,12:4:64,12:1:64,16:128+32,16:256+32,16:512+64'  # heads:key/value heads:width; MLA heads:latent+k_pe
+candidates = ''  # attention_only: those whose names hold one of these words, like triton,sdpa; '' = all
 tune = False  # attention_only: try variants of our kernel first and keep the fastest in decode_tiles.json
 ragged = False  # attention_only: lengths between half of the context and all of it
 keep = False  # measure only the rows that out_dir does not hold yet
@@ -277,10 +278,10 @@ def decode():
     import decode_figures
     import decode_meter
     import text_meter
-    plan = decode_meter.Plan(config, device)
+    plan, chosen = decode_meter.Plan(config, device), attention_meter.named(candidates)
     rows = decode_meter.Rows(out_dir, 'attention' if attention_only else 'texts' if peer else 'decode', decode_meter.facts(device, stream), keep)
     if attention_only:
-        attention_meter.measure(plan, rows)
+        attention_meter.measure(plan, chosen, rows)
     elif peer:
         text_meter.texts(plan, rows)
     else:

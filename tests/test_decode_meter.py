@@ -343,6 +343,7 @@ def test_lines_that_meet_share_a_label():
     (dict(peer='transformers', caches='none'), '--peer times whole texts decoded with a cache'),
     (dict(peer='transformers', new_tokens=2000), 'are beyond block_size=1024'),
     (dict(new_tokens=0), 'new_tokens=0 must be at least 1'),
+    (dict(attention_only=True, candidates='sdpa,cudnn'), "--candidates=sdpa,cudnn: 'cudnn' is part of no name"),
     (dict(attention_only=True, attention_shapes='12:64'), "--attention_shapes: '12:64' is none"),
     (dict(attention_only=True, attention_shapes='12:5:64'), "--attention_shapes: '12:5:64' is none"),
     (dict(warmup_steps=-1), 'warmup_steps=-1 must be at least 0'),
