@@ -1,7 +1,7 @@
 """
 One new token a sequence, with few kernels: beside attention (decode_kernels.py) a step is products of thin matrices, and
 what stands between them would cost as much again only by being launched. Here a norm in front of a product, and an
-activation or the residual stream behind it, are part of its kernel; and a token is chosen by one kernel.
+activation or the residual stream behind it, are part of its kernel; and a token is drawn by four.
 
 Each kernel stands beside its PyTorch reference. `block` is Block.forward put together from them.
 
@@ -24,11 +24,12 @@ WIDEST = 64  # sequences of a step; beyond, the library's products are as good
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, normed, act, behind, ordered, reach, weigh, find
+    global triton, tl, normed, act, behind, order, ordered, reach, weigh
     import triton
     import triton.language as tl
-    normed, act, behind, ordered, reach, weigh, find = map(triton.jit, (normed, act, behind, ordered, reach, weigh, find))
-    return SimpleNamespace(one=triton.jit(one_kernel), some=triton.jit(some_kernel), choose=triton.jit(choose_kernel))
+    normed, act, behind, order, ordered, reach, weigh = map(triton.jit, (normed, act, behind, order, ordered, reach, weigh))
+    return SimpleNamespace(one=triton.jit(one_kernel), some=triton.jit(some_kernel), high=triton.jit(high_kernel), low=triton.jit(low_kernel),
+                           sum=triton.jit(sum_kernel), draw=triton.jit(draw_kernel))
 
 
 def act(x, gate, ACT: tl.constexpr):
@@ -175,79 +176,76 @@ def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
 # ---------------------------------------------------------------------------------------------------
 # the token
 
-def ordered(logits, at, V, PART: tl.constexpr, WHOLE: tl.constexpr):
-    """PART logits from `at` on as numbers, and as whole numbers of the same order (16-bit floats, the negative ones turned over; -1 behind the end)."""
-    i = at + tl.arange(0, PART)
-    x = tl.load(logits + i) if WHOLE else tl.load(logits + i, mask=i < V, other=float('-inf'))
+# A logit of 16 bits is one of 65,536 numbers, so the k-th largest is found without sorting: counts of the high bytes say which it has, counts
+# of the low bytes among those the rest. A row is cut into parts, a program each; four kernels, since each needs what all programs before it found.
+
+def order(x):
+    """Whole numbers from 0 to 65,535 in the order of x, 16-bit floats: their bits, with the negative ones turned over."""
     bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff
-    key = tl.where(bits >= 0x8000, 0xffff - bits, bits + 0x8000)
-    return x.to(tl.float32), key if WHOLE else tl.where(i < V, key, -1)
+    return tl.where(bits >= 0x8000, 0xffff - bits, bits + 0x8000)
 
 
-def reach(logits, V, least, PART: tl.constexpr):
-    """How many logits of a row are `least` or more, in that order."""
-    whole = V // PART * PART
-    _, key = ordered(logits, whole, V, PART, False)
-    count = (key >= least).to(tl.int32)
-    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
-        _, key = ordered(logits, at, V, PART, True)
-        count += (key >= least).to(tl.int32)
-    return tl.sum(count, 0)
+def ordered(logits, stride, V, PART: tl.constexpr):
+    """This program's part: logits, -inf behind the last, and their order."""
+    i = tl.program_id(0) * PART + tl.arange(0, PART)
+    x = tl.load(logits + tl.program_id(1).to(tl.int64) * stride + i, mask=i < V, other=float('-inf'))
+    return x.to(tl.float32), order(x)
+
+
+def reach(counts, parts, k, SP: tl.constexpr):
+    """The last of 256 bytes that k logits of a row reach or pass, and how many pass it."""
+    s, n = tl.arange(0, SP), tl.arange(0, 256)
+    each = tl.sum(tl.load(counts + s[:, None] * 256 + n[None, :], mask=s[:, None] < parts, other=0), 0)
+    byte = tl.sum((tl.sum(each, 0) - tl.cumsum(each, 0) + each >= k).to(tl.int32), 0) - 1
+    return byte, tl.sum(tl.where(n > byte, each, 0), 0)
 
 
 def weigh(x, key, most, least, inverse):
     return tl.where(key >= least, tl.exp2((x - most) * inverse), 0.0)
 
 
-def find(x, key, most, least, inverse, before, target, first, last, at, PART: tl.constexpr):
-    """The first id behind whose probability is more than `target`, the last that has any, and what all up to here have."""
-    i = at + tl.arange(0, PART)
-    p = weigh(x, key, most, least, inverse)
-    first = tl.minimum(first, tl.min(tl.where((p > 0) & (before + tl.cumsum(p, 0) > target), i, 2147483647), 0))
-    return first, tl.maximum(last, tl.max(tl.where(p > 0, i, 0), 0)), before + tl.sum(p, 0)
+def high_kernel(logits, high, largest, stride, V, PART: tl.constexpr):
+    """Program (part, row), as the next two: how often it has each high byte, and its largest logit."""
+    x, key = ordered(logits, stride, V, PART)
+    here = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(high + here * 256 + tl.arange(0, 256), tl.histogram(key >> 8, 256))
+    tl.store(largest + here, tl.max(x, 0))
 
 
-def choose_kernel(logits, draws, tokens, stride, V, k, inverse, PART: tl.constexpr):
-    """
-    One program a row. The k-th largest of its lanes' maxima is no more than the k-th largest logit and hardly less, so a search
-    upwards from there needs few counts. Then ids are gone through in their order until they hold as much probability as was drawn.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    whole = V // PART * PART
-    x, highest = ordered(logits, whole, V, PART, False)
-    largest = x
-    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
-        x, key = ordered(logits, at, V, PART, True)
-        largest, highest = tl.maximum(largest, x), tl.maximum(highest, key)
-    most, beyond = tl.max(largest, 0), tl.max(highest, 0) + 1
-    least = beyond * 0
-    if (k > 0) & (k <= PART):
-        for bit in range(16):
-            wanted = least + (32768 >> bit)
-            least = tl.where(tl.sum((highest >= wanted).to(tl.int32), 0) >= k, wanted, least)
-    if k > 0:
-        step = least * 0 + 1
-        while least + step < beyond:  # `least` reaches k logits, `beyond` does not
-            if reach(logits, V, least + step, PART) >= k:
-                least += step
-                step *= 2
-            else:
-                beyond = least + step
-                step = step * 0 + 1
-    x, key = ordered(logits, whole, V, PART, False)
-    total = weigh(x, key, most, least, inverse)
-    for at in tl.range(0, whole, PART, loop_unroll_factor=4):
-        x, key = ordered(logits, at, V, PART, True)
-        total += weigh(x, key, most, least, inverse)
-    target = tl.sum(total, 0) * tl.load(draws + row)
-    before, first, last = target * 0, beyond * 0 + 2147483647, beyond * 0
-    for at in range(0, whole, PART):
-        x, key = ordered(logits, at, V, PART, True)
-        first, last, before = find(x, key, most, least, inverse, before, target, first, last, at, PART)
-    x, key = ordered(logits, whole, V, PART, False)
-    first, last, before = find(x, key, most, least, inverse, before, target, first, last, whole, PART)
-    tl.store(tokens + row, tl.minimum(first, last).to(tl.int64))
+def low_kernel(logits, high, low, stride, V, k, PART: tl.constexpr, SP: tl.constexpr):
+    """How often it has each low byte behind the high byte of the k-th largest."""
+    parts, row = tl.num_programs(0), tl.program_id(1)
+    byte, _ = reach(high + row * parts * 256, parts, k, SP)
+    x, key = ordered(logits, stride, V, PART)
+    tl.store(low + (row * parts + tl.program_id(0)) * 256 + tl.arange(0, 256), tl.histogram(key & 255, 256, key >> 8 == byte))
+
+
+def sum_kernel(logits, high, low, largest, leasts, sums, stride, V, k, inverse, PART: tl.constexpr, SP: tl.constexpr):
+    """The sum of its probabilities, times a factor that is the row's own; the first program notes the k-th largest."""
+    parts, row, s = tl.num_programs(0), tl.program_id(1), tl.arange(0, SP)
+    byte, passed = reach(high + row * parts * 256, parts, k, SP)
+    rest, _ = reach(low + row * parts * 256, parts, k - passed, SP)
+    most = tl.max(tl.load(largest + row * parts + s, mask=s < parts, other=float('-inf')), 0)
+    x, key = ordered(logits, stride, V, PART)
+    tl.store(sums + row * parts + tl.program_id(0), tl.sum(weigh(x, key, most, byte * 256 + rest, inverse), 0))
+    if tl.program_id(0) == 0:
+        tl.store(leasts + row, byte * 256 + rest)
+
+
+def draw_kernel(logits, largest, leasts, sums, draws, tokens, stride, V, parts, inverse, PART: tl.constexpr, SP: tl.constexpr):
+    """One program a row: the first id that has more probability up to it than was drawn, in the part that it must be in."""
+    row, s = tl.program_id(0), tl.arange(0, SP)
+    each = tl.load(sums + row * parts + s, mask=s < parts, other=0.0)
+    target = tl.sum(each, 0) * tl.load(draws + row)
+    upto = tl.cumsum(each, 0)
+    part = tl.minimum(tl.min(tl.where((each > 0) & (upto > target), s, SP), 0), tl.max(tl.where(each > 0, s, 0), 0))
+    most = tl.max(tl.load(largest + row * parts + s, mask=s < parts, other=float('-inf')), 0)
+    i = part * PART + tl.arange(0, PART)
+    x = tl.load(logits + row.to(tl.int64) * stride + i, mask=i < V, other=float('-inf'))
+    p = weigh(x.to(tl.float32), order(x), most, tl.load(leasts + row), inverse)
+    inside = (p > 0) & (tl.sum(tl.where(s == part, upto - each, 0.0), 0) + tl.cumsum(p, 0) > target)
+    token = tl.minimum(tl.min(tl.where(inside, i, 2147483647), 0), tl.max(tl.where(p > 0, i, 0), 0))
+    tl.store(tokens + row, token.to(tl.int64))
 
 
 def chooses(logits, temperature, top_p):
@@ -255,11 +253,19 @@ def chooses(logits, temperature, top_p):
     return logits.device.type in RUNS_ON and logits.dtype.itemsize == 2 and temperature >= 1e-5 and top_p == 1
 
 
-def choose(logits, draw, temperature, top_k, out=None, PART=4096, warps=16):
-    """decoding.choose for logits (B, V) of 16 bits, a temperature and perhaps top_k, in one kernel -> (B,)."""
+def choose(logits, draw, temperature, top_k, out=None, PART=2048):
+    """decoding.choose for logits (B, V) of 16 bits, a temperature and perhaps top_k -> (B,)."""
     B, V = logits.shape
     tokens = torch.empty(B, dtype=torch.long, device=logits.device) if out is None else out
-    kernels().choose[(B,)](logits, draw, tokens, logits.stride(0), V, min(top_k, V), LOG2E / temperature, PART, num_warps=warps)
+    parts, k, inverse = -(-V // PART), min(top_k or V, V), LOG2E / temperature
+    high, low = torch.empty(2, B, parts, 256, dtype=torch.int32, device=logits.device)
+    largest, sums = torch.empty(2, B, parts, device=logits.device)
+    leasts, SP, how = torch.empty(B, dtype=torch.int32, device=logits.device), max(2, 1 << (parts - 1).bit_length()), dict(num_warps=8 if B < 8 else 4)
+    run, stride = kernels(), logits.stride(0)
+    run.high[(parts, B)](logits, high, largest, stride, V, PART, **how)
+    run.low[(parts, B)](logits, high, low, stride, V, k, PART, SP, **how)
+    run.sum[(parts, B)](logits, high, low, largest, leasts, sums, stride, V, k, inverse, PART, SP, **how)
+    run.draw[(B,)](logits, largest, leasts, sums, draw, tokens, stride, V, parts, inverse, PART, SP, **how)
     return tokens
 
 

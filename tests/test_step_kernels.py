@@ -79,7 +79,7 @@ def chosen(device, PART):
 
 @interpreted
 def test_interpreted_choice():
-    assert all(torch.equal(*pair) for pair in chosen('cpu', 512))
+    assert all(torch.equal(*pair) for pair in chosen('cpu', 256))
 
 
 VARIANTS = {
@@ -220,4 +220,9 @@ def test_kernels_compile_for_an_h200(NORM, ACT, BIAS, ADD):
     some = compiled(kernels.some, constants | dict(TILE=16, BP=64, STEP=128, STAGES=4, IEEE='tf32'), eps='fp32', **types)
     assert 'cp.async' in some and 'mma' in some  # weights come in ahead, and go through the tensor cores
     if ADD:
-        compiled(kernels.choose, dict(PART=8192), logits='*bf16', draws='*fp32', tokens='*i64', stride='i32', V='i32', k='i32', inverse='fp32')
+        types = dict.fromkeys(('high', 'low', 'leasts'), '*i32') | dict.fromkeys(('largest', 'sums', 'draws'), '*fp32') | dict(
+            logits='*bf16', tokens='*i64', stride='i32', V='i32', k='i32', parts='i32', inverse='fp32')
+        for kernel in (kernels.high, kernels.low, kernels.sum, kernels.draw):
+            names = [parameter.name for parameter in kernel.params]
+            assert '.entry' in compiled(kernel, {name: value for name, value in dict(PART=2048, SP=32).items() if name in names},
+                                        **{name: kind for name, kind in types.items() if name in names})
