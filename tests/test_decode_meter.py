@@ -294,6 +294,11 @@ def test_attention_rows(monkeypatch, capsys):
     assert err == '' and 'a copy runs at' in out and Path('out-bench/attention.csv').exists()
 
 
+def test_candidates_are_chosen_by_words_of_their_names():
+    assert [c.name for c in attention_meter.named('Triton,gathered')] == ['Triton', 'SDPA, pages gathered']
+    assert attention_meter.named('') == attention_meter.CANDIDATES
+
+
 def test_a_candidate_that_is_wrong_or_fails_is_a_row(monkeypatch):
     def broken(inputs):
         raise ZeroDivisionError('no such\nkernel')
