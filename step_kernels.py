@@ -1,7 +1,7 @@
 """
 One new token a sequence, with few kernels: beside attention (decode_kernels.py) a step is products of thin matrices, and
-what stands between them would cost as much again only by being launched. Here a norm in front of a product, and an
-activation or the residual stream behind it, are part of its kernel; and a token is drawn by four.
+what stands between them would cost as much again only by being launched. For one sequence a norm in front of a product, and an
+activation or the residual stream behind it, are part of its kernel; for more the library multiplies. A token is drawn by four.
 
 Each kernel stands beside its PyTorch reference. `block` is Block.forward put together from them.
 
@@ -18,48 +18,28 @@ import torch.nn.functional as F
 from kernels import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
-WIDEST = 64  # sequences of a step; beyond, the library's products are as good
 
 
 @lru_cache
 def kernels():
     """Loads Triton and hands the functions below to it; it compiles each at its first call."""
-    global triton, tl, normed, act, behind, order, ordered, reach, weigh
+    global triton, tl, normed, order, ordered, reach, weigh
     import triton
     import triton.language as tl
-    normed, act, behind, order, ordered, reach, weigh = map(triton.jit, (normed, act, behind, order, ordered, reach, weigh))
-    return SimpleNamespace(one=triton.jit(one_kernel), some=triton.jit(some_kernel), high=triton.jit(high_kernel), low=triton.jit(low_kernel),
+    normed, order, ordered, reach, weigh = map(triton.jit, (normed, order, ordered, reach, weigh))
+    return SimpleNamespace(one=triton.jit(one_kernel), norm=triton.jit(norm_kernel), high=triton.jit(high_kernel), low=triton.jit(low_kernel),
                            sum=triton.jit(sum_kernel), draw=triton.jit(draw_kernel))
 
 
-def act(x, gate, ACT: tl.constexpr):
-    if ACT == 'gelu':
-        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACT == 'gelu_tanh':  # 1 + tanh(z) = 2 sigmoid(2 z)
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACT == 'swiglu':
-        x = gate * tl.sigmoid(gate) * x
-    elif ACT == 'relu2':
-        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
-    return x
-
-
-def normed(x, mean, rstd, gain, shift, c, inside, NORM: tl.constexpr, SHIFT: tl.constexpr):
-    """x - mean times rstd, gain and shift of the channels c, as the norm of model.py rounds it."""
-    y = (x - mean) * rstd * tl.load(gain + c, mask=inside, other=0.0).to(tl.float32)
+def normed(row, gain, shift, eps, c, C: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr):
+    """The norm of a row (C,) of channels c, in its dtype."""
+    x = row.to(tl.float32)
+    mean = tl.sum(x, 0) / C if NORM == 'layernorm' else 0.0
+    apart = tl.where(c < C, x - mean, 0.0)
+    y = apart * tl.rsqrt(tl.sum(apart * apart, 0) / C + eps) * tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
     if SHIFT:
-        y += tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)
-    return y
-
-
-def behind(y, gate, bias, add, n, inside, at, N: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
-    """What stands behind a product: bias, activation, residual stream."""
-    if BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    y = act(y, gate, ACT)
-    if ADD:
-        y += tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
-    return y
+        y += tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)
+    return y.to(row.dtype)
 
 
 def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_out, w_in, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
@@ -72,104 +52,98 @@ def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_ou
     w = tl.load(here, mask=inside, other=0.0)
     v = tl.load(here + N * w_out, mask=inside, other=0.0) if ACT == 'swiglu' else w
     row = tl.load(x + head * x_head + c, mask=c < C, other=0.0)
-    dtype: tl.constexpr = row.dtype
     if NORM != '':
-        row = row.to(tl.float32)
-        mean = tl.sum(row, 0) / C if NORM == 'layernorm' else 0.0
-        apart = tl.where(c < C, row - mean, 0.0)
-        row = normed(row, mean, tl.rsqrt(tl.sum(apart * apart, 0) / C + eps), gain, shift, c, c < C, NORM, SHIFT).to(dtype)
+        row = normed(row, gain, shift, eps, c, C, NORM, SHIFT)
     row = row.to(tl.float32)
     y = tl.sum(w.to(tl.float32) * row[None, :], 1)
-    gate = y
+    if BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if ACT == 'swiglu':
-        gate, y = y + (tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0), tl.sum(v.to(tl.float32) * row[None, :], 1)
-    y = behind(y, gate, bias + N if BIAS and ACT == 'swiglu' else bias, add, n, n < N, n, N, BIAS, ACT, ADD)
+        up = tl.sum(v.to(tl.float32) * row[None, :], 1)
+        y = y * tl.sigmoid(y) * (up + (tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0))
+    elif ACT == 'gelu':
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif ACT == 'gelu_tanh':  # 1 + tanh(z) = 2 sigmoid(2 z)
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACT == 'relu2':
+        y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
+    if ADD:
+        y += tl.load(add + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + head * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
-def some_kernel(x, weight, bias, gain, shift, add, out, eps, x_row, x_head, w_head, w_out, w_in, B, heads, C: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
-                BP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr,
-                ADD: tl.constexpr, IEEE: tl.constexpr):
-    """Program (TILE outputs, head, BP sequences): outputs are the rows of the tensor cores' products and sequences the columns."""
-    head, b = tl.program_id(1), tl.program_id(2) * BP + tl.arange(0, BP)
-    n, c = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
-    dtype: tl.constexpr = x.dtype.element_ty
-    rows = x + b[None, :] * x_row + head * x_head
-    mean, rstd = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
-    if NORM != '':
-        for at in tl.range(0, C, STEP, num_stages=STAGES):
-            part = tl.load(rows + (at + c)[:, None], mask=(b[None, :] < B) & (at + c[:, None] < C), other=0.0).to(tl.float32)
-            mean += tl.sum(part, 0)
-            rstd += tl.sum(part * part, 0)
-        mean = mean / C if NORM == 'layernorm' else mean * 0
-        rstd = tl.rsqrt(tl.maximum(rstd / C - mean * mean, 0.0) + eps)
-    y, gate = tl.zeros([TILE, BP], tl.float32), tl.zeros([TILE, BP], tl.float32)
-    for at in tl.range(0, C, STEP, num_stages=STAGES):
-        inside = at + c < C
-        part = tl.load(rows + (at + c)[:, None], mask=(b[None, :] < B) & inside[:, None], other=0.0)
-        if NORM != '':
-            part = normed(part.to(tl.float32), mean[None, :], rstd[None, :], gain, shift, (at + c)[:, None], inside[:, None], NORM, SHIFT).to(dtype)
-        here = weight + head * w_head + n[:, None] * w_out + (at + c)[None, :] * w_in
-        there = (n[:, None] < N) & inside[None, :]
-        y = tl.dot(tl.load(here, mask=there, other=0.0), part, y, input_precision=IEEE)
-        if ACT == 'swiglu':
-            gate = tl.dot(tl.load(here + N * w_out, mask=there, other=0.0), part, gate, input_precision=IEEE)
-    if ACT == 'swiglu':
-        y, gate = gate, y + (tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None] if BIAS else 0.0)
-    inside = (n[:, None] < N) & (b[None, :] < B)
-    to = (b[None, :] * heads + head) * N + n[:, None]
-    y = behind(y, gate, bias + N if BIAS and ACT == 'swiglu' else bias, add, n[:, None], inside, to, N, BIAS, ACT, ADD)
-    tl.store(out + to, y.to(out.dtype.element_ty), mask=inside)
+def norm_kernel(x, gain, shift, out, eps, stride, C: tl.constexpr, CP: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr):
+    """One program a row of x (B, C)."""
+    b, c = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
+    row = tl.load(x + b * stride + c, mask=c < C, other=0.0)
+    tl.store(out + b * C + c, normed(row, gain, shift, eps, c, C, NORM, SHIFT), mask=c < C)
 
 
 def sizes_of_one(C):
-    """Outputs of a program and its warps, for one sequence: 32 to 64 numbers of the weight a thread."""
+    """Outputs of a program and its warps: 32 numbers of the weight a thread."""
     CP = 1 << (C - 1).bit_length()
     TILE = max(2, min(32, 4096 // CP))
-    return TILE, max(4, min(16, TILE * CP // 2048))
+    return TILE, max(4, min(16, TILE * CP // 1024))
 
 
-def sizes_of_some(N):
-    """Outputs of a program, channels of a step, stages, warps."""
-    return (64 if N > 16384 else 16), 128, 4, 4
+def kind_of(norm):
+    return '' if norm is None else 'rmsnorm' if norm.rms else 'layernorm'
+
+
+def norm_of(x, norm):
+    """norm(x), a Norm of model.py, for x (B, C)."""
+    (B, C), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernels().norm[(B,)](x, norm.weight, norm.bias, out, norm.eps, x.stride(0), C, 1 << (C - 1).bit_length(), kind_of(norm), norm.bias is not None, num_warps=4)
+    return out
 
 
 def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
     """
     act(norm(x) weightᵀ + bias) + add: x (B, C) and weight (N, C) -> (B, N); with x (B, H, C) and weight (H, N, C), each head's own -> (B, H, N).
 
-    norm: a Norm of model.py or None; act: '' or a GPTConfig.act, where swiglu's weight is gate | up (2 N, C); add (B, N).
+    norm: a Norm of model.py or None; act: '' or a GPTConfig.act, where swiglu's weight is gate | up (2 N, C); add (B, N), which
+    may become the result. One sequence is one kernel. For more the library multiplies, into `add` where there is one.
     """
-    B, heads, C = x.size(0), x.size(1) if x.ndim == 3 else 1, x.size(-1)
+    if x.size(0) > 1:
+        return thick(x if norm is None else norm_of(x, norm), weight, bias, act, add)
+    heads, C = x.size(1) if x.ndim == 3 else 1, x.size(-1)
     N = weight.size(-2) // (2 if act == 'swiglu' else 1)
     out = x.new_empty(*x.shape[:-1], N)
     assert x.stride(-1) == 1
-    x_head = x.stride(1) if x.ndim == 3 else 0
-    strides = (weight.stride(0) if weight.ndim == 3 else 0, *weight.stride()[-2:])
-    kind = '' if norm is None else 'rmsnorm' if norm.rms else 'layernorm'
+    strides = x.stride(1) if x.ndim == 3 else 0, weight.stride(0) if weight.ndim == 3 else 0, *weight.stride()[-2:]
     gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    flags = kind, bias is not None, shift is not None, act, add is not None
-    if B == 1:
-        TILE, warps = sizes or sizes_of_one(C)
-        kernels().one[(-(-N // TILE), heads)](x, weight, bias, gain, shift, add, out, eps, x_head, *strides, C, 1 << (C - 1).bit_length(), N, TILE, *flags,
-                                              num_warps=warps)
-    else:
-        TILE, STEP, STAGES, warps = sizes or sizes_of_some(N)
-        BP = min(64, max(16, 1 << (B - 1).bit_length()))
-        kernels().some[(-(-N // TILE), heads, -(-B // BP))](
-            x, weight, bias, gain, shift, add, out, eps, x.stride(0), x_head, *strides, B, heads, C, N, TILE, BP, STEP, STAGES, *flags,
-            'ieee' if x.dtype == torch.float32 else 'tf32', num_warps=warps)
+    TILE, warps = sizes or sizes_of_one(C)
+    kernels().one[(-(-N // TILE), heads)](x, weight, bias, gain, shift, add, out, eps, *strides, C, 1 << (C - 1).bit_length(), N, TILE,
+                                          kind_of(norm), bias is not None, shift is not None, act, add is not None, num_warps=warps)
     return out
+
+
+def thick(x, weight, bias, act, add):
+    """The same for several sequences, and x behind its norm."""
+    if x.ndim == 3:
+        out = x.new_empty(*x.shape[:-1], weight.size(1))
+        torch.bmm(x.transpose(0, 1), weight.mT, out=out.transpose(0, 1))
+        return out
+    if add is not None and not act:  # the product's own sum: no kernel for the residual stream
+        add.addmm_(x, weight.T)
+        return add if bias is None else add.add_(bias)
+    y = activate(F.linear(x, weight, bias), act)
+    return y if add is None else add.add_(y)
+
+
+def activate(y, act):
+    if act == 'swiglu':
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    if act == 'relu2':
+        return F.relu(y).square()
+    return F.gelu(y, approximate='tanh' if act == 'gelu_tanh' else 'none') if act else y
 
 
 def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
     x = x if norm is None else norm(x)
     y = torch.einsum('b...c,...nc->b...n', x, weight) + (0 if bias is None else bias)
-    if act == 'swiglu':
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-    elif act:
-        y = F.relu(y).square() if act == 'relu2' else F.gelu(y, approximate='tanh' if act == 'gelu_tanh' else 'none')
+    y = activate(y, act)
     return y if add is None else y + add
 
 
@@ -274,10 +248,10 @@ def choose(logits, draw, temperature, top_k, out=None, PART=2048):
 
 def serves(block, x, cache):
     """
-    Whether `block` can stand for the Block's forward: one new token each of few sequences, a cache read by Triton, plain weights in
-    the dtype of x, and nobody looking on.
+    Whether `block` can stand for the Block's forward: one new token of each sequence, a cache read by Triton, plain weights in
+    the dtype of x, no gradients, and nobody looking on.
     """
-    if not hasattr(cache, 'extend') or cache.fresh or cache.cache.kernel != 'triton' or not cache.cache.fuse or x.size(1) > 1 or x.size(0) > WIDEST:
+    if not hasattr(cache, 'extend') or cache.fresh or cache.cache.kernel != 'triton' or not cache.cache.fuse or x.size(1) > 1 or torch.is_grad_enabled():
         return False
     from model import Linear
     parts = list(block.modules())
@@ -286,7 +260,7 @@ def serves(block, x, cache):
 
 
 def block(block, x, rope, cache):
-    """Block.forward for x (B, 1, C) -> (B, 1, C)."""
+    """Block.forward for x (B, 1, C), which may change -> (B, 1, C)."""
     attn, mlp, x = block.attn, block.mlp, x[:, 0]
     y = (latent_attention if hasattr(attn, 'kv_b_proj') else attention)(attn, x, block.ln_1, rope, cache)
     x = thin(y.flatten(1), attn.c_proj.weight, attn.c_proj.bias, add=x)
@@ -310,6 +284,8 @@ def attention(attn, x, norm, rope, cache):
 def latent_attention(attn, x, norm, rope, cache):
     """MultiHeadLatentAttention, absorbed, up to W^O: (B, H, D)."""
     H, P = attn.n_head, attn.pe
+    if len(x) > 1:  # once for both products
+        x, norm = norm_of(x, norm), None
     if hasattr(attn, 'q_a_proj'):
         norm_a = attn.q_a_layernorm if hasattr(attn.q_a_layernorm, 'weight') else None
         q = thin(thin(x, attn.q_a_proj.weight, attn.q_a_proj.bias, norm), attn.q_b_proj.weight, attn.q_b_proj.bias, norm_a)
