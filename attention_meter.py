@@ -265,11 +265,12 @@ def tune(candidate, inputs, plan, tell):
     C = first.width if latent else held.per_head
     if candidate is None or decode_kernels.reason_not_to_run(held.q.device, held.q.dtype, C, first.bits, group_of(first.width), latent):
         return
-    tiles, key = decode_kernels.tiles_of_shapes(), decode_kernels.shape_key(held.H * C // first.width if not latent else held.H, C, held.q.size(-1) - C, latent, first.bits)
+    tiles, size = decode_kernels.tiles_of_shapes(), held.cache.size
+    key = decode_kernels.shape_key(held.H if latent else held.H * C // first.width, C, held.q.size(-1) - C, latent, first.bits, size)
     if held.cache.pages and key in tiles:  # the same for both layouts
         return
     times = {}
-    for variant in decode_kernels.variants(C, latent, first.bits):
+    for variant in decode_kernels.variants(C, latent, first.bits, size):
         tiles[key] = variant
         result = try_candidate(candidate, inputs, plan)
         times[tuple(variant)] = result.get('kernel_us', math.inf)
@@ -278,7 +279,9 @@ def tune(candidate, inputs, plan, tell):
     if math.isinf(min(times.values())):
         del tiles[key]
     file = Path(decode_kernels.__file__).with_name('decode_tiles.json')
-    file.write_text('{\n' + ',\n'.join(f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in sorted(tiles.items())) + '\n}\n')
+    partial = file.with_name(file.name + '.partial')
+    partial.write_text('{\n' + ',\n'.join(f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in sorted(tiles.items())) + '\n}\n')
+    partial.replace(file)
 
 
 def named(words):

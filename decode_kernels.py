@@ -22,6 +22,7 @@ import torch
 from kernels import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
+SHORT = 1024  # places of a sequence up to which tiles are chosen for the time that a program takes to begin and to end
 COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the GPU
 
 
@@ -345,15 +346,17 @@ def tiles_of_shapes():
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def shape_key(heads, C, P, latent, bits):
-    return f"{'latent' if latent else 'kv'} {C}+{P}, {min(64, power_of_2(heads))} heads, {bits or 16} bits"
+def shape_key(heads, C, P, latent, bits, size):
+    return f"{'latent' if latent else 'kv'} {C}+{P}, {min(64, power_of_2(heads))} heads, {bits or 16} bits" + (f', up to {SHORT}' if size <= SHORT else '')
 
 
-def variants(C, latent, bits):
+def variants(C, latent, bits, size):
     """What is worth trying for a shape, as in tiles_of_shapes."""
     if latent and not bits:
         return [[64, stages, ahead, turn] for stages, ahead, turn in ((2, 1, 0), (2, 1, 1), (2, 0, 1), (3, 1, 1), (4, 0, 1), (4, 1, 0)) if stages * C < 1400]
-    return [[64, 2, 0, 0], [64, 2, 0, 1], [64, 3, 0, 1], [32, 3, 0, 1]] if bits else [[64, 3, 0, 0], [64, 4, 0, 1], [128, 3, 0, 1]]
+    if bits:
+        return [[64, 2, 0, 0], [64, 2, 0, 1], [64, 3, 0, 1], [32, 3, 0, 1]]
+    return [[64, 3, 0, 0], [64, 4, 0, 1], [128, 3, 0, 1]] + ([[64, 2, 0, 0], [32, 3, 0, 0], [32, 4, 0, 0]] if size <= SHORT else [])
 
 
 @lru_cache
@@ -389,13 +392,14 @@ def plan(B, K, heads, C, P, latent, bits, size, device):
     def needs(G, N, stages):
         return shared_bytes(G, N, stages, C, P, latent, bits) + 1024  # what the system takes of each program
 
-    N, stages, ahead, turn = tiles_of_shapes().get(shape_key(heads, C, P, latent, bits)) or (
+    N, stages, ahead, turn = tiles_of_shapes().get(shape_key(heads, C, P, latent, bits, size)) or (
         64, 3 if needs(G, 64, 3) * (at_once if bits else 1) <= shared else 2, int(latent and not bits), int(bits > 0))
     tried = [(g, *tile) for g in (G, 32, 16) if g <= G for tile in ((N, stages), (N, 2), (32, 2), (16, 2)) if tile[0] <= N]
     G, N, stages = next((way for way in tried if needs(*way) - 1024 <= most), tried[-1])  # a GPU with less shared memory takes smaller tiles
     resident = multiprocessors * max(1, min(at_once, shared // needs(G, N, stages)))
     programs = B * K * -(-heads // G)
-    splits = max(range(1, max(1, size // N) + 1),
+    most_splits = 1 if size <= SHORT and programs >= 4 * multiprocessors else max(1, size // N)  # to join parts takes as long as a short sequence
+    splits = max(range(1, most_splits + 1),
                  key=lambda s: (round(programs * s / (-(-programs * s // resident) * resident), 1), -s))
     return G, N, stages, ahead * COMPILED * (size >= N), turn, splits, warps, registers if bits and registers < 255 else None
 

@@ -104,7 +104,7 @@ def test_interpreted_decode(shape, layout, dtype):
 @pytest.mark.parametrize('tiles, layout', [([64, 2, 0, 1], 'dense'), ([128, 3, 0, 1], 'pages'), pytest.param([64, 2, 0, 1], 'small_pages', marks=pytest.mark.slow),
                                            pytest.param([128, 3, 0, 1], 'small_pages', marks=pytest.mark.slow)])
 def test_interpreted_other_tiles_and_splits(tiles, layout, monkeypatch):
-    monkeypatch.setattr(d, 'tiles_of_shapes', lambda: {d.shape_key(4, 32, 8, True, 0): tiles, d.shape_key(4, 32, 8, True, 4): tiles})
+    monkeypatch.setattr(d, 'tiles_of_shapes', lambda: {d.shape_key(4, 32, 8, True, bits, 704): tiles for bits in (0, 4)})
     for dtype in ('auto', 'int4'):
         assert error(4, 1, 32, 8, [700, 300, 513], 704, dtype=dtype, window=0, **LAYOUTS[layout]) < 2e-6
 
@@ -247,7 +247,8 @@ def test_gpu_decode(shape, layout, dtype):
     H, K, C, P = REAL[shape]
     if reason := d.reason_not_to_run(torch.device('cuda'), torch.bfloat16, C, 8 * (dtype == 'int8') + 4 * (dtype == 'int4'), group_of(K * C), P is not None):
         pytest.skip(reason)
-    assert error(H, K, C, P, [1500, 1, 64, 1029], 1536, dtype=dtype, device='cuda', full=torch.bfloat16, **LAYOUTS[layout]) < 2e-2
+    most = 3e-2 if dtype == 'int4' else 2e-2  # the zero of 4 bits is rounded once more on its way (`unpack`)
+    assert error(H, K, C, P, [1500, 1, 64, 1029], 1536, dtype=dtype, device='cuda', full=torch.bfloat16, **LAYOUTS[layout]) < most
 
 
 @pytest.mark.gpu
