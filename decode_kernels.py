@@ -74,7 +74,8 @@ def unpack(held, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr, 
     A tile as PACK tensors of numbers: with the first channel of each word, with the second, ...
 
     The GPU's own conversion takes several instructions a number. Here two numbers, in the halves of a register, take three: in fp16
-    0x6400 | code is 1024 + code, and 0x4c00 | code << 6 is 16 + code, whose 16 goes into the zero (2^-11 of 32 scales is all that this may round away).
+    0x6400 | code is 1024 + code, and 0x4c00 | code << 6 is 16 + code, whose 16 goes into the zero (2^-11 of 32 scales is all that
+    this may round away, and zeros and 16 scales together must stay within fp16's 65,504).
     """
     x, pair = held
     if BITS == 0:

@@ -27,8 +27,8 @@ def kernels():
     import triton
     import triton.language as tl
     normed, order, ordered, reach, weigh = map(triton.jit, (normed, order, ordered, reach, weigh))
-    return SimpleNamespace(one=triton.jit(one_kernel), norm=triton.jit(norm_kernel), high=triton.jit(high_kernel), low=triton.jit(low_kernel),
-                           sum=triton.jit(sum_kernel), draw=triton.jit(draw_kernel))
+    return SimpleNamespace(one=triton.jit(one_kernel), norm=triton.jit(norm_kernel),
+                           high=triton.jit(high_kernel), low=triton.jit(low_kernel), sum=triton.jit(sum_kernel), draw=triton.jit(draw_kernel))
 
 
 def normed(row, gain, shift, eps, c, C: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr):
@@ -42,8 +42,8 @@ def normed(row, gain, shift, eps, c, C: tl.constexpr, NORM: tl.constexpr, SHIFT:
     return y.to(row.dtype)
 
 
-def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_out, w_in, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
-               NORM: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
+def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_out, w_in, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr,
+               TILE: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
     """Program (TILE outputs, head), one sequence: all that it needs is asked for at once."""
     head = tl.program_id(1)
     n, c = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, CP)
@@ -93,7 +93,8 @@ def kind_of(norm):
 def norm_of(x, norm):
     """norm(x), a Norm of model.py, for x (B, C)."""
     (B, C), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels().norm[(B,)](x, norm.weight, norm.bias, out, norm.eps, x.stride(0), C, 1 << (C - 1).bit_length(), kind_of(norm), norm.bias is not None, num_warps=4)
+    kernels().norm[(B,)](x, norm.weight, norm.bias, out, norm.eps, x.stride(0), C, 1 << (C - 1).bit_length(), kind_of(norm), norm.bias is not None,
+                         num_warps=4)
     return out
 
 
@@ -150,8 +151,9 @@ def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
 # ---------------------------------------------------------------------------------------------------
 # the token
 
-# A logit of 16 bits is one of 65,536 numbers, so the k-th largest is found without sorting: counts of the high bytes say which it has, counts
-# of the low bytes among those the rest. A row is cut into parts, a program each; four kernels, since each needs what all programs before it found.
+# A logit of 16 bits is one of 65,536 numbers, so the k-th largest is found without sorting: counts of the high bytes say which it has,
+# counts of the low bytes among those the rest. A row is cut into parts, a program each; four kernels, since each needs what all programs
+# before it found.
 
 def order(x):
     """Whole numbers from 0 to 65,535 in the order of x, 16-bit floats: their bits, with the negative ones turned over."""
@@ -234,8 +236,8 @@ def choose(logits, draw, temperature, top_k, out=None, PART=2048):
     parts, k, inverse = -(-V // PART), min(top_k or V, V), LOG2E / temperature
     high, low = torch.empty(2, B, parts, 256, dtype=torch.int32, device=logits.device)
     largest, sums = torch.empty(2, B, parts, device=logits.device)
-    leasts, SP, how = torch.empty(B, dtype=torch.int32, device=logits.device), max(2, 1 << (parts - 1).bit_length()), dict(num_warps=8 if B < 8 else 4)
-    run, stride = kernels(), logits.stride(0)
+    leasts = torch.empty(B, dtype=torch.int32, device=logits.device)
+    run, stride, SP, how = kernels(), logits.stride(0), max(2, 1 << (parts - 1).bit_length()), dict(num_warps=8 if B < 8 else 4)
     run.high[(parts, B)](logits, high, largest, stride, V, PART, **how)
     run.low[(parts, B)](logits, high, low, stride, V, k, PART, SP, **how)
     run.sum[(parts, B)](logits, high, low, largest, leasts, sums, stride, V, k, inverse, PART, SP, **how)
@@ -251,7 +253,9 @@ def serves(block, x, cache):
     Whether `block` can stand for the Block's forward: one new token of each sequence, a cache read by Triton, plain weights in
     the dtype of x, no gradients, and nobody looking on.
     """
-    if not hasattr(cache, 'extend') or cache.fresh or cache.cache.kernel != 'triton' or not cache.cache.fuse or x.size(1) > 1 or torch.is_grad_enabled():
+    if not hasattr(cache, 'extend') or cache.fresh or cache.cache.kernel != 'triton' or not cache.cache.fuse:
+        return False
+    if x.size(1) > 1 or torch.is_grad_enabled():
         return False
     from model import Linear
     parts = list(block.modules())
