@@ -124,20 +124,29 @@ class Ours:
         x = self.model.hidden(batch.idx, batch.documents)
         return torch.stack([self.model.lm_head(row).argmax(-1) for row in x])
 
-    def generate(self, prompts, new):
-        """`new` greedy tokens behind each prompt, (B, new); the cache is dense, or paged as the cell asks."""
-        cache = None
-        if self.kernel == 'latent':  # it has none
-            prompts = torch.tensor([prompt[-min(map(len, prompts)):] for prompt in prompts], device=self.device)
-        else:
-            cache = Cache.of(self.model, len(prompts), max(map(len, prompts)) + new, layout='paged' if self.kernel == 'paged' else 'dense')
+    def answers(self, asked):
+        """
+        For each (prompts, n) of the list `asked`, one after the other: n greedy tokens behind each prompt, (B, n). The cache is dense,
+        or paged as the cell asks; one serves them all, and on a GPU so does one recording of a step (decoding.Step).
+        """
+        cache, longest = None, max(max(map(len, prompts)) + n for prompts, n in asked)
+        if self.kernel != 'latent':  # which has none
+            cache = Cache.of(self.model, max(len(prompts) for prompts, _ in asked), longest, layout='paged' if self.kernel == 'paged' else 'dense',
+                             static=self.device.type == 'cuda')
         self.cache = 'none' if cache is None else cache.layout
         attentions = [block.attn for block in self.model.transformer.h]
         for attention in attentions:  # flex is compiled for one length, and prompts have many
             attention.kernel = 'sdpa' if self.kernel == 'flex' else attention.kernel
         try:
             with torch.compiler.set_stance('force_eager') if self.s.compile else nullcontext(), adapters.held_weights(self.model):
-                return torch.stack(list(self.model.generate(prompts, new, temperature=0, cache=cache)), dim=1)
+                for prompts, n in asked:
+                    if cache is None:
+                        prompts, rows = torch.tensor([prompt[-min(map(len, prompts)):] for prompt in prompts], device=self.device), None
+                    else:
+                        rows = range(len(prompts))
+                        for row in range(cache.slots):
+                            cache.free(row)
+                    yield torch.stack(list(self.model.generate(prompts, n, temperature=0, cache=cache, rows=rows)), dim=1)
         finally:
             for attention in attentions:
                 attention.kernel = KERNELS[self.kernel]
@@ -320,10 +329,11 @@ def generate(s, cell, val, texts, encoder, device):
     T = max(1, s.block_size - s.max_new_tokens)
     prompts = [encoder.encode(row)[0][-T:] for row in texts] if texts else [ids[:min(32, T)] for ids, _ in val.documents]
     groups = [prompts[at:at + s.batch_size] for at in range(0, len(prompts), s.batch_size)]
-    cell.generate(groups[0], min(4, s.max_new_tokens))  # warm
+    told = cell.answers([(groups[0], min(4, s.max_new_tokens))] + [(group, s.max_new_tokens) for group in groups])
+    next(told)  # warm
     clock, made = Clock(device), []
-    for group in groups:
-        made += cell.generate(group, s.max_new_tokens).tolist()
+    for ids in told:
+        made += ids.tolist()
         clock.tick()
     found = dict(generate_tok_per_s=len(prompts) * s.max_new_tokens / sum(clock.seconds()))
     return found | (answers.scores([encoder.decode(ids) for ids in made], [row['response'] for row in texts]) if texts else {})
