@@ -365,19 +365,18 @@ def together(per_seed):
 
 
 def profile(s, cell, train, trace, device, kernel):
-    """Two more training steps under torch's profiler: a Chrome trace, the operators that take longest, and which attention ran."""
+    """One more training step under torch's profiler: a Chrome trace, the operators that take longest, and which attention ran."""
     from torch.profiler import ProfilerActivity
     on_gpu = device.type == 'cuda'
     tuner = finetuning.Finetuner(cell.model, cell.loss_of, 0.0)
-    batches = [[train.batch(rows, device)] for rows in islice(train.train_batches(0, s.batch_size), 2)]
+    batch = train.batch(next(train.train_batches(0, s.batch_size)), device)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
-        for batch in batches:
-            tuner.step(batch)
+        tuner.step([batch])
         machine.synchronize(device)
     Path(trace).parent.mkdir(parents=True, exist_ok=True)
     seen.export_chrome_trace(str(trace))
     events = seen.key_averages()
-    spent = sorted(((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 2e3, e.key[:90], e.count // 2) for e in events)[::-1]
+    spent = sorted(((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, e.key[:90], e.count) for e in events)[::-1]
     ran = attention_of([e.key for e in events])
     return dict(top_operators=[dict(name=name, ms=round(ms, 3), calls=n) for ms, name, n in spent[:12] if ms > 0], kernel_ran=ran, kernel_proved=ran in PROVES[kernel],
                 trace=f'{Path(trace).parent.name}/{Path(trace).name}')
