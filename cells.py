@@ -292,6 +292,7 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
     batches = [[train.batch(rows, device) for rows in islice(order, s.accumulation)] for _ in range(steps)]  # before the clock starts
     losses, clock = [], None
     tidy(device)
+    gc.freeze()  # the garbage collector has only the steps' own objects to look through
     for step in range(steps):
         tell(f'seed {seed}, step {step + 1} of {steps}')
         if step == s.warmup_steps:  # what compiles and allocates has done so
@@ -305,6 +306,7 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
     tokens, samples = sum(b.tokens for b in timed), sum(b.samples for b in timed)
     seconds = clock.seconds()
     measured.__exit__(None, None, None)
+    gc.unfreeze()
     losses = torch.stack(losses).tolist()
     found |= dict(train_tok_per_s=tokens / sum(seconds), train_samples_per_s=samples / sum(seconds), step_ms=1e3 * statistics.median(seconds),
                   step_ms_all=[1e3 * t for t in seconds], train_loss=statistics.mean(losses[-epoch:]), first_loss=losses[0], steps=steps)
