@@ -93,6 +93,11 @@ def rows(comparison, contenders, runs):
     return found
 
 
+def reached(comparison, contenders, runs):
+    """The control, and the contenders of which a seed was trained or failed; those that a stop has kept waiting are left out."""
+    return {row['name']: contenders[row['name']] for row in rows(comparison, contenders, runs) if row['val_loss'] is not None or row['error'] or row['control']}
+
+
 def front(found):
     """Names of the rows on the Pareto front: no other one has a smaller cache and at most the loss, or the same cache and less loss."""
     known = [row for row in found if row['val_loss'] is not None and row['cache_bytes']]
@@ -116,7 +121,8 @@ def facts(comparison):
 
 def table(comparison, contenders, runs):
     """The results in Markdown: the table, and below it what its numbers mean and where they come from."""
-    found = rows(comparison, contenders, runs)
+    waiting, contenders = contenders, reached(comparison, contenders, runs)
+    waiting, found = [about['label'] for name, about in waiting.items() if name not in contenders], rows(comparison, contenders, runs)
     cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', 'learning rate', 'training tok/s', 'decoding tok/s', 'peak memory']]
     for row in found:
         cells = [f"{row['label']} (control)" if row['control'] else row['label']]
@@ -147,6 +153,7 @@ def table(comparison, contenders, runs):
         'Caches are counted in bf16, all layers.',
         f"Decoding: {decode['batch']} sequence{'s' * (decode['batch'] > 1)}, {decode['tokens']} tokens, dense cache, {decode['dtype']}, on {decode['device']}, median of {decode['repeats']}." if decode else '',
         comparison.get('remark', ''),
+        f"Not trained yet: {', '.join(waiting)}." if waiting else '',
         'Runs shared a device, so speeds and memory are not reported.' if any(run['shared'] for run in runs) else '',
         'Memory on a CPU is that of the whole process.' if comparison['device'].startswith('CPU') and not any(run['shared'] for run in runs) else ''))), 140),
         '', facts(comparison)]
@@ -287,6 +294,7 @@ def speed_bars(ax, found, paint, key, title):
 
 def draw(comparison, contenders, runs, path):
     """The whole picture of a comparison at `path`. UserError when it cannot be written."""
+    contenders = reached(comparison, contenders, runs)
     found = rows(comparison, contenders, runs)
     samples = [(about['label'], name, about['decode']['sample']) for name, about in contenders.items() if (about.get('decode') or {}).get('sample')]
     samples = samples[:1] + samples[1:][-2:] if len(samples) > 3 else samples  # the first, and the last two
@@ -334,6 +342,7 @@ def draw_front(results, path):
     with figures.sheet(size=(figures.WIDTH, 6.2), title='Loss over cache', note=' · '.join(c['title'] for c, _, _ in results)) as (fig, ax):
         found, paint = [], {}
         for i, (comparison, contenders, runs) in enumerate(results):
+            contenders = reached(comparison, contenders, runs)
             shades = colors(contenders)
             for row in rows(comparison, contenders, runs):
                 found.append(row | dict(name=f"{i}/{row['name']}"))
