@@ -123,7 +123,8 @@ def table(comparison, contenders, runs):
     """The results in Markdown: the table, and below it what its numbers mean and where they come from."""
     waiting, contenders = contenders, reached(comparison, contenders, runs)
     waiting, found = [about['label'] for name, about in waiting.items() if name not in contenders], rows(comparison, contenders, runs)
-    cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', 'learning rate', 'training tok/s', 'decoding tok/s', 'peak memory']]
+    tried = list(dict.fromkeys('learning rate' if key in ('learning_rate', 'muon_lr') else key for row in found for key in row['tuned'])) or ['learning rate']
+    cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', ', '.join(tried), 'training tok/s', 'decoding tok/s', 'peak memory']]
     for row in found:
         cells = [f"{row['label']} (control)" if row['control'] else row['label']]
         cells.append('' if row['params'] is None else f"{row['params']:,}" + ('' if row['control'] or row['params_ratio'] is None else f" ({100 * row['params_ratio'] - 100:+.2f} %)"))

@@ -19,7 +19,7 @@ contenders = dict(
     mqa=dict(label='MQA', n_kv_head=1),  # 1/6
     mla320_64=dict(label='MLA 320 + 64', attention='mla', kv_lora_rank=320, qk_nope_head_dim=32, qk_rope_head_dim=64),  # 1/2
     gpt=dict(label='GPT', pos='learned', norm='layernorm', act='gelu', qk_norm=False, zero_init=False, optimizer='adamw', schedule='cosine',
-             learning_rate=[1.5e-3, 3e-3], dropout=[0.05, 0.1]),  # as nanoGPT trains it
+             dropout=[0.05, 0.1], learning_rate=[1.5e-3, 3e-3]),  # as nanoGPT trains it
     mla64_32=dict(label='MLA 64 + 32', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32),  # 1/8
     gqa=dict(label='GQA, 2 groups', n_kv_head=2))  # 1/3
 seeds = [1, 2, 3, 4, 5]
