@@ -234,11 +234,11 @@ def pareto(ax, found, paint, compact=False):
     ax.set_ylabel('val loss (nats per token)')
 
 
-def name_points(ax, found, paint):
-    """The labels beside the points of pareto(): those of about the same cache above each other, on the left where it ends."""
+def name_points(ax, found, paint, inches):
+    """The labels beside the points of pareto(): those of about the same cache above each other, on the left where it ends. The axes are `inches` high."""
     known = sorted((row for row in found if row['val_loss'] is not None and row['cache_bytes']), key=lambda row: (row['cache_bytes'], row['val_loss']))
     low, high = ax.get_ylim()
-    apart, placed = 0.05 * (high - low) * 4.2 / ax.figure.get_figheight(), []
+    apart, placed = 0.17 / inches * (high - low), []
     for row in sorted(known, key=lambda row: row['val_loss']):
         left = row['cache_bytes'] == known[-1]['cache_bytes'] and len({row['cache_bytes'] for row in known}) > 1
         y = row['val_loss']
@@ -323,7 +323,8 @@ def draw(comparison, contenders, runs, path):
     timed, decoded = (any(row[key] for row in found) for key in ('tok_per_s', 'decode_tok_per_s'))
     bars = 0.9 + 0.30 * max(2, len(contenders))
     many = len(contenders) > 4  # then everything takes the whole width
-    heights = [3.5] + ([4.2, bars] if many else [3.5]) + [bars] * (timed or decoded) + [2.1] * bool(samples)
+    over_cache = not many or len({row['cache_bytes'] for row in found}) > 2
+    heights = [3.5] + [4.2] * (many and over_cache) + [bars if many else 3.5] + [bars] * (timed or decoded) + [2.1] * bool(samples)
     size = (figures.WIDTH, sum(heights) + 1.3)
     note = ' · '.join(filter(None, (comparison['source'], f"{comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens", f"{len(comparison['seeds'])} seeds",
                                     comparison.get('remark'))))
@@ -341,16 +342,18 @@ def draw(comparison, contenders, runs, path):
         top.spines['top'].set_visible(False)
         if over_steps.lines:
             over_steps.legend(loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
-        pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, :3]), found, paint, compact=not many)
-        ax.set_title('loss over cache, 95 % intervals')
-        if many:
-            name_points(ax, found, paint)
-        difference_bars(ax := fig.add_subplot(grid[2, :] if many else grid[1, 3:]), found, paint)
+        if over_cache:
+            pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, :3]), found, paint, compact=not many)
+            ax.set_title('loss over cache, 95 % intervals')
+        if over_cache and many:
+            name_points(ax, found, paint, 3.1)
+        at = 1 + (many and over_cache)
+        difference_bars(ax := fig.add_subplot(grid[at, :] if many else grid[at, 3:]), found, paint)
         ax.set_title('paired difference, 95 % intervals')
         if timed:
-            speed_bars(fig.add_subplot(grid[2 + many, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
+            speed_bars(fig.add_subplot(grid[at + 1, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
         if decoded:
-            speed_bars(fig.add_subplot(grid[2 + many, 3:] if timed else grid[2 + many, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
+            speed_bars(fig.add_subplot(grid[at + 1, 3:] if timed else grid[at + 1, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
         if samples:
             ax = fig.add_subplot(grid[-1, :])
             ax.set_axis_off()
@@ -374,6 +377,6 @@ def draw_front(results, path):
                 found.append(row | dict(name=f"{i}/{row['name']}"))
                 paint[f"{i}/{row['name']}"] = shades[row['name']]
         pareto(ax, found, paint)
-        name_points(ax, found, paint)
+        name_points(ax, found, paint, 4.8)
         figures.footer(fig, ' | '.join(dict.fromkeys(facts(comparison) for comparison, _, _ in results)))
         figures.save(fig, path, palette=True)
