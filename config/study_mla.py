@@ -29,3 +29,14 @@ dropout = 0.05
 max_iters = 450
 eval_interval = 150
 log_interval = 50
+
+on_cpu = dict(  # a smaller model, and only what shows in 200 steps
+    contenders=dict(
+        mla=dict(label='MLA 32 + 32', attention='mla', kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=32),
+        rope16=dict(label='RoPE in 16 of 48, latent 48', attention='mla', kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16),
+        no_latent_norm=dict(label='no latent norm', attention='mla', kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=32, latent_norm=False),
+        rope0=dict(label='no positions, latent 64', attention='mla', kv_lora_rank=64, qk_nope_head_dim=48, qk_rope_head_dim=0, pos='none'),
+        mha=dict(label='MHA + RoPE')),
+    tune=dict(muon_lr=[0.01, 0.02, 0.04]), seeds=[1, 2, 3], cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64,
+    n_layer=4, n_head=4, n_embd=128, tie_weights=True, dropout=0.0, dropout_in='residual', learning_rate=5e-3, weight_decay=0.1, warmup_iters=10, max_iters=200,
+    eval_interval=40, log_interval=10, cooldown=0.6, ema_decay=0.0)
