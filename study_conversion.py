@@ -244,7 +244,7 @@ def draw():
     for row in done.values():
         if 'saving' in row and (row['kind'], row['seed']) in base:
             groups[row['kind'], row['what'], json.dumps(row['way']), row['saving']].append(row['perplexity'] / base[row['kind'], row['seed']]['perplexity'] - 1)
-    shown = sorted({kind for kind, *_ in groups})
+    shown = sorted({kind for kind, *_ in groups}, reverse=True)  # MHA first
     if not shown:
         return
     columns = sorted({saving for *_, saving in groups})
@@ -262,10 +262,10 @@ def draw():
             if row['kind'] == kind and 'saving' in row and (kind, row['seed']) in base:
                 found[row['what'], json.dumps(row['way']), row['saving']][row['seed']] = 100 * (row['perplexity'] / base[kind, row['seed']]['perplexity'] - 1)
         verdict(found)
-    lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], '--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], '--'),
-             ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], '--'),
-             ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], '-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], '-'),
-             ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], ':')]
+    lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], 'o--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], 'o--'),
+             ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], 'o--'),
+             ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], 'D-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], 'D-'),
+             ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], 'x:')]
     steps = [sorted({row['steps'] for row in done.values() if row['what'] == what and 'steps' in row}) for what in ('source', 'healed')]
     healing = 'healing: ' + ' steps after '.join(', '.join(map(str, x)) for x in reversed(steps)) + ' of training; ' if all(steps) else ''
     with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
@@ -276,7 +276,7 @@ def draw():
                 if points:
                     means = [sum(x) / len(x) for _, x in points]
                     ax.errorbar([s for s, _ in points], means, [[max(m - min(x), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
-                                color=color, linestyle=style, marker='o', markersize=4, capsize=2, label=label)
+                                color=color, linestyle=style[1:], marker=style[0], markersize=dict(o=4, D=6, x=8)[style[0]], capsize=2, label=label)
             ax.set_yscale('symlog', linthresh=1)  # healed models may end below their source
             if gains := [100 * (row['perplexity'] / base[key]['perplexity'] - 1) for key, row in more.items() if key in base and key[0] == kind]:
                 ax.axhline(sum(gains) / len(gains), color=figures.COLORS['muted'], linestyle=':', label='the source, as many steps more')
