@@ -124,20 +124,29 @@ class Ours:
         x = self.model.hidden(batch.idx, batch.documents)
         return torch.stack([self.model.lm_head(row).argmax(-1) for row in x])
 
-    def generate(self, prompts, new):
-        """`new` greedy tokens behind each prompt, (B, new); the cache is dense, or paged as the cell asks."""
-        cache = None
-        if self.kernel == 'latent':  # it has none
-            prompts = torch.tensor([prompt[-min(map(len, prompts)):] for prompt in prompts], device=self.device)
-        else:
-            cache = Cache.of(self.model, len(prompts), max(map(len, prompts)) + new, layout='paged' if self.kernel == 'paged' else 'dense')
+    def answers(self, asked):
+        """
+        For each (prompts, n) of the list `asked`, one after the other: n greedy tokens behind each prompt, (B, n). The cache is dense,
+        or paged as the cell asks; one serves them all, and on a GPU so does one recording of a step (decoding.Step).
+        """
+        cache, longest = None, max(max(map(len, prompts)) + n for prompts, n in asked)
+        if self.kernel != 'latent':  # which has none
+            cache = Cache.of(self.model, max(len(prompts) for prompts, _ in asked), longest, layout='paged' if self.kernel == 'paged' else 'dense',
+                             static=self.device.type == 'cuda')
         self.cache = 'none' if cache is None else cache.layout
         attentions = [block.attn for block in self.model.transformer.h]
         for attention in attentions:  # flex is compiled for one length, and prompts have many
             attention.kernel = 'sdpa' if self.kernel == 'flex' else attention.kernel
         try:
             with torch.compiler.set_stance('force_eager') if self.s.compile else nullcontext(), adapters.held_weights(self.model):
-                return torch.stack(list(self.model.generate(prompts, new, temperature=0, cache=cache)), dim=1)
+                for prompts, n in asked:
+                    if cache is None:
+                        prompts, rows = torch.tensor([prompt[-min(map(len, prompts)):] for prompt in prompts], device=self.device), None
+                    else:
+                        rows = range(len(prompts))
+                        for row in range(cache.slots):
+                            cache.free(row)
+                    yield torch.stack(list(self.model.generate(prompts, n, temperature=0, cache=cache, rows=rows)), dim=1)
         finally:
             for attention in attentions:
                 attention.kernel = KERNELS[self.kernel]
@@ -283,6 +292,7 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
     batches = [[train.batch(rows, device) for rows in islice(order, s.accumulation)] for _ in range(steps)]  # before the clock starts
     losses, clock = [], None
     tidy(device)
+    gc.freeze()  # the garbage collector has only the steps' own objects to look through
     for step in range(steps):
         tell(f'seed {seed}, step {step + 1} of {steps}')
         if step == s.warmup_steps:  # what compiles and allocates has done so
@@ -296,6 +306,7 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
     tokens, samples = sum(b.tokens for b in timed), sum(b.samples for b in timed)
     seconds = clock.seconds()
     measured.__exit__(None, None, None)
+    gc.unfreeze()
     losses = torch.stack(losses).tolist()
     found |= dict(train_tok_per_s=tokens / sum(seconds), train_samples_per_s=samples / sum(seconds), step_ms=1e3 * statistics.median(seconds),
                   step_ms_all=[1e3 * t for t in seconds], train_loss=statistics.mean(losses[-epoch:]), first_loss=losses[0], steps=steps)
@@ -320,10 +331,11 @@ def generate(s, cell, val, texts, encoder, device):
     T = max(1, s.block_size - s.max_new_tokens)
     prompts = [encoder.encode(row)[0][-T:] for row in texts] if texts else [ids[:min(32, T)] for ids, _ in val.documents]
     groups = [prompts[at:at + s.batch_size] for at in range(0, len(prompts), s.batch_size)]
-    cell.generate(groups[0], min(4, s.max_new_tokens))  # warm
+    told = cell.answers([(groups[0], min(4, s.max_new_tokens))] + [(group, s.max_new_tokens) for group in groups])
+    next(told)  # warm
     clock, made = Clock(device), []
-    for group in groups:
-        made += cell.generate(group, s.max_new_tokens).tolist()
+    for ids in told:
+        made += ids.tolist()
         clock.tick()
     found = dict(generate_tok_per_s=len(prompts) * s.max_new_tokens / sum(clock.seconds()))
     return found | (answers.scores([encoder.decode(ids) for ids in made], [row['response'] for row in texts]) if texts else {})
@@ -355,19 +367,18 @@ def together(per_seed):
 
 
 def profile(s, cell, train, trace, device, kernel):
-    """Two more training steps under torch's profiler: a Chrome trace, the operators that take longest, and which attention ran."""
+    """One more training step under torch's profiler: a Chrome trace, the operators that take longest, and which attention ran."""
     from torch.profiler import ProfilerActivity
     on_gpu = device.type == 'cuda'
     tuner = finetuning.Finetuner(cell.model, cell.loss_of, 0.0)
-    batches = [[train.batch(rows, device)] for rows in islice(train.train_batches(0, s.batch_size), 2)]
+    batch = train.batch(next(train.train_batches(0, s.batch_size)), device)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
-        for batch in batches:
-            tuner.step(batch)
+        tuner.step([batch])
         machine.synchronize(device)
     Path(trace).parent.mkdir(parents=True, exist_ok=True)
     seen.export_chrome_trace(str(trace))
     events = seen.key_averages()
-    spent = sorted(((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 2e3, e.key[:90], e.count // 2) for e in events)[::-1]
+    spent = sorted(((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, e.key[:90], e.count) for e in events)[::-1]
     ran = attention_of([e.key for e in events])
     return dict(top_operators=[dict(name=name, ms=round(ms, 3), calls=n) for ms, name, n in spent[:12] if ms > 0], kernel_ran=ran, kernel_proved=ran in PROVES[kernel],
                 trace=f'{Path(trace).parent.name}/{Path(trace).name}')

@@ -223,7 +223,7 @@ if base.error or getattr(base, 'shape').pos != 'rope' or base.kind != 'mha':
 # ---------------------------------------------------------------------------------------------------
 # training
 plan = [contender.runs() for contender in field.values()]
-every = [run for tuning, _ in plan for run in tuning] + [run for turn in zip(*(reported for _, reported in plan)) for run in turn]  # a seed of each, then the next
+every = [run for tuning, reported in plan for run in tuning + reported]  # in the order of the contenders: what is stopped has the first ones complete
 of_seed = {name: reported for name, (_, reported) in zip(field, plan)}
 for run in every if retry else ():
     if run.state() == 'failed' and (held := lock(run.folder)):

@@ -93,6 +93,11 @@ def rows(comparison, contenders, runs):
     return found
 
 
+def reached(comparison, contenders, runs):
+    """The control, and the contenders of which a seed was trained or failed; those that a stop has kept waiting are left out."""
+    return {row['name']: contenders[row['name']] for row in rows(comparison, contenders, runs) if row['val_loss'] is not None or row['error'] or row['control']}
+
+
 def front(found):
     """Names of the rows on the Pareto front: no other one has a smaller cache and at most the loss, or the same cache and less loss."""
     known = [row for row in found if row['val_loss'] is not None and row['cache_bytes']]
@@ -116,8 +121,10 @@ def facts(comparison):
 
 def table(comparison, contenders, runs):
     """The results in Markdown: the table, and below it what its numbers mean and where they come from."""
-    found = rows(comparison, contenders, runs)
-    cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', 'learning rate', 'training tok/s', 'decoding tok/s', 'peak memory']]
+    waiting, contenders = contenders, reached(comparison, contenders, runs)
+    waiting, found = [about['label'] for name, about in waiting.items() if name not in contenders], rows(comparison, contenders, runs)
+    tried = list(dict.fromkeys('learning rate' if key in ('learning_rate', 'muon_lr') else key for row in found for key in row['tuned'])) or ['learning rate']
+    cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', ', '.join(tried), 'training tok/s', 'decoding tok/s', 'peak memory']]
     for row in found:
         cells = [f"{row['label']} (control)" if row['control'] else row['label']]
         cells.append('' if row['params'] is None else f"{row['params']:,}" + ('' if row['control'] or row['params_ratio'] is None else f" ({100 * row['params_ratio'] - 100:+.2f} %)"))
@@ -147,6 +154,7 @@ def table(comparison, contenders, runs):
         'Caches are counted in bf16, all layers.',
         f"Decoding: {decode['batch']} sequence{'s' * (decode['batch'] > 1)}, {decode['tokens']} tokens, dense cache, {decode['dtype']}, on {decode['device']}, median of {decode['repeats']}." if decode else '',
         comparison.get('remark', ''),
+        f"Not trained yet: {', '.join(waiting)}." if waiting else '',
         'Runs shared a device, so speeds and memory are not reported.' if any(run['shared'] for run in runs) else '',
         'Memory on a CPU is that of the whole process.' if comparison['device'].startswith('CPU') and not any(run['shared'] for run in runs) else ''))), 140),
         '', facts(comparison)]
@@ -184,6 +192,9 @@ def grid_words(comparison, contenders, found):
 
 # ---------------------------------------------------------------------------------------------------
 # pictures
+
+LINES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))  # in turn, where shades of one colour are many
+
 
 def colors(contenders):
     """name -> colour: the attention's own, in shades from dark to light where several contenders have one kind."""
@@ -223,6 +234,22 @@ def pareto(ax, found, paint, compact=False):
     ax.set_ylabel('val loss (nats per token)')
 
 
+def name_points(ax, found, paint, inches):
+    """The labels beside the points of pareto(): those of about the same cache above each other, on the left where it ends. The axes are `inches` high."""
+    known = sorted((row for row in found if row['val_loss'] is not None and row['cache_bytes']), key=lambda row: (row['cache_bytes'], row['val_loss']))
+    low, high = ax.get_ylim()
+    apart, placed = 0.17 / inches * (high - low), []
+    for row in sorted(known, key=lambda row: row['val_loss']):
+        left = row['cache_bytes'] == known[-1]['cache_bytes'] and len({row['cache_bytes'] for row in known}) > 1
+        y = row['val_loss']
+        for other, size in sorted(placed):  # upwards, past those that are there
+            if max(size / row['cache_bytes'], row['cache_bytes'] / size) < 1.5 and abs(y - other) < apart:
+                y = other + apart
+        placed.append((y, row['cache_bytes']))
+        ax.annotate(row['label'], (row['cache_bytes'], y), xytext=(-7 if left else 7, 7), textcoords='offset points', ha='right' if left else 'left', va='center',
+                    fontsize=9, color=paint[row['name']])
+
+
 def mean_curve(runs, key):
     """(steps, mean over runs, least, most) of an evaluation's number, at the steps that all runs have."""
     runs = [run for run in runs if run.get(key)]
@@ -242,8 +269,10 @@ def curves(ax, comparison, contenders, runs, paint, over):
             speeds = [run['tok_per_s'] for run in mine if not run['shared'] and run['tok_per_s']]
             x = [step * comparison['tokens_per_step'] / statistics.median(speeds) for step in steps] if speeds else []
         if x:
-            ax.plot(x, mean, color=paint[name], linewidth=1.8, marker='.' if len(x) < 30 else None, label=contenders[name]['label'])
-            ax.fill_between(x, low, high, color=paint[name], alpha=0.18, linewidth=0)
+            same = [other for other in contenders if contenders[other]['kind'] == contenders[name]['kind']]
+            ax.plot(x, mean, color=paint[name], linewidth=1.8, marker='.' if len(x) < 30 else None, label=contenders[name]['label'],
+                    linestyle=LINES[same.index(name) % len(LINES)] if len(same) > 3 else '-')
+            ax.fill_between(x, low, high, color=paint[name], alpha=0.18 if len(contenders) < 5 else 0.07, linewidth=0)
             every += [value for step, value in zip(steps, high) if step >= 0.25 * comparison['steps']] + low
     if every:
         room = max(every) - min(every)
@@ -258,7 +287,7 @@ def curves(ax, comparison, contenders, runs, paint, over):
 
 def difference_bars(ax, found, paint):
     """Paired differences to the control with their intervals, a row each, best on top."""
-    shown = [row for row in found if row['difference'] is not None]
+    shown = sorted((row for row in found if row['difference'] is not None), key=lambda row: row['difference'])
     for y, row in enumerate(reversed(shown)):
         ax.errorbar(row['difference'], y, xerr=row['half'], color=paint[row['name']], marker='o', markersize=6, capsize=3, linewidth=1.6)
     ax.axvline(0, color=figures.COLORS['ink'], linewidth=1)
@@ -287,11 +316,15 @@ def speed_bars(ax, found, paint, key, title):
 
 def draw(comparison, contenders, runs, path):
     """The whole picture of a comparison at `path`. UserError when it cannot be written."""
+    contenders = reached(comparison, contenders, runs)
     found = rows(comparison, contenders, runs)
     samples = [(about['label'], name, about['decode']['sample']) for name, about in contenders.items() if (about.get('decode') or {}).get('sample')]
     samples = samples[:1] + samples[1:][-2:] if len(samples) > 3 else samples  # the first, and the last two
     timed, decoded = (any(row[key] for row in found) for key in ('tok_per_s', 'decode_tok_per_s'))
-    heights = [3.5, 3.5] + [0.9 + 0.30 * max(2, len(contenders))] * (timed or decoded) + [2.1] * bool(samples)
+    bars = 0.9 + 0.30 * max(2, len(contenders))
+    many = len(contenders) > 4  # then everything takes the whole width
+    over_cache = not many or len({row['cache_bytes'] for row in found}) > 2
+    heights = [3.5] + [4.2] * (many and over_cache) + [bars if many else 3.5] + [bars] * (timed or decoded) + [2.1] * bool(samples)
     size = (figures.WIDTH, sum(heights) + 1.3)
     note = ' · '.join(filter(None, (comparison['source'], f"{comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens", f"{len(comparison['seeds'])} seeds",
                                     comparison.get('remark'))))
@@ -308,15 +341,19 @@ def draw(comparison, contenders, runs, path):
         top.set_xlabel('M tokens', fontsize=9.5, color=figures.COLORS['muted'])
         top.spines['top'].set_visible(False)
         if over_steps.lines:
-            over_steps.legend(loc='upper right', fontsize=9 if len(contenders) > 4 else 10)
-        pareto(ax := fig.add_subplot(grid[1, :3]), found, paint, compact=True)
-        ax.set_title('loss over cache, 95 % intervals')
-        difference_bars(ax := fig.add_subplot(grid[1, 3:]), found, paint)
+            over_steps.legend(loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
+        if over_cache:
+            pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, :3]), found, paint, compact=not many)
+            ax.set_title('loss over cache, 95 % intervals')
+        if over_cache and many:
+            name_points(ax, found, paint, 3.1)
+        at = 1 + (many and over_cache)
+        difference_bars(ax := fig.add_subplot(grid[at, :] if many else grid[at, 3:]), found, paint)
         ax.set_title('paired difference, 95 % intervals')
         if timed:
-            speed_bars(fig.add_subplot(grid[2, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
+            speed_bars(fig.add_subplot(grid[at + 1, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
         if decoded:
-            speed_bars(fig.add_subplot(grid[2, 3:] if timed else grid[2, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
+            speed_bars(fig.add_subplot(grid[at + 1, 3:] if timed else grid[at + 1, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
         if samples:
             ax = fig.add_subplot(grid[-1, :])
             ax.set_axis_off()
@@ -334,13 +371,12 @@ def draw_front(results, path):
     with figures.sheet(size=(figures.WIDTH, 6.2), title='Loss over cache', note=' · '.join(c['title'] for c, _, _ in results)) as (fig, ax):
         found, paint = [], {}
         for i, (comparison, contenders, runs) in enumerate(results):
+            contenders = reached(comparison, contenders, runs)
             shades = colors(contenders)
             for row in rows(comparison, contenders, runs):
                 found.append(row | dict(name=f"{i}/{row['name']}"))
                 paint[f"{i}/{row['name']}"] = shades[row['name']]
         pareto(ax, found, paint)
-        for row in found:
-            if row['val_loss'] is not None and row['cache_bytes']:
-                ax.annotate(row['label'], (row['cache_bytes'], row['val_loss']), xytext=(7, 6), textcoords='offset points', fontsize=9, color=paint[row['name']])
+        name_points(ax, found, paint, 4.8)
         figures.footer(fig, ' | '.join(dict.fromkeys(facts(comparison) for comparison, _, _ in results)))
         figures.save(fig, path, palette=True)

@@ -80,6 +80,15 @@ def unpaired(z):
     return torch.cat([z.real, z.imag], dim=-2)
 
 
+def upright(vectors):
+    """
+    Eigenvectors (n, r), each turned so that its largest entry is real and positive. Any sign or phase would do, and each device has
+    its own, but the channels of a latent share groups of a quantised cache, whose rounding depends on them.
+    """
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * (largest.conj() / largest.abs())
+
+
 def principal_components(q, k, cov, fold, real):
     """
     The kv heads' pairs of one frequency (or of `fold` neighbouring ones, taken for one: FreqFold) as principal components of
@@ -95,7 +104,7 @@ def principal_components(q, k, cov, fold, real):
         weight = (weight + 1e-6 * weight.mean() + 1e-30).sqrt()
         values, vectors = torch.linalg.eigh(
             weight[:, None] * (cov_z.real if real else cov_z) * weight)
-        values, vectors = values.flip(0), vectors.flip(1).to(cov_z.dtype)
+        values, vectors = values.flip(0), upright(vectors.flip(1)).to(cov_z.dtype)
         yield js, values.clamp(min=0), vectors.mH * weight, vectors / weight[:, None]
 
 
@@ -145,12 +154,12 @@ def top_eigen(a, r):
     n = len(a)
     if n <= SMALL or a.is_cuda or r > 0.7 * n:
         values, vectors = torch.linalg.eigh(a)
-        return values.flip(0)[:r].clamp(min=0), vectors.flip(1)[:, :r]
+        return values.flip(0)[:r].clamp(min=0), upright(vectors.flip(1)[:, :r])
     basis = torch.randn(n, min(n, r + 64), dtype=a.dtype, generator=torch.Generator().manual_seed(0)).to(a.device)
     for _ in range(4):
         basis = torch.linalg.qr(a @ (a @ basis)).Q
     values, vectors = torch.linalg.eigh(basis.T @ a @ basis)
-    return values.flip(0)[:r].clamp(min=0), (basis @ vectors.flip(1))[:, :r]
+    return values.flip(0)[:r].clamp(min=0), upright((basis @ vectors.flip(1))[:, :r])
 
 
 def factor(m, r, root=None):

@@ -16,7 +16,7 @@ than the wide ones, but attention is: it is slow for its size.
 Legend: N tokens, C channels (n_embd), V vocabulary.
 """
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ class HeadLoss(torch.autograd.Function):
     """
     Cross-entropy of x (N, C) through the head's weight (V, C), summed over targets >= 0 and divided by `count`,
     a tensor. The gradients are made with the loss, chunk by chunk, so that (N, V) never exists; a frozen head costs no
-    gradient of its own. As in kernels.py the chunk's logits are overwritten by softmax - onehot.
+    gradient of its own, and that of the weight is summed in fp32, or, of a single chunk, made in its dtype at once.
+    As in kernels.py the chunk's logits are overwritten by softmax - onehot.
     """
 
     @staticmethod
@@ -48,15 +49,19 @@ class HeadLoss(torch.autograd.Function):
         wants_x, wants_weight = (gradient and needed for needed in ctx.needs_input_grad[:2])
         w, total = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if wants_x else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        dw = None
         for part, target, at in zip(x.split(chunk), targets.split(chunk), range(0, len(x), chunk)):
             logits = part @ w.T
             total += softmax_minus_onehot(logits, target, wants_x or wants_weight)
             if wants_x:
                 torch.mm(logits, w, out=dx[at:at + chunk])
-            if wants_weight:
+            if wants_weight and len(x) <= chunk and weight.dtype == x.dtype:
+                dw = logits.T @ part
+            elif wants_weight:
                 fp32 = dict(out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else {}
-                dw += torch.mm(logits.T, part, **fp32)
+                more = torch.mm(logits.T, part, **fp32).float()
+                dw = more if dw is None else dw.add_(more)
+                del more
         ctx.save_for_backward(dx, dw, count)
         ctx.dtype = weight.dtype
         return total / count
@@ -93,8 +98,12 @@ def loss_of(model, batch, count, chunk=2048):
 # ---------------------------------------------------------------------------------------------------
 # what is kept and what is computed again
 
+@lru_cache
 def keeps(width):
-    """A policy for selective checkpointing: keep attention and each product that is at most `width` wide and not a cheap low-rank one."""
+    """
+    Contexts for selective checkpointing: keep attention and each product that is at most `width` wide and not a cheap low-rank one.
+    The same ones for the same width, so that what torch.compile made for one model serves the next.
+    """
     products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
     def policy(ctx, op, *args, **options):
@@ -103,7 +112,7 @@ def keeps(width):
         if op in products and args[-1].shape[-1] <= width and 8 * args[-1].shape[0] > args[-1].shape[-1]:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
-    return policy
+    return partial(create_selective_checkpoint_contexts, policy)
 
 
 class KeepingBlock(Block):
@@ -112,7 +121,7 @@ class KeepingBlock(Block):
     def forward(self, x, rope, cache=None):
         if not torch.is_grad_enabled():
             return super().forward(x, rope, cache)
-        return checkpoint(super().forward, x, rope, cache, use_reentrant=False, preserve_rng_state=self.random, context_fn=self.contexts[self.width])
+        return checkpoint(super().forward, x, rope, cache, use_reentrant=False, preserve_rng_state=self.random, context_fn=keeps(self.width))
 
 
 def set_up(model, recompute='none', save_width=1.0, spared_layers=0, compile=False, documents=False, dropout=False, backend='inductor'):
@@ -129,10 +138,9 @@ def set_up(model, recompute='none', save_width=1.0, spared_layers=0, compile=Fal
         recompute, save_width = 'selective', math.inf  # by itself it would keep dequantised weights
     how = dict(dynamic=False, backend=backend)
     layers = list(model.transformer.h)
-    contexts = {width: partial(create_selective_checkpoint_contexts, keeps(width)) for width in (save_width * model.config.n_embd, math.inf)}
     for n, block in enumerate(layers):
         if recompute == 'selective':
-            block.__class__, block.random, block.contexts = KeepingBlock, dropout, contexts
+            block.__class__, block.random = KeepingBlock, dropout
             block.width = math.inf if n >= len(layers) - spared_layers else save_width * model.config.n_embd
         if compile and recompute != 'full':
             block.compile(**how)
@@ -146,6 +154,29 @@ def set_up(model, recompute='none', save_width=1.0, spared_layers=0, compile=Fal
     return said[recompute] + (f', {spared_layers} layers spared' if spared_layers and recompute == 'selective' and save_width < math.inf else '')
 
 
+def runs_here(params):
+    """Whether all of `params` are in half precision, where Triton runs."""
+    from kernels import RUNS_ON
+    return all(p.dtype in (torch.bfloat16, torch.float16) and p.is_contiguous() and p.device.type in RUNS_ON for p in params)
+
+
+class HalfAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW for weights in half precision, each in one pass over its memory: kernels.adamw."""
+
+    @torch.no_grad()
+    def step(self):
+        from kernels import adamw
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state['step'] += 1
+                adamw(p, p.grad, state['exp_avg'], state['exp_avg_sq'], state['step'], group['lr'], group['betas'], decay=group['weight_decay'])
+
+
 class Finetuner:
     """
     The parameters that learn, and AdamW. States have the parameters' dtype, as everywhere in PyTorch: with bf16 weights
@@ -155,8 +186,11 @@ class Finetuner:
     def __init__(self, model, loss_of, learning_rate, weight_decay=0.0, grad_clip=0.0):
         self.loss_of, self.model, self.grad_clip = loss_of, model, grad_clip
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.params, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay,
-                                           fused=self.params[0].is_cuda or None)
+        how = dict(lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay)
+        if runs_here(self.params):
+            self.optimizer = HalfAdamW(self.params, how)
+        else:
+            self.optimizer = torch.optim.AdamW(self.params, **how, fused=self.params[0].is_cuda or None)
 
     def step(self, batches):
         """One update on the micro-batches. Returns the mean loss over their targets, on the device, not waited for."""

@@ -71,6 +71,9 @@ class Peer:
     def likeliest(self, batch):
         return self.run(batch).logits.argmax(-1)
 
+    def answers(self, asked):
+        return (self.generate(prompts, n) for prompts, n in asked)
+
     def generate(self, prompts, new):
         from transformers import GenerationConfig
         longest = max(map(len, prompts))

@@ -20,7 +20,7 @@ dataset = ''  # a folder of tokens, '' = out/text
 seeds = '1,2,3'
 kinds = 'mha,gqa'  # sources
 savings = '0.6875,0.8125,0.875,0.93'  # shares of the source's cache
-heal_savings = '0.875,0.93'  # of these, which to heal
+heal_savings = '0.875'  # of these, which to heal
 draw_only = False  # only the table and the picture of what is there
 # the source: 35M parameters (MHA), 32M (GQA)
 n_layer = 11
@@ -29,8 +29,8 @@ n_kv_head = 4  # of the GQA source
 n_embd = 512
 block_size = 512
 batch_size = 64
-source_steps = 5000
-heal_steps = 250  # at most a twentieth of source_steps
+source_steps = 2400
+heal_steps = 120  # at most a twentieth of source_steps
 heal_optimizer = 'muon'  # adamw | muon
 heal_lr = 1e-3
 heal_muon_lr = 0.005
@@ -38,7 +38,7 @@ heal_distill = 0.9  # share of the loss that is KL(source, model)
 heal_cooldown = 0.5
 # measuring
 calibration_tokens = 131072
-eval_tokens = 1048576
+eval_tokens = 262144
 device = 'auto'  # auto | cpu | cuda
 seconds = 0.0  # stop (resumably) the training that is under way then; 0 = no limit
 
@@ -46,6 +46,7 @@ from configurator import UserError, configure
 config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
+import copy
 import json
 import os
 import subprocess
@@ -81,11 +82,10 @@ if not set(kinds) <= {'mha', 'gqa'} or not set(heal_savings) <= set(savings) or 
 
 BASELINE = dict(rope='2-norm', rope_heads='own', low_rank='joint')  # what MHA2MLA does
 BEST = dict(rope='turn', rope_heads='shared', low_rank='balanced')
-WAYS = [dict(rope=rope, rope_heads='own', low_rank='joint') for rope in ('high', 'low', 'uniform', '2-norm', 'turn')]
-WAYS += [dict(rope='2-norm', rope_heads='own', low_rank=low_rank) for low_rank in ('split', 'calibrated', 'balanced')]
-WAYS += [dict(rope=rope, rope_heads='shared', low_rank='balanced') for rope in ('uniform', '2-norm', 'turn')]
-WAYS += [dict(rope='turn', rope_heads='shared', low_rank=low_rank) for low_rank in ('split', 'joint', 'calibrated')]
-WAYS += [BEST | dict(real=True), BEST | dict(fold=2), BEST | dict(ranks='spectrum'), BEST | dict(rotate=True)]
+WAYS = [way | dict(low_rank=low_rank) for way in (BEST, BASELINE) for low_rank in ('balanced', 'calibrated', 'joint', 'split')]
+WAYS += [dict(rope=rope, rope_heads='own', low_rank='joint') for rope in ('high', 'low', 'uniform', 'turn')]
+WAYS += [dict(rope=rope, rope_heads='shared', low_rank='balanced') for rope in ('uniform', '2-norm')]
+WAYS += [BEST | dict(fold=2), BEST | dict(real=True), BEST | dict(ranks='spectrum'), BEST | dict(rotate=True)]
 
 
 def name_of(way):
@@ -109,7 +109,7 @@ def read_rows():
 
 
 def tell(**row):
-    row |= dict(commit=machine.commit(), device=machine.describe(device), torch=torch.__version__)
+    row |= dict(at=round(time.perf_counter() - began, 1), commit=machine.commit(), device=machine.describe(device), torch=torch.__version__)
     with open(results, 'a') as file:
         file.write(json.dumps(row) + '\n')
     done[key_of(row)] = row
@@ -155,7 +155,7 @@ def study(kind, seed):
           '--pos=rope', '--norm=rmsnorm', '--act=swiglu', '--tie_weights=False', '--init=fan_in', '--zero_init=True', '--optimizer=muon', '--muon_lr=0.02',
           '--learning_rate=3e-3', '--warmup_iters=20', '--cooldown=0.6', f'--max_iters={source_steps}', f'--eval_interval={max(1, source_steps // 2)}', f'--seed={seed}']})
     source = load(home / 'source')
-    c, moments = source.config, None
+    c, moments, on_cpu = source.config, None, copy.deepcopy(source).cpu()
     if key_of(dict(kind=kind, seed=seed, what='source')) not in done:
         tell(kind=kind, seed=seed, what='source', params=source.num_params(), steps=source_steps, **figures_of(source, nats_of(source)))
 
@@ -168,11 +168,12 @@ def study(kind, seed):
         row, place = dict(kind=kind, seed=seed, saving=saving, what='converted', way=way), place_of(saving, way)
         if key_of(row) in done and (not keep or (place / 'ckpt.pt').exists()):
             return
-        moments = moments or calibration.measure(source, windows, 32)
+        moments = moments or [calibration.Moments(*(x.cpu() for x in vars(m).values())) for m in calibration.measure(source, windows, 32)]
         pairs, rank = conversion.for_saving(c, saving, way['rope_heads'], way['low_rank'])
         if rank < 1:
             raise UserError(f'saving {saving} leaves no room for a latent beside the k_pe of {name_of(way)}: use a larger model, or save less')
-        mla, layers = conversion.convert(source, moments, rank, pairs, **way)
+        mla, layers = conversion.convert(on_cpu, moments, rank, pairs, **way)  # small matrices: no slower there, and the device is left to others
+        mla = copy.deepcopy(mla).to(device)  # its modules are the source's
         if keep:
             checkpoint.save(place / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict(), step=0, config={}))
         if way == BEST and key_of(row | dict(what='converted, int4')) not in done:
@@ -183,8 +184,8 @@ def study(kind, seed):
     to_heal = [(saving, way) for saving in heal_savings for way in (BEST, BASELINE)]
     for saving, way in to_heal:
         convert(saving, way, keep=True)
-    how = [str(HERE / 'config' / 'heal_mla.py'), f'--max_iters={heal_steps}', f'--warmup_iters={max(1, heal_steps // 20)}', f'--optimizer={heal_optimizer}', f'--learning_rate={heal_lr}',
-           f'--muon_lr={heal_muon_lr}', f'--cooldown={heal_cooldown}', f'--distill={heal_distill}', f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
+    healing = dict(max_iters=heal_steps, warmup_iters=max(1, heal_steps // 20), optimizer=heal_optimizer, learning_rate=heal_lr, muon_lr=heal_muon_lr, cooldown=heal_cooldown, distill=heal_distill)
+    how = [str(HERE / 'config' / 'heal_mla.py'), *(f'--{name}={value}' for name, value in healing.items()), f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
     control, places = dict(kind=kind, seed=seed, what='control'), {}
     for saving, way in to_heal:
         row = dict(kind=kind, seed=seed, saving=saving, what='healed', way=way)
@@ -198,12 +199,12 @@ def study(kind, seed):
         mla = load(place / 'healed')
         for what, cache in (('healed', ''), ('healed, int4', 'int4')):
             if key_of(row | dict(what=what)) not in done:
-                tell(**row | dict(what=what), steps=heal_steps, **figures_of(mla, nats_of(mla, cache), cache))
+                tell(**row | dict(what=what), steps=heal_steps, healing=healing, **figures_of(mla, nats_of(mla, cache), cache))
     if home / 'control' in jobs:
         model = load(home / 'control')
-        tell(**control, steps=heal_steps, **figures_of(model, nats_of(model)))
-    for saving in savings:
-        for way in WAYS:
+        tell(**control, steps=heal_steps, healing=healing, **figures_of(model, nats_of(model)))
+    for way in WAYS:  # the most telling ones first
+        for saving in [*heal_savings, *(s for s in savings if s not in heal_savings)]:
             convert(saving, way, keep=False)
 
 
@@ -243,7 +244,7 @@ def draw():
     for row in done.values():
         if 'saving' in row and (row['kind'], row['seed']) in base:
             groups[row['kind'], row['what'], json.dumps(row['way']), row['saving']].append(row['perplexity'] / base[row['kind'], row['seed']]['perplexity'] - 1)
-    shown = sorted({kind for kind, *_ in groups})
+    shown = sorted({kind for kind, *_ in groups}, reverse=True)  # MHA first
     if not shown:
         return
     columns = sorted({saving for *_, saving in groups})
@@ -261,10 +262,10 @@ def draw():
             if row['kind'] == kind and 'saving' in row and (kind, row['seed']) in base:
                 found[row['what'], json.dumps(row['way']), row['saving']][row['seed']] = 100 * (row['perplexity'] / base[kind, row['seed']]['perplexity'] - 1)
         verdict(found)
-    lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], '--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], '--'),
-             ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], '--'),
-             ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], '-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], '-'),
-             ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], ':')]
+    lines = [('MHA2MLA: own, 2-norm, joint', 'converted', BASELINE, figures.COLORS['mha'], 'o--'), ('shared, turn, joint', 'converted', BEST | dict(low_rank='joint'), figures.COLORS['gqa'], 'o--'),
+             ('shared, turn, balanced', 'converted', BEST, figures.COLORS['mla'], 'o--'),
+             ('MHA2MLA, healed', 'healed', BASELINE, figures.COLORS['mha'], 'D-'), ('shared, turn, balanced, healed', 'healed', BEST, figures.COLORS['mla'], 'D-'),
+             ('the same in int4', 'healed, int4', BEST, figures.COLORS['peer'], 'x:')]
     steps = [sorted({row['steps'] for row in done.values() if row['what'] == what and 'steps' in row}) for what in ('source', 'healed')]
     healing = 'healing: ' + ' steps after '.join(', '.join(map(str, x)) for x in reversed(steps)) + ' of training; ' if all(steps) else ''
     with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
@@ -275,7 +276,7 @@ def draw():
                 if points:
                     means = [sum(x) / len(x) for _, x in points]
                     ax.errorbar([s for s, _ in points], means, [[max(m - min(x), 0) for m, (_, x) in zip(means, points)], [max(max(x) - m, 0) for m, (_, x) in zip(means, points)]],
-                                color=color, linestyle=style, marker='o', markersize=4, capsize=2, label=label)
+                                color=color, linestyle=style[1:], marker=style[0], markersize=dict(o=4, D=6, x=8)[style[0]], capsize=2, label=label)
             ax.set_yscale('symlog', linthresh=1)  # healed models may end below their source
             if gains := [100 * (row['perplexity'] / base[key]['perplexity'] - 1) for key, row in more.items() if key in base and key[0] == kind]:
                 ax.axhline(sum(gains) / len(gains), color=figures.COLORS['muted'], linestyle=':', label='the source, as many steps more')

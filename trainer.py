@@ -81,8 +81,9 @@ class Trainer:
     on its device, its `stream` is set. Rank and world come from `data`.
     """
 
-    def __init__(self, settings, model, data, teacher=None):
+    def __init__(self, settings, model, data, teacher=None, group=None):
         self.s = s = SimpleNamespace(**settings)
+        self.group = group  # of torch.distributed; None = all processes
         self.model, self.data, self.device, self.world = model, data, data.device, data.world
         for name, choices in CHOICES.items():
             if settings[name] not in choices:
@@ -143,7 +144,7 @@ class Trainer:
         which sends gradients while others are computed, slows the matrix products by more than it hides.
         """
         for t in [*self.model.parameters(), *self.model.buffers()]:
-            dist.broadcast(t.data, 0)
+            dist.broadcast(t.data, 0, group=self.group)
         self.gradients = torch.zeros(sum(p.numel() for p in self.params), device=self.device)
         for p, part in zip(self.params, self.gradients.split([p.numel() for p in self.params])):
             p.grad = part.view_as(p)
@@ -176,7 +177,7 @@ class Trainer:
             self.scaler.scale(loss / (self.accumulation * self.world)).backward()
             total = total + loss.detach()
         if self.world > 1:
-            dist.all_reduce(self.gradients)
+            dist.all_reduce(self.gradients, group=self.group)
         if self.s.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -218,7 +219,7 @@ class Trainer:
                 loss = torch.where(counted > 0, model(x, y) * counted, 0)
                 total += torch.stack([loss, counted]).to(total)
         if self.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         model.train()
         return (total[0] / total[1]).item()
 

@@ -1,22 +1,29 @@
 """
-MHA with RoPE, a plain GPT and MLA with 1/4.8 and 1/4 of the cache (on a CPU 1/4) on Shakespeare, character by character.
+MHA with RoPE, MQA, GQA, a plain GPT and MLA from 1/2 to 1/8 of the cache (on a CPU 1/4) on Shakespeare, character by character.
 
     python compare.py config/compare_shakespeare.py
 
-The recipe is that of train_shakespeare_modern.py and train_shakespeare_mla.py. On a CPU 20 runs, some ten minutes on
-two cores, with 0.8M parameters each; on a GPU 10.7M.
+The recipe is that of train_shakespeare_modern.py. MHA leaves 768 values a token and layer, MLA its latent and its RoPE key.
+Contenders are trained in their order, and take a GPU 4 seconds a run when a dozen share it. On a CPU 20 runs, some ten
+minutes on two cores, with 0.8M parameters each; on a GPU 10.7M.
 """
 out_dir = 'out-compare-shakespeare'
-title = 'Shakespeare: MHA, GPT and MLA at equal parameters'
+title = 'Shakespeare: MHA, MQA, GPT and MLA at equal parameters'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
+    mla128_64=dict(label='MLA 128 + 64', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64),  # 1/4
+    mha_plain=dict(label='MHA + RoPE, no QK-norm', qk_norm=False),
+    mla128_64_plain=dict(label='MLA 128 + 64, no QK-norm', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64, qk_norm=False),
+    mla64_64=dict(label='MLA 64 + 64', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=64),  # 1/6
+    mqa=dict(label='MQA', n_kv_head=1),  # 1/6
+    mla320_64=dict(label='MLA 320 + 64', attention='mla', kv_lora_rank=320, qk_nope_head_dim=32, qk_rope_head_dim=64),  # 1/2
     gpt=dict(label='GPT', pos='learned', norm='layernorm', act='gelu', qk_norm=False, zero_init=False, optimizer='adamw', schedule='cosine',
-             learning_rate=[1e-3, 2e-3, 4e-3], dropout=[0.1, 0.2]),  # as nanoGPT trains it
-    mla=dict(label='MLA 128 + 32', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32),
-    r160=dict(label='MLA 160 + 32', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32))
+             dropout=[0.05, 0.1], learning_rate=[1.5e-3, 3e-3]),  # as nanoGPT trains it
+    mla64_32=dict(label='MLA 64 + 32', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32),  # 1/8
+    gqa=dict(label='GQA, 2 groups', n_kv_head=2))  # 1/3
 seeds = [1, 2, 3, 4, 5]
-tune = dict(dropout=[0.1, 0.2], muon_lr=[0.02, 0.03, 0.045])
+tune = dict(dropout=[0.05, 0.1], muon_lr=[0.015, 0.025])
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1

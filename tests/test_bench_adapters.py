@@ -22,6 +22,7 @@ import deepseek
 import finetuning
 import peft_peer
 import adapter_table
+from cache import Cache
 from cells import KERNELS, Ours, Perceiver, is_causal, to_mla
 from configurator import UserError, configure
 from model import GPT, GPTConfig
@@ -168,7 +169,24 @@ def test_the_peer_of_the_same_weights_says_the_same():
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     prompts = [[1, 2, 3, 4], [5, 6]]
     with torch.no_grad():
-        assert torch.equal(ours.generate(prompts, 6), theirs.generate(prompts, 6))
+        asked = [(prompts, 6), ([[7, 8, 9]], 4), (prompts[::-1], 3)]
+        assert all(torch.equal(a, b) for a, b in zip(ours.answers(asked), theirs.answers(asked), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('kind, kernel', [('lora', 'sdpa'), ('qlora', 'paged'), ('full', 'mla'), ('qlora', 'mla'), ('lora', 'eager')])
+def test_recorded_answers_on_a_gpu(kind, kernel, monkeypatch):
+    s, gpu = settings(block_size=64), torch.device('cuda')
+    cell = Ours(s, kind, kernel, gpu, torch.float32)
+    cell.model.eval()
+    asked, made = [([[1, 2, 3, 4], [5, 6]], 4), ([[1, 2, 3, 4], [5, 6]], 12), ([[7, 8, 9]], 8)], []
+    of = Cache.of
+    for static in (True, False):
+        monkeypatch.setattr(Cache, 'of', lambda *args, **how: of(*args, **how | dict(static=static)))
+        with torch.no_grad():
+            made.append(list(cell.answers(asked)))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b), (a, b)
 
 
 @pytest.mark.parametrize('kernel, why', [('cudnn', 'cuDNN needs a CUDA GPU'), ('flex', 'FlexAttention does not train on the CPU')])

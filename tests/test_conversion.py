@@ -250,6 +250,25 @@ def test_a_rotation_changes_nothing_but_int4(source, tokens):
     assert not torch.allclose(*(m.transformer.h[0].attn.kv_b_proj.weight for m in (a, b)), atol=1e-3)
 
 
+@pytest.mark.parametrize('how', [dict(low_rank='joint'), dict(low_rank='split'), dict(rope_heads='own', rope='2-norm', low_rank='joint')], ids=str)
+def test_signs_of_components_are_not_left_to_chance(how, source):
+    """The channels of the residual stream in another order: eigenvectors that LAPACK, left alone, gives other signs and phases, which int4 would see."""
+    model, moments = source('gqa')
+    order = torch.randperm(model.config.n_embd, generator=torch.Generator().manual_seed(3))
+    found = [convert(model, moments, 12, 3, **how)[0]]
+    wide = torch.cat([order, torch.tensor([len(order)])])
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.copy_(block.attn.c_attn.weight[:, order].clone())
+    found.append(convert(model, [calibration.Moments(m.cov[wide][:, wide], m.q_norms, m.k_norms) for m in moments], 12, 3, **how)[0])
+    for a, b in zip(*(mla.transformer.h for mla in found)):
+        assert torch.allclose(a.attn.kv_b_proj.weight, b.attn.kv_b_proj.weight, atol=1e-5)
+        assert torch.allclose(a.attn.kv_a_proj_with_mqa.weight[:, order], b.attn.kv_a_proj_with_mqa.weight, atol=1e-5)
+    vectors = torch.linalg.qr(torch.randn(6, 6, dtype=torch.complex128, generator=torch.Generator().manual_seed(4))).Q
+    assert torch.allclose(conversion.upright(vectors), conversion.upright(vectors * torch.polar(torch.ones(6), torch.arange(6.0)))), 'phases'
+    assert torch.allclose(conversion.upright(vectors).mH @ conversion.upright(vectors), torch.eye(6, dtype=torch.complex128))
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(total=st.integers(20, 200), seed=st.integers(0, 99), full=st.integers(9, 60))
 def test_a_budget_is_shared_out(total, seed, full):

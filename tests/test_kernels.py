@@ -359,3 +359,39 @@ def test_gpu_gelu_compiled():
     got, want = torch.compile(k.gelu, fullgraph=True)(x), F.gelu(y)
     torch.testing.assert_close(got.double(), want, rtol=2 ** -8, atol=3e-7)
     torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0].double(), torch.autograd.grad(want.sum(), y)[0], rtol=2 ** -8, atol=3e-7)
+
+
+# ---------------------------------------------------------------------------------------------------
+# AdamW
+
+def ten_updates(n, dtype, device, decay):
+    """How far weights and states are from torch's AdamW after ten updates: norms of differences, in norms times the dtype's rounding."""
+    from finetuning import HalfAdamW, runs_here
+    torch.manual_seed(0)
+    mine = torch.randn(n, device=device).to(dtype).requires_grad_()
+    theirs = mine.detach().clone().requires_grad_()
+    assert runs_here([mine]) and not runs_here([mine.float()])
+    how = dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=decay)
+    ours, torchs = HalfAdamW([mine], how), torch.optim.AdamW([theirs], **how, fused=True)
+    for _ in range(10):
+        mine.grad = (torch.randn(n, device=device) * torch.logspace(-1, 1, n, device=device)).to(dtype)
+        theirs.grad = mine.grad.clone()
+        ours.step()
+        torchs.step()
+    pairs = [(mine, theirs)] + [(ours.state[mine][name], torchs.state[theirs][name]) for name in ('exp_avg', 'exp_avg_sq')]
+    return [((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm() / torch.finfo(dtype).eps).item() for a, b in pairs]
+
+
+@interpreted
+@pytest.mark.parametrize('n', [7, 5000])
+@pytest.mark.parametrize('decay', [0.0, 0.1])
+def test_interpreted_adamw_is_torchs(n, decay):
+    found = ten_updates(n, torch.float16, 'cpu', decay)  # the interpreter cuts bf16 off, where a GPU rounds
+    assert max(found) <= 0.5, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_adamw_is_torchs_on_a_gpu(dtype):
+    found = ten_updates(3_000_001, dtype, 'cuda', 0.1)
+    assert max(found) <= 0.5, found
