@@ -66,12 +66,13 @@ class Held:
                 parts, at = quantise(x, store.bits) if store.bits else [x], self.addresses(b)
                 for buffer, part in zip(store.places, parts):
                     buffer[at] = part.to(buffer.dtype)
-                seen = dequantise(*parts, store.width, store.bits) if store.bits else store.places[0][at].float()
+                places = torch.arange(max(0, length - cache.window), length, device=device)
                 if store.recent is not None:
-                    places = torch.arange(max(0, length - cache.window), length, device=device)
                     store.recent[b * cache.window + places % cache.window] = x[places]
-                    seen[places] = x[places].float()
                 if b == 0:
+                    seen = dequantise(*parts, store.width, store.bits) if store.bits else store.places[0][at].float()
+                    if store.recent is not None:
+                        seen[places] = x[places].float()
                     self.first[name] = seen
 
     def addresses(self, b):
