@@ -126,15 +126,17 @@ def seconds(device, run):
 
 def commit():
     """
-    Short hash of the code's commit, with + when files were changed since. Outside of git (code that was
-    copied to a cluster) what NANOMLA_COMMIT says, else 'unknown'.
+    Short hash of the code's commit, with + when files were changed since. NANOMLA_COMMIT goes before it: code that was
+    copied to a cluster may lie in no git folder, or in one of another commit. 'unknown' without both.
     """
+    if said := os.environ.get('NANOMLA_COMMIT'):
+        return said
     def git(*words):
         return subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
         return git('rev-parse', '--short', 'HEAD') + ('+' if git('--no-optional-locks', 'status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get('NANOMLA_COMMIT', 'unknown')
+        return 'unknown'
 
 
 class Signals:
