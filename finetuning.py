@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from configurator import UserError
-from model import Block
+from model import MLP, Block, Linear
 
 class NotHere(Exception):
     """A cell of the benchmark cannot run here, for the reason it gives: a row n/a."""
@@ -96,6 +96,56 @@ def loss_of(model, batch, count, chunk=2048):
 
 
 # ---------------------------------------------------------------------------------------------------
+# SwiGLU and the product behind it, backward in one go
+
+@torch.library.custom_op('nanomla::swiglu_down_backward', mutates_args=())
+def swiglu_down_backward(x: torch.Tensor, weight: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and weight from that of SwigluDown's result."""
+    from kernels import swiglu_gradient
+    g = g.flatten(0, -2)
+    h = g @ weight
+    dx = swiglu_gradient(x.flatten(0, -2).contiguous(), h)
+    return dx.view(x.shape), g.T @ h  # h has become silu(gate) up
+
+
+@swiglu_down_backward.register_fake
+def _(x, weight, g):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+class SwigluDown(torch.autograd.Function):
+    """silu(gate) up weight^T of x = gate | up (..., 2 I), weight (C, I) in x's dtype. It keeps x and nothing as wide beside it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        gate, up = x.chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return torch.ops.nanomla.swiglu_down_backward(x, weight, g)
+
+
+class SwigluMLP(MLP):
+    """An MLP with SwiGLU whose weights learn: the same, with SwigluDown's gradient."""
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return self.dropout(SwigluDown.apply(self.c_fc(x), self.c_proj.weight.to(x.dtype)))
+
+
+def fuse_swiglu(mlp):
+    """Makes `mlp` a SwigluMLP where it can be one and it pays."""
+    from kernels import RUNS_ON
+    down = getattr(mlp, 'c_proj', None)
+    if type(mlp) is MLP and mlp.act == 'swiglu' and type(down) is Linear and down.weight.requires_grad and down.bias is None and down.weight.device.type in RUNS_ON:
+        mlp.__class__ = SwigluMLP
+
+
+# ---------------------------------------------------------------------------------------------------
 # what is kept and what is computed again
 
 @lru_cache
@@ -142,6 +192,8 @@ def set_up(model, recompute='none', save_width=1.0, spared_layers=0, compile=Fal
         if recompute == 'selective':
             block.__class__, block.random = KeepingBlock, dropout
             block.width = math.inf if n >= len(layers) - spared_layers else save_width * model.config.n_embd
+        if compile:
+            fuse_swiglu(block.mlp)
         if compile and recompute != 'full':
             block.compile(**how)
         elif recompute == 'full':

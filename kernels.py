@@ -1,5 +1,5 @@
 """
-The few places where a fused kernel pays: the head's cross-entropy, the exact GELU, AdamW in bf16.
+The few places where a fused kernel pays: the head's cross-entropy, the exact GELU, SwiGLU's gradient, AdamW in bf16.
 
 Beside each Triton kernel stands its plain PyTorch reference, and the tests hold them together under
 Triton's interpreter on a CPU. Triton is loaded when a kernel is first wanted; without it, or without
@@ -36,7 +36,8 @@ def kernels():
     global triton, tl
     import triton
     import triton.language as tl
-    return SimpleNamespace(softmax_rows=triton.jit(softmax_rows_kernel), fp8_tiles=triton.jit(fp8_tiles_kernel), adamw=triton.jit(adamw_kernel))
+    return SimpleNamespace(softmax_rows=triton.jit(softmax_rows_kernel), fp8_tiles=triton.jit(fp8_tiles_kernel), adamw=triton.jit(adamw_kernel),
+                           swiglu=triton.jit(swiglu_kernel))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -295,6 +296,51 @@ def gelu(x):
     memory bandwidth. Uncompiled, F.gelu is faster.
     """
     return Gelu.apply(x)
+
+
+# ---------------------------------------------------------------------------------------------------
+# SwiGLU's gradient
+
+def swiglu_kernel(source, gradient, out, n, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # N x 2 INNER may pass 2^31, a program's own part does not
+    row = start // INNER
+    at = (start - row * INNER).to(tl.int32) + tl.arange(0, BLOCK)
+    inside = at < n - row * INNER
+    gates = at + at // INNER * INNER  # a row of source is gate | up
+    source += row * (2 * INNER)
+    out += row * (2 * INNER)
+    gradient += row * INNER
+    gate = tl.load(source + gates, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + gates + INNER, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    share = 1 / (1 + tl.exp(-gate))
+    act = gate * share
+    tl.store(out + gates, (g * up * (share + act * (1 - share))).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + gates + INNER, (g * act).to(out.dtype.element_ty), mask=inside)
+    tl.store(gradient + at, (act * up).to(gradient.dtype.element_ty), mask=inside)
+
+
+def swiglu_gradient_reference(x, g):
+    """What swiglu_gradient does."""
+    gate, up = x.float().chunk(2, dim=-1)
+    share = gate.sigmoid()
+    act = gate * share
+    out = torch.cat([g.float() * up * (share + act * (1 - share)), g.float() * act], dim=-1).to(x.dtype)
+    g.copy_(act * up)
+    return out
+
+
+def swiglu_gradient(x, g):
+    """
+    The gradient of x = gate | up (N, 2 C) from that of silu(gate) up, g (N, C), in fp32 inside; g is overwritten by silu(gate) up, which
+    the gradient of the next weight wants. Each number is moved once: torch.compile reads most twice, in two kernels. Both lie in one piece.
+    """
+    if x.device.type not in RUNS_ON:
+        return swiglu_gradient_reference(x, g)
+    assert x.is_contiguous() and g.is_contiguous() and x.size(-1) == 2 * g.size(-1)
+    out, block = torch.empty_like(x), 1024
+    kernels().swiglu[(-(-g.numel() // block),)](x, g, out, g.numel(), g.size(-1), block, num_warps=4)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adapters
 import finetuning
+import kernels
 from cache import Cache
 from configurator import UserError
-from model import GPT, GPTConfig
+from model import GPT, MLP, GPTConfig
 from packing import Batch, Documents, Rows, pack
 
 pytest.importorskip('peft')
@@ -309,6 +310,25 @@ def test_compiled_blocks_are_the_same_blocks(adapted, adapter, how):
         found.append([loss.detach()] + [p.grad for p in model.parameters() if p.requires_grad])
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(*found))
     assert counters['stats']['unique_graphs'] <= 4  # embedding, a first block whose input needs no gradient, the others, spared ones
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [('none',), ('selective', 1.0, 1), ('full',)], ids=lambda how: how[0])
+def test_full_blocks_with_swiglus_own_gradient(tiny, monkeypatch, how):
+    found, batch = [], batch_of([[24]] * 2)
+    for compile in (False, True):
+        torch._dynamo.reset()
+        model = adapters.adapt(tiny('mha', **LLAMA, n_embd=64, n_layer=3), 'full').train()
+        if compile:
+            monkeypatch.setattr('kernels.RUNS_ON', ('cpu',))  # the gradient's reference runs there
+            monkeypatch.setattr('kernels.swiglu_gradient', kernels.swiglu_gradient_reference)
+        finetuning.set_up(model, *how, compile=compile, backend='aot_eager')
+        assert {type(block.mlp) for block in model.transformer.h} == {finetuning.SwigluMLP if compile else MLP}
+        loss = finetuning.loss_of(model, batch, torch.tensor(float(batch.counted)))
+        loss.backward()
+        found.append([loss.detach()] + [p.grad for p in model.parameters()])
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(*found))
     torch._dynamo.reset()
 
 

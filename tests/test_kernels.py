@@ -395,3 +395,40 @@ def test_interpreted_adamw_is_torchs(n, decay):
 def test_adamw_is_torchs_on_a_gpu(dtype):
     found = ten_updates(3_000_001, dtype, 'cuda', 0.1)
     assert max(found) <= 0.5, found
+
+
+# ---------------------------------------------------------------------------------------------------
+# SwiGLU
+
+def swiglu_errors(N, C, dtype, device, reference=False):
+    """The norms of what swiglu_gradient's two results are away from float64's, in norms times the dtype's rounding."""
+    torch.manual_seed(0)
+    x, g = (torch.randn(N, width, device=device).mul(3).to(dtype) for width in (2 * C, C))
+    exact = x.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    act = F.silu(gate) * up
+    want = torch.autograd.grad(act, exact, g.double())[0], act.detach()
+    got = (k.swiglu_gradient_reference if reference else k.swiglu_gradient)(x, g), g
+    return [((a.double() - b).norm() / b.norm() / torch.finfo(dtype).eps).item() for a, b in zip(got, want)]
+
+
+SHAPES = [(1, 1), (3, 8), (5, 300), (7, 1376), (2, 2048)]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_swiglu_reference(shape, dtype):
+    assert max(swiglu_errors(*shape, dtype, 'cpu', reference=True)) <= 2
+
+
+@interpreted
+@pytest.mark.parametrize('shape', SHAPES)
+def test_interpreted_swiglu(shape):
+    assert max(swiglu_errors(*shape, torch.float16, 'cpu')) <= 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
+def test_swiglu_on_a_gpu(dtype):
+    for shape in [*SHAPES, (8192, 5504)]:
+        assert max(swiglu_errors(*shape, dtype, 'cuda')) <= 4, shape
