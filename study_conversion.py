@@ -294,7 +294,7 @@ def draw():
     steps = [sorted({row['steps'] for row in done.values() if row['what'] == what and 'steps' in row}) for what in ('source', 'healed')]
     healing = 'healing: ' + ' steps after '.join(', '.join(map(str, x)) for x in reversed(steps)) + ' of training; ' if all(steps) else ''
     with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
-                       note=f'{healing}mean of the seeds, bars from least to most') as (fig, axes):
+                       note=healing + ('mean of the seeds, bars from least to most' if len({seed for _, seed in base}) > 1 else 'one seed')) as (fig, axes):
         for ax, kind in zip([axes] if len(shown) == 1 else axes, shown):
             for label, what, way, color, style in lines:
                 points = [(100 * s, [100 * x for x in groups[kind, what, json.dumps(way), s]]) for s in columns if (kind, what, json.dumps(way), s) in groups]
@@ -315,7 +315,7 @@ def draw():
         seen = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         fig.legend(seen.values(), seen.keys(), loc='outside right center', fontsize=9)
         some = next(iter(base.values()))
-        figures.footer(fig, f'commit {some["commit"]} · seeds {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
+        figures.footer(fig, f'commit {some["commit"]} · seed{"s" * (len({seed for _, seed in base}) > 1)} {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
         figures.save(fig, picture)
     print(f'\n{", ".join(map(str, files))}; {picture}')
 
