@@ -320,7 +320,7 @@ def train(runs, prepare, environments, in_process, note, tell, look, minutes=0, 
                         finish(run, code, stop.why)
                         held.close()
                         active.remove(entry)
-                        idle.append(process)
+                        idle.insert(0, process)  # it is next: what it has compiled is there
                         due = 0
                 if asked := stop.asked():
                     if not active:

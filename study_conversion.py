@@ -2,7 +2,7 @@
 The conversion study: how much perplexity each way into MLA costs, and how much of it healing gives back.
 
     python study_conversion.py --text=books.txt.xz --seeds=1,2,3
-    python study_conversion.py --text=books.txt.xz --seeds=1 --kinds=mha        # minutes on one large GPU
+    python study_conversion.py --text=books.txt.xz --kinds=mha                  # minutes on one large GPU
     python study_conversion.py --seeds=2 --kinds=gqa --out=out-study-2          # its share on another machine
     python study_conversion.py --results=out-study/results.jsonl,out-study-2/results.jsonl --draw_only=True
 
@@ -29,11 +29,11 @@ n_kv_head = 4  # of the GQA source
 n_embd = 512
 block_size = 512
 batch_size = 64
-source_steps = 2400
-heal_steps = 120  # at most a twentieth of source_steps
+source_steps = 3400
+heal_steps = 170  # at most a twentieth of source_steps
 heal_optimizer = 'muon'  # adamw | muon
-heal_lr = 1e-3
-heal_muon_lr = 0.005
+heal_lr = 7e-4
+heal_muon_lr = 0.0035
 heal_distill = 0.9  # share of the loss that is KL(source, model)
 heal_cooldown = 0.5
 # measuring
@@ -53,6 +53,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,20 +119,38 @@ def tell(**row):
     return row
 
 
-def train(jobs):
-    """A run of train.py for each folder: words of `jobs`, one after the other in one process; those that have ended are not run again."""
+def train(sources):
+    """
+    Runs of train.py, {folder: (its words, what to do then: a function that may return more of them)}: the `sources` one after the other, and beside
+    the next one, where there is a GPU, what the one before has led to, so that little of the time goes to starts and compilation.
+    """
     gpu = device.type == 'cuda'
     same = [f'--dataset={data}', '--gradient_accumulation_steps=1', f'--batch_size={batch_size}', '--sample_tokens=0', '--schedule=wsd', '--min_lr=0', '--eval_iters=4',
             f'--device={device.type}', f'--compile={gpu}', f'--cuda_graph={gpu}', *([] if gpu else ['--dtype=fast', '--kernel=eager'])]
-    every = [runs.Run('study', 'seed', 0, path, [*words, *same]) for path, words in jobs.items()]
-    left = (seconds - time.perf_counter() + began) / 60 if seconds else 0
-    stopped = 'seconds' if left < 0 else runs.train(every, lambda run: None, [{}], True, {}, lambda run: print(f'{run.folder}: {run.over}', flush=True), lambda running: None, left)
-    if failed := [run for run in every if run.state() == 'failed']:
-        raise UserError(f'training {failed[0].folder} has failed: {failed[0].error()}')
-    if stopped:
-        draw()
-        print(f'stopped by {stopped}: the same command goes on')
-        sys.exit(runs.STOPPED)
+    every, then = [], {}
+
+    def add(jobs, chained=False):
+        for path, (words, after) in jobs.items():
+            every.append(runs.Run(path.relative_to(out).parts[0].split('-')[0], 'seed', 0, path, [*words, *same], every[-1:] if chained else []))
+            then[path] = after
+
+    def look(running=()):
+        """Called when whatever can run is running: what follows from the runs that have ended."""
+        for run in [run for run in every if run.over and run.folder in then]:
+            if run.over == 'failed':
+                raise UserError(f'training {run.folder} has failed: {run.error()}')
+            print(f'{run.folder}: done', flush=True)
+            add(then.pop(run.folder)() or {})
+
+    add(sources, chained=True)
+    while then:
+        left = (seconds - time.perf_counter() + began) / 60 if seconds else 0
+        stopped = 'seconds' if left < 0 else runs.train(every, lambda run: None, [{}] * (1 + gpu), True, {}, lambda run: None, look, left)
+        if stopped:
+            draw()
+            print(f'stopped by {stopped}: the same command goes on')
+            sys.exit(runs.STOPPED)
+        look()
 
 
 def nats_of(model, cache=''):
@@ -150,26 +169,19 @@ def load(path):
 
 
 def study(kind, seed):
-    home = out / f'{kind}-{seed}'
-    train({home / 'source': [f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--n_kv_head={n_kv_head if kind == "gqa" else 0}', f'--block_size={block_size}',
-          '--pos=rope', '--norm=rmsnorm', '--act=swiglu', '--tie_weights=False', '--init=fan_in', '--zero_init=True', '--optimizer=muon', '--muon_lr=0.02',
-          '--learning_rate=3e-3', '--warmup_iters=20', '--cooldown=0.6', f'--max_iters={source_steps}', f'--eval_interval={max(1, source_steps // 2)}', f'--seed={seed}']})
-    source = load(home / 'source')
-    c, moments, on_cpu = source.config, None, copy.deepcopy(source).cpu()
-    if key_of(dict(kind=kind, seed=seed, what='source')) not in done:
-        tell(kind=kind, seed=seed, what='source', params=source.num_params(), steps=source_steps, **figures_of(source, nats_of(source)))
+    """What to train for it first, and a generator that makes a row of the table at a time, once that is over."""
+    home, source, on_cpu, moments = out / f'{kind}-{seed}', None, None, None
+    healing = dict(max_iters=heal_steps, warmup_iters=max(1, heal_steps // 20), optimizer=heal_optimizer, learning_rate=heal_lr, muon_lr=heal_muon_lr, cooldown=heal_cooldown, distill=heal_distill)
+    how = [str(HERE / 'config' / 'heal_mla.py'), *(f'--{name}={value}' for name, value in healing.items()), f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
 
-    def place_of(saving, way):
-        return home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
-
-    def convert(saving, way, keep):
+    def convert(saving, way, keep=False):
         """The rows of this conversion; with keep its checkpoint as well."""
         nonlocal moments
         row, place = dict(kind=kind, seed=seed, saving=saving, what='converted', way=way), place_of(saving, way)
         if key_of(row) in done and (not keep or (place / 'ckpt.pt').exists()):
             return
         moments = moments or [calibration.Moments(*(x.cpu() for x in vars(m).values())) for m in calibration.measure(source, windows, 32)]
-        pairs, rank = conversion.for_saving(c, saving, way['rope_heads'], way['low_rank'])
+        pairs, rank = conversion.for_saving(source.config, saving, way['rope_heads'], way['low_rank'])
         if rank < 1:
             raise UserError(f'saving {saving} leaves no room for a latent beside the k_pe of {name_of(way)}: use a larger model, or save less')
         mla, layers = conversion.convert(on_cpu, moments, rank, pairs, **way)  # small matrices: no slower there, and the device is left to others
@@ -181,31 +193,44 @@ def study(kind, seed):
         if key_of(row) not in done:
             tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
 
-    to_heal = [(saving, way) for saving in heal_savings for way in (BEST, BASELINE)]
-    for saving, way in to_heal:
-        convert(saving, way, keep=True)
-    healing = dict(max_iters=heal_steps, warmup_iters=max(1, heal_steps // 20), optimizer=heal_optimizer, learning_rate=heal_lr, muon_lr=heal_muon_lr, cooldown=heal_cooldown, distill=heal_distill)
-    how = [str(HERE / 'config' / 'heal_mla.py'), *(f'--{name}={value}' for name, value in healing.items()), f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
-    control, places = dict(kind=kind, seed=seed, what='control'), {}
-    for saving, way in to_heal:
-        row = dict(kind=kind, seed=seed, saving=saving, what='healed', way=way)
-        if not all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
-            places[place_of(saving, way)] = row
-    jobs = {place / 'healed': [*how, f'--init_from={place}', f'--teacher={home / "source"}'] for place in places}
-    if heal_savings and key_of(control) not in done:
-        jobs[home / 'control'] = [*how, f'--init_from={home / "source"}']
-    train(jobs) if jobs else None
-    for place, row in places.items():
-        mla = load(place / 'healed')
+    def place_of(saving, way):
+        return home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
+
+    def after_source():
+        nonlocal source, on_cpu
+        source, jobs = load(home / 'source'), {}
+        on_cpu = copy.deepcopy(source).cpu()
+        if key_of(dict(kind=kind, seed=seed, what='source')) not in done:
+            tell(kind=kind, seed=seed, what='source', params=source.num_params(), steps=source_steps, **figures_of(source, nats_of(source)))
+        for way in (BEST, BASELINE):
+            for saving in heal_savings:
+                convert(saving, way, keep=True)
+                row, place = dict(kind=kind, seed=seed, saving=saving, way=way), place_of(saving, way)
+                if not all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
+                    jobs[place / 'healed'] = [*how, f'--init_from={place}', f'--teacher={home / "source"}'], partial(after_healing, row)
+            if heal_savings and way == BEST and key_of(dict(kind=kind, seed=seed, what='control')) not in done:
+                jobs[home / 'control'] = [*how, f'--init_from={home / "source"}'], after_control
+        return jobs
+
+    def after_healing(row):
+        mla = load(place_of(row['saving'], row['way']) / 'healed')
         for what, cache in (('healed', ''), ('healed, int4', 'int4')):
             if key_of(row | dict(what=what)) not in done:
                 tell(**row | dict(what=what), steps=heal_steps, healing=healing, **figures_of(mla, nats_of(mla, cache), cache))
-    if home / 'control' in jobs:
+
+    def after_control():
         model = load(home / 'control')
-        tell(**control, steps=heal_steps, healing=healing, **figures_of(model, nats_of(model)))
-    for way in WAYS:  # the most telling ones first
-        for saving in [*heal_savings, *(s for s in savings if s not in heal_savings)]:
-            convert(saving, way, keep=False)
+        tell(kind=kind, seed=seed, what='control', steps=heal_steps, healing=healing, **figures_of(model, nats_of(model)))
+
+    def table():
+        first = [(saving, way) for way in WAYS[:8] for saving in heal_savings]  # the factorisations, where it is healed
+        for saving, way in first + [(saving, way) for way in WAYS for saving in savings if (saving, way) not in first]:
+            convert(saving, way)
+            yield
+
+    return {home / 'source': ([f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--n_kv_head={n_kv_head if kind == "gqa" else 0}', f'--block_size={block_size}',
+            '--pos=rope', '--norm=rmsnorm', '--act=swiglu', '--tie_weights=False', '--init=fan_in', '--zero_init=True', '--optimizer=muon', '--muon_lr=0.02',
+            '--learning_rate=3e-3', '--warmup_iters=20', '--cooldown=0.6', f'--max_iters={source_steps}', f'--eval_interval={max(1, source_steps // 2)}', f'--seed={seed}'], after_source)}, table()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -269,7 +294,7 @@ def draw():
     steps = [sorted({row['steps'] for row in done.values() if row['what'] == what and 'steps' in row}) for what in ('source', 'healed')]
     healing = 'healing: ' + ' steps after '.join(', '.join(map(str, x)) for x in reversed(steps)) + ' of training; ' if all(steps) else ''
     with figures.sheet(cols=len(shown), size=(figures.WIDTH + 2.5, 5.0), title='Perplexity that a conversion to MLA costs',
-                       note=f'{healing}mean of the seeds, bars from least to most') as (fig, axes):
+                       note=healing + ('mean of the seeds, bars from least to most' if len({seed for _, seed in base}) > 1 else 'one seed')) as (fig, axes):
         for ax, kind in zip([axes] if len(shown) == 1 else axes, shown):
             for label, what, way, color, style in lines:
                 points = [(100 * s, [100 * x for x in groups[kind, what, json.dumps(way), s]]) for s in columns if (kind, what, json.dumps(way), s) in groups]
@@ -290,7 +315,7 @@ def draw():
         seen = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         fig.legend(seen.values(), seen.keys(), loc='outside right center', fontsize=9)
         some = next(iter(base.values()))
-        figures.footer(fig, f'commit {some["commit"]} · seeds {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
+        figures.footer(fig, f'commit {some["commit"]} · seed{"s" * (len({seed for _, seed in base}) > 1)} {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
         figures.save(fig, picture)
     print(f'\n{", ".join(map(str, files))}; {picture}')
 
@@ -313,7 +338,9 @@ results.parent.mkdir(parents=True, exist_ok=True)
 known, val, _ = calibration.tokens_of(str(folder), {}, 256)
 windows = calibration.windows_of(known, calibration_tokens, block_size, n_embd + 1).to(device)
 held_out = calibration.windows_of(val, eval_tokens, block_size + 1, what='the held-out part').to(device)
-for seed in seeds:
-    for kind in kinds:
-        study(kind, seed)
+every = [study(kind, seed) for kind in kinds for seed in seeds]
+train({path: job for sources, _ in every for path, job in sources.items()})
+tables = [table for _, table in every]
+while tables:  # a row of each, then the next
+    tables = [table for table in tables if next(table, 'over') is None]
 draw()
