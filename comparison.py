@@ -148,7 +148,7 @@ def table(comparison, contenders, runs):
     lines += ['', textwrap.fill(' '.join(filter(None, (
         f"{comparison['title']}. Text: {comparison['source']}; {comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens, the same ones for each contender.",
         f"The loss of a run is its best validation loss. The difference is the mean over {len(comparison['seeds'])} seeds of what a contender has more than "
-        f"'{contenders[comparison['control']]['label']}' with the same seed and batches, with Student's t interval (95 %, {len(comparison['seeds']) - 1} degrees of freedom)."
+        f"'{contenders[comparison['control']]['label']}' with the same seed and batches, with Student's t interval (95 %; with {len(comparison['seeds'])} seeds {len(comparison['seeds']) - 1} degrees of freedom)."
         if len(comparison['seeds']) > 1 else '',
         grid_words(comparison, contenders, found),
         'Caches are counted in bf16, all layers.',
@@ -209,14 +209,27 @@ def colors(contenders):
     return found
 
 
+def beyond(found):
+    """Names of the rows above a gap of more than three times the range of all that is below it, at least four rows: named at the edge of a panel."""
+    known = sorted((row['val_loss'], row['name']) for row in found if row['val_loss'] is not None)
+    for i in range(4, len(known)):
+        if known[i][0] - known[i - 1][0] > 3 * (known[i - 1][0] - known[0][0]) > 0:
+            return {name for _, name in known[i:]}
+    return set()
+
+
 def pareto(ax, found, paint, compact=False):
-    """Val loss over cache bytes per token, with 95 % intervals of the mean over seeds, and the front as steps."""
+    """Val loss over cache bytes per token, with 95 % intervals of the mean over seeds, and the front as steps. Those of one cache stand side by side."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
-    known = [row for row in found if row['val_loss'] is not None and row['cache_bytes']]
+    known, far = [row for row in found if row['val_loss'] is not None and row['cache_bytes']], beyond(found)
     for row in known:
+        beside = [other['name'] for other in known if other['cache_bytes'] == row['cache_bytes'] and other['name'] not in far]
+        if row['name'] in far:
+            ax.text(row['cache_bytes'], 0.97, f"{row['label']}: {row['val_loss']:.3f} ↑", transform=ax.get_xaxis_transform(), va='top', ha='center', fontsize=9, color=paint[row['name']])
+            continue
         spread = t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds']) if row['sd'] is not None else None
-        ax.errorbar(row['cache_bytes'], row['val_loss'], yerr=spread, color=paint[row['name']], marker='s' if row['control'] else 'o', markersize=7,
-                    capsize=3, linewidth=1.4, markeredgecolor='white', zorder=3)
+        ax.errorbar(row['cache_bytes'] * 1.025 ** (beside.index(row['name']) - (len(beside) - 1) / 2), row['val_loss'], yerr=spread, color=paint[row['name']],
+                    marker='s' if row['control'] else 'o', markersize=7, capsize=3, linewidth=1.4, markeredgecolor='white', zorder=3)
     on = sorted((row['cache_bytes'], row['val_loss']) for row in known if row['name'] in front(found))
     if len(on) > 1:
         ax.step(*zip(*on), where='post', color=figures.COLORS['muted'], linewidth=1, linestyle=(0, (4, 3)), zorder=1, label='Pareto front')
@@ -236,7 +249,8 @@ def pareto(ax, found, paint, compact=False):
 
 def name_points(ax, found, paint, inches):
     """The labels beside the points of pareto(): those of about the same cache above each other, on the left where it ends. The axes are `inches` high."""
-    known = sorted((row for row in found if row['val_loss'] is not None and row['cache_bytes']), key=lambda row: (row['cache_bytes'], row['val_loss']))
+    far = beyond(found)
+    known = sorted((row for row in found if row['val_loss'] is not None and row['cache_bytes'] and row['name'] not in far), key=lambda row: (row['cache_bytes'], row['val_loss']))
     low, high = ax.get_ylim()
     apart, placed = 0.17 / inches * (high - low), []
     for row in sorted(known, key=lambda row: row['val_loss']):
@@ -246,7 +260,7 @@ def name_points(ax, found, paint, inches):
             if max(size / row['cache_bytes'], row['cache_bytes'] / size) < 1.5 and abs(y - other) < apart:
                 y = other + apart
         placed.append((y, row['cache_bytes']))
-        ax.annotate(row['label'], (row['cache_bytes'], y), xytext=(-7 if left else 7, 7), textcoords='offset points', ha='right' if left else 'left', va='center',
+        ax.annotate(row['label'], (row['cache_bytes'], y), xytext=(-11 if left else 11, 7), textcoords='offset points', ha='right' if left else 'left', va='center',
                     fontsize=9, color=paint[row['name']])
 
 
@@ -260,7 +274,7 @@ def mean_curve(runs, key):
 
 def curves(ax, comparison, contenders, runs, paint, over):
     """Validation losses, mean over seeds with their range, over steps or over seconds of training."""
-    every = []
+    every, far = [], beyond(rows(comparison, contenders, runs))
     for name in contenders:
         mine = [run for run in runs if run['contender'] == name and run['role'] == 'seed' and 'val_loss' in run]
         steps, mean, low, high = mean_curve(mine, 'eval_losses')
@@ -270,6 +284,9 @@ def curves(ax, comparison, contenders, runs, paint, over):
             x = [step * comparison['tokens_per_step'] / statistics.median(speeds) for step in steps] if speeds else []
         if x:
             same = [other for other in contenders if contenders[other]['kind'] == contenders[name]['kind']]
+            if name in far:  # to the legend alone
+                ax.plot([], [], color=paint[name], linewidth=1.8, label=f"{contenders[name]['label']}: above, {mean[-1]:.3f} at the end")
+                continue
             ax.plot(x, mean, color=paint[name], linewidth=1.8, marker='.' if len(x) < 30 else None, label=contenders[name]['label'],
                     linestyle=LINES[same.index(name) % len(LINES)] if len(same) > 3 else '-')
             ax.fill_between(x, low, high, color=paint[name], alpha=0.18 if len(contenders) < 5 else 0.07, linewidth=0)
@@ -288,10 +305,15 @@ def curves(ax, comparison, contenders, runs, paint, over):
 def difference_bars(ax, found, paint):
     """Paired differences to the control with their intervals, a row each, best on top."""
     shown = sorted((row for row in found if row['difference'] is not None), key=lambda row: row['difference'])
+    far = beyond(found)
     for y, row in enumerate(reversed(shown)):
+        if row['name'] in far:
+            ax.text(0.99, y, f"{row['difference']:+.4f}" + ('' if row['half'] is None else f" ± {row['half']:.4f}") + ' →', transform=ax.get_yaxis_transform(),
+                    ha='right', va='center', fontsize=9, color=paint[row['name']])
+            continue
         ax.errorbar(row['difference'], y, xerr=row['half'], color=paint[row['name']], marker='o', markersize=6, capsize=3, linewidth=1.6)
     ax.axvline(0, color=figures.COLORS['ink'], linewidth=1)
-    ax.set_yticks(range(len(shown)), [row['label'] for row in reversed(shown)])
+    ax.set_yticks(range(len(shown)), [row['label'] + f" ({row['seeds']} seeds)" * (row['seeds'] < row['wanted']) for row in reversed(shown)])
     ax.set_ylim(-0.7, max(len(shown), 1) - 0.3)
     ax.grid(False, axis='y')
     control = next((row['label'] for row in found if row['control']), '')

@@ -4,7 +4,8 @@ Which MLA matches MHA with RoPE at 30M parameters, and at which cache size: book
     python data/text/prepare.py books.txt.xz --tokenizer=bytes --out=data/books_bytes
     python compare.py config/compare_books.py
 
-MHA leaves 1024 values a token and layer; MQA, and MLA at 64 + 64 or 96 + 32, an eighth of that.
+MHA leaves 1024 values a token and layer; MQA, and MLA at 64 + 64 or 96 + 32, an eighth of that. Contenders are trained in
+their order; the question alone, 18 runs: --only=['mha','mla64_64','mla192_64'].
 """
 out_dir = 'out-compare-books'
 title = 'Books, bytes, 30M parameters: MHA, MQA and MLA'
@@ -37,8 +38,8 @@ zero_init = True
 optimizer = 'muon'
 learning_rate = 2e-3  # of AdamW: embedding, head and norms
 weight_decay = 0.1
-max_iters = 700  # 64 x 512 bytes a step: 23 MB, a quarter of the books
-eval_interval = 175
+max_iters = 500  # 64 x 512 bytes a step: 16 MB, a sixth of the books
+eval_interval = 125
 eval_iters = 16
 log_interval = 50
 schedule = 'wsd'

@@ -5,6 +5,7 @@ what it says when a contender fails; and the numbers of comparison.py against pu
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -104,6 +105,13 @@ def test_the_front_is_what_nothing_beats(rows):
         assert (row['name'] in on) == (not any(beats(other, row) for other in known))
         assert row['name'] in on or any(beats(rows[i], row) for i in on)
     assert set(on) <= {row['name'] for row in known}
+
+
+def test_what_lies_far_above_the_others_is_not_drawn_to_scale():
+    def rows(*losses):
+        return [dict(name=str(i), val_loss=loss) for i, loss in enumerate(losses)]
+    assert comparison.beyond(rows(1.40, 1.593, 1.41, None, 1.43, 1.42, 1.7)) == {'1', '6'}
+    assert comparison.beyond(rows(1.40, 1.5, 1.41, 1.43, 1.42)) == set() == comparison.beyond(rows(1.40, 1.9, 1.41)) == comparison.beyond(rows(1.4, 1.4, 1.4, 1.4, 1.5))
 
 
 def made_up(losses, **about):
@@ -390,7 +398,7 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_is_trained(settings, 
     assert not list(Path().glob('cmp/*/*'))
 
 
-COMMITTED = sorted((ROOT / 'assets' / 'logs').glob('compare*.jsonl'))
+COMMITTED = sorted(path for start in ('compare', 'study') for path in (ROOT / 'assets' / 'logs').glob(f'{start}*.jsonl') if '"comparison"' in path.read_text()[:40])
 
 
 @pytest.mark.parametrize('path', COMMITTED, ids=lambda path: path.stem)
@@ -401,6 +409,12 @@ def test_tables_of_the_readme_are_those_of_the_committed_logs(path):
     assert all(commit in readme for commit in head['commit'].split(', ')) and not any('/work' in line.get('command', '') for line in lines)
     assert len({line['command'] for line in lines if 'command' in line}) == len([line for line in lines if 'command' in line])
 
+
+def test_losses_of_the_screening_are_those_of_its_log():
+    head, contenders, lines = comparison.read(ROOT / 'assets' / 'logs' / 'shapes_pilot.jsonl')
+    about = (ROOT / 'README.md').read_text().partition('| latent + RoPE key |')[2].partition('\n\n')[0]
+    said, tried = set(re.findall(r'1\.4\d{3}', about)), [line for line in lines if line['tuned']['dropout'] == 0.1 and line['tuned'].get('dropout_in', 'all') == 'all']
+    assert len(said) == 10 and said <= {f"{line['val_loss']:.4f}" for line in tried} and {line['seed'] for line in tried} == {head['tune_seed']}
 
 # ---------------------------------------------------------------------------------------------------
 # kills
