@@ -8,7 +8,7 @@ MHA leaves 1024 values a token and layer; MQA, and MLA at 64 + 64 or 96 + 32, an
 their order; the question alone, 18 runs: --only=['mha','mla64_64','mla192_64'].
 """
 out_dir = 'out-compare-books'
-title = 'Books, bytes, 30M parameters: MHA, MQA and MLA'
+title = 'Books, bytes, 30M parameters'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
