@@ -2,15 +2,15 @@
 Measure training and decoding: python bench.py train | scale | race | decode [config/x.py ...] [--key=value ...]
 
     python bench.py train config/train_gpt2.py --batch_size=32 --peer=../nanoGPT --profile=True
-    python bench.py scale config/train_gpt2.py --batch_size=32 --gpus=1,2,4
+    python bench.py scale config/train_gpt2.py --batch_size=32 --gpus=1,2
     python bench.py race config/train_shakespeare_mla.py --peer=../nanoGPT --goal=1.886
     python bench.py decode --models=mha,gqa,mqa,mla --caches=none,dense,paged --batch_sizes=1,64
     python bench.py decode --peer=../nanoGPT,transformers
     python bench.py decode --attention_only=True --cache_dtypes=auto,int8,int4
 
 train times whole steps (forward, backward, clip, optimizer) on random tokens, beside a matrix product
-and, with --peer, nanoGPT's own model and recipe, all in this process. scale times the same steps in the processes
-of one torchrun, on several GPUs. race runs nanoGPT's train.py and then ours, each as a person would, until val loss --goal.
+and, with --peer, nanoGPT's own model and recipe, all in this process. scale runs train under torchrun
+on several GPUs. race runs nanoGPT's train.py and then ours, each as a person would, until val loss --goal.
 decode times prefill and decode steps with and without a cache (decode_meter.py), with --peer whole texts beside
 nanoGPT's and transformers' generate, with --attention_only one layer's attention (attention_meter.py).
 """
@@ -60,7 +60,6 @@ if not mode:
 import contextlib
 import gc
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -163,51 +162,18 @@ def head_products():
     return lambda: x @ w.T, lambda: d @ w, lambda: d.T @ x
 
 
-def random_data(world=1):
-    """A dataset of random tokens, for `world` processes."""
+def train():
+    rate = matmul_rate()
     with tempfile.TemporaryDirectory() as folder:
         with datasets.TokenWriter(folder, config['vocabulary']) as files:
             random = np.random.default_rng(0)
             files.add('train', random.integers(0, config['vocabulary'], 2 ** 20))
             files.add('val', random.integers(0, config['vocabulary'], 2 ** 16))
             files.publish(dict(tokenizer='gpt2', source='random tokens'))
-        return datasets.Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
-
-
-def steps(settings, data, rate, theirs=None, group=None):
-    """Times our steps by train.py's `settings` in the processes of `data`; the first one tells and returns the figures."""
-    torch.manual_seed(0)
-    model = checkpoint.new_model(config['attention'], config, config.given, config['vocabulary']).to(device).train()
-    model.stream = stream
-    model.check_kernel(device)
-    trainer = Trainer(settings, model, data, group=group)
-    begin = time.perf_counter()
-    trainer.update(0)
-    machine.synchronize(device)
-    first = time.perf_counter() - begin
-    seconds, least, most = median_seconds(trainer.update, config['timed_steps'])
-    tokens = settings['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
-    speed, memory = tokens / seconds, machine.peak_memory(device)
-    flops, name = model.flops_per_token(config['block_size']), f"{config['attention'].upper()} {model.num_params() / 1e6:.1f}M"
-    if rank == 0:
-        print(f"{name} batch {config['batch_size']}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {speed / 1e3:8.1f}k tok/s, "
-              f'{memory / 2 ** 30:.1f} GiB, {100 * flops * speed / (rate * data.world):.1f} % of the matrix product, first step {first:.1f} s'
-              + (f', {speed / theirs:.3f} x nanoGPT' if theirs else ''))
-    table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
-    if rank:
-        return {}
-    for what, ms in sorted(table.items(), key=lambda row: -row[1]):
-        print(f'  {ms:8.2f} ms  {ms / (10 * seconds):5.1f} %  {what}')
-    for ms, kernel in kernels:
-        print(f'      {ms:8.3f} ms  {kernel[:110]}')
-    return dict(what=name, world=data.world, config={key: value for key, value in settings.items() if key not in ('peer', 'results')}, tok_per_s=speed, ms=1e3 * seconds,
-                ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory, matmul_tflops=rate / 1e12, mfu_of_matmul=flops * speed / (rate * data.world),
-                first_step_s=first, ratio_to_peer=speed / theirs if theirs else None, profile=table)
-
-
-def train():
-    rate, data, theirs = matmul_rate(), random_data(), None
-    print(f'{machine.describe(device)}, {str(stream)[6:]}: a matrix product runs at {rate / 1e12:.1f} TFLOP/s')
+        data = datasets.Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
+    if main:
+        print(f'{machine.describe(device)}, {str(stream)[6:]}: a matrix product runs at {rate / 1e12:.1f} TFLOP/s')
+    theirs = None
     if peer:
         theirs, (seconds, least, most), memory = time_peer(peer, data)
         print(f'nanoGPT   batch {peer_batch_size}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {theirs / 1e3:8.1f}k tok/s, {memory / 2 ** 30:.1f} GiB')
@@ -217,29 +183,47 @@ def train():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         torch._dynamo.reset()
-    report(**steps(config, data, rate, theirs))
+    torch.manual_seed(0)
+    model = checkpoint.new_model(config['attention'], config, config.given, config['vocabulary']).to(device).train()
+    model.stream = stream
+    model.check_kernel(device)
+    trainer = Trainer(config, model, data)
+    begin = time.perf_counter()
+    trainer.update(0)
+    machine.synchronize(device)
+    first = time.perf_counter() - begin
+    seconds, least, most = median_seconds(trainer.update, config['timed_steps'])
+    tokens = config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
+    speed, memory = tokens / seconds, machine.peak_memory(device)
+    flops, name = model.flops_per_token(config['block_size']), f"{config['attention'].upper()} {model.num_params() / 1e6:.1f}M"
+    if main:
+        print(f"{name} batch {config['batch_size']}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {speed / 1e3:8.1f}k tok/s, "
+              f'{memory / 2 ** 30:.1f} GiB, {100 * flops * speed / (rate * world):.1f} % of the matrix product, first step {first:.1f} s'
+              + (f', {speed / theirs:.3f} x nanoGPT' if theirs else ''))
+    table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
+    if main:
+        report(what=name, world=world, config={key: value for key, value in config.items() if key not in ('peer', 'results')}, tok_per_s=speed, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory,
+               matmul_tflops=rate / 1e12, mfu_of_matmul=flops * speed / (rate * world), first_step_s=first, ratio_to_peer=speed / theirs if theirs else None, profile=table)
+        for group, ms in sorted(table.items(), key=lambda row: -row[1]):
+            print(f'  {ms:8.2f} ms  {ms / (10 * seconds):5.1f} %  {group}')
+        for ms, kernel in kernels:
+            print(f'      {ms:8.3f} ms  {kernel[:110]}')
 
 
 def scale():
-    """The same step on 1, 2, ... GPUs (or CPU processes) of this host, each with the batch_size that was asked for, in one torchrun."""
-    numbers = [int(n) for n in gpus.split(',')]
-    if world == 1 and max(numbers) > 1 and 'RANK' not in os.environ:
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={max(numbers)}', str(HERE / 'bench.py'), 'scale', *sys.argv[1:]]
-        if subprocess.run(command).returncode:
-            sys.exit(f'error: the run of {max(numbers)} processes failed (its message is above)')
-        return
-    rate, base = matmul_rate(), None
-    for n in numbers:
-        group = torch.distributed.new_group(range(n)) if world > 1 else None
-        if rank < n:
-            line = steps(dict(config) | dict(gradient_accumulation_steps=n * config['gradient_accumulation_steps']), random_data(n), rate, group=group)
-            gc.collect()
-        if rank == 0:
-            base = base or line['tok_per_s'] / n
-            print(f"{n} processes: {line['tok_per_s'] / 1e3:.1f}k tok/s, {line['tok_per_s'] / base:.3f} x one, efficiency {100 * line['tok_per_s'] / base / n:.1f} %\n", flush=True)
-            report(**line | dict(what='scale', model=line['what'], processes=n, speedup=line['tok_per_s'] / base))
-        if world > 1:
-            torch.distributed.barrier()  # the others wait here
+    """The same step on 1, 2, ... GPUs (or CPU processes) of this host, each with the batch_size that was asked for."""
+    base = None
+    for n in map(int, gpus.split(',')):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [word for word in sys.argv[1:] if not word.startswith(('--gpus', '--results', '--gradient_acc', '--peer='))]
+            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', str(HERE / 'bench.py'), 'train', *words,
+                       f'--gradient_accumulation_steps={n}', f'--results={folder}/r.jsonl']
+            if subprocess.run(command).returncode:
+                sys.exit(f'error: the run of {n} processes failed (its message is above)')
+            line = json.loads(Path(folder, 'r.jsonl').read_text().splitlines()[-1])
+        base = base or line['tok_per_s'] / n
+        print(f"{n} processes: {line['tok_per_s'] / 1e3:.1f}k tok/s, {line['tok_per_s'] / base:.3f} x one, efficiency {100 * line['tok_per_s'] / base / n:.1f} %\n", flush=True)
+        report(**line | dict(what='scale', processes=n, speedup=line['tok_per_s'] / base))
 
 
 def race():
@@ -323,11 +307,12 @@ if not Path(results).absolute().parent.is_dir():
 device = machine.pick_device(config['device'])
 if device.type == 'cpu':
     config.apply_on_cpu()
-rank, world = 0, 1
+rank, world, main = 0, 1, True
 padded = -(-config['vocabulary'] // 64) * 64
 torch.set_float32_matmul_precision('high')
-if mode == 'scale':
+if mode == 'train':
     rank, world, _, device = machine.join_processes(device, config['backend'])
+    main = rank == 0
 stream = machine.pick_dtype(config['dtype'], device)
 dict(train=train, scale=scale, race=race, decode=decode)[mode]()
 if world > 1:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from muon import MovingAverage, optimizers, set_rate
@@ -81,9 +82,8 @@ class Trainer:
     on its device, its `stream` is set. Rank and world come from `data`.
     """
 
-    def __init__(self, settings, model, data, teacher=None, group=None):
+    def __init__(self, settings, model, data, teacher=None):
         self.s = s = SimpleNamespace(**settings)
-        self.group = group  # of torch.distributed; None = all processes
         self.model, self.data, self.device, self.world = model, data, data.device, data.world
         for name, choices in CHOICES.items():
             if settings[name] not in choices:
@@ -135,19 +135,8 @@ class Trainer:
             if s.compile:
                 self.forward.divergence = torch.compile(self.forward.divergence, dynamic=False)
         if self.world > 1:
-            self.share_gradients()
-
-    def share_gradients(self):
-        """
-        Data parallelism: every process has the weights of the first, and gradients are views of one tensor, so that one
-        all-reduce after the backward pass adds them up. It waits for nothing but is over soon: DistributedDataParallel,
-        which sends gradients while others are computed, slows the matrix products by more than it hides.
-        """
-        for t in [*self.model.parameters(), *self.model.buffers()]:
-            dist.broadcast(t.data, 0, group=self.group)
-        self.gradients = torch.zeros(sum(p.numel() for p in self.params), device=self.device)
-        for p, part in zip(self.params, self.gradients.split([p.numel() for p in self.params])):
-            p.grad = part.view_as(p)
+            ids = [self.device.index] if self.device.type == 'cuda' else None
+            self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
 
     def update(self, step):
         """Train on the batch of `step` (from 0): one update. Returns its mean loss, on the device, not waited for."""
@@ -173,23 +162,20 @@ class Trainer:
         total = 0
         for micro in range(self.accumulation):
             x, y = self.data.cut('train', starts[micro])
-            loss = self.forward(x, y)
-            self.scaler.scale(loss / (self.accumulation * self.world)).backward()
+            last = micro == self.accumulation - 1
+            with nullcontext() if self.world == 1 or last else self.forward.no_sync():  # gradients travel once a step
+                loss = self.forward(x, y) / self.accumulation
+                self.scaler.scale(loss).backward()
             total = total + loss.detach()
-        if self.world > 1:
-            dist.all_reduce(self.gradients, group=self.group)
         if self.s.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self.params, self.s.grad_clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
-            if self.world == 1:
-                optimizer.zero_grad(set_to_none=True)
-        if self.world > 1:
-            self.gradients.zero_()
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return total / self.accumulation
+        return total
 
     def replay(self, starts):
         """one_step as a CUDA graph: the same kernels without Python between them. The first steps are ordinary ones."""
@@ -219,7 +205,7 @@ class Trainer:
                 loss = torch.where(counted > 0, model(x, y) * counted, 0)
                 total += torch.stack([loss, counted]).to(total)
         if self.world > 1:
-            dist.all_reduce(total, group=self.group)
+            dist.all_reduce(total)
         model.train()
         return (total[0] / total[1]).item()
 
