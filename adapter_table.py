@@ -42,6 +42,10 @@ def seeds_of(row):
     return '1 seed' if row['seeds'] == 1 else f'{row["seeds"]} seeds'
 
 
+def spread_of(row):
+    return '1 seed' if row['seeds'] == 1 else f'median of {row["seeds"]} seeds, thin lines from least to most'
+
+
 def color_of(row):
     return 'peer' if row['peer'] else 'muted' if row.get('causal') is False else 'mla' if row['kernel'] == 'mla' else 'mha'
 
@@ -63,7 +67,7 @@ def picture(rows, path):
     kinds = [kind for kind in ('full', 'lora', 'qlora') if any(row['adapter'] == kind for row in rows)]
     tallest = max(sum(row['adapter'] == kind for row in rows) for kind in kinds)
     with figures.sheet(2, len(kinds), size=(figures.WIDTH, 2.2 + 0.56 * tallest), title=f'Fine-tuning {rows[0]["model"]}',
-                       note=f'{rows[0]["device"]}, {rows[0]["dtype"]}: median of {seeds_of(rows[0])}, thin lines from least to most') as (fig, axes):
+                       note=f'{rows[0]["device"]}, {rows[0]["dtype"]}: {spread_of(rows[0])}{"; peer: transformers + PEFT" * any(row["peer"] for row in rows)}') as (fig, axes):
         for column, kind in enumerate(kinds):
             some = [row for row in rows if row['adapter'] == kind][::-1]
             colors = [figures.COLORS[color_of(row)] for row in some]
@@ -79,5 +83,6 @@ def picture(rows, path):
                 ax.xaxis.get_major_locator().set_params(nbins=4)
                 ax.xaxis.set_major_formatter(lambda x, _: figures.count(x))
                 ax.set_xlabel(unit)
-        figures.footer(fig, f'commit {rows[0]["commit"]} · {seeds_of(rows[0])} from {rows[0]["settings"]["seed"]} on · torch {rows[0]["torch"]}')
+        commits = ', '.join(dict.fromkeys(row['commit'] for row in rows))  # a second run may have filled the gaps of a first
+        figures.footer(fig, f'commit {commits} · {seeds_of(rows[0])} from {rows[0]["settings"]["seed"]} on · torch {rows[0]["torch"]}')
         figures.save(fig, path, palette=True)
