@@ -4,12 +4,7 @@ decode_kernels.py against attention in float64 over what the cache says it holds
 As in test_kernels.py the kernels run here under Triton's interpreter, in a child process that one test starts; the tests
 marked gpu hold the same promises on a GPU.
 """
-import os
 import random
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,20 +12,13 @@ import torch
 import decode_kernels as d
 from cache import Cache, dequantise, group_of
 from decoding import Step
-
-CHILD = os.environ.get('TRITON_INTERPRET') == '1'
-interpreted = pytest.mark.skipif(not CHILD, reason='runs in the child process of test_under_the_interpreter')
-ROOT = Path(__file__).parent.parent
+from interpreter import ROOT, interpreted, needs_triton, python, run_interpreted
 
 
-@pytest.mark.skipif(CHILD, reason='is the parent')
-@pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed (requirements-dev has it for Linux)')
+@needs_triton
 @pytest.mark.parametrize('which', ['not slow', pytest.param('slow', marks=pytest.mark.slow)])
 def test_under_the_interpreter(which):
-    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, '-k', 'interpreted', __file__], cwd=ROOT,
-                           env=os.environ | dict(TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    assert ' passed' in child.stdout
+    run_interpreted(__file__, which)
 
 
 def filled(dims, lengths, size, device='cpu', full=torch.float32, **how):
@@ -208,7 +196,7 @@ print(triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(nu
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHILD or find_spec('triton') is None, reason='compiles')
+@needs_triton
 @pytest.mark.parametrize('gpu, arch', [('h200', 90), ('l40', 89)])
 @pytest.mark.parametrize('bits', [0, 8, 4])
 @pytest.mark.parametrize('shape', WIDE, ids=str)
@@ -219,8 +207,8 @@ def test_what_a_program_takes_is_what_the_plan_expects(shape, bits, gpu, arch, m
     monkeypatch.setattr(d, 'card', lambda _: (count, shared * 1024, most * 1024))
     G, N, stages, _, _, _, warps, _ = d.plan(64, K, heads, C, P, latent, bits, 8192, torch.device('cuda'))
     for window, page in ((128 * bool(bits), 16), (0, 0)):
-        child = subprocess.run([sys.executable, '-c', COMPILE, *map(str, (arch, K * heads, K, C, P, int(latent), bits, window, page, G, N, stages, warps))], cwd=ROOT,
-                               env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+        shape = (arch, K * heads, K, C, P, int(latent), bits, window, page, G, N, stages, warps)
+        child = python('-c', COMPILE, *map(str, shape), PYTHONPATH=str(ROOT))
         assert child.returncode == 0, child.stderr[-2000:]
         assert int(child.stdout) <= d.shared_bytes(G, N, stages, C, P, latent, bits)
 

@@ -5,34 +5,19 @@ The Triton kernels run here under Triton's interpreter, on the CPU. It must be c
 imported, so the tests called `interpreted` run in a child process that one test starts; the tests
 marked gpu hold the same promises to real shapes.
 """
-import os
-import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels as k
-
-CHILD = os.environ.get('TRITON_INTERPRET') == '1'
-interpreted = pytest.mark.skipif(not CHILD, reason='runs in the child process of test_under_the_interpreter')
-ROOT = Path(__file__).parent.parent
+from interpreter import CHILD, interpreted, needs_triton, python, run_interpreted
 
 
-def python(*args, **env):
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
-
-
-@pytest.mark.skipif(CHILD, reason='is the parent')
-@pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed (requirements-dev has it for Linux)')
+@needs_triton
 def test_under_the_interpreter():
-    child = python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', 'interpreted', __file__,
-                   TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='')
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    assert ' passed' in child.stdout
+    run_interpreted(__file__, 'not slow')
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -2,33 +2,20 @@
 step_kernels.py against PyTorch: thin products, the choice of a token, whole blocks. As in test_decode_kernels.py the kernels run
 under Triton's interpreter in a child process that one test starts; the tests marked gpu hold the same promises on a GPU.
 """
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
 import decoding
 import step_kernels as s
 from cache import Cache
+from interpreter import interpreted, needs_triton, run_interpreted
 from model import GPTConfig, Norm
 
-CHILD = os.environ.get('TRITON_INTERPRET') == '1'
-interpreted = pytest.mark.skipif(not CHILD, reason='runs in the child process of test_under_the_interpreter')
-ROOT = Path(__file__).parent.parent
 
-
-@pytest.mark.skipif(CHILD, reason='is the parent')
-@pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed (requirements-dev has it for Linux)')
+@needs_triton
 @pytest.mark.parametrize('which', ['not slow', pytest.param('slow', marks=pytest.mark.slow)])
 def test_under_the_interpreter(which):
-    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, '-k', 'interpreted', __file__], cwd=ROOT,
-                           env=os.environ | dict(TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    assert ' passed' in child.stdout
+    run_interpreted(__file__, which)
 
 
 def off(B, C, N, kind, act, bias, add, device='cpu', dtype=torch.float32):
@@ -209,7 +196,7 @@ def compiled(kernel, constants, **types):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHILD or find_spec('triton') is None, reason='needs Triton, and not its interpreter')
+@needs_triton
 @pytest.mark.parametrize('NORM, ACT, BIAS, ADD', [('layernorm', 'gelu', True, False), ('', 'swiglu', True, False), ('rmsnorm', 'gelu_tanh', False, False), ('', 'relu2', False, True)])
 def test_kernels_compile_for_an_h200(NORM, ACT, BIAS, ADD):
     """The interpreter takes more for Python than Triton's compiler does."""
