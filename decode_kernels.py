@@ -22,6 +22,7 @@ import torch
 from kernels import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
+AT_ONCE = 8192  # numbers that a program of four warps joins: 64 registers a thread
 SHORT = 1024  # places of a sequence up to which tiles are chosen for the time that a program takes to begin and to end
 COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the GPU
 
@@ -235,10 +236,10 @@ def decode_kernel(queries, queries_pe, k_codes, k_scales, k_recent, v_codes, v_s
                  out, lse, factor, b, slot, size, pages, H, K, G, C, CP, P, PP, LATENT, 0, GROUP, W, PAGE, min(N, 32), 2, 0, IEEE, ASM)
 
 
-def join_kernel(parts, lse, out, splits, C: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr):
-    """One program a head of a sequence: the parts' mean, weighted by their softmax's sums."""
+def join_kernel(parts, lse, out, splits, C: tl.constexpr, CC: tl.constexpr, SP: tl.constexpr):
+    """Program (head of a sequence, CC of its channels): the parts' mean, weighted by their softmax's sums."""
     row = tl.program_id(0).to(tl.int64)
-    s, c = tl.arange(0, SP), tl.arange(0, CP)
+    s, c = tl.arange(0, SP), tl.program_id(1) * CC + tl.arange(0, CC)
     bits = tl.load(lse + row * splits + s, mask=s < splits, other=-1e30)
     weight = tl.exp2(bits - tl.max(bits, 0))
     weight = weight / tl.sum(weight, 0)
@@ -433,7 +434,9 @@ def decode(q, k, v, lengths, scale, size, q_pe=None, pe=None, table=None, page_s
         H, K, G, C, power_of_2(C), P, power_of_2(P) if P else 16, latent, bits, group if bits else 1, window, page_size if table is not None else 0,
         rows is not None, N, stages, ahead, turn, 'ieee' if q.dtype == torch.float32 else 'tf32', COMPILED, num_warps=warps, maxnreg=registers)
     if count > 1:
-        kernels().join[(B * H,)](parts, lse, out, count, C, power_of_2(C), power_of_2(count, 1), num_warps=4)
+        parts_held = power_of_2(count, 1)
+        channels = max(16, min(power_of_2(C), AT_ONCE // parts_held))
+        kernels().join[(B * H, -(-C // channels))](parts, lse, out, count, C, channels, parts_held, num_warps=4)
     return out
 
 

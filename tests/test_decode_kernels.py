@@ -105,6 +105,12 @@ def test_interpreted_widths_that_are_no_power_of_two_and_empty_sequences():
 
 
 @interpreted
+def test_interpreted_parts_are_joined_some_channels_at_a_time(monkeypatch):
+    monkeypatch.setattr(d, 'AT_ONCE', 128)  # 11 parts, held as 16: 16 channels a program
+    assert error(5, 1, 48, 6, [700, 3], 704) < 2e-6
+
+
+@interpreted
 @pytest.mark.parametrize('dtype', ['auto', 'int4'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_interpreted_some_rows_only(layout, dtype):
