@@ -45,7 +45,7 @@ candidates = ''  # attention_only: those whose names hold one of these words, li
 tune = False  # attention_only: try variants of our kernel first and keep the fastest in decode_tiles.json
 ragged = False  # attention_only: lengths between half of the context and all of it
 keep = False  # measure only the rows that out_dir does not hold yet
-out_dir = 'out-bench'  # decode.csv, decode.jsonl, latency.png, memory.png; texts.* with --peer, attention.* with --attention_only
+out_dir = 'out-bench'  # scale.png; decode.csv, decode.jsonl, latency.png, memory.png; texts.* with --peer, attention.* with --attention_only
 # of train.py, with other defaults
 gradient_accumulation_steps = 1
 
@@ -74,6 +74,7 @@ import checkpoint
 import dataset as datasets
 import machine
 import peers
+import scale_figure
 from trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
@@ -201,8 +202,13 @@ def train():
               f'{memory / 2 ** 30:.1f} GiB, {100 * flops * speed / (rate * world):.1f} % of the matrix product, first step {first:.1f} s'
               + (f', {speed / theirs:.3f} x nanoGPT' if theirs else ''))
     table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
+    ranks = [dict(ms=1e3 * seconds, peak_memory=memory)] * world
+    if world > 1:
+        torch.distributed.all_gather_object(ranks, ranks[0])
+    mfu = flops * speed / (machine.peak_flops(device, stream) * world)
     if main:
-        report(what=name, world=world, config={key: value for key, value in config.items() if key not in ('peer', 'results')}, tok_per_s=speed, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory,
+        report(what=name, world=world, ranks=ranks, config={key: value for key, value in config.items() if key not in ('peer', 'results', 'out_dir')}, tok_per_s=speed,
+               ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory, mfu=None if np.isnan(mfu) else mfu,
                matmul_tflops=rate / 1e12, mfu_of_matmul=flops * speed / (rate * world), first_step_s=first, ratio_to_peer=speed / theirs if theirs else None, profile=table)
         for group, ms in sorted(table.items(), key=lambda row: -row[1]):
             print(f'  {ms:8.2f} ms  {ms / (10 * seconds):5.1f} %  {group}')
@@ -212,7 +218,7 @@ def train():
 
 def scale():
     """The same step on 1, 2, ... GPUs (or CPU processes) of this host, each with the batch_size that was asked for."""
-    base = None
+    rows = []
     for n in map(int, gpus.split(',')):
         with tempfile.TemporaryDirectory() as folder:
             words = [word for word in sys.argv[1:] if not word.startswith(('--gpus', '--results', '--gradient_acc', '--peer='))]
@@ -221,9 +227,17 @@ def scale():
             if subprocess.run(command).returncode:
                 sys.exit(f'error: the run of {n} processes failed (its message is above)')
             line = json.loads(Path(folder, 'r.jsonl').read_text().splitlines()[-1])
-        base = base or line['tok_per_s'] / n
-        print(f"{n} processes: {line['tok_per_s'] / 1e3:.1f}k tok/s, {line['tok_per_s'] / base:.3f} x one, efficiency {100 * line['tok_per_s'] / base / n:.1f} %\n", flush=True)
-        report(**line | dict(what='scale', processes=n, speedup=line['tok_per_s'] / base))
+        base = rows[0]['tok_per_s'] / rows[0]['processes'] if rows else line['tok_per_s'] / n
+        rows.append(line | dict(model=line['what'], what='scale', processes=n, speedup=line['tok_per_s'] / base))
+        print(f"{n} processes: {line['tok_per_s'] / 1e3:.1f}k tok/s, {line['tok_per_s'] / base:.3f} x one, efficiency {100 * line['tok_per_s'] / base / n:.1f} %, "
+              f"peak memory a process {max(rank['peak_memory'] for rank in line['ranks']) / 2 ** 30:.1f} GiB\n", flush=True)
+        report(**rows[-1])
+    if results:  # earlier models stand in the picture, too
+        rows = [row for row in map(json.loads, Path(results).read_text().splitlines()) if row['what'] == 'scale' and 'model' in row]
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    picture = f'{out_dir}/scale.png'
+    scale_figure.draw({(row['model'], row['config']['batch_size'], row['processes']): row for row in rows}.values(), picture)
+    print(f'picture: {picture}')
 
 
 def race():

@@ -93,6 +93,10 @@ def test_scale_compares_one_process_with_two(capfd):
     one, two = results()
     assert (one['processes'], one['world'], one['speedup']) == (1, 1, 1) and (two['processes'], two['world']) == (2, 2)
     assert two['config']['gradient_accumulation_steps'] == 2 and two['speedup'] == pytest.approx(two['tok_per_s'] / one['tok_per_s'])
+    assert len(one['ranks']) == 1 and len(two['ranks']) == 2 and all(rank['ms'] > 0 and rank['peak_memory'] > 0 for rank in two['ranks'])
+    assert (Path('out-bench/scale.png')).read_bytes().startswith(b'\x89PNG')
+    before = (Path('out-bench/scale.png')).read_bytes()
+    assert bench('scale', gpus='1', attention='mla', kv_lora_rank=8, qk_rope_head_dim=4) == 0 and before != (Path('out-bench/scale.png')).read_bytes()
 
 
 @pytest.mark.parametrize('arguments, settings, message', [

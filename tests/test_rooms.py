@@ -50,6 +50,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     text_meter={'configurator', 'decode_meter', 'machine', 'peers'},
     attention_meter={'configurator', 'cache', 'decode_kernels', 'decode_libraries', 'decode_meter', 'machine'},
     decode_figures={'figures'},
+    scale_figure={'figures'},
     scoring={'cache'},
     retrieval=set(),
     harness={'configurator', 'decoding', 'scoring'},
@@ -57,7 +58,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     calibration={'configurator', 'dataset'},
     conversion={'configurator', 'model', 'model_mla'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), adapter_table=set(), decode_figures=set(), dataset={'torch', 'numpy'},
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), adapter_table=set(), decode_figures=set(), scale_figure=set(), dataset={'torch', 'numpy'},
                subject={'torch', 'numpy'}, packing={'torch', 'numpy'}, calibration={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'flashinfer', 'flash_mla', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright', 'rouge_score'}
