@@ -171,7 +171,7 @@ def targets_of(model, wanted):
 def adapt(model, kind, r=32, alpha=16, dropout=0.0, targets='all', double=True):
     """
     Makes `model` (on its device, its stream set) trainable as `kind` says: 'full' all of it, 'lora' low-rank
-    adapters alone, 'qlora' these over 4-bit weights. Adapters are fp32 whatever the base is. Returns the model.
+    adapters alone, 'qlora' these over 4-bit weights. Adapters are fp32 whatever the base is; targets '': none. Returns the model.
     """
     if kind not in ADAPTERS:
         raise UserError(f"adapter '{kind}' is not known: use {', '.join(ADAPTERS)}")
@@ -187,6 +187,8 @@ def adapt(model, kind, r=32, alpha=16, dropout=0.0, targets='all', double=True):
         if kind == 'qlora':
             group.quantise(model.stream, double)
     model.is_loaded_in_4bit = kind == 'qlora'  # what PEFT asks before it takes its 4-bit layer
+    if not targets:
+        return model
     members = rf".*\.(attn|mlp)\.\w+\.({'|'.join(targets_of(model, targets))})"  # of a group, not a group that has its member's name
     inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=members, bias='none'), model)
     for p in model.parameters():

@@ -103,7 +103,10 @@ class Ours:
         if kernel != 'latent' and (reason := model.transformer.h[0].attn.reason_not_to_run(device, stream)):
             raise NotHere(reason)
         self.causal = is_causal(model, device)
-        self.model = adapters.adapt(model, kind, s.lora_r, s.lora_alpha, s.lora_dropout, s.targets, s.double_quant).train()
+        targets = s.targets
+        if kernel == 'latent' and targets != 'all':  # its projections learn themselves
+            targets = ','.join(name for name in targets.split(',') if name.strip() not in ('q_proj', 'k_proj', 'v_proj', 'o_proj'))
+        self.model = adapters.adapt(model, kind, s.lora_r, s.lora_alpha, s.lora_dropout, targets, s.double_quant).train()
         if kernel == 'latent':
             for block in model.transformer.h:
                 block.attn.requires_grad_(True)  # new weights have to learn, whatever the adapter

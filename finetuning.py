@@ -16,6 +16,7 @@ than the wide ones, but attention is: it is slow for its size.
 Legend: N tokens, C channels (n_embd), V vocabulary.
 """
 import math
+from collections import defaultdict
 from functools import lru_cache, partial
 
 import torch
@@ -213,12 +214,13 @@ def runs_here(params):
 
 
 class HalfAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW for weights in half precision, each in one pass over its memory: kernels.adamw."""
+    """torch.optim.AdamW for weights in half precision, all in one pass over their memory: kernels.adamw."""
 
     @torch.no_grad()
     def step(self):
         from kernels import adamw
         for group in self.param_groups:
+            alike = defaultdict(list)  # (dtype, step) -> its tensors
             for p in group['params']:
                 if p.grad is None:
                     continue
@@ -226,7 +228,9 @@ class HalfAdamW(torch.optim.Optimizer):
                 if not state:
                     state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 state['step'] += 1
-                adamw(p, p.grad, state['exp_avg'], state['exp_avg_sq'], state['step'], group['lr'], group['betas'], decay=group['weight_decay'])
+                alike[p.dtype, state['step']].append((p, p.grad, state['exp_avg'], state['exp_avg_sq']))
+            for (_, step), tensors in alike.items():
+                adamw(*zip(*tensors), step, group['lr'], group['betas'], decay=group['weight_decay'])
 
 
 class Finetuner:

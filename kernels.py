@@ -346,9 +346,21 @@ def swiglu_gradient(x, g):
 # ---------------------------------------------------------------------------------------------------
 # AdamW
 
-def adamw_kernel(weights, gradients, means, squares, n, rate, decay, correction, root, epsilon, B1: tl.constexpr, B2: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+def adamw_kernel(addresses, owners, firsts, sizes, tensors, rate, decay, correction, root, epsilon, B1: tl.constexpr, B2: tl.constexpr, TYPE: tl.constexpr,
+                 EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """
+    One block of one tensor a program: owners (programs,) says of which; addresses (4, tensors) are weights', gradients', means' and
+    squares', firsts and sizes (tensors,) the number of its first program and of its values. EVEN: whole blocks at multiples of 16 bytes.
+    """
+    tensor = tl.load(owners + tl.program_id(0))
+    at = (tl.program_id(0) - tl.load(firsts + tensor)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = tl.full([BLOCK], True, tl.int1) if EVEN else at < tl.load(sizes + tensor)
+    weights = tl.load(addresses + tensor).to(tl.pointer_type(TYPE))
+    gradients = tl.load(addresses + tensors + tensor).to(tl.pointer_type(TYPE))
+    means = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(TYPE))
+    squares = tl.load(addresses + 3 * tensors + tensor).to(tl.pointer_type(TYPE))
+    if EVEN:
+        weights, gradients, means, squares = tl.multiple_of(weights, 16), tl.multiple_of(gradients, 16), tl.multiple_of(means, 16), tl.multiple_of(squares, 16)
     g = tl.load(gradients + at, mask=inside, eviction_policy='evict_first').to(tl.float32)
     m = tl.load(means + at, mask=inside, eviction_policy='evict_first').to(tl.float32)
     v = tl.load(squares + at, mask=inside, eviction_policy='evict_first').to(tl.float32)
@@ -356,19 +368,35 @@ def adamw_kernel(weights, gradients, means, squares, n, rate, decay, correction,
     m += (g - m) * (1 - B1)
     v += (g * g - v) * (1 - B2)
     w = w * decay - rate * correction * m / (tl.sqrt(v) * root + epsilon)
-    tl.store(means + at, m.to(means.dtype.element_ty), mask=inside, eviction_policy='evict_first')
-    tl.store(squares + at, v.to(squares.dtype.element_ty), mask=inside, eviction_policy='evict_first')
-    tl.store(weights + at, w.to(weights.dtype.element_ty), mask=inside, eviction_policy='evict_first')
+    tl.store(means + at, m.to(TYPE), mask=inside, eviction_policy='evict_first')
+    tl.store(squares + at, v.to(TYPE), mask=inside, eviction_policy='evict_first')
+    tl.store(weights + at, w.to(TYPE), mask=inside, eviction_policy='evict_first')
 
 
-def adamw(weight, gradient, mean, square, step, rate, betas=(0.9, 0.999), epsilon=1e-8, decay=0.0):
+@lru_cache(8)
+def programs(sizes, block, device):
+    """For one program a block of each of the tensors of `sizes`: the owners, firsts and sizes that adamw_kernel wants, and how many programs."""
+    counts = torch.tensor([-(-size // block) for size in sizes])
+    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
+    return owners.to(device), (counts.cumsum(0) - counts).int().to(device), torch.tensor(sizes).to(device), len(owners)
+
+
+def adamw(weights, gradients, means, squares, step, rate, betas=(0.9, 0.999), epsilon=1e-8, decay=0.0):
     """
-    The update number `step` (from 1 on) of AdamW (Loshchilov & Hutter 2019, algorithm 2) to one tensor, in place: what
-    torch.optim.AdamW(fused=True) does, in fp32 inside and in the tensors' dtypes outside. In bf16 it moves them at the memory's
-    speed, which torch 2.11 does at half of it. All four have the same size and lie in one piece.
+    The update number `step` (from 1 on) of AdamW (Loshchilov & Hutter 2019, algorithm 2) to the tensors `weights`, in place: what
+    torch.optim.AdamW(fused=True) does, in fp32 inside and in the tensors' one dtype outside. In bf16 it moves them at the memory's
+    speed, which torch 2.11 does at half of it, and all in one launch: a GPU waits for each of many. The four lists are of the same
+    sizes, every tensor in one piece.
     """
-    parts = weight, gradient.contiguous(), mean, square
-    assert all(part.is_contiguous() for part in parts)
-    block = 2048
-    kernels().adamw[(-(-weight.numel() // block),)](*parts, weight.numel(), rate, 1 - rate * decay, 1 / (1 - betas[0] ** step),
-                                                    (1 - betas[1] ** step) ** -0.5, epsilon, *betas, block, num_warps=4)
+    kernel, gradients = kernels().adamw, [g.contiguous() for g in gradients]
+    assert all(t.is_contiguous() and t.dtype == weights[0].dtype for t in (*weights, *gradients, *means, *squares))
+    quartets, block, device = list(zip(weights, gradients, means, squares)), 2048, weights[0].device
+    evens = [quartet[0].numel() % block == 0 and not any(t.data_ptr() % 16 for t in quartet) for quartet in quartets]
+    for even in (True, False):
+        some = [quartet for quartet, is_even in zip(quartets, evens) if is_even == even and quartet[0].numel()]
+        if not some:
+            continue
+        addresses = torch.tensor([[t.data_ptr() for t in row] for row in zip(*some)]).to(device, non_blocking=True)
+        *tables, n = programs(tuple(quartet[0].numel() for quartet in some), block, device)
+        kernel[(n,)](addresses, *tables, len(some), rate, 1 - rate * decay, 1 / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5, epsilon, *betas,
+                     getattr(tl, str(weights[0].dtype).removeprefix('torch.')), even, block, num_warps=4)

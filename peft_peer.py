@@ -22,6 +22,8 @@ class Peer:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise UserError(f'the peer needs transformers and peft: pip install -r requirements-adapters.txt ({error})') from None
+        if kernel == 'flex' and device.type == 'cpu':
+            raise NotHere('FlexAttention does not train on the CPU')
         self.s, self.device, self.kernel = s, device, kernel
         self.tokenizer, self.storage, self.cache, self.causal = None, None, 'DynamicCache', True
         dtype = torch.float32 if kind == 'full' and s.master_weights else stream

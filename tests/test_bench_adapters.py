@@ -99,6 +99,15 @@ def test_the_first_study_s_latents_see_the_future():
     assert (x.grad[0].abs().sum(-1) > 0).all()  # the first output depends on every token
 
 
+@pytest.mark.parametrize('kind, targets', [('lora', 'q_proj,k_proj,v_proj,o_proj'), ('qlora', 'q_proj,down_proj'), ('lora', 'all')])
+def test_latents_have_no_adapters_and_learn_themselves(kind, targets):
+    cell = Ours(settings(targets=targets, dtype='float32'), kind, 'latent', torch.device('cpu'), torch.float32)
+    learn = {name for name, p in cell.model.named_parameters() if p.requires_grad}
+    assert {name.split('.')[4] for name in learn if '.attn.' in name} == {'latents', 'read', 'write'}
+    elsewhere = {name.split('.')[5] for name in learn if '.attn.' not in name}
+    assert elsewhere == dict(all={'gate_proj', 'up_proj', 'down_proj'}).get(targets, {'down_proj'} if 'down' in targets else set())
+
+
 def test_mla_cells_are_conversions_not_random_ones():
     model, idx = llama(), torch.randint(64, (2, 20))
     with torch.no_grad():
@@ -191,6 +200,9 @@ def test_recorded_answers_on_a_gpu(kind, kernel, monkeypatch):
 
 @pytest.mark.parametrize('kernel, why', [('cudnn', 'cuDNN needs a CUDA GPU'), ('flex', 'FlexAttention does not train on the CPU')])
 def test_a_kernel_that_is_not_here_is_a_reason(kernel, why):
+    if kernel == 'flex':
+        with pytest.raises(finetuning.NotHere, match=why):
+            peft_peer.Peer(settings(), 'lora', kernel, torch.device('cpu'), torch.float32)
     with pytest.raises(finetuning.NotHere, match=why):
         measure('lora', kernel)
 

@@ -349,36 +349,55 @@ def test_gpu_gelu_compiled():
 # ---------------------------------------------------------------------------------------------------
 # AdamW
 
-def ten_updates(n, dtype, device, decay):
+def ten_updates(sizes, dtype, device, decay):
     """How far weights and states are from torch's AdamW after ten updates: norms of differences, in norms times the dtype's rounding."""
     from finetuning import HalfAdamW, runs_here
     torch.manual_seed(0)
-    mine = torch.randn(n, device=device).to(dtype).requires_grad_()
-    theirs = mine.detach().clone().requires_grad_()
-    assert runs_here([mine]) and not runs_here([mine.float()])
+    mine = [torch.randn(n, device=device).to(dtype).requires_grad_() for n in sizes]
+    theirs = [p.detach().clone().requires_grad_() for p in mine]
+    assert runs_here(mine) and not runs_here([mine[0].float()])
     how = dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=decay)
-    ours, torchs = HalfAdamW([mine], how), torch.optim.AdamW([theirs], **how, fused=True)
-    for _ in range(10):
-        mine.grad = (torch.randn(n, device=device) * torch.logspace(-1, 1, n, device=device)).to(dtype)
-        theirs.grad = mine.grad.clone()
+    ours, torchs = HalfAdamW(mine, how), torch.optim.AdamW(theirs, **how, fused=True)
+    for update in range(10):
+        for n, (p, q) in enumerate(zip(mine, theirs)):
+            late = n == 1 and update < 2  # a tensor without a gradient is left as it is, and counts its own updates
+            p.grad = None if late else (torch.randn(len(p), device=device) * torch.logspace(-1, 1, len(p), device=device)).to(dtype)
+            q.grad = None if late else p.grad.clone()
         ours.step()
         torchs.step()
-    pairs = [(mine, theirs)] + [(ours.state[mine][name], torchs.state[theirs][name]) for name in ('exp_avg', 'exp_avg_sq')]
-    return [((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm() / torch.finfo(dtype).eps).item() for a, b in pairs]
+    pairs = list(zip(mine, theirs)) + [(ours.state[p][name], torchs.state[q][name]) for p, q in zip(mine, theirs) for name in ('exp_avg', 'exp_avg_sq')]
+    return [((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm() / torch.finfo(dtype).eps).item() for a, b in pairs if len(a)]
 
 
 @interpreted
-@pytest.mark.parametrize('n', [7, 5000])
+@pytest.mark.parametrize('sizes', [[7], [5000, 3], [2048, 2049, 4096, 0, 1]], ids=str)
 @pytest.mark.parametrize('decay', [0.0, 0.1])
-def test_interpreted_adamw_is_torchs(n, decay):
-    found = ten_updates(n, torch.float16, 'cpu', decay)  # the interpreter cuts bf16 off, where a GPU rounds
+def test_interpreted_adamw_is_torchs(sizes, decay):
+    found = ten_updates(sizes, torch.float16, 'cpu', decay)  # the interpreter cuts bf16 off, where a GPU rounds
     assert max(found) <= 0.5, found
+
+
+@interpreted
+def test_interpreted_adamw_takes_tensors_that_begin_anywhere():
+    room = [torch.randn(2 * 2048 + 1).half() for _ in range(4)]
+    aligned, shifted = [[part[at:at + 2 * 2048].clone() if at == 0 else part[at:] for part in room] for at in (0, 1)]
+    room[3].abs_()
+    for whole, part in zip(aligned, shifted):
+        whole.copy_(part)
+    before = [part[0].item() for part in room]
+    for tensors in (aligned, shifted):
+        k.adamw(*([t] for t in tensors), step=3, rate=1e-2)
+    assert shifted[0].data_ptr() % 16
+    for whole, part in zip(aligned, shifted):
+        assert torch.equal(whole, part)
+    assert before == [part[0].item() if n != 3 else before[3] for n, part in enumerate(room)]  # and nothing beside them is touched
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_adamw_is_torchs_on_a_gpu(dtype):
-    found = ten_updates(3_000_001, dtype, 'cuda', 0.1)
+@pytest.mark.parametrize('sizes', [[3_000_001], [4_194_304, 2048, 77, 0, 8192, 2047]], ids=len)
+def test_adamw_is_torchs_on_a_gpu(dtype, sizes):
+    found = ten_updates(sizes, dtype, 'cuda', 0.1)
     assert max(found) <= 0.5, found
 
 
