@@ -21,6 +21,7 @@ seeds = '1,2,3'
 kinds = 'mha,gqa'  # sources
 savings = '0.6875,0.8125,0.875,0.93'  # shares of the source's cache
 heal_savings = '0.875'  # of these, which to heal
+fold = 1  # FreqFold of the default way, which is the one that is healed beside MHA2MLA's
 draw_only = False  # only the table and the picture of what is there
 # the source: 35M parameters (MHA), 32M (GQA)
 n_layer = 11
@@ -82,7 +83,7 @@ if not set(kinds) <= {'mha', 'gqa'} or not set(heal_savings) <= set(savings) or 
     raise UserError('kinds are mha and gqa; savings lie between 0 and 1, and heal_savings are some of them')
 
 BASELINE = dict(rope='2-norm', rope_heads='own', low_rank='joint')  # what MHA2MLA does
-BEST = dict(rope='turn', rope_heads='shared', low_rank='balanced')
+BEST = dict(rope='turn', rope_heads='shared', low_rank='balanced') | (dict(fold=fold) if fold > 1 else {})
 WAYS = [way | dict(low_rank=low_rank) for way in (BEST, BASELINE) for low_rank in ('balanced', 'calibrated', 'joint', 'split')]
 WAYS += [dict(rope=rope, rope_heads='own', low_rank='joint') for rope in ('high', 'low', 'uniform', 'turn')]
 WAYS += [dict(rope=rope, rope_heads='shared', low_rank='balanced') for rope in ('uniform', '2-norm')]
@@ -90,7 +91,7 @@ WAYS += [BEST | dict(fold=2), BEST | dict(real=True), BEST | dict(ranks='spectru
 
 
 def name_of(way):
-    return ', '.join(str(v) if k in BEST else f'{k}={v}' for k, v in way.items())
+    return ', '.join(str(v) if k in BASELINE else f'{k}={v}' for k, v in way.items())
 
 
 def key_of(row):
