@@ -91,8 +91,8 @@ from cache import Cache
 device = machine.pick_device(config['device'])
 if device.type == 'cpu':
     config.apply_on_cpu()
-if unknown := [name for name in only if name not in contenders]:
-    raise UserError(f"only={only}: '{unknown[0]}' is no contender; there are {', '.join(contenders)}")
+if unknown := next((name for name in only if name not in contenders), ''):
+    raise UserError(f"only={only}: '{unknown}' is no contender; there are {', '.join(contenders)}")
 contenders = {name: asked for name, asked in contenders.items() if not only or name in only}
 results = Path(results or out / 'results.jsonl')
 control = control or next(iter(contenders), '')
@@ -230,7 +230,7 @@ for run in every if retry else ():
         with held:
             (run.folder / 'error.txt').unlink()
         run.over = ''
-bar, counted = None, 0
+bar, counted = datasets.progress_bar(config['max_iters'] * len(every), 'step') if sys.stderr.isatty() else None, 0
 
 
 def prepare(run):
@@ -244,7 +244,8 @@ def prepare(run):
 
 def tell(run):
     last = run.last_event()
-    text = f"[{sum(bool(run.over) for run in every)}/{len(every)}] {run.name}: " + (f'failed: {run.error()}' if run.over == 'failed' else f"val loss {last['best_val_loss']:.4f}")
+    said = f'failed: {run.error()}' if run.over == 'failed' else f"val loss {last['best_val_loss']:.4f}" if run.over else 'its process was killed (see output.txt), it goes on in a new one'
+    text = f"[{sum(bool(run.over) for run in every)}/{len(every)}] {run.name}: {said}"
     bar.write(text) if bar else print(text, flush=True)
 
 
@@ -258,10 +259,8 @@ def look(running):
         counted = now
 
 
-if sys.stderr.isatty():
-    bar = datasets.progress_bar(config['max_iters'] * len(every), 'step')
-waits = 'SLURM_ARRAY_TASK_ID' not in os.environ  # a task of an array leaves when others train all that is left
-stopped = train(every, prepare, environments, in_process, dict(shared=jobs > 1), tell, look, config['max_minutes'], waits)
+stopped = train(every, prepare, environments, in_process, dict(shared=jobs > 1), tell, look, config['max_minutes'],
+                'SLURM_ARRAY_TASK_ID' not in os.environ)  # a task of an array leaves when others train all that is left
 bar.close() if bar else None
 
 # ---------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class MLAConfig(GPTConfig):
     v_head_dim: int = 0          # 0 = head_dim
     latent_norm: bool = True     # RMS norm of the latents
     latent_init: str = 'fan_in'  # 'fan_in' | 'gpt2': how the down and up projections start
+    qk_norm_latent: bool = False  # with qk_norm: norm each whole query as it meets the cache, [W^UKᵀ q_nope | q_pe], and scale by 1 / sqrt(R + P)
     absorb: bool = False         # compute in the latent space (for decoding), not with per-head keys and values
     kv_lora_ranks: tuple = ()    # one for each layer, where they differ; kv_lora_rank is then the largest
     source_head_dim: int = 0     # of a converted model: the width of its source's heads, whose RoPE frequencies and softmax scale it keeps
@@ -59,6 +60,8 @@ class MLAConfig(GPTConfig):
             raise UserError(f'kv_lora_ranks={self.kv_lora_ranks} must be one for each of {self.n_layer} layers, the largest kv_lora_rank={self.kv_lora_rank}')
         if self.qk_rope_head_dim % 2 or self.source_head_dim < 0:
             raise UserError(f'qk_rope_head_dim={self.qk_rope_head_dim} must be even and source_head_dim={self.source_head_dim} at least 0')
+        if self.qk_norm_latent and not (self.qk_norm and self.latent_norm):
+            raise UserError('qk_norm_latent=True needs qk_norm=True and latent_norm=True: it is QK-norm with a normed latent as the key')
         if self.latent_init not in ('fan_in', 'gpt2'):
             raise UserError(f"latent_init='{self.latent_init}' is not known: use fan_in or gpt2")
 
@@ -96,7 +99,8 @@ class MultiHeadLatentAttention(Attention):
         self.kv_a_proj_with_mqa = linear(config.n_embd, self.a_widths)           # W^DKV | W^KR
         self.kv_a_layernorm = self.latent_norm(R, config)
         self.kv_b_proj = linear(R, self.b_widths, bias=False)                    # W^UK | W^UV
-        self.scale = (config.source_head_dim or self.qk_dim) ** -0.5
+        self.qk_norm_latent = config.qk_norm_latent
+        self.scale = (config.source_head_dim or (R + self.pe if self.qk_norm_latent else self.qk_dim)) ** -0.5
         self.register_buffer('rope_pairs', torch.arange(self.pe // 2) % (config.source_head_dim // 2) if config.source_head_dim else None)
 
     @staticmethod
@@ -107,8 +111,22 @@ class MultiHeadLatentAttention(Attention):
         """q_nope (B, T, H, N) and q_pe (B, T, H, P), rotated."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, 'q_a_proj') else self.q_proj(x)
         q_nope, q_pe = self.heads(q, self.q_widths)
-        q_nope, q_pe = self.normed(q_nope, q_pe)
+        q_nope, q_pe = self.normed_query(q_nope, q_pe)
         return q_nope, self.rotated(q_pe, rope)
+
+    def normed_query(self, q_nope, q_pe):
+        """
+        QK-norm of q_nope (..., H, N) and q_pe (..., H, P): each by itself, or with qk_norm_latent both by the RMS of [W^UKᵀ q_nope | q_pe].
+        What is cached, [c_kv | k_pe], has an RMS of 1 (times the latent norm's gain), so |logit| <= sqrt(R + P), all of it for positions
+        or for content as a head likes; without it W^UK, which has no norm behind it, may grow.
+        """
+        if not self.qk_norm_latent:
+            return self.normed(q_nope, q_pe)
+        w_uk = self.kv_b_proj.weight[:self.b_widths[0]].unflatten(0, (self.n_head, -1)).to(q_nope.dtype)
+        whole = torch.cat([torch.einsum('...hn,hnr->...hr', q_nope, w_uk), q_pe], dim=-1)
+        norm = torch.linalg.vector_norm(whole, dim=-1, keepdim=True, dtype=torch.promote_types(whole.dtype, torch.float32))
+        by = (whole.size(-1) ** 0.5 / norm.clamp(min=1e-6)).to(q_nope.dtype)
+        return q_nope * by, q_pe * by
 
     def latent(self, x, rope):
         """c_kv (B, T, R) and k_pe (B, T, P), rotated: what a cache holds."""

@@ -23,6 +23,8 @@ from configurator import UserError
 
 HERE = Path(__file__).resolve().parent
 PROMPT = '$ python train.py '
+TRACE = dict(PYTHONFAULTHANDLER='1')  # where Python is when SIGSEGV, SIGABRT or their like end it goes to standard error, which is output.txt
+DEATHS = 2  # so often a run goes on after its process was killed by a signal
 STOPPED = 75  # exit code of a script that was told to stop and can go on later (EX_TEMPFAIL)
 
 
@@ -37,6 +39,7 @@ class Run:
     needs: list = field(default_factory=list)
     tuned: dict = field(default_factory=dict)  # the settings that were chosen, or are being tried
     over: str = ''  # '', done or failed: never looked up again
+    deaths: int = 0  # of processes that trained it, by a signal that nobody here sent
 
     @property
     def name(self):
@@ -152,7 +155,7 @@ class Process:
     def start(self, run, held):
         words = arguments(run)
         with open_output(run.folder, words) as output:
-            self.process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *words], env=os.environ | self.environment, stdin=subprocess.DEVNULL,
+            self.process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *words], env=os.environ | TRACE | self.environment, stdin=subprocess.DEVNULL,
                                             stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[held.fileno()] if os.name == 'posix' else ())
 
     def poll(self):
@@ -175,7 +178,7 @@ class Worker:
     def start(self, run, held):
         held.close()  # the worker takes it
         if self.process is None:
-            self.process = subprocess.Popen([sys.executable, '-c', 'import runs; runs.work()'], cwd=HERE, env=os.environ | self.environment,
+            self.process = subprocess.Popen([sys.executable, '-c', 'import runs; runs.work()'], cwd=HERE, env=os.environ | TRACE | self.environment,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
             os.set_blocking(self.process.stdout.fileno(), False)
         task = dict(folder=str(run.folder.resolve()), words=arguments(run), like=run.contender, cwd=os.getcwd())
@@ -304,7 +307,7 @@ def train(runs, prepare, environments, in_process, note, tell, look, minutes=0, 
 
     prepare(run): gives a run whose needs are over its words, or raises UserError, which fails it
     note: a dict that goes to run.json beside the words
-    tell(run): called once for each run that is over
+    tell(run): called once for each run that is over, and when one goes on after its process was killed
     look(running): called several times a second with the runs under way here
     wait: also for runs that other processes are training
     Returns '' when there is nothing left to do, else why it was stopped; what was under way is saved then.
@@ -317,7 +320,8 @@ def train(runs, prepare, environments, in_process, note, tell, look, minutes=0, 
                 for entry in list(active):
                     run, process, held = entry
                     if (code := process.poll()) is not None:
-                        finish(run, code, stop.why)
+                        if finish(run, code, stop.why):
+                            tell(run)
                         held.close()
                         active.remove(entry)
                         idle.insert(0, process)  # it is next: what it has compiled is there
@@ -372,11 +376,18 @@ def take(run, prepare, free):
 
 
 def finish(run, code, stopping):
-    """After a train.py has ended with `code`: a run that is not done, and was not told to stop, has failed."""
+    """
+    After a train.py has ended with `code`: a run that is not done, and was not told to stop, has failed. One whose process
+    was killed goes on in a new one, from its last checkpoint, DEATHS times: True then.
+    """
     if code == Worker.BUSY or run.state() == 'done':
-        return
+        return False
     if code == 0 and run.last_event().get('why', '').startswith('stopped'):
-        return  # by a signal or its own max_minutes: it goes on from there
+        return False  # by a signal or its own max_minutes: it goes on from there
     if stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGINT, 130):
-        return  # before it could save: it begins again
-    write(run.folder / 'error.txt', reason(run.folder, code))
+        return False  # before it could save: it begins again
+    if code < 0 and run.deaths < DEATHS:
+        run.deaths += 1
+        return True
+    write(run.folder / 'error.txt', reason(run.folder, code) + (f', {run.deaths + 1} times' if run.deaths and code < 0 else ''))
+    return False

@@ -299,7 +299,7 @@ def latent_attention(attn, x, norm, rope, cache):
     q_nope, q_pe = q.split(attn.q_widths, dim=-1)
     c_kv, k_pe = new.split(attn.a_widths, dim=-1)
     if attn.qk_norm:
-        q_nope, q_pe = (F.rms_norm(t.unflatten(-1, (H, -1)), (t.size(-1) // H,)).flatten(1) for t in (q_nope, q_pe))
+        q_nope, q_pe = (t.flatten(1) for t in attn.normed_query(*(t.unflatten(-1, (H, -1)) for t in (q_nope, q_pe))))
         k_pe = F.rms_norm(k_pe, (P,))
     if attn.rope_pairs is not None and rope is not None:
         rope = [t[..., attn.rope_pairs] for t in rope]

@@ -56,6 +56,7 @@ qk_nope_head_dim = 0  # width of a head without position; 0 = head_dim - qk_rope
 qk_rope_head_dim = 32  # width of a head with RoPE; the early n_latent block: 0, latent_norm=False, latent_init=gpt2
 v_head_dim = 0  # 0 = head_dim
 latent_norm = True
+qk_norm_latent = False  # with qk_norm: norm a query as it meets the cache, content and RoPE together
 latent_init = 'fan_in'  # fan_in | gpt2
 # optimizer
 optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)

@@ -26,7 +26,7 @@ VARIANTS = {
     'gqa': ('mha', dict(pos='rope', n_kv_head=2, qk_norm=True)),
     'mqa': ('mha', dict(pos='none', n_kv_head=1, kernel='eager')),
     'mla': ('mla', {}),
-    'mla_q_latent': ('mla', dict(q_lora_rank=9, qk_norm=True, v_head_dim=6)),
+    'mla_q_latent': ('mla', dict(q_lora_rank=9, qk_norm=True, qk_norm_latent=True, v_head_dim=6)),
     'mla_no_norm': ('mla', dict(latent_norm=False, absorb=True, kernel='eager')),
     'mla_early': ('mla', dict(qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned')),
     'mla_nowhere': ('mla', dict(qk_rope_head_dim=0, pos='none', q_lora_rank=9)),

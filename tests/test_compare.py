@@ -429,7 +429,7 @@ def test_what_is_killed_goes_on_from_its_last_checkpoint(in_process):
     process = start(**LONG, in_process=in_process)
     until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
     finished = Path('cmp/mha/seed-1/log.jsonl').read_bytes()
-    trainer = next(int(pid) for pid in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split())
+    trainer = worker_of(process)
     os.kill(process.pid, signal.SIGKILL)
     os.kill(trainer, signal.SIGKILL)
     process.communicate()
@@ -440,6 +440,42 @@ def test_what_is_killed_goes_on_from_its_last_checkpoint(in_process):
     for name in CONTENDERS:
         assert series(f'cmp/{name}/seed-1', 'eval', 'val_loss') == series(f'whole/{name}/seed-1', 'eval', 'val_loss')
     assert found()[2][1]['eval_steps'] == list(range(40, 401, 40))
+
+
+def worker_of(process):
+    return next(int(pid) for pid in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('in_process', [False, True])
+def test_a_run_whose_process_was_killed_goes_on_in_a_new_one(in_process):
+    assert compare(**LONG, out_dir='whole') == 0
+    process = start(**LONG, in_process=in_process)
+    until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
+    os.kill(worker_of(process), signal.SIGSEGV)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and 'mla, seed 1: its process was killed (see output.txt), it goes on in a new one' in out
+    said = Path('cmp/mla/seed-1/output.txt').read_text()
+    assert said.count(runs.PROMPT) == 2 and 'Fatal Python error: Segmentation fault' in said.split(runs.PROMPT)[1] and 'train.py", line' in said
+    assert len([line for line in log('cmp/mla/seed-1') if line['event'] == 'resume']) == 1 and not Path('cmp/mla/seed-1/error.txt').exists()
+    for name in CONTENDERS:
+        assert series(f'cmp/{name}/seed-1', 'eval', 'val_loss') == series(f'whole/{name}/seed-1', 'eval', 'val_loss')
+
+
+@pytest.mark.slow
+def test_a_run_that_kills_its_process_each_time_is_a_row_and_the_others_go_on():
+    process, killed = start(**LONG, in_process=True), []
+
+    def kill():
+        last = Path('cmp/mha/seed-1/output.txt')
+        if last.exists() and last.read_text().count(runs.PROMPT) > len(killed) and 'tokens a step' in last.read_text().split(runs.PROMPT)[-1]:
+            killed.append(worker_of(process))
+            os.kill(killed[-1], signal.SIGSEGV)
+        return len(killed) == runs.DEATHS + 1
+    until(kill, process)
+    process.communicate(timeout=120)
+    assert process.returncode == 1 and len(set(killed)) == 3
+    assert [line.get('error') for line in found()[2]] == ['killed by SIGSEGV, 3 times', None]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from configurator import UserError
 from model import GPT, GPTConfig, rope_tables
 from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
 
+LATENT = dict(qk_norm=True, qk_norm_latent=True)
 EARLY = dict(qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned')
 
 
@@ -110,11 +111,16 @@ def by_the_paper(x, w, c):
     for h in range(H):
         w_uk, w_uv = w['kv_b_proj.weight'][h * N:(h + 1) * N], w['kv_b_proj.weight'][H * N + h * D:H * N + (h + 1) * D]
         k_nope, v = torch.einsum('nr,tr->tn', w_uk, c_kv), torch.einsum('dr,tr->td', w_uv, c_kv)        # eq. 10, 11
-        q_nope = norm(q[:, h * N:(h + 1) * N])                                                          # eq. 13
-        q_pe = [rope(norm(q[t, H * N + h * P:H * N + (h + 1) * P]), t) for t in range(T)]               # eq. 14
+        q_nope, q_pe = q[:, h * N:(h + 1) * N], q[:, H * N + h * P:H * N + (h + 1) * P]
+        if c.qk_norm_latent:
+            size = [torch.cat([q_nope[t] @ w_uk, q_pe[t]]).square().mean().sqrt() for t in range(T)]
+            q_nope, q_pe = (torch.stack([one[t] / size[t] for t in range(T)]) for one in (q_nope, q_pe))
+        else:
+            q_nope, q_pe = norm(q_nope), norm(q_pe)                                                     # eq. 13
+        q_pe = [rope(q_pe[t], t) for t in range(T)]                                                     # eq. 14
         rows = []
         for t in range(T):                                                                              # eq. 16 to 18
-            logits = torch.stack([(q_nope[t] @ k_nope[j] + q_pe[t] @ k_pe[j]) / math.sqrt(N + P) for j in range(t + 1)])
+            logits = torch.stack([(q_nope[t] @ k_nope[j] + q_pe[t] @ k_pe[j]) / math.sqrt(c.kv_lora_rank + P if c.qk_norm_latent else N + P) for j in range(t + 1)])
             rows.append(torch.einsum('j,jd->d', logits.softmax(0), v[:t + 1]))
         heads.append(torch.stack(rows))
     return torch.einsum('co,to->tc', w['c_proj.weight'], torch.cat(heads, dim=1)) + bias('c_proj')      # eq. 19
@@ -123,7 +129,7 @@ def by_the_paper(x, w, c):
 @pytest.mark.parametrize('absorb', [False, True])
 @pytest.mark.parametrize('case', [
     dict(), dict(q_lora_rank=9), dict(bias=False, rope_theta=200.0, rope_scaling=4.0), dict(qk_norm=True), dict(qk_norm=True, q_lora_rank=9),
-    dict(latent_norm=False), EARLY, EARLY | dict(pos='none', latent_norm=True, q_lora_rank=9), EARLY | dict(qk_norm=True)], ids=str)
+    dict(latent_norm=False), EARLY, EARLY | dict(pos='none', latent_norm=True, q_lora_rank=9), EARLY | dict(qk_norm=True), LATENT, LATENT | dict(q_lora_rank=9)], ids=str)
 def test_mla_follows_the_equations(case, absorb):
     layer, c = attention(torch.float64, absorb=absorb, **case)
     x = torch.randn(2, 9, c.n_embd, dtype=torch.float64)
@@ -157,7 +163,7 @@ def test_a_latent_as_wide_as_the_model_is_mha():
 
 FORMS = [dict(), dict(q_lora_rank=9), dict(qk_norm=True), dict(latent_norm=False), dict(qk_rope_head_dim=0, pos='learned'),
          dict(qk_rope_head_dim=0, pos='none', qk_norm=True), EARLY, dict(qk_nope_head_dim=6, v_head_dim=7, bias=False),
-         dict(head_dim=4, v_head_dim=6), dict(kv_lora_rank=80)]
+         dict(head_dim=4, v_head_dim=6), dict(kv_lora_rank=80), LATENT, LATENT | dict(qk_rope_head_dim=0, pos='none')]
 
 
 @pytest.mark.parametrize('kernel', ['eager', 'sdpa'])
@@ -181,6 +187,25 @@ def test_naive_and_absorbed_agree_in_any_shape(H, N, pairs, D, R, q, T, latent_n
     with torch.no_grad():
         naive, layer.absorb = layer(x, rope), True
         torch.testing.assert_close(layer(x, rope), naive, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('R, P', [(12, 4), (6, 0), (5, 8)])
+def test_qk_norm_in_the_latent_bounds_logits_however_large_its_weights(R, P):
+    layer, c = attention(**LATENT | dict(kv_lora_rank=R, qk_rope_head_dim=P, pos='rope' if P else 'none'))
+    with torch.no_grad():
+        layer.kv_a_layernorm.weight.fill_(1)
+        layer.kv_b_proj.weight.mul_(1e3)
+        layer.q_proj.weight.mul_(30)
+        q, k, _ = layer.qkv(torch.randn(2, 40, c.n_embd), rope_tables(c, torch.arange(40)))
+        logits = (q @ k.mT * layer.scale).abs()
+    assert 1 < logits.max() <= (R + P) ** 0.5 * 1.0001
+    assert logits.square().mean().sqrt() == pytest.approx(1, rel=0.2)  # as of random unit queries and keys
+
+
+def test_qk_norm_in_the_latent_needs_both_norms(tiny):
+    for off in (dict(qk_norm=False), dict(qk_norm=True, latent_norm=False)):
+        with pytest.raises(UserError, match='needs qk_norm=True and latent_norm=True'):
+            tiny('mla', **off, qk_norm_latent=True)
 
 
 def test_a_head_may_be_all_rope(tokens, tiny):

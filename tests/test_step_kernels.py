@@ -76,10 +76,11 @@ VARIANTS = {
     'attention_only': ('mha', dict(pos='none', n_kv_head=1, mlp=False)),
     'mla': ('mla', {}),
     'mla_q_latent': ('mla', dict(q_lora_rank=9, qk_norm=True, v_head_dim=6, act='gelu_tanh')),
+    'mla_qk_latent': ('mla', dict(qk_norm=True, qk_norm_latent=True)),
     'mla_early': ('mla', dict(qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned')),
     'mla_converted': ('mla', dict(source_head_dim=16, qk_rope_head_dim=8, qk_nope_head_dim=6, kv_lora_ranks=(8, 12), n_layer=2)),
 }
-HOW = {'gpt2': {}, 'llama': dict(layout='paged', page_size=16), 'gqa': {}, 'attention_only': {}, 'mla': dict(layout='paged', page_size=16), 'mla_q_latent': {},
+HOW = {'gpt2': {}, 'llama': dict(layout='paged', page_size=16), 'gqa': {}, 'attention_only': {}, 'mla': dict(layout='paged', page_size=16), 'mla_q_latent': {}, 'mla_qk_latent': {},
        'mla_early': dict(layout='paged', page_size=16), 'mla_converted': {}}
 
 
