@@ -16,6 +16,7 @@ untrained = False  # look at random weights on purpose
 out = 'out-heads'  # the folder for what is written
 # what is done
 length = 50  # |S|, the tokens that are said twice; less where the block or the vocabulary is small
+often = 1  # random texts are made of tokens that the data holds so often, at least
 texts = 32  # sequences of each trial, at least 8
 seed = 0  # of the random texts
 threshold = 0.2  # by how much a score must beat null, control and gap before a head is called something
@@ -59,7 +60,7 @@ def named(setting):
 
 
 def load(path):
-    return Subject(path, device, untrained, dataset)
+    return Subject(path, device, untrained, dataset, often)
 
 
 def tell(model):
@@ -107,7 +108,7 @@ def train_study():
 
 
 # ---------------------------------------------------------------------------------------------------
-for name, least in dict(length=4, texts=8, shown=2, seeds=1).items():
+for name, least in dict(length=4, texts=8, often=1, shown=2, seeds=1).items():
     if config[name] < least:
         raise UserError(f'{name}={config[name]} must be at least {least}')
 if not 0 < threshold < 1:
@@ -147,7 +148,7 @@ if latents and not any(subject.kind == 'MLA' for subject in subjects):
 
 runs, models, kept = [], [], []
 for variant, folder in folders:
-    run = head_report.through_training(lambda path: Subject(path, device, True, dataset), files[folder], tell=say, **how)
+    run = head_report.through_training(lambda path: Subject(path, device, True, dataset, often), files[folder], tell=say, **how)
     runs.append(dict(name=folder.name) | run | (dict(variant=variant) if variant else {}))
 if study:
     variants = head_report.summary(runs)

@@ -35,6 +35,15 @@ def texts_for(subject, texts, seed):
     return subject.held[starts[:, None] + torch.arange(T)]
 
 
+def held_out(subject, L, texts, seed):
+    """Repeated held-out text and its control: {repeated, control: (induction scores (N, H), loss of the second copy)}; None where there is none."""
+    spoken = patterns.text_trials(subject.held, subject.begin, texts, L, seed) if subject.held is not None else None
+    if spoken is None:
+        return None
+    found = {name: patterns.run(subject.model, getattr(spoken, name), L, spoken.gap) for name in ('repeated', 'control')}
+    return {name: (scores['induction'].mean(-1), patterns.repeat_loss(losses, L)) for name, (scores, _, losses) in found.items()}
+
+
 def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, causes='auto', prompt='', shown=128, tell=lambda text: None):
     """
     A `models` entry of the report. length is |S|, texts the sequences of a trial, causes 'auto' (all heads of a small model, the
@@ -47,7 +56,7 @@ def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, 
     sums, rebuilt = patterns.check(model, trial.repeated[:2].to(device))
     if sums > EXACT or rebuilt > EXACT:
         raise UserError(f'{subject.source}: rows of its patterns sum to 1 ± {sums:.1g}, outputs rebuilt from them are {rebuilt:.1g} off: they cannot be trusted')
-    tell(f'{subject.name}: scores of {model.config.n_layer} × {model.config.n_head} heads, {texts} texts of {trial.L} tokens said twice')
+    tell(f'{subject.name}: scores of {model.config.n_layer} × {model.config.n_head} heads, {texts} texts of {trial.L} tokens said twice, out of {len(subject.usable):,} different ones')
     begun = time.perf_counter()
     heads, repeated, control = patterns.score(model, trial, threshold)
     seconds = time.perf_counter() - begun
@@ -55,13 +64,10 @@ def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, 
     by_weights, as_read = circuits.copying(model), circuits.effective_copying(model, trial.control.to(device))
     for entry, copies, copies_read in zip(heads, by_weights.flatten().tolist(), as_read.flatten().tolist()):
         entry |= dict(copying=round(copies, 5), effective_copying=round(copies_read, 5)) | {f'{way}_ablation': None for way in ablation.WAYS}
-    on_text, icl = None, None
+    icl, on_text = None, held_out(subject, trial.L, texts, seed)
+    for entry in heads if on_text else ():
+        entry['induction'] |= {f'text_{name}': round(value[entry['layer'], entry['head']].item(), 6) for name, (value, _) in on_text.items()}
     if subject.held is not None:
-        spoken = patterns.text_trials(subject.held, subject.begin, texts, trial.L, seed)
-        if spoken:
-            on_text = {name: patterns.run(model, getattr(spoken, name), trial.L, spoken.gap)[0]['induction'].mean(-1) for name in ('repeated', 'control')}
-            for entry in heads:
-                entry['induction'] |= {f'text_{name}': round(value[entry['layer'], entry['head']].item(), 6) for name, value in on_text.items()}
         icl = patterns.in_context(model, subject.held)
     groups = {} if causes == 'none' else causes_of(model, trial, heads, causes, tell)
 
@@ -72,7 +78,7 @@ def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, 
         name=subject.name, kind=subject.kind, params=model.num_params(), step=subject.step, tokens=subject.tokens, val_loss=subject.val_loss,
         source=subject.source, trained=subject.trained, layers=model.config.n_layer, heads=model.config.n_head, tokens_text=subject.text_of(ids),
         patterns_u8=head_page.pack_patterns(found.flatten(0, 1).cpu()), scores=heads, prompt=prompt or None,
-        repeats=dict(L=trial.L, longest_gap=int(trial.gap.max()), texts=texts, seed=seed, threshold=threshold, row_sums=sums, rebuilt=rebuilt, seconds=round(seconds, 3)),
+        repeats=dict(L=trial.L, longest_gap=int(trial.gap.max()), texts=texts, ids=len(subject.usable), seed=seed, threshold=threshold, row_sums=sums, rebuilt=rebuilt, seconds=round(seconds, 3)),
         loss_by_position=dict(x=list(range(1, repeated.size(1) + 1)), repeated=[round(x, 5) for x in repeated.mean(0).tolist()],
                               control=[round(x, 5) for x in control.mean(0).tolist()]),
         repeat_loss=patterns.repeat_loss(repeated, trial.L), control_loss=patterns.repeat_loss(control, trial.L),
@@ -111,21 +117,27 @@ def causes_of(model, trial, heads, causes, tell, texts=16):
 def through_training(load, files, length, texts, seed, threshold, tell=lambda text: None):
     """
     A `checkpoints` entry: what changed over the checkpoints `files` of one run, each opened by load(file). scores are induction
-    scores and gaps those of the gap trial, [checkpoint][layer][head]; max_induction is the largest gap score.
+    scores and gaps those of the gap trial, [checkpoint][layer][head]; max_induction is the largest gap score. On held-out text said twice,
+    max_text is the largest score less its control, text_repeat_loss and text_control_loss are nats a token; None without one.
     """
-    run = dict(tokens=[], step=[], max_induction=[], max_previous=[], induction_heads=[], scores=[], gaps=[], icl=[], repeat_loss=[], control_loss=[])
+    run = dict(tokens=[], step=[], max_induction=[], max_previous=[], induction_heads=[], scores=[], gaps=[], icl=[], repeat_loss=[], control_loss=[],
+               max_text=[], text_repeat_loss=[], text_control_loss=[])
     for file in files:
         subject = load(file)
         trial = trials_for(subject, length, texts, seed)
         heads, repeated, control = patterns.score(subject.model, trial, threshold)
         grid = {name: torch.tensor([entry['induction'][name] for entry in heads]).unflatten(0, (subject.model.config.n_layer, -1)) for name in ('score', 'gap')}
         icl = patterns.in_context(subject.model, subject.held) if subject.held is not None else None
+        spoken = held_out(subject, trial.L, texts, seed)
+        (on_repeated, text_loss), (on_control, other_loss) = spoken.values() if spoken else ((None, None),) * 2
         for key, value in dict(tokens=subject.tokens, step=subject.step, max_induction=round(grid['gap'].max().item(), 5),
                                max_previous=max(entry['previous']['score'] for entry in heads), induction_heads=len(of_label(heads, 'induction')),
                                scores=[[round(x, 4) for x in row] for row in grid['score'].tolist()],
                                gaps=[[round(x, 4) for x in row] for row in grid['gap'].tolist()], icl=icl and round(icl[0], 5),
                                repeat_loss=round(patterns.repeat_loss(repeated, trial.L), 5),
-                               control_loss=round(patterns.repeat_loss(control, trial.L), 5)).items():
+                               control_loss=round(patterns.repeat_loss(control, trial.L), 5),
+                               max_text=round((on_repeated - on_control).max().item(), 5) if spoken else None,
+                               text_repeat_loss=spoken and round(text_loss, 5), text_control_loss=spoken and round(other_loss, 5)).items():
             run[key].append(value)
         tell(f'{file}: best gap score {run["max_induction"][-1]:.3f}, loss of what repeats {run["repeat_loss"][-1]:.3f}')
     return run | dict(kind=subject.kind, params=subject.model.num_params())

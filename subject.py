@@ -19,11 +19,11 @@ MOST = 2 ** 24  # tokens of a training split that are looked at to see which one
 
 
 @lru_cache(maxsize=8)
-def used_in(folder, dtype, vocab_size):
-    """The ids that a dataset uses, and its validation split, both int64."""
+def used_in(folder, dtype, vocab_size, often=1):
+    """The ids that a dataset uses `often` times or more, and its validation split, both int64."""
     train, val = (datasets.read_tokens(Path(folder) / f'{split}.bin', dtype) for split in ('train', 'val'))
     counts = sum(np.bincount(ids[:MOST], minlength=vocab_size) for ids in (train, val))
-    return torch.from_numpy(np.flatnonzero(counts[:vocab_size])), torch.from_numpy(val[:MOST].astype(np.int64))
+    return torch.from_numpy(np.flatnonzero(counts[:vocab_size] >= often)), torch.from_numpy(val[:MOST].astype(np.int64))
 
 
 class Subject:
@@ -33,9 +33,11 @@ class Subject:
 
     usable: ids that the data really uses, without special ones; begin: the id that begins a text, or None; held: tokens of
     the validation split, or None where its dataset is not here; codec: ids to text, or None. dataset: instead of the checkpoint's.
+    often: ids that come less often in the data are not usable (the first MOST tokens of each split are counted): a model that has
+    hardly seen a token cannot be asked to tell it from others.
     """
 
-    def __init__(self, path, device='cpu', untrained=False, dataset=''):
+    def __init__(self, path, device='cpu', untrained=False, dataset='', often=1):
         self.source, content_of = str(path), checkpoint.load_model(path, kernel='eager', dropout=0.0)
         self.model, self.content = content_of
         self.step = self.content.get('step')
@@ -53,9 +55,9 @@ class Subject:
             if self.step is not None and 'gradient_accumulation_steps' in settings else None
         loss = self.content.get('best_val_loss', math.nan)
         self.val_loss = float(loss) if math.isfinite(loss) and self.trained else None
-        self.read_vocabulary(dataset or settings.get('dataset', ''), given=bool(dataset))
+        self.read_vocabulary(dataset or settings.get('dataset', ''), given=bool(dataset), often=often)
 
-    def read_vocabulary(self, dataset, given):
+    def read_vocabulary(self, dataset, given, often):
         V, self.codec, self.begin, self.held, found = self.model.config.vocab_size, self.content.get('codec'), None, None, None
         meta, folder = self.content.get('meta', {}), datasets.find(dataset) if dataset else None
         if folder and (folder / 'train.bin').exists():
@@ -64,6 +66,8 @@ class Subject:
             meta, found = (found, found) if fits else (meta, None)
         if given and not found:
             raise UserError(f'--dataset={dataset} is not the text of {self.source}: it is missing, or has other tokens')
+        if often > 1 and not found:
+            raise UserError(f'--often={often} counts tokens in the text of {self.source}, which is not here: name it by --dataset')
         if self.codec is None and (meta.get('tokenizer') or V in (50257, 50304)):
             try:
                 self.codec = datasets.Tokenizer(meta if meta.get('tokenizer') else dict(tokenizer='gpt2'))
@@ -78,7 +82,7 @@ class Subject:
         elif name in ('char', 'bytes'):
             self.begin = self.codec.encode('\n')[0] if name == 'bytes' or '\n' in self.codec.chars else None
         if found:
-            ids, self.held = used_in(folder, found['dtype'], found['vocab_size'])
+            ids, self.held = used_in(folder, found['dtype'], found['vocab_size'], often)
         elif self.codec:
             ids = torch.tensor([i for i in range(min(V, self.codec.vocab_size)) if self.codec.decode([i]).isprintable() and '\ufffd' not in self.codec.decode([i])])
         else:

@@ -8,30 +8,28 @@ Induction on real text, 1: a GPT-2-size MHA with RoPE, 123.6M parameters, on boo
 """
 out_dir = 'out-induction-books-mha'
 dataset = 'text'
-eval_interval = 250
+eval_interval = 1000
 eval_iters = 50
-log_interval = 10
-keep_checkpoints = 24
+log_interval = 20
+keep_checkpoints = 16
 sample_tokens = 0
 
 gradient_accumulation_steps = 1
-batch_size = 16
-block_size = 1024  # 16,384 tokens a step
+batch_size = 8  # small, for many steps
+block_size = 1024  # 8,192 tokens a step
 
 pos = 'rope'
 norm = 'rmsnorm'
 act = 'relu2'
 qk_norm = True
 zero_init = True
-dropout = 0.1
-dropout_in = 'residual'
 
 optimizer = 'muon'
-muon_lr = 0.02
-learning_rate = 3e-3  # of AdamW: embedding, head and norms
+muon_lr = 0.01
+learning_rate = 1.5e-3  # of AdamW: embedding, head and norms
 weight_decay = 0.1
-max_iters = 2400  # 39M tokens, nearly two passes over 100 MB of text
+max_iters = 4000  # 33M tokens, one and a half passes over 100 MB of text
 schedule = 'wsd'
-warmup_iters = 50
-cooldown = 0.5
+warmup_iters = 100
+cooldown = 0.4
 min_lr = 0.0

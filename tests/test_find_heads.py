@@ -145,6 +145,10 @@ def test_from_a_run_to_its_files(repeats, capsys):
     last = [e['induction']['score'] for e in b['scores']]
     if checkpoint.load('b')['step'] == 6:  # the best is the last
         assert np.ravel(swept['scores'][-1]) == pytest.approx(last, abs=1e-3)
+        assert swept['max_text'][-1] == pytest.approx(max(e['induction']['text_repeated'] - e['induction']['text_control'] for e in b['scores']), abs=1e-4)
+    spoken = head_report.held_out(Subject(checkpoint.kept_in('b')[-1]), b['repeats']['L'], 8, 0)
+    assert [swept['text_repeat_loss'][-1], swept['text_control_loss'][-1]] == pytest.approx([loss for _, loss in spoken.values()], abs=1e-4)
+    assert b['repeats']['ids'] == 64
     rows = list(csv.DictReader(Path('heads/heads.csv').open()))
     assert len(rows) == 8 and float(rows[0]['induction_score']) == a['scores'][0]['induction']['score'] and rows[4]['model'] == 'b'
     assert len(list(csv.DictReader(Path('heads/composition.csv').open()))) == 2 * 3 * 4
@@ -208,8 +212,13 @@ def test_tokens_are_those_the_data_uses(repeats):
     import subject as room
     room.used_in.cache_clear()
     assert Subject('b').usable.tolist() == list(range(5, 25))
+    np.concatenate([few, [7, 7, 9]]).astype(np.uint16).tofile('data/repeats/val.bin')
+    room.used_in.cache_clear()
+    assert Subject('b', often=61).usable.tolist() == [7, 9] and Subject('b', often=62).usable.tolist() == [7]  # both splits count
     shutil.rmtree('data')
     assert Subject('b').held is None and Subject('b').usable.tolist() == list(range(1, 65))
+    with pytest.raises(UserError, match='--often=2 counts tokens in the text of b, which is not here'):
+        Subject('b', often=2)
 
 
 def test_what_is_no_trained_model_is_refused(repeats, capsys):
