@@ -9,8 +9,8 @@ Measure training and decoding: python bench.py train | scale | race | decode [co
     python bench.py decode --attention_only=True --cache_dtypes=auto,int8,int4
 
 train times whole steps (forward, backward, clip, optimizer) on random tokens, beside a matrix product
-and, with --peer, nanoGPT's own model and recipe, all in this process. scale runs train under torchrun
-on several GPUs. race runs nanoGPT's train.py and then ours, each as a person would, until val loss --goal.
+and, with --peer, nanoGPT's own model and recipe, all in this process. scale times the same step on 1, 2, ...
+GPUs of this host. race runs nanoGPT's train.py and then ours, each as a person would, until val loss --goal.
 decode times prefill and decode steps with and without a cache (decode_meter.py), with --peer whole texts beside
 nanoGPT's and transformers' generate, with --attention_only one layer's attention (attention_meter.py).
 """
@@ -24,6 +24,7 @@ repeats = 5  # how often; the median counts
 profile = False  # add a table of where the time of a step goes
 vocabulary = 50257  # different tokens (train)
 gpus = '1,2'  # scale: numbers of processes
+micro_batches = 1  # scale: batches of each process in a step
 goal = 1.886  # race: the validation loss to reach
 results = ''  # append the figures to this JSONL file
 # decode
@@ -60,6 +61,7 @@ if not mode:
 import contextlib
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -163,81 +165,94 @@ def head_products():
     return lambda: x @ w.T, lambda: d @ w, lambda: d.T @ x
 
 
-def train():
-    rate = matmul_rate()
+def random_tokens(world):
     with tempfile.TemporaryDirectory() as folder:
         with datasets.TokenWriter(folder, config['vocabulary']) as files:
             random = np.random.default_rng(0)
             files.add('train', random.integers(0, config['vocabulary'], 2 ** 20))
             files.add('val', random.integers(0, config['vocabulary'], 2 ** 16))
             files.publish(dict(tokenizer='gpt2', source='random tokens'))
-        data = datasets.Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
-    if main:
-        print(f'{machine.describe(device)}, {str(stream)[6:]}: a matrix product runs at {rate / 1e12:.1f} TFLOP/s')
-    theirs = None
-    if peer:
-        theirs, (seconds, least, most), memory = time_peer(peer, data)
-        print(f'nanoGPT   batch {peer_batch_size}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {theirs / 1e3:8.1f}k tok/s, {memory / 2 ** 30:.1f} GiB')
-        report(what='nanoGPT', batch_size=peer_batch_size, tok_per_s=theirs, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory)
-        gc.collect()
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        torch._dynamo.reset()
+        return datasets.Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
+
+
+def clear():
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
+
+
+def time_step(rate, world, batches, group=None, theirs=None):
+    """The step of the settings' model, each process of `group` with its share of `batches`: printed by the first, and its row."""
+    settings = {**config, 'gradient_accumulation_steps': batches}
     torch.manual_seed(0)
     model = checkpoint.new_model(config['attention'], config, config.given, config['vocabulary']).to(device).train()
     model.stream = stream
     model.check_kernel(device)
-    trainer = Trainer(config, model, data)
-    begin = time.perf_counter()
-    trainer.update(0)
-    machine.synchronize(device)
-    first = time.perf_counter() - begin
+    trainer = Trainer(settings, model, random_tokens(world), group=group)
+    first = machine.seconds(device, lambda: trainer.update(0))
     seconds, least, most = median_seconds(trainer.update, config['timed_steps'])
-    tokens = config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
-    speed, memory = tokens / seconds, machine.peak_memory(device)
+    speed, memory = batches * config['batch_size'] * config['block_size'] / seconds, machine.peak_memory(device)
     flops, name = model.flops_per_token(config['block_size']), f"{config['attention'].upper()} {model.num_params() / 1e6:.1f}M"
-    if main:
-        print(f"{name} batch {config['batch_size']}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {speed / 1e3:8.1f}k tok/s, "
-              f'{memory / 2 ** 30:.1f} GiB, {100 * flops * speed / (rate * world):.1f} % of the matrix product, first step {first:.1f} s'
-              + (f', {speed / theirs:.3f} x nanoGPT' if theirs else ''))
     table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
     ranks = [dict(ms=1e3 * seconds, peak_memory=memory)] * world
     if world > 1:
-        torch.distributed.all_gather_object(ranks, ranks[0])
-    mfu = flops * speed / (machine.peak_flops(device, stream) * world)
+        torch.distributed.all_gather_object(ranks, ranks[0], group=group)
     if main:
-        report(what=name, world=world, ranks=ranks, config={key: value for key, value in config.items() if key not in ('peer', 'results', 'out_dir')}, tok_per_s=speed,
-               ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory, mfu=None if np.isnan(mfu) else mfu,
-               matmul_tflops=rate / 1e12, mfu_of_matmul=flops * speed / (rate * world), first_step_s=first, ratio_to_peer=speed / theirs if theirs else None, profile=table)
-        for group, ms in sorted(table.items(), key=lambda row: -row[1]):
-            print(f'  {ms:8.2f} ms  {ms / (10 * seconds):5.1f} %  {group}')
-        for ms, kernel in kernels:
-            print(f'      {ms:8.3f} ms  {kernel[:110]}')
+        print(f"{name} batch {config['batch_size']}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {speed / 1e3:8.1f}k tok/s, "
+              f'{memory / 2 ** 30:.1f} GiB, {100 * flops * speed / (rate * world):.1f} % of the matrix product, first step {first:.1f} s'
+              + (f', {speed / theirs:.3f} x nanoGPT' if theirs else ''), flush=True)
+        print(*(f'  {ms:8.2f} ms  {ms / (10 * seconds):5.1f} %  {part}\n' for part, ms in sorted(table.items(), key=lambda row: -row[1])),
+              *(f'      {ms:8.3f} ms  {kernel[:110]}\n' for ms, kernel in kernels), sep='', end='', flush=True)
+    mfu = flops * speed / (machine.peak_flops(device, stream) * world)
+    return dict(what=name, world=world, ranks=ranks, config={key: value for key, value in settings.items() if key not in ('peer', 'results', 'out_dir')}, tok_per_s=speed,
+                ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory, mfu=None if np.isnan(mfu) else mfu, matmul_tflops=rate / 1e12,
+                mfu_of_matmul=flops * speed / (rate * world), first_step_s=first, ratio_to_peer=speed / theirs if theirs else None, profile=table)
+
+
+def train():
+    rate, theirs = matmul_rate(), None
+    if main:
+        print(f'{machine.describe(device)}, {str(stream)[6:]}: a matrix product runs at {rate / 1e12:.1f} TFLOP/s')
+    if peer:
+        theirs, (seconds, least, most), memory = time_peer(peer, random_tokens(world))
+        print(f'nanoGPT   batch {peer_batch_size}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {theirs / 1e3:8.1f}k tok/s, {memory / 2 ** 30:.1f} GiB')
+        report(what='nanoGPT', batch_size=peer_batch_size, tok_per_s=theirs, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory)
+        clear()
+    row = time_step(rate, world, config['gradient_accumulation_steps'], theirs=theirs)
+    if main:
+        report(**row)
 
 
 def scale():
-    """The same step on 1, 2, ... GPUs (or CPU processes) of this host, each with the batch_size that was asked for."""
-    rows = []
-    for n in map(int, gpus.split(',')):
-        with tempfile.TemporaryDirectory() as folder:
-            words = [word for word in sys.argv[1:] if not word.startswith(('--gpus', '--results', '--gradient_acc', '--peer='))]
-            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', str(HERE / 'bench.py'), 'train', *words,
-                       f'--gradient_accumulation_steps={n}', f'--results={folder}/r.jsonl']
-            if subprocess.run(command).returncode:
-                sys.exit(f'error: the run of {n} processes failed (its message is above)')
-            line = json.loads(Path(folder, 'r.jsonl').read_text().splitlines()[-1])
-        base = rows[0]['tok_per_s'] / rows[0]['processes'] if rows else line['tok_per_s'] / n
-        rows.append(line | dict(model=line['what'], what='scale', processes=n, speedup=line['tok_per_s'] / base))
-        print(f"{n} processes: {line['tok_per_s'] / 1e3:.1f}k tok/s, {line['tok_per_s'] / base:.3f} x one, efficiency {100 * line['tok_per_s'] / base / n:.1f} %, "
-              f"peak memory a process {max(rank['peak_memory'] for rank in line['ranks']) / 2 ** 30:.1f} GiB\n", flush=True)
-        report(**rows[-1])
-    if results:  # earlier models stand in the picture, too
-        rows = [row for row in map(json.loads, Path(results).read_text().splitlines()) if row['what'] == 'scale' and 'model' in row]
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    picture = f'{out_dir}/scale.png'
-    scale_figure.draw({(row['model'], row['config']['batch_size'], row['processes']): row for row in rows}.values(), picture)
-    print(f'picture: {picture}')
+    """The same step on 1, 2, ... GPUs (or CPU processes) of this host, one after the other, `micro_batches` of batch_size on each."""
+    counts = [int(n) for n in gpus.split(',')]
+    if 'RANK' not in os.environ:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={max(counts)}', str(HERE / 'bench.py'), 'scale', *sys.argv[1:]]
+        if subprocess.run(command).returncode:
+            sys.exit(f'error: the run of {max(counts)} processes failed (its message is above)')
+        return
+    rate, rows = matmul_rate(), []
+    some = {n: torch.distributed.new_group(list(range(n))) for n in counts} if world > 1 else {}
+    everybody = torch.distributed.new_group(backend='gloo') if world > 1 else None  # who waits here leaves its GPU alone
+    for n in counts:
+        if rank < n:
+            row = time_step(rate, n, n * micro_batches, some.get(n) if n > 1 else None)
+            clear()
+        if main:
+            base = rows[0]['tok_per_s'] / counts[0] if rows else row['tok_per_s'] / n
+            rows.append(report(**row | dict(model=row['what'], what='scale', processes=n, micro_batches=micro_batches, speedup=row['tok_per_s'] / base)))
+            print(f"{n} processes: {row['tok_per_s'] / 1e3:.1f}k tok/s, {row['tok_per_s'] / base:.3f} x one, efficiency {100 * row['tok_per_s'] / base / n:.1f} %, "
+                  f"peak memory a process {max(one['peak_memory'] for one in row['ranks']) / 2 ** 30:.1f} GiB\n", flush=True)
+        if world > 1:
+            torch.distributed.barrier(group=everybody)
+    if main:
+        if results:  # with earlier models
+            rows = [row for row in map(json.loads, Path(results).read_text().splitlines()) if row['what'] == 'scale' and 'micro_batches' in row]
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        scale_figure.draw(rows, f'{out_dir}/scale.png')
+        print(f'picture: {out_dir}/scale.png')
 
 
 def race():
@@ -307,7 +322,7 @@ def decode():
     print(f'rows: {out_dir}/{rows.name}.csv and .jsonl' + (', pictures: latency.png and memory.png' if rows.name == 'decode' else ''))
 
 
-for name in ('peer_batch_size', 'timed_steps', 'repeats', 'vocabulary', 'batch_size', 'block_size', 'gradient_accumulation_steps'):
+for name in ('peer_batch_size', 'timed_steps', 'repeats', 'vocabulary', 'batch_size', 'block_size', 'gradient_accumulation_steps', 'micro_batches'):
     if config[name] < 1:
         raise UserError(f'{name}={config[name]} must be at least 1')
 if mode == 'race' and not peer:
@@ -324,7 +339,7 @@ if device.type == 'cpu':
 rank, world, main = 0, 1, True
 padded = -(-config['vocabulary'] // 64) * 64
 torch.set_float32_matmul_precision('high')
-if mode == 'train':
+if mode == 'train' or mode == 'scale' and 'RANK' in os.environ:
     rank, world, _, device = machine.join_processes(device, config['backend'])
     main = rank == 0
 stream = machine.pick_dtype(config['dtype'], device)

@@ -58,6 +58,11 @@ def join_processes(device, backend='auto'):
     return rank, world, local_rank, device
 
 
+def on_one_host():
+    """True when torchrun started all processes on this host."""
+    return os.environ.get('LOCAL_WORLD_SIZE', '1') == os.environ.get('WORLD_SIZE', '1')
+
+
 def pick_dtype(dtype, device):
     """
     The dtype of the residual stream. 'auto': bfloat16 on a GPU that has it, float16 on one that has not,

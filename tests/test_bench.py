@@ -83,7 +83,7 @@ def test_a_peer_is_measured_beside(capsys):
 
 def test_a_run_that_fails_is_told_by_its_exit_code(capfd, monkeypatch):
     monkeypatch.setattr(subprocess, 'run', lambda command: SimpleNamespace(returncode=1))
-    assert bench('scale') == 1 and capfd.readouterr().err == 'error: the run of 1 processes failed (its message is above)\n'
+    assert bench('scale') == 1 and capfd.readouterr().err == 'error: the run of 2 processes failed (its message is above)\n'
 
 
 def test_scale_compares_one_process_with_two(capfd):
