@@ -190,9 +190,13 @@ class Clock:
 
 
 def tidy(device):
-    """Nothing of an earlier phase is left on the GPU. Not between two timed steps: allocating anew takes time."""
+    """
+    Nothing of an earlier phase is left on the GPU, and of cuBLAS not its workspaces (32 MiB for every stream it ever met, those of recorded
+    decoding among them), which a recording that still lives would miss. Not between two timed steps: allocating anew takes time.
+    """
     if device.type == 'cuda':
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
@@ -293,26 +297,26 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
     steps = s.steps or max(math.ceil(epoch * s.epochs), s.warmup_steps + 1)
 
     batches = [[train.batch(rows, device) for rows in islice(order, s.accumulation)] for _ in range(steps)]  # before the clock starts
-    losses, clock = [], None
+    losses = []
     tidy(device)
     gc.freeze()  # the garbage collector has only the steps' own objects to look through
+    clock = Clock(device)
     for step in range(steps):
         tell(f'seed {seed}, step {step + 1} of {steps}')
         if step == s.warmup_steps:  # what compiles and allocates has done so
             measured = phase('train', memory, device, clean=False)
             measured.__enter__()
-            clock = Clock(device)
         losses.append(tuner.step(batches[step]))
-        if clock:
-            clock.tick()
+        clock.tick()
     timed = [b for some in batches[s.warmup_steps:] for b in some]
     tokens, samples = sum(b.tokens for b in timed), sum(b.samples for b in timed)
-    seconds = clock.seconds()
+    every = clock.seconds()
+    seconds = every[s.warmup_steps:]
     measured.__exit__(None, None, None)
     gc.unfreeze()
     losses = torch.stack(losses).tolist()
     found |= dict(train_tok_per_s=tokens / sum(seconds), train_samples_per_s=samples / sum(seconds), step_ms=1e3 * statistics.median(seconds),
-                  step_ms_all=[1e3 * t for t in seconds], train_loss=statistics.mean(losses[-epoch:]), first_loss=losses[0], steps=steps)
+                  step_ms_all=[1e3 * t for t in seconds], warmup_ms=[1e3 * t for t in every[:s.warmup_steps]], train_loss=statistics.mean(losses[-epoch:]), first_loss=losses[0], steps=steps)
     del tuner
     with phase('eval', memory, device):
         finetuning.evaluate(cell.model, cell.loss_of, val_batches[:1])  # warm
@@ -360,8 +364,9 @@ def teacher_forced(cell, batches, val, encoder):
 
 
 def together(per_seed):
-    """Medians over seeds; of the speeds also least and most, of the step all steps of all seeds."""
-    row = {name: statistics.median(seed[name] for seed in per_seed) for name in per_seed[0] if name != 'step_ms_all'}
+    """Medians over seeds; of the speeds also least and most, of the step all steps of all seeds, one by one, too: a list a seed, and of its warm-up."""
+    row = {name: statistics.median(seed[name] for seed in per_seed) for name in per_seed[0] if name not in ('step_ms_all', 'warmup_ms')}
+    row |= {name: [[round(ms, 2) for ms in seed[name]] for seed in per_seed] for name in ('warmup_ms', 'step_ms_all')}
     every = [ms for seed in per_seed for ms in seed['step_ms_all']]
     row |= dict(step_ms=statistics.median(every), step_ms_least=min(every), step_ms_most=max(every))
     for name in ('train_tok_per_s', 'val_loss'):

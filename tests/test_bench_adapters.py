@@ -152,6 +152,16 @@ def test_a_cell_s_row_is_complete():
     assert row['cache'] == 'paged' and row['causal'] and row['kernel_proved'] and 0 < row['trainable_parameters'] < row['parameters']
     assert 4 < row['val_loss'] < 7 and row['perplexity'] == pytest.approx(torch.tensor(row['val_loss']).exp().item(), rel=1e-4)
     assert Path('traces/t.json').exists()
+    assert [len(ms) for ms in row['warmup_ms']] == [TINY['warmup_steps']] * 2 and [len(ms) for ms in row['step_ms_all']] == [TINY['steps'] - TINY['warmup_steps']] * 2
+    assert row['step_ms_least'] == pytest.approx(min(map(min, row['step_ms_all'])), abs=0.01) and row['step_ms_most'] == pytest.approx(max(map(max, row['step_ms_all'])), abs=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('theirs', [False, True])
+def test_a_later_seed_takes_no_more_memory_than_the_first(theirs):
+    one, three = (measure('lora', 'sdpa', theirs, device='cuda', seeds=seeds, profile=seeds > 1) for seeds in (1, 3))
+    for phase in ('load', 'train', 'eval', 'generate'):
+        assert abs(one[f'{phase}_allocated_mib'] - three[f'{phase}_allocated_mib']) < 8, phase  # one workspace of cuBLAS is 32
 
 
 @pytest.mark.parametrize('kind', ['full', pytest.param('qlora', marks=pytest.mark.slow)])
