@@ -79,13 +79,24 @@ def tell(model):
     say('  called: ' + (', '.join(f'{count} {label}' for label, count in sorted(counts.items())) or 'nothing') +
         f"; loss of what repeats {model['repeat_loss']:.3f} nats, of the control {model['control_loss']:.3f}" +
         (f", in-context learning {model['icl_score']:+.3f} (token {model['icl_positions'][1]} less {model['icl_positions'][0]})" if model['icl_score'] is not None else ''))
-    costs = model['group_ablation']
+    tell_costs(model['group_ablation'], '')
+    if 'text_repeat_loss' in model:
+        say('  held-out text said twice: {text_repeat_loss:.3f} nats, other text {text_control_loss:.3f}; '.format(**model) + (', '.join(
+            'head {layer}.{head} {on_text[score]:.3f}, control {on_text[control]:.3f}, gap {on_text[gap]:.3f}'.format(**e)
+            for e in sorted(heads, key=lambda e: -e['on_text']['gap']) if e['on_text']['label'] == 'induction') or 'no induction head on it'))
+        tell_costs(model['group_ablation'], 'text_')
+
+
+def tell_costs(costs, where):
+    """Of groups and paths, `where` '' on random tokens and 'text_' on held-out text."""
+    costs, on = {key.removeprefix(where): cost for key, cost in costs.items() if key.startswith(where)}, ' on text' if where else ''
     for label in ('induction', 'previous', 'positional'):
         if f'{label}_heads' in costs:
-            say(f"  without the {costs[f'{label}_heads']} {label} heads: {costs[f'{label}_zero']:+.3f} nats (zero), {costs[f'{label}_mean']:+.3f} (mean), "
-                f"{costs[f'{label}_pattern']:+.3f} (zero, patterns kept), {costs[f'{label}_frozen']:+.3f} (mean, patterns and norms kept)")
+            say(f"  without the {costs[f'{label}_heads']} {label} heads{on}: {costs[f'{label}_zero']:+.3f} nats (zero), {costs[f'{label}_mean']:+.3f} (mean), "
+                f"{costs[f'{label}_pattern']:+.3f} (zero, patterns kept), {costs[f'{label}_frozen']:+.3f} (mean, patterns and norms kept); "
+                f"{costs[f'{label}_zero_control']:+.3f} (zero) where nothing repeats")
     if 'previous_to_induction_K' in costs:
-        say('  previous-token heads cut off from the induction heads\' ' + ', '.join(
+        say(f"  previous-token heads cut off from the induction heads'{on} " + ', '.join(
             f"{what} {costs[f'previous_to_induction_{reads}']:+.3f}" for reads, what in dict(Q='queries', K='keys', V='values').items()) + ' nats')
 
 

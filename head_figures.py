@@ -4,7 +4,7 @@ import math
 import figures
 from configurator import UserError
 
-SHOWN = ('induction', 'without repetition', 'with a gap', 'previous token', 'copying')  # rows of `maps`
+SHOWN = ('induction', 'without repetition', 'with a gap', 'on held-out text', 'previous token', 'copying')  # rows of `maps`
 LINES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))  # for models of one kind
 
 
@@ -13,9 +13,11 @@ def kind_color(kind):
 
 
 def grid_of(model, row):
-    """One row of `maps` of a `models` entry as a list of lists, layer by layer."""
+    """One row of `maps` of a `models` entry as a list of lists, layer by layer; NaN where it was not measured."""
     def value(entry):
         induction = entry['induction']
+        if row == 'on held-out text':
+            return entry['on_text']['gap'] if entry.get('on_text') else math.nan
         return {'induction': induction['score'], 'without repetition': induction['control'], 'with a gap': induction['gap'],
                 'previous token': entry['previous']['score'], 'copying': entry['effective_copying']}[row]
     flat, H = [value(entry) for entry in model['scores']], model['heads']
@@ -32,22 +34,23 @@ def facts(model):
 def maps(report, path, footer):
     """
     Layer x head maps, the models side by side on one scale from 0 to 1 (effective copying: from -1, in red), a strip of each layer's mean on the right. A box marks
-    heads that are called induction (and, in the row of the previous token, previous).
+    heads that are called induction (and, in the row of the previous token, previous), a number the largest score of a map.
     """
     models = report['models']
     if len(models) > 4:
         raise UserError(f'{len(models)} models do not fit on one picture of maps: look at 4 at a time')
     layers = max(m['layers'] for m in models)
     row_height = min(2.4, 0.9 + 0.17 * layers)
+    rows = [row for row in SHOWN if row != 'on held-out text' or any(entry.get('on_text') for m in models for entry in m['scores'])]
     repeats = models[0]['repeats']
-    note = (f"{repeats['texts']} random texts of {repeats['L']} tokens said twice; boxes: called induction, or previous in its row; "
-            'strip: mean of the layer; red: below zero')
+    note = (f"{repeats['texts']} random texts of {repeats['L']} tokens said twice; number: the largest; boxes: called induction (previous in its row); "
+            'strip: mean of the layer')
     scale = None
-    with figures.sheet(len(SHOWN), len(models), size=(figures.WIDTH, 1.7 + row_height * len(SHOWN)), title='What the heads do', note=note) as (fig, axes):
+    with figures.sheet(len(rows), len(models), size=(figures.WIDTH, 1.7 + row_height * len(rows)), title='What the heads do', note=note) as (fig, axes):
         from matplotlib.patches import Rectangle
         from mpl_toolkits.axes_grid1 import make_axes_locatable
 
-        for i, row in enumerate(SHOWN):
+        for i, row in enumerate(rows):
             for j, model in enumerate(models):
                 ax, grid = (axes[i][j] if len(models) > 1 else axes[i]), grid_of(model, row)
                 below = row == 'copying'  # from -1 on: red is the opposite of copying
@@ -61,18 +64,22 @@ def maps(report, path, footer):
                     a.tick_params(length=0)
                 strip.set(xticks=[], yticks=[])
                 wanted = {'previous token': 'previous', 'copying': None}.get(row, 'induction')
+                top, layer, head = max((value, layer, head) for layer, line in enumerate(grid) for head, value in enumerate(line))
+                if not below and top == top:
+                    ax.text(head, layer, f'{top:.2f}', ha='center', va='center', fontsize=min(9, 50 * row_height / model['layers']),
+                            color='white' if top > 0.55 else figures.COLORS['ink'], zorder=4)
                 for entry in model['scores']:
-                    if entry['label'] == wanted:
+                    if (entry.get('on_text') or dict(label='') if row == 'on held-out text' else entry)['label'] == wanted:
                         ax.add_patch(Rectangle((entry['head'] - 0.5, entry['layer'] - 0.5), 1, 1, fill=False, linewidth=1.6, edgecolor=figures.COLORS['mla'], clip_on=False, zorder=3))
                 ticks = range(0, model['heads'], max(1, math.ceil(model['heads'] / 12)))
-                ax.set_xticks(list(ticks), [str(t) for t in ticks] if i == len(SHOWN) - 1 else [])
+                ax.set_xticks(list(ticks), [str(t) for t in ticks] if i == len(rows) - 1 else [])
                 ticks = range(0, model['layers'], max(1, math.ceil(model['layers'] / 6)))
                 ax.set_yticks(list(ticks), [str(t) for t in ticks] if j == 0 or model['layers'] != models[0]['layers'] else [])
                 if j == 0:
                     ax.set_ylabel(f'{row}\nlayer', fontsize=10)
                 if i == 0:
                     ax.set_title(f"{model['name']} ({model['kind']})\n{facts(model) if len(models) < 3 else facts(model).replace(' · ', chr(10))}", fontsize=10.5, color=kind_color(model['kind']) if model['trained'] else '#B3261E')
-                if i == len(SHOWN) - 1:
+                if i == len(rows) - 1:
                     ax.set_xlabel('head')
         bar = fig.colorbar(scale, ax=list(axes.flat), shrink=0.35, pad=0.015, aspect=30)
         bar.outline.set_visible(False)
@@ -82,7 +89,10 @@ def maps(report, path, footer):
 
 
 def training(runs, path, footer, title='Through training'):
-    """Three curves of each run of `checkpoints` over tokens seen: the best gap score, loss of what repeats, in-context-learning score."""
+    """
+    Curves of each run of `checkpoints` over tokens seen: the best gap score, loss of what repeats, in-context-learning score; where held-out text was
+    said twice as well (and not of a study's many runs), what the repetition saves, on random tokens and on text, and the scores of both.
+    """
     styles, used = {}, {}
     for run in runs:  # seeds of one variant share a line style
         variant = run.get('variant', run['name'])
@@ -90,11 +100,19 @@ def training(runs, path, footer, title='Through training'):
             kind = run['kind'].lower()
             styles[variant] = kind_color(kind), LINES[used.setdefault(kind, 0) % len(LINES)]
             used[kind] += 1
-    icl = any(value is not None for run in runs for value in run['icl'])
     over = 'tokens' if all(value is not None for run in runs for value in run['tokens']) else 'step'
-    panels = [('gap score of the best head', 'max_induction'), ('loss of what repeats (nats)', 'repeat_loss')] + [('in-context learning (nats)', 'icl')] * icl
-    with figures.sheet(1, len(panels), size=(figures.WIDTH, 4.6), title=title, note='gap score: attention to what followed the same token before, with other tokens between the two copies') as (fig, axes):
-        for ax, (label, key) in zip(axes, panels):
+    spoken = all(value is not None for run in runs for value in run.get('max_text') or [None]) and not any('variant' in run for run in runs)
+    icl = [('in-context learning (nats)', 'icl')] * any(value is not None for run in runs for value in run['icl'])
+    panels = [('gap score of the best head', 'max_induction'), ('loss of what repeats (nats)', 'repeat_loss'), *icl]
+    if spoken:
+        runs = [run | {f'{on}saved': [b - a for a, b in zip(run[f'{on}repeat_loss'], run[f'{on}control_loss'])] for on in ('', 'text_')} for run in runs]
+        panels = [('previous token, best head', 'max_previous'), ('induction, random tokens', 'max_induction'), ('induction, held-out text', 'max_text'),
+                  ('nats saved, random tokens', 'saved'), ('nats saved, held-out text', 'text_saved'), *icl]
+    note = 'gap score: attention to what followed the same token before, with other tokens between the two copies'
+    if spoken:
+        note = 'induction: attention to what followed the same token before, other tokens in between; nats saved: unrepeated less repeated tokens'
+    with figures.sheet(1 + spoken, 3 if spoken else len(panels), size=(figures.WIDTH, 4.6 + 2.9 * spoken), title=title, note=note) as (fig, axes):
+        for ax, (label, key) in zip(axes.flat, panels):
             drawn = set()
             for run in runs:
                 variant = run.get('variant', run['name'])
@@ -105,8 +123,14 @@ def training(runs, path, footer, title='Through training'):
             ax.set_xscale('log')
             ax.set_xlabel('tokens seen' if over == 'tokens' else 'step')
             ax.set_ylabel(label)
-        axes[0].set_ylim(-0.02, 1.02)
-        axes[0].legend(loc='upper left', fontsize=9, handlelength=3.6)
+            if key.startswith('max_'):
+                ax.set_ylim(-0.02, 1.02)
+        for key in ('saved', 'text_saved') * spoken:  # one scale for both
+            ax = axes.flat[[key for _, key in panels].index(key)]
+            ax.set_ylim(min(min(run[on]) for run in runs for on in ('saved', 'text_saved')) - 0.1, max(max(run[on]) for run in runs for on in ('saved', 'text_saved')) + 0.1)
+        for ax in axes.flat[len(panels):]:
+            ax.set_visible(False)
+        axes.flat[0].legend(loc='upper left', fontsize=9, handlelength=3.6)
         figures.footer(fig, footer)
         figures.save(fig, path, palette=True)
     return path

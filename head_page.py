@@ -12,7 +12,7 @@ file that loads nothing from anywhere. `report` travels inside it as JSON. `?` m
         patterns_u8: pack_patterns(A), A being the attention of every head, in layer-major order
         scores: one dict a head: layer, head, label ('induction', 'previous', 'current', 'duplicate', 'first',
             'positional' or ''); under each of 'induction', 'previous', 'current', 'duplicate' and 'first'?
-            a dict of score, null?, control?, gap?, low?, high?; copying?, effective_copying?; zero_ablation?, mean_ablation?,
+            a dict of score, null?, control?, gap?, low?, high?; on_text? likewise, for induction on held-out text; copying?, effective_copying?; zero_ablation?, mean_ablation?,
             pattern_ablation? (nats of loss that they add)
         loss_by_position?: x, repeated, control (nats); icl_score? (nats), icl_positions? (early, late);
         group_ablation? (any small dict)

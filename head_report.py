@@ -35,13 +35,11 @@ def texts_for(subject, texts, seed):
     return subject.held[starts[:, None] + torch.arange(T)]
 
 
-def held_out(subject, L, texts, seed):
-    """Repeated held-out text and its control: {repeated, control: (induction scores (N, H), loss of the second copy)}; None where there is none."""
-    spoken = patterns.text_trials(subject.held, subject.begin, texts, L, seed) if subject.held is not None else None
-    if spoken is None:
+def held_out_for(subject, length, texts, seed):
+    """Trials of held-out text instead of random tokens; None where there is none, or too little."""
+    if subject.held is None:
         return None
-    found = {name: patterns.run(subject.model, getattr(spoken, name), L, spoken.gap) for name in ('repeated', 'control')}
-    return {name: (scores['induction'].mean(-1), patterns.repeat_loss(losses, L)) for name, (scores, _, losses) in found.items()}
+    return patterns.text_trials(subject.held, subject.begin, texts, *patterns.lengths(subject.model.config.block_size, len(subject.usable), length), seed)
 
 
 def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, causes='auto', prompt='', shown=128, tell=lambda text: None):
@@ -64,12 +62,17 @@ def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, 
     by_weights, as_read = circuits.copying(model), circuits.effective_copying(model, trial.control.to(device))
     for entry, copies, copies_read in zip(heads, by_weights.flatten().tolist(), as_read.flatten().tolist()):
         entry |= dict(copying=round(copies, 5), effective_copying=round(copies_read, 5)) | {f'{way}_ablation': None for way in ablation.WAYS}
-    icl, on_text = None, held_out(subject, trial.L, texts, seed)
-    for entry in heads if on_text else ():
-        entry['induction'] |= {f'text_{name}': round(value[entry['layer'], entry['head']].item(), 6) for name, (value, _) in on_text.items()}
-    if subject.held is not None:
-        icl = patterns.in_context(model, subject.held)
+    icl = patterns.in_context(model, subject.held) if subject.held is not None else None
     groups = {} if causes == 'none' else causes_of(model, trial, heads, causes, tell)
+    said, spoken = {}, held_out_for(subject, length, texts, seed)
+    if spoken:
+        on_text, text_repeated, text_control = patterns.score(model, spoken, threshold)
+        said = dict(text_repeat_loss=patterns.repeat_loss(text_repeated, trial.L), text_control_loss=patterns.repeat_loss(text_control, trial.L))
+        costs = {} if causes == 'none' else causes_of(model, spoken, on_text, causes, lambda text: tell(f'on held-out text, {text}'))['costs']
+        groups = groups | dict(costs=groups.get('costs', {}) | {f'text_{name}': cost for name, cost in costs.items()})
+        for entry, other in zip(heads, on_text):
+            entry['on_text'] = other['induction'] | dict(label=other['label'], previous=other['previous']['score']) | {
+                key: other[key] for key in other if key.endswith('_ablation')}
 
     ids = (subject.encode(prompt) if prompt else trial.repeated[0])[:shown].to(device)
     found = patterns.of(model, ids)
@@ -82,8 +85,8 @@ def examine(subject, length=50, texts=32, seed=0, threshold=patterns.THRESHOLD, 
         loss_by_position=dict(x=list(range(1, repeated.size(1) + 1)), repeated=[round(x, 5) for x in repeated.mean(0).tolist()],
                               control=[round(x, 5) for x in control.mean(0).tolist()]),
         repeat_loss=patterns.repeat_loss(repeated, trial.L), control_loss=patterns.repeat_loss(control, trial.L),
-        icl_score=icl and round(icl[0], 5), icl_positions=icl and list(icl[1]), group_ablation=groups.pop('costs', {}), paths=groups.pop('paths', []), composition=circuits.composition(model))
-    best = sorted(heads, key=lambda entry: -entry['induction']['score'])[:12]
+        **said, icl_score=icl and round(icl[0], 5), icl_positions=icl and list(icl[1]), group_ablation=groups.pop('costs', {}), paths=groups.pop('paths', []), composition=circuits.composition(model))
+    best = sorted(heads, key=lambda entry: -max(entry[on]['score'] for on in ('induction', 'on_text') if on in entry))[:12]
     best = [(entry['layer'], entry['head']) for entry in best]
     if subject.kind == 'MLA' and (parts := circuits.split_logits(model, ids, best)):
         report['mla_split'] = dict(heads=[list(head) for head in best], content_f16=head_page.pack_logits(parts[0].cpu()),
@@ -96,7 +99,11 @@ def of_label(heads, label):
 
 
 def causes_of(model, trial, heads, causes, tell, texts=16):
-    """Fills in the ablations of single heads; returns costs (of groups and of the paths between two) and paths (of single previous-token heads to all induction heads)."""
+    """
+    Fills in the ablations of single heads; returns costs (of groups, `zero_control` where nothing repeats, and of the paths between two) and paths
+    (of single previous-token heads to all induction heads).
+    """
+    unrepeated = ablation.Surgery(model, trial.control[:texts], trial.L)
     surgery = ablation.Surgery(model, trial.repeated[:texts], trial.L)
     chosen = [entry for entry in heads if causes == 'all' or len(heads) <= FEW or entry['label'] in CAUSED]
     tell(f'causes: {len(chosen)} heads, one by one and in groups')
@@ -108,6 +115,7 @@ def causes_of(model, trial, heads, causes, tell, texts=16):
     for label, group in dict(induction=induction, previous=previous, positional=of_label(heads, 'positional')).items():
         if group:
             costs |= {f'{label}_heads': len(group)} | {f'{label}_{way}': round(surgery.cost(group, way), 5) for way in ablation.WAYS}
+            costs[f'{label}_zero_control'] = round(unrepeated.cost(group), 5)
     if induction and previous:
         costs |= {f'previous_to_induction_{reads}': round(surgery.path(previous, induction, reads), 5) for reads in 'QKV'}
         paths = [{'from': list(head), 'kind': reads, 'cost': round(surgery.path([head], induction, reads), 5)} for head in previous[:12] for reads in 'QKV']
@@ -117,27 +125,28 @@ def causes_of(model, trial, heads, causes, tell, texts=16):
 def through_training(load, files, length, texts, seed, threshold, tell=lambda text: None):
     """
     A `checkpoints` entry: what changed over the checkpoints `files` of one run, each opened by load(file). scores are induction
-    scores and gaps those of the gap trial, [checkpoint][layer][head]; max_induction is the largest gap score. On held-out text said twice,
-    max_text is the largest score less its control, text_repeat_loss and text_control_loss are nats a token; None without one.
+    scores and gaps those of the gap trial, [checkpoint][layer][head]; max_induction is the largest gap score, max_text that on held-out text
+    said twice, text_heads what is called induction there, text_repeat_loss and text_control_loss nats a token; None without such a text.
     """
     run = dict(tokens=[], step=[], max_induction=[], max_previous=[], induction_heads=[], scores=[], gaps=[], icl=[], repeat_loss=[], control_loss=[],
-               max_text=[], text_repeat_loss=[], text_control_loss=[])
+               max_text=[], text_heads=[], text_repeat_loss=[], text_control_loss=[])
     for file in files:
         subject = load(file)
         trial = trials_for(subject, length, texts, seed)
         heads, repeated, control = patterns.score(subject.model, trial, threshold)
         grid = {name: torch.tensor([entry['induction'][name] for entry in heads]).unflatten(0, (subject.model.config.n_layer, -1)) for name in ('score', 'gap')}
         icl = patterns.in_context(subject.model, subject.held) if subject.held is not None else None
-        spoken = held_out(subject, trial.L, texts, seed)
-        (on_repeated, text_loss), (on_control, other_loss) = spoken.values() if spoken else ((None, None),) * 2
+        spoken = held_out_for(subject, length, texts, seed)
+        on_text, text_repeated, text_control = patterns.score(subject.model, spoken, threshold) if spoken else (None,) * 3
         for key, value in dict(tokens=subject.tokens, step=subject.step, max_induction=round(grid['gap'].max().item(), 5),
                                max_previous=max(entry['previous']['score'] for entry in heads), induction_heads=len(of_label(heads, 'induction')),
                                scores=[[round(x, 4) for x in row] for row in grid['score'].tolist()],
                                gaps=[[round(x, 4) for x in row] for row in grid['gap'].tolist()], icl=icl and round(icl[0], 5),
                                repeat_loss=round(patterns.repeat_loss(repeated, trial.L), 5),
                                control_loss=round(patterns.repeat_loss(control, trial.L), 5),
-                               max_text=round((on_repeated - on_control).max().item(), 5) if spoken else None,
-                               text_repeat_loss=spoken and round(text_loss, 5), text_control_loss=spoken and round(other_loss, 5)).items():
+                               max_text=spoken and max(entry['induction']['gap'] for entry in on_text), text_heads=spoken and len(of_label(on_text, 'induction')),
+                               text_repeat_loss=spoken and round(patterns.repeat_loss(text_repeated, trial.L), 5),
+                               text_control_loss=spoken and round(patterns.repeat_loss(text_control, trial.L), 5)).items():
             run[key].append(value)
         tell(f'{file}: best gap score {run["max_induction"][-1]:.3f}, loss of what repeats {run["repeat_loss"][-1]:.3f}')
     return run | dict(kind=subject.kind, params=subject.model.num_params())

@@ -101,6 +101,17 @@ def lengths(block_size, usable, asked=50):
     return L, G
 
 
+def copies(first, S, other, filler, gap):
+    """The three trials of what begins each text (n, 1), S (n, L), S' (n, L), fillers (n, G) and gaps (n,), 1 to G."""
+    L, G = S.size(1), filler.size(1)
+    place = torch.arange(2 * L + G).expand(len(S), -1)
+    again = place - L - gap[:, None]  # 0 to L - 1 in the second copy; fillers before and behind it
+    column = torch.where(again < 0, place, torch.where(again < L, again, L + place % G))
+    gapped = torch.cat([S, filler], 1).gather(1, column)
+    return SimpleNamespace(L=L, gap=gap, **{name: torch.cat([first, *parts], 1) for name, parts in
+                                            dict(repeated=(S, S), control=(S, other), gapped=(gapped,)).items()})
+
+
 def trials(usable, begin, n=32, L=50, G=25, seed=0):
     """
     The three trials as ids, each (n, T), from the token ids `usable` (V,), which must not hold the id `begin`: one that begins a text,
@@ -113,24 +124,21 @@ def trials(usable, begin, n=32, L=50, G=25, seed=0):
 
     S, other = draw(L + G + 1), draw(L)
     first = S[:, -1:] if begin is None else torch.full((n, 1), begin)
-    gap = 1 + torch.randint(G, (n,), generator=generator)
-    place = torch.arange(2 * L + G).expand(n, -1)
-    again = place - L - gap[:, None]  # 0 to L - 1 in the second copy; fillers, which are columns L to L + G - 1 of S, before and behind it
-    column = torch.where(again < 0, place, torch.where(again < L, again, L + place % G))
-    gapped, S = S.gather(1, column), S[:, :L]
-    return SimpleNamespace(L=L, gap=gap, **{name: torch.cat([first, *parts], 1) for name, parts in
-                                            dict(repeated=(S, S), control=(S, other), gapped=(gapped,)).items()})
+    return copies(first, S[:, :L], other, S[:, L:L + G], 1 + torch.randint(G, (n,), generator=generator))
 
 
-def text_trials(tokens, begin, n=32, L=50, seed=0):
-    """Repeated held-out text and its control, as `trials`, without a gap: windows of `tokens`. None where the text is too short."""
-    if len(tokens) < 4 * L + 2:
+def text_trials(tokens, begin, n=32, L=50, G=25, seed=0):
+    """
+    The three trials of held-out text instead of random tokens, as `trials`: S, S' and the fillers are windows of `tokens`, in which a token may
+    come more than once. None where the text is too short.
+    """
+    if len(tokens) < 4 * (L + G) + 2:
         return None
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - L - 1, (2, n, 1), generator=generator)
-    S, other = tokens[starts + torch.arange(L)]
-    first = tokens[starts[0] + L] if begin is None else torch.full((n, 1), begin)
-    return SimpleNamespace(L=L, gap=torch.zeros(n, dtype=torch.long), repeated=torch.cat([first, S, S], 1), control=torch.cat([first, S, other], 1))
+    starts = torch.randint(len(tokens) - L - G - 1, (3, n, 1), generator=generator)
+    S, other, filler = tokens[starts + torch.arange(L + G)]
+    first = S[:, L:L + 1] if begin is None else torch.full((n, 1), begin)
+    return copies(first, S[:, :L], other[:, :L], filler[:, :G], 1 + torch.randint(G, (n,), generator=generator))
 
 
 def rows(L, gap):

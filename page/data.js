@@ -4,9 +4,9 @@
 const report = JSON.parse(document.getElementById("report").textContent);
 
 const LABELS = ["induction", "previous", "duplicate", "current", "first", "positional", ""];
-const FAMILIES = ["induction", "previous", "duplicate", "current", "first"]; // scores with null, control, gap, interval
+const FAMILIES = ["induction", "on_text", "previous", "duplicate", "current", "first"]; // scores with null, control, gap, interval
 const SCORES = { // what heads can be ordered by: name, whether it is a difference in loss, name where room is short
-  induction: ["induction", false, "induction"], previous: ["previous token", false, "previous"],
+  induction: ["induction", false, "induction"], on_text: ["induction on held-out text", false, "on text"], previous: ["previous token", false, "previous"],
   duplicate: ["duplicate token", false, "duplicate"], current: ["current token", false, "current"],
   first: ["first token", false, "first"], copying: ["copying (OV)", false, "copying"],
   effective_copying: ["copying, as read", false, "as read"],

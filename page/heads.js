@@ -284,7 +284,7 @@ function setUpControls() {
   byId("chips").innerHTML = found.map(label => `<button type="button" class="chip" data-label="${label}" aria-pressed="true"><i class="dot label-${label || "none"}"></i>${labelName(label)} <span class="quiet">${count(label)}</span></button>`).join("");
   byId("chips").onclick = event => toggle(event, "label", state.labels, heads);
   byId("second-view").onclick = () => setViews(views.length > 1 ? 1 : 2);
-  byId("table-family").innerHTML = options(FAMILIES.map(key => [key, SCORES[key][0]]), state.table.family);
+  byId("table-family").innerHTML = options(FAMILIES.filter(key => key !== "on_text" || models.some(model => model.score(0, key) !== null)).map(key => [key, SCORES[key][0]]), state.table.family);
   byId("table-family").onchange = event => setTable({ family: event.target.value });
   byId("table-model").innerHTML = options([["", "all"], ...models.map(model => [String(model.index), model.name])], "");
   byId("table-model").parentElement.hidden = models.length < 2;

@@ -16,6 +16,7 @@ import checkpoint
 import dataset
 import deepseek
 import head_report
+import patterns
 from configurator import UserError
 from subject import Subject
 from test_model import hf_gpt2
@@ -145,9 +146,14 @@ def test_from_a_run_to_its_files(repeats, capsys):
     last = [e['induction']['score'] for e in b['scores']]
     if checkpoint.load('b')['step'] == 6:  # the best is the last
         assert np.ravel(swept['scores'][-1]) == pytest.approx(last, abs=1e-3)
-        assert swept['max_text'][-1] == pytest.approx(max(e['induction']['text_repeated'] - e['induction']['text_control'] for e in b['scores']), abs=1e-4)
-    spoken = head_report.held_out(Subject(checkpoint.kept_in('b')[-1]), b['repeats']['L'], 8, 0)
-    assert [swept['text_repeat_loss'][-1], swept['text_control_loss'][-1]] == pytest.approx([loss for _, loss in spoken.values()], abs=1e-4)
+        assert swept['max_text'][-1] == pytest.approx(max(e['on_text']['gap'] for e in b['scores']), abs=1e-4)
+        assert [swept[f'text_{which}_loss'][-1] for which in ('repeat', 'control')] == pytest.approx([b['text_repeat_loss'], b['text_control_loss']], abs=1e-3)
+    subject = Subject(checkpoint.kept_in('b')[-1])
+    spoken, (L, G) = head_report.held_out_for(subject, 50, 8, 0), patterns.lengths(40, 64)
+    heads, repeated, control = patterns.score(subject.model, spoken)
+    assert swept['text_heads'][-1] == sum(e['label'] == 'induction' for e in heads) and swept['max_text'][-1] == max(e['induction']['gap'] for e in heads)
+    assert [swept['text_repeat_loss'][-1], swept['text_control_loss'][-1]] == pytest.approx([losses[:, L + 1:2 * L].mean().item() for losses in (repeated, control)], abs=1e-4)
+    assert isinstance(b['group_ablation']['text_loss'], float) and all(isinstance(e['on_text']['zero_ablation'], float) for e in b['scores'])
     assert b['repeats']['ids'] == 64
     rows = list(csv.DictReader(Path('heads/heads.csv').open()))
     assert len(rows) == 8 and float(rows[0]['induction_score']) == a['scores'][0]['induction']['score'] and rows[4]['model'] == 'b'

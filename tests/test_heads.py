@@ -263,6 +263,20 @@ def test_trials_repeat_what_they_should(block, usable, asked, seed, bare):
                 assert all(not set(f) & set(row[1:L + 1].tolist()) for f, row in zip(filler, text))
 
 
+@settings(max_examples=30, deadline=None)
+@given(L=st.integers(4, 30), G=st.integers(1, 30), seed=st.integers(0, 9), bare=st.booleans())
+def test_trials_of_text_are_windows_of_it(L, G, seed, bare):
+    tokens = 10 + torch.arange(400)  # each place has a token of its own
+    assert patterns.text_trials(tokens[:4 * (L + G) + 1], None, 8, L, G) is None
+    trial = patterns.text_trials(tokens, None if bare else 2, 8, L, G, seed)
+    S = trial.repeated[:, 1:L + 1]
+    assert (S.diff() == 1).all() and torch.equal(trial.repeated[:, L + 1:], S) and (bare or (trial.repeated[:, 0] == 2).all())
+    assert torch.equal(trial.control[:, :L + 1], trial.repeated[:, :L + 1]) and (trial.control[:, L + 1:].diff() == 1).all()
+    assert (trial.gap >= 1).all() and (trial.gap <= G).all() and trial.gapped.size(1) == 2 * L + G + 1
+    q, keys = patterns.rows(L, trial.gap)
+    assert torch.equal(trial.gapped.gather(1, q), S) and torch.equal(trial.gapped.gather(1, keys['duplicate']), S)
+
+
 def test_the_null_is_what_even_attention_scores():
     gap = torch.tensor([0, 3, 5])
     q, keys = patterns.rows(6, gap)
