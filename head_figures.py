@@ -43,8 +43,8 @@ def maps(report, path, footer):
     row_height = min(2.4, 0.9 + 0.17 * layers)
     rows = [row for row in SHOWN if row != 'on held-out text' or any(entry.get('on_text') for m in models for entry in m['scores'])]
     repeats = models[0]['repeats']
-    note = (f"{repeats['texts']} random texts of {repeats['L']} tokens said twice; number: the largest; box: called induction (previous in its row); "
-            "strip: layer's mean; red: below 0")
+    note = (f"{repeats['texts']} random texts of {repeats['L']} tokens said twice; number: largest; box: called induction (previous in its row); "
+            'strip: layer mean; red: below 0')
     scale = None
     with figures.sheet(len(rows), len(models), size=(figures.WIDTH, 1.7 + row_height * len(rows)), title='What the heads do', note=note) as (fig, axes):
         from matplotlib.patches import Rectangle

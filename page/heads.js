@@ -171,7 +171,8 @@ function setUpGraphs() {
   const values = composed.flatMap(model => model.composition.map(edge => number(edge.value)).filter(value => value !== null)).sort((a, b) => b - a);
   const kinds = Object.keys(COMPOSITION).filter(kind => composed.some(model => model.composition.some(edge => edge.kind === kind)));
   state.kinds = new Set(kinds);
-  state.threshold = Math.max(0, values[Math.min(values.length - 1, 24 * composed.length)] ?? 0); // the strongest few, to begin with
+  const few = model => model.composition.map(edge => number(edge.value) ?? 0).sort((a, b) => b - a)[Math.min(model.composition.length - 1, 24)];
+  state.threshold = Math.max(0, Math.min(...composed.map(few))); // the strongest few of each model at least, to begin with
   Object.assign(byId("threshold"), { min: Math.min(0, values[values.length - 1] ?? 0), max: Math.max(values[0] ?? 1, 1e-3) });
   byId("threshold").value = state.threshold;
   byId("graph-kinds").innerHTML = kinds.map(kind => `<button type="button" class="chip kind-chip-${kind}" data-kind="${kind}" aria-pressed="true"><i></i>${kind}: ${COMPOSITION[kind]}</button>`).join("");
@@ -209,7 +210,9 @@ let curves = [];
 function showTraining() {
   byId("training-section").hidden = !runs.length;
   if (!runs.length) return;
-  const kinds = [["max_induction", "Strongest induction score", "score"], ["icl", "In-context score", "nats"], ["repeat_loss", "Loss on repeats", "nats"]]
+  const spoken = runs.some(run => run.max_text?.some(value => number(value) !== null)); // held-out text was said twice as well
+  const kinds = [["max_induction", "Strongest induction score", "score"], ...spoken ? [["max_text", "... on held-out text", "score"], ["max_previous", "Strongest previous-token score", "score"]] : [],
+    ["icl", "In-context score", "nats"], ["repeat_loss", "Loss on repeats", "nats"], ["text_repeat_loss", "Loss on repeated text", "nats"]]
     .filter(([key]) => runs.some(run => run[key]?.some(value => number(value) !== null)));
   byId("training-plots").innerHTML = kinds.map(() => '<div class="figure"></div>').join("");
   curves = kinds.map(([key, title, yName], i) => lineChart(byId("training-plots").children[i], {
