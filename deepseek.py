@@ -87,7 +87,7 @@ def shape_of(c, dtype, ends, rope=None):
     """
     mla = isinstance(c, MLAConfig)
     target = CLASSES['deepseek_v3' if mla else 'llama']
-    needs = dict(mlp=True, pos='rope', norm='rmsnorm', act='swiglu', qk_norm=False) | (dict(bias=False, latent_norm=True) if mla else {})
+    needs = dict(mlp=True, pos='rope', norm='rmsnorm', act='swiglu', qk_norm=False, softmax_scale=0.0) | (dict(bias=False, latent_norm=True) if mla else {})
     lacks = [f'{key}={getattr(c, key)} (it has {value})' for key, value in needs.items() if getattr(c, key) != value]
     if not mla and c.n_embd % c.n_head:
         lacks.append(f'n_embd={c.n_embd} with n_head={c.n_head} (it wants a multiple)')

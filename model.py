@@ -49,6 +49,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     act: str = 'gelu'            # 'gelu' is erf, as in nanoGPT; OpenAI's GPT-2 is 'gelu_tanh'
     qk_norm: bool = False        # RMS norm of each query and key, before RoPE
+    softmax_scale: float = 0.0   # of q · k: 0 = 1 / sqrt(width of a query); QK-norm bounds the logits of w normed dims by w times this
     tie_weights: bool = True     # one matrix for token embedding and head
     init: str = 'gpt2'           # 'gpt2': normal(0, 0.02); 'fan_in': normal(0, 1/sqrt(fan_in)) in the blocks
     zero_init: bool = False      # projections into the residual stream start at zero
@@ -169,7 +170,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.qk_dim, self.v_dim = config.n_head, qk_dim, v_dim
         self.kernel, self.qk_norm, self.dropout = config.kernel, config.qk_norm, config.inner_dropout
-        self.scale = qk_dim ** -0.5
+        self.scale = config.softmax_scale or qk_dim ** -0.5
         self.c_proj = Linear(config.n_head * v_dim, config.n_embd, bias=config.bias)  # W^O
         self.attn_dropout = nn.Dropout(config.inner_dropout)
         self.resid_dropout = nn.Dropout(config.dropout)

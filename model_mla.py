@@ -100,7 +100,7 @@ class MultiHeadLatentAttention(Attention):
         self.kv_a_layernorm = self.latent_norm(R, config)
         self.kv_b_proj = linear(R, self.b_widths, bias=False)                    # W^UK | W^UV
         self.qk_norm_latent = config.qk_norm_latent
-        self.scale = (config.source_head_dim or (R + self.pe if self.qk_norm_latent else self.qk_dim)) ** -0.5
+        self.scale = config.softmax_scale or (config.source_head_dim or (R + self.pe if self.qk_norm_latent else self.qk_dim)) ** -0.5
         self.register_buffer('rope_pairs', torch.arange(self.pe // 2) % (config.source_head_dim // 2) if config.source_head_dim else None)
 
     @staticmethod

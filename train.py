@@ -45,6 +45,7 @@ norm = 'layernorm'  # layernorm | rmsnorm
 norm_eps = 1e-5
 act = 'gelu'  # gelu | gelu_tanh | swiglu | relu2
 qk_norm = False  # RMS norm of queries and keys
+softmax_scale = 0.0  # of the logits; 0 = 1 / sqrt(width of a query)
 tie_weights = True  # one matrix for embedding and head
 init = 'gpt2'  # gpt2: normal(0, 0.02) | fan_in
 zero_init = False  # projections into the residual stream start at zero

@@ -35,7 +35,7 @@ from test_model import hf_gpt2
 from trainer import Trainer, rate
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = [path for path in sorted((ROOT / 'config').glob('*.py')) if not path.stem.startswith(('compare', 'study'))]  # those are compare.py's
+CONFIGS = [path for path in sorted((ROOT / 'config').glob('*.py')) if not path.stem.startswith(('compare', 'screen', 'study'))]  # those are compare.py's
 draw_curve = figures.curve
 
 WORDS = 'the cat sat on a mat, and then she ran to his red hat in the sun\n'.split(' ')
