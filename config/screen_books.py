@@ -26,6 +26,8 @@ contenders = dict(
     mqa_s25_02=dict(label='MQA, scale 0.25, 0.02', n_kv_head=1, softmax_scale=0.25, muon_lr=0.02),
     glat64_02=dict(label='64 + 64, content 32, small start, latent, 0.02', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=64,
                    latent_init='gpt2', qk_norm_latent=True, muon_lr=0.02),
+    glat64_s18_02=dict(label='64 + 64, content 32, small start, latent, scale 0.177, 0.02', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=64,
+                       latent_init='gpt2', qk_norm_latent=True, softmax_scale=0.177, muon_lr=0.02),
     g192_02=dict(label='192 + 64, content 32, small start, 0.02', attention='mla', kv_lora_rank=192, qk_nope_head_dim=32, qk_rope_head_dim=64, latent_init='gpt2', muon_lr=0.02),
     gplain64_01=dict(label='64 + 64, content 32, small start, no QK-norm, 0.01', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=64,
                      latent_init='gpt2', qk_norm=False, muon_lr=0.01),
