@@ -62,7 +62,7 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 1')
-        for name in ('n_kv_head', 'head_dim', 'n_inner'):
+        for name in ('n_kv_head', 'head_dim', 'n_inner', 'softmax_scale'):
             if getattr(self, name) < 0:
                 raise UserError(f'{name}={getattr(self, name)} must be 0 (derived) or more')
         for name in ('rope_theta', 'rope_scaling'):
@@ -365,10 +365,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def embed(self, idx, positions=None):
-        """
-        The residual stream before the first block (B, T, C), and RoPE's tables for these positions (or
-        None): `positions` (B, T), or 0 to T - 1.
-        """
+        """The residual stream before the first block (B, T, C), and RoPE's tables (or None) for `positions` (B, T), or 0 to T - 1."""
         T = idx.size(1)
         assert T <= self.config.block_size, f'{T} tokens do not fit a block of {self.config.block_size}'
         positions = torch.arange(T, device=idx.device) if positions is None else positions

@@ -202,6 +202,17 @@ def test_qk_norm_in_the_latent_bounds_logits_however_large_its_weights(R, P):
     assert logits.square().mean().sqrt() == pytest.approx(1, rel=0.2)  # as of random unit queries and keys
 
 
+@pytest.mark.parametrize('kind, set', [('mha', {}), ('mha', dict(n_kv_head=1)), ('mla', {}), ('mla', LATENT), ('mla', dict(absorb=True))])
+def test_softmax_scale_takes_the_place_of_the_width(tokens, tiny, kind, set):
+    idx, (plain, same, twice) = tokens(20), [tiny(kind, **set | scale) for scale in ({}, {}, dict(softmax_scale=0.9))]
+    for block in same.transformer.h:
+        assert block.attn.scale != 0.9
+        block.attn.scale = 0.9
+    assert torch.equal(same(idx), twice(idx)) and (plain(idx) - twice(idx)).abs().max() > 1e-3
+    with pytest.raises(UserError, match='softmax_scale=-1'):
+        tiny(kind, **set, softmax_scale=-1)
+
+
 def test_qk_norm_in_the_latent_needs_both_norms(tiny):
     for off in (dict(qk_norm=False), dict(qk_norm=True, latent_norm=False)):
         with pytest.raises(UserError, match='needs qk_norm=True and latent_norm=True'):
