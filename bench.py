@@ -175,21 +175,18 @@ def random_tokens(world):
         return datasets.Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
 
 
-def clear():
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    torch._dynamo.reset()
-
-
-def time_step(rate, world, batches, group=None, theirs=None):
-    """The step of the settings' model, each process of `group` with its share of `batches`: printed by the first, and its row."""
-    settings = {**config, 'gradient_accumulation_steps': batches}
+def new_model():
     torch.manual_seed(0)
     model = checkpoint.new_model(config['attention'], config, config.given, config['vocabulary']).to(device).train()
     model.stream = stream
     model.check_kernel(device)
+    return model
+
+
+def time_step(model, rate, world, batches, group=None, theirs=None):
+    """The step of `model`, each process of `group` with its share of `batches`: printed by the first of them, and its row."""
+    settings = {**config, 'gradient_accumulation_steps': batches}
+    model.__dict__.pop('embed', None)  # what an earlier Trainer compiled
     trainer = Trainer(settings, model, random_tokens(world), group=group)
     first = machine.seconds(device, lambda: trainer.update(0))
     seconds, least, most = median_seconds(trainer.update, config['timed_steps'])
@@ -219,8 +216,12 @@ def train():
         theirs, (seconds, least, most), memory = time_peer(peer, random_tokens(world))
         print(f'nanoGPT   batch {peer_batch_size}: {1e3 * seconds:8.2f} ms a step ({1e3 * least:.2f} to {1e3 * most:.2f}), {theirs / 1e3:8.1f}k tok/s, {memory / 2 ** 30:.1f} GiB')
         report(what='nanoGPT', batch_size=peer_batch_size, tok_per_s=theirs, ms=1e3 * seconds, ms_least=1e3 * least, ms_most=1e3 * most, peak_memory=memory)
-        clear()
-    row = time_step(rate, world, config['gradient_accumulation_steps'], theirs=theirs)
+        gc.collect()
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+    row = time_step(new_model(), rate, world, config['gradient_accumulation_steps'], theirs=theirs)
     if main:
         report(**row)
 
@@ -233,13 +234,14 @@ def scale():
         if subprocess.run(command).returncode:
             sys.exit(f'error: the run of {max(counts)} processes failed (its message is above)')
         return
-    rate, rows = matmul_rate(), []
+    rate, model, rows = matmul_rate(), new_model(), []
+    Trainer({**config, 'gradient_accumulation_steps': 1}, model, random_tokens(1)).update(0)  # all compile at once
     some = {n: torch.distributed.new_group(list(range(n))) for n in counts} if world > 1 else {}
     everybody = torch.distributed.new_group(backend='gloo') if world > 1 else None  # who waits here leaves its GPU alone
     for n in counts:
         if rank < n:
-            row = time_step(rate, n, n * micro_batches, some.get(n) if n > 1 else None)
-            clear()
+            row = time_step(model, rate, n, n * micro_batches, some.get(n) if n > 1 else None)
+            gc.collect()
         if main:
             base = rows[0]['tok_per_s'] / counts[0] if rows else row['tok_per_s'] / n
             rows.append(report(**row | dict(model=row['what'], what='scale', processes=n, micro_batches=micro_batches, speedup=row['tok_per_s'] / base)))
@@ -250,7 +252,6 @@ def scale():
     if main:
         if results:  # with earlier models
             rows = [row for row in map(json.loads, Path(results).read_text().splitlines()) if row['what'] == 'scale' and 'micro_batches' in row]
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
         scale_figure.draw(rows, f'{out_dir}/scale.png')
         print(f'picture: {out_dir}/scale.png')
 

@@ -1,4 +1,6 @@
 """The picture of `bench.py scale`: how tokens a second grow with GPUs, and what a step takes."""
+from pathlib import Path
+
 import figures
 
 
@@ -30,4 +32,5 @@ def draw(rows, path):
         left.set_ylim(least - 8, 102)  # room for the legend
         left.legend(loc='lower left')
         figures.footer(fig, ' · '.join(dict.fromkeys(f"{row['device']} · torch {row['torch']} · commit {row['commit']}" for row in rows)))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figures.save(fig, path)
