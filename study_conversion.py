@@ -21,7 +21,9 @@ seeds = '1,2,3'
 kinds = 'mha,gqa'  # sources
 savings = '0.6875,0.8125,0.875,0.93'  # shares of the source's cache
 heal_savings = '0.875'  # of these, which to heal
-fold = 1  # FreqFold of the default way, which is the one that is healed beside MHA2MLA's
+fold = 1  # FreqFold of the default way, which is the one that is healed
+rope_pairs = -1  # of the default way; -1: a third of what is left is for k_pe
+compare = True  # heal MHA2MLA's way as well, and train the source on, as a control
 draw_only = False  # only the table and the picture of what is there
 # the source: 35M parameters (MHA), 32M (GQA)
 n_layer = 11
@@ -83,7 +85,7 @@ if not set(kinds) <= {'mha', 'gqa'} or not set(heal_savings) <= set(savings) or 
     raise UserError('kinds are mha and gqa; savings lie between 0 and 1, and heal_savings are some of them')
 
 BASELINE = dict(rope='2-norm', rope_heads='own', low_rank='joint')  # what MHA2MLA does
-BEST = dict(rope='turn', rope_heads='shared', low_rank='balanced') | (dict(fold=fold) if fold > 1 else {})
+BEST = dict(rope='turn', rope_heads='shared', low_rank='balanced') | (dict(fold=fold) if fold > 1 else {}) | (dict(rope_pairs=rope_pairs) if rope_pairs >= 0 else {})
 WAYS = [way | dict(low_rank=low_rank) for way in (BEST, BASELINE) for low_rank in ('balanced', 'calibrated', 'joint', 'split')]
 WAYS += [dict(rope=rope, rope_heads='own', low_rank='joint') for rope in ('high', 'low', 'uniform', 'turn')]
 WAYS += [dict(rope=rope, rope_heads='shared', low_rank='balanced') for rope in ('uniform', '2-norm')]
@@ -165,8 +167,7 @@ def figures_of(model, nats, cache=''):
 
 
 def load(path):
-    model = checkpoint.load_model(path)[0].to(device).eval()
-    return model
+    return checkpoint.load_model(path)[0].to(device).eval()
 
 
 def study(kind, seed):
@@ -174,6 +175,9 @@ def study(kind, seed):
     home, source, on_cpu, moments = out / f'{kind}-{seed}', None, None, None
     healing = dict(max_iters=heal_steps, warmup_iters=max(1, heal_steps // 20), optimizer=heal_optimizer, learning_rate=heal_lr, muon_lr=heal_muon_lr, cooldown=heal_cooldown, distill=heal_distill)
     how = [str(HERE / 'config' / 'heal_mla.py'), *(f'--{name}={value}' for name, value in healing.items()), f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
+    setting = '-'.join(map(str, healing.values()))
+    if any(row.get('healing', healing) != healing for row in done.values()):
+        raise UserError(f'{results} holds models that were healed with other settings: name another file for --results')
 
     def convert(saving, way, keep=False):
         """The rows of this conversion; with keep its checkpoint as well."""
@@ -182,10 +186,10 @@ def study(kind, seed):
         if key_of(row) in done and (not keep or (place / 'ckpt.pt').exists()):
             return
         moments = moments or [calibration.Moments(*(x.cpu() for x in vars(m).values())) for m in calibration.measure(source, windows, 32)]
-        pairs, rank = conversion.for_saving(source.config, saving, way['rope_heads'], way['low_rank'])
+        pairs, rank = conversion.for_saving(source.config, saving, way['rope_heads'], way['low_rank'], way.get('rope_pairs', -1))
         if rank < 1:
             raise UserError(f'saving {saving} leaves no room for a latent beside the k_pe of {name_of(way)}: use a larger model, or save less')
-        mla, layers = conversion.convert(on_cpu, moments, rank, pairs, **way)  # small matrices: no slower there, and the device is left to others
+        mla, layers = conversion.convert(on_cpu, moments, rank, **way | dict(rope_pairs=pairs))  # small matrices: no slower there, and the device is left to others
         mla = copy.deepcopy(mla).to(device)  # its modules are the source's
         if keep:
             checkpoint.save(place / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict(), step=0, config={}))
@@ -195,7 +199,7 @@ def study(kind, seed):
             tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
 
     def place_of(saving, way):
-        return home / f'{way["rope"]}-{way["low_rank"]}-{saving}'
+        return home / '-'.join(map(str, [way['rope'], way['low_rank'], *(f'{k}{v}' for k, v in way.items() if k not in BASELINE), saving]))
 
     def after_source():
         nonlocal source, on_cpu
@@ -207,20 +211,20 @@ def study(kind, seed):
             for saving in heal_savings:
                 convert(saving, way, keep=True)
                 row, place = dict(kind=kind, seed=seed, saving=saving, way=way), place_of(saving, way)
-                if not all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
-                    jobs[place / 'healed'] = [*how, f'--init_from={place}', f'--teacher={home / "source"}'], partial(after_healing, row)
-            if heal_savings and way == BEST and key_of(dict(kind=kind, seed=seed, what='control')) not in done:
-                jobs[home / 'control'] = [*how, f'--init_from={home / "source"}'], after_control
+                if (compare or way == BEST) and not all(key_of(row | dict(what=what)) in done for what in ('healed', 'healed, int4')):
+                    jobs[place / f'healed-{setting}'] = [*how, f'--init_from={place}', f'--teacher={home / "source"}'], partial(after_healing, row)
+            if compare and heal_savings and way == BEST and key_of(dict(kind=kind, seed=seed, what='control')) not in done:
+                jobs[home / f'control-{setting}'] = [*how, f'--init_from={home / "source"}'], after_control
         return jobs
 
     def after_healing(row):
-        mla = load(place_of(row['saving'], row['way']) / 'healed')
+        mla = load(place_of(row['saving'], row['way']) / f'healed-{setting}')
         for what, cache in (('healed', ''), ('healed, int4', 'int4')):
             if key_of(row | dict(what=what)) not in done:
                 tell(**row | dict(what=what), steps=heal_steps, healing=healing, **figures_of(mla, nats_of(mla, cache), cache))
 
     def after_control():
-        model = load(home / 'control')
+        model = load(home / f'control-{setting}')
         tell(kind=kind, seed=seed, what='control', steps=heal_steps, healing=healing, **figures_of(model, nats_of(model)))
 
     def table():
@@ -315,8 +319,7 @@ def draw():
             ax.set_ylabel('perplexity above the source (%)')
         seen = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         fig.legend(seen.values(), seen.keys(), loc='outside right center', fontsize=9)
-        some = next(iter(base.values()))
-        figures.footer(fig, f'commit {some["commit"]} · seed{"s" * (len({seed for _, seed in base}) > 1)} {", ".join(map(str, sorted({seed for _, seed in base})))} · {some["device"]}')
+        figures.footer(fig, f'commit {", ".join(sorted({row["commit"] for row in base.values()}))} · seed{"s" * (len({seed for _, seed in base}) > 1)} {", ".join(map(str, sorted({seed for _, seed in base})))} · {next(iter(base.values()))["device"]}')
         figures.save(fig, picture)
     print(f'\n{", ".join(map(str, files))}; {picture}')
 

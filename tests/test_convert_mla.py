@@ -201,6 +201,16 @@ def test_the_study_goes_on_where_it_was(tmp_path):
     (tmp_path / 'study' / 'results.jsonl').write_text('\n'.join(lines[:-3]) + '\n{"kind": "mh')
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 0 and len((tmp_path / 'study' / 'results.jsonl').read_text().splitlines()) == len(lines), again.stderr
+    other = [*(word for word in words if 'kinds' not in word), '--kinds=mha', '--heal_muon_lr=0.01', '--fold=2', '--rope_pairs=1', '--compare=False']
+    mixed = subprocess.run(other, capture_output=True, text=True)
+    assert mixed.returncode == 2 and 'healed with other settings' in mixed.stderr
+    sources = (tmp_path / 'study' / 'mha-1' / 'source' / 'ckpt.pt').stat().st_mtime_ns
+    apart = subprocess.run([*other, f'--results={tmp_path}/other.jsonl'], capture_output=True, text=True)
+    assert apart.returncode == 0 and (tmp_path / 'study' / 'mha-1' / 'source' / 'ckpt.pt').stat().st_mtime_ns == sources, apart.stderr
+    rows = [json.loads(line) for line in (tmp_path / 'other.jsonl').read_text().splitlines()]
+    healed = [row for row in rows if row['what'] == 'healed']
+    assert [(row['way']['fold'], row['way']['rope_pairs'], row['healing']['muon_lr']) for row in healed] == [(2, 1, 0.01)]
+    assert next(row['rope'] for row in rows if row['what'] == 'converted') == 2 and not any(row['what'] == 'control' for row in rows)
 
 
 def test_a_study_is_drawn_from_several_files(tmp_path, monkeypatch, capsys):
