@@ -38,6 +38,7 @@ heal_optimizer = 'muon'  # adamw | muon
 heal_lr = 7e-4
 heal_muon_lr = 0.0035
 heal_distill = 0.9  # share of the loss that is KL(source, model)
+heal_distill_hidden = 0.0  # train.py's distill_hidden
 heal_cooldown = 0.5
 # measuring
 calibration_tokens = 131072
@@ -156,12 +157,9 @@ def train(sources):
         look()
 
 
-def nats_of(model, cache=''):
+def figures_of(model, cache=''):
     how = dict(cache=lambda slots, size: Cache.of(model, slots, size, dtype=cache, window=min(128, block_size // 8)), chunk=max(1, block_size // 16)) if cache else {}
-    return calibration.mean_loss(model, held_out, 512 if device.type == 'cuda' else 32, **how)
-
-
-def figures_of(model, nats, cache=''):
+    nats = calibration.mean_loss(model, held_out, 512 if device.type == 'cuda' else 32, **how)
     held = Cache([block.attn.cache_dims() for block in model.transformer.h], 1, 256, dtype=cache or 'bfloat16', full=torch.bfloat16, window=0, device=device, kernel='torch')
     return dict(nats=nats, perplexity=calibration.perplexity(nats), bytes=held.bytes_per_token)
 
@@ -174,6 +172,7 @@ def study(kind, seed):
     """What to train for it first, and a generator that makes a row of the table at a time, once that is over."""
     home, source, on_cpu, moments = out / f'{kind}-{seed}', None, None, None
     healing = dict(max_iters=heal_steps, warmup_iters=max(1, heal_steps // 20), optimizer=heal_optimizer, learning_rate=heal_lr, muon_lr=heal_muon_lr, cooldown=heal_cooldown, distill=heal_distill)
+    healing |= dict(distill_hidden=heal_distill_hidden) if heal_distill_hidden else {}
     how = [str(HERE / 'config' / 'heal_mla.py'), *(f'--{name}={value}' for name, value in healing.items()), f'--eval_interval={heal_steps}', f'--seed={seed + 1000}']
     setting = '-'.join(map(str, healing.values()))
     if any(row.get('healing', healing) != healing for row in done.values()):
@@ -194,9 +193,9 @@ def study(kind, seed):
         if keep:
             checkpoint.save(place / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict(), step=0, config={}))
         if way == BEST and key_of(row | dict(what='converted, int4')) not in done:
-            tell(**row | dict(what='converted, int4'), **figures_of(mla, nats_of(mla, 'int4'), 'int4'))
+            tell(**row | dict(what='converted, int4'), **figures_of(mla, 'int4'))
         if key_of(row) not in done:
-            tell(**row, **figures_of(mla, nats_of(mla)), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
+            tell(**row, **figures_of(mla), rank=mla.config.kv_lora_rank, rope=mla.config.qk_rope_head_dim, energy=sum(x['energy'] for x in layers) / len(layers))
 
     def place_of(saving, way):
         return home / '-'.join(map(str, [way['rope'], way['low_rank'], *(f'{k}{v}' for k, v in way.items() if k not in BASELINE), saving]))
@@ -206,7 +205,7 @@ def study(kind, seed):
         source, jobs = load(home / 'source'), {}
         on_cpu = copy.deepcopy(source).cpu()
         if key_of(dict(kind=kind, seed=seed, what='source')) not in done:
-            tell(kind=kind, seed=seed, what='source', params=source.num_params(), steps=source_steps, **figures_of(source, nats_of(source)))
+            tell(kind=kind, seed=seed, what='source', params=source.num_params(), steps=source_steps, **figures_of(source))
         for way in (BEST, BASELINE):
             for saving in heal_savings:
                 convert(saving, way, keep=True)
@@ -221,11 +220,10 @@ def study(kind, seed):
         mla = load(place_of(row['saving'], row['way']) / f'healed-{setting}')
         for what, cache in (('healed', ''), ('healed, int4', 'int4')):
             if key_of(row | dict(what=what)) not in done:
-                tell(**row | dict(what=what), steps=heal_steps, healing=healing, **figures_of(mla, nats_of(mla, cache), cache))
+                tell(**row | dict(what=what), steps=heal_steps, healing=healing, **figures_of(mla, cache))
 
     def after_control():
-        model = load(home / f'control-{setting}')
-        tell(kind=kind, seed=seed, what='control', steps=heal_steps, healing=healing, **figures_of(model, nats_of(model)))
+        tell(kind=kind, seed=seed, what='control', steps=heal_steps, healing=healing, **figures_of(load(home / f'control-{setting}')))
 
     def table():
         first = [(saving, way) for way in WAYS[:8] for saving in heal_savings]  # the factorisations, where it is healed

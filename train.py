@@ -72,6 +72,7 @@ ema_decay = 0.0  # evaluate and keep a moving average of the weights; 0 = none
 train_only = ''  # words, separated by commas: train only parameters that have one of them in their name; '' = all
 teacher = ''  # a checkpoint whose predictions to learn, such as the model before its conversion; '' = none
 distill = 0.5  # share of the loss that is KL(teacher, model), not cross-entropy
+distill_hidden = 0.0  # beside it: weight of how far each block's output is from the teacher's, for a teacher of the same depth and width
 # schedule
 max_iters = 600000  # steps
 decay_lr = True

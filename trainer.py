@@ -26,7 +26,7 @@ EAGER_STEPS = 3  # a CUDA graph can be recorded once everything is allocated: af
 
 RANGES = (
     ('at least 1', lambda x: x >= 1, 'batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters'),
-    ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens'),
+    ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens distill_hidden'),
     ('at least 0 and less than 1', lambda x: 0 <= x < 1, 'beta1 beta2 ema_decay'),
     ('at least 0 and at most 1', lambda x: 0 <= x <= 1, 'distill'),
     ('more than 0', lambda x: x > 0, 'learning_rate'),
@@ -58,19 +58,38 @@ def rate(s, step):
 class Distilled(nn.Module):
     """
     A model that learns from text and from a teacher's predictions: forward(idx, targets), both (B, T), gives
-    (1 - share) · cross-entropy + share · KL(teacher, model) in nats a token (Hinton et al. 2015, at temperature 1).
+    (1 - share) · cross-entropy + share · KL(teacher, model) in nats a token (Hinton et al. 2015, at temperature 1), and
+    hidden · the mean over the blocks of E |ours - theirs|² / E |theirs|² of their outputs (after Romero et al. 2015).
     """
 
-    def __init__(self, model, teacher, share):
+    def __init__(self, model, teacher, share, hidden=0.0):
         super().__init__()
-        self.model, self.teacher, self.share = model, teacher.eval().requires_grad_(False), share
+        self.model, self.teacher, self.share, self.hidden = model, teacher.eval().requires_grad_(False), share, hidden
 
     def forward(self, idx, targets):
-        x = self.model.hidden(idx)
+        x, ours = self.outputs(self.model, idx)
         with torch.no_grad():
-            theirs = self.teacher.hidden(idx)
-        loss = self.share * self.divergence(x, theirs)
-        return loss + (1 - self.share) * self.model.loss(x, targets) if self.share < 1 else loss
+            x_theirs, theirs = self.outputs(self.teacher, idx)
+        loss = self.share * self.divergence(x, x_theirs)
+        if self.share < 1:
+            loss = loss + (1 - self.share) * self.model.loss(x, targets)
+        if self.hidden:
+            loss = loss + self.hidden / len(ours) * sum(self.distance(a, b) for a, b in zip(ours, theirs))
+        return loss
+
+    def outputs(self, model, idx):
+        """model.hidden(idx), and the output (B, T, C) of each of its blocks."""
+        if not self.hidden:
+            return model.hidden(idx), []
+        x, rope = model.embed(idx)
+        after = []
+        for block in model.transformer.h:
+            x = block(x, rope)
+            after.append(x)
+        return model.transformer.ln_f(x), after
+
+    def distance(self, ours, theirs):
+        return (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean()
 
     def divergence(self, x, theirs):
         ours, theirs = (model.lm_head(h).float().log_softmax(-1).flatten(0, 1) for model, h in ((self.model, x), (self.teacher, theirs)))
@@ -99,6 +118,9 @@ class Trainer:
             raise UserError(f'--teacher={s.teacher} knows {teacher.config.vocab_size} tokens, the model {model.config.vocab_size}: name the model it was converted from')
         if teacher is not None and teacher.config.block_size < s.block_size:
             raise UserError(f'--teacher={s.teacher} reads {teacher.config.block_size} tokens at a time: use --block_size={teacher.config.block_size} or less')
+        if teacher is not None and s.distill_hidden and (teacher.config.n_layer, teacher.config.n_embd) != (model.config.n_layer, model.config.n_embd):
+            raise UserError(f'--teacher={s.teacher} has {teacher.config.n_layer} layers of width {teacher.config.n_embd}, the model {model.config.n_layer} of '
+                            f'{model.config.n_embd}: use --distill_hidden=0')
         words = [word.strip() for word in s.train_only.split(',') if word.strip()]
         for name, p in model.named_parameters() if words else ():
             p.requires_grad_(any(word in name for word in words))
@@ -132,9 +154,10 @@ class Trainer:
         self.forward = model
         if self.teacher:
             self.teacher.stream = model.stream
-            self.forward = Distilled(model, self.teacher, s.distill)
+            self.forward = Distilled(model, self.teacher, s.distill, s.distill_hidden)
             if s.compile:
                 self.forward.divergence = torch.compile(self.forward.divergence, dynamic=False)
+                self.forward.distance = torch.compile(self.forward.distance, dynamic=False)
         if self.world > 1:
             # On one host all gradients travel at once, after the backward pass: it runs faster alone than beside the all-reduce
             self.forward = DistributedDataParallel(self.forward, device_ids=[self.device.index] if self.device.type == 'cuda' else None, process_group=self.group,

@@ -160,13 +160,33 @@ def test_distillation_is_cross_entropy_and_divergence(tiny, tokens):
     assert Distilled(teacher, teacher, 1.0)(x, y).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_distillation_compares_the_outputs_of_the_blocks(tiny, tokens):
+    torch.manual_seed(1)
+    student, teacher, idx = tiny('mla', n_head=2), tiny('mha', **LLAMA), tokens(20)
+    x, y = idx[:, :-1], idx[:, 1:]
+    seen = {model: [] for model in (student, teacher)}
+    for model in seen:
+        for block in model.transformer.h:
+            block.register_forward_hook(lambda block, args, out, model=model: seen[model].append(out))
+    plain = Distilled(student, teacher, 0.3)(x, y)
+    away = [((a - b) ** 2).sum() / (b ** 2).sum() for a, b in zip(*seen.values())]
+    assert len(away) == student.config.n_layer > 1 and min(away) > 0
+    both = Distilled(student, teacher, 0.3, hidden=2.0)
+    torch.testing.assert_close(both(x, y), plain + 2.0 * sum(away) / len(away), rtol=1e-5, atol=1e-6)
+    both(x, y).backward()
+    assert all(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
+    assert Distilled(teacher, teacher, 1.0, hidden=2.0)(x, y).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_what_cannot_teach_or_train_is_refused(source):
     source()
     source('other', vocab_size=77)
     source('narrow', block_size=8)
+    source('deep', n_layer=3)
     data = f'--dataset={Path("text").resolve()}'
     for words, match in ((('--teacher=other',), 'knows 77 tokens'), (('--teacher=narrow',), 'reads 8 tokens at a time'), (('--train_only=nothing',), 'no parameter has such a name'),
-                         (('--distill=2',), 'distill=2.0 must be at least 0 and at most 1'), (('--teacher=nowhere',), 'there is no checkpoint')):
+                         (('--distill=2',), 'distill=2.0 must be at least 0 and at most 1'), (('--teacher=nowhere',), 'there is no checkpoint'),
+                         (('--teacher=deep', '--distill_hidden=1'), 'has 3 layers of width'), (('--teacher=src', '--distill_hidden=-1'), 'distill_hidden=-1.0 must be at least 0')):
         refused(match, 'train.py', '--init_from=src', '--out_dir=o', data, '--device=cpu', '--compile=False', *words)
     assert not Path('o').exists()
 
@@ -182,7 +202,7 @@ def test_on_a_gpu(source, tiny, tokens):
     losses = []
     for graph in (False, True):
         run('train.py', ROOT / 'config/heal_mla.py', '--init_from=cuda', f'--dataset={Path("text").resolve()}', '--max_iters=8', '--batch_size=4', '--warmup_iters=1', '--compile=False',
-            '--device=cuda', '--dtype=float32', '--eval_interval=8', f'--cuda_graph={graph}', '--teacher=src', f'--out_dir=healed-{graph}')
+            '--device=cuda', '--dtype=float32', '--eval_interval=8', f'--cuda_graph={graph}', '--teacher=src', '--distill_hidden=1', f'--out_dir=healed-{graph}')
         losses.append(checkpoint.load(f'healed-{graph}')['best_val_loss'])
     assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0] < a[2]['nats']
 
