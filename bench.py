@@ -24,7 +24,7 @@ repeats = 5  # how often; the median counts
 profile = False  # add a table of where the time of a step goes
 vocabulary = 50257  # different tokens (train)
 gpus = '1,2'  # scale: numbers of processes
-micro_batches = 1  # scale: batches of each process in a step
+micro_batches = '1'  # scale: batches of each process in a step, one number or several like 1,4
 goal = 1.886  # race: the validation loss to reach
 results = ''  # append the figures to this JSONL file
 # decode
@@ -189,7 +189,7 @@ def time_step(model, rate, world, batches, group=None, theirs=None):
     model.__dict__.pop('embed', None)  # what an earlier Trainer compiled
     trainer = Trainer(settings, model, random_tokens(world), group=group)
     first = machine.seconds(device, lambda: trainer.update(0))
-    seconds, least, most = median_seconds(trainer.update, config['timed_steps'])
+    seconds, least, most = median_seconds(trainer.update, -(-timed_steps * world // batches) if mode == 'scale' else timed_steps)
     speed, memory = batches * config['batch_size'] * config['block_size'] / seconds, machine.peak_memory(device)
     flops, name = model.flops_per_token(config['block_size']), f"{config['attention'].upper()} {model.num_params() / 1e6:.1f}M"
     table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
@@ -238,13 +238,13 @@ def scale():
     Trainer({**config, 'gradient_accumulation_steps': 1}, model, random_tokens(1)).update(0)  # all compile at once
     some = {n: torch.distributed.new_group(list(range(n))) for n in counts} if world > 1 else {}
     everybody = torch.distributed.new_group(backend='gloo') if world > 1 else None  # who waits here leaves its GPU alone
-    for n in counts:
+    for micro, n in ((int(micro), n) for micro in micro_batches.split(',') for n in counts):
         if rank < n:
-            row = time_step(model, rate, n, n * micro_batches, some.get(n) if n > 1 else None)
+            row = time_step(model, rate, n, n * micro, some.get(n) if n > 1 else None)
             gc.collect()
         if main:
-            base = rows[0]['tok_per_s'] / counts[0] if rows else row['tok_per_s'] / n
-            rows.append(report(**row | dict(model=row['what'], what='scale', processes=n, micro_batches=micro_batches, speedup=row['tok_per_s'] / base)))
+            base = next((one['tok_per_s'] / one['processes'] for one in rows if one['micro_batches'] == micro), row['tok_per_s'] / n)
+            rows.append(report(**row | dict(model=row['what'], what='scale', processes=n, micro_batches=micro, speedup=row['tok_per_s'] / base)))
             print(f"{n} processes: {row['tok_per_s'] / 1e3:.1f}k tok/s, {row['tok_per_s'] / base:.3f} x one, efficiency {100 * row['tok_per_s'] / base / n:.1f} %, "
                   f"peak memory a process {max(one['peak_memory'] for one in row['ranks']) / 2 ** 30:.1f} GiB\n", flush=True)
         if world > 1:
@@ -323,15 +323,16 @@ def decode():
     print(f'rows: {out_dir}/{rows.name}.csv and .jsonl' + (', pictures: latency.png and memory.png' if rows.name == 'decode' else ''))
 
 
-for name in ('peer_batch_size', 'timed_steps', 'repeats', 'vocabulary', 'batch_size', 'block_size', 'gradient_accumulation_steps', 'micro_batches'):
+for name in ('peer_batch_size', 'timed_steps', 'repeats', 'vocabulary', 'batch_size', 'block_size', 'gradient_accumulation_steps'):
     if config[name] < 1:
         raise UserError(f'{name}={config[name]} must be at least 1')
 if mode == 'race' and not peer:
     raise UserError('a race needs somebody to race against: --peer=FOLDER, a checkout of nanoGPT')
 if peer:
     peers.check(peer.split(',') if mode == 'decode' else [peer], *['transformers'] * (mode == 'decode'))
-if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', gpus):
-    raise UserError(f'--gpus={gpus}: write numbers of processes with commas between them, like 1,2,4')
+for name in ('gpus', 'micro_batches'):
+    if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', str(config[name])):
+        raise UserError(f'--{name}={config[name]}: write numbers with commas between them, like 1,2,4')
 if not Path(results).absolute().parent.is_dir():
     raise UserError(f'--results={results}: there is no folder {Path(results).parent}')
 device = machine.pick_device(config['device'])
