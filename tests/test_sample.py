@@ -380,10 +380,10 @@ def test_its_processes_end_well(saved):
     wrong, piped, interrupted = start('--start=Ω'), start(*endless), start(*endless)
     assert piped.stdout.read(100)[0] == '\n'  # it is written while it comes, to a pipe as well
     piped.stdout.close()
-    assert piped.wait(20) == 0 and HELD.fullmatch(piped.stderr.read())
+    assert piped.wait(60) == 0 and HELD.fullmatch(piped.stderr.read())
     assert interrupted.stdout.read(100)[0] == '\n'
     interrupted.send_signal(signal.SIGINT)
-    _, err = interrupted.communicate(timeout=20)
+    _, err = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130 and HELD.sub('', err) == '\ninterrupted\n'
-    out, err = wrong.communicate(timeout=20)
+    out, err = wrong.communicate(timeout=60)
     assert (wrong.returncode, out) == (2, '') and re.fullmatch(r"error: --start: the text has characters .*'Ω'.*\n", err)
