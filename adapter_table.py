@@ -38,12 +38,13 @@ def label(row):
     return f'{row["kernel"]}{" (transformers + PEFT)" if row["peer"] else ""}{" (sees the future)" if row.get("causal") is False else ""}'
 
 
-def seeds_of(row):
-    return '1 seed' if row['seeds'] == 1 else f'{row["seeds"]} seeds'
+def seeds_of(rows):
+    most = max(row['seeds'] for row in rows)
+    return f'{most} seed{"s" * (most > 1)}'
 
 
-def spread_of(row):
-    return '1 seed' if row['seeds'] == 1 else f'median of {row["seeds"]} seeds, thin lines from least to most'
+def spread_of(rows):
+    return '1 seed' if seeds_of(rows) == '1 seed' else f'median of {seeds_of(rows)}, thin lines from least to most'
 
 
 def color_of(row):
@@ -66,8 +67,9 @@ def picture(rows, path):
     """Speed and peak memory of training, a column for each adapter."""
     kinds = [kind for kind in ('full', 'lora', 'qlora') if any(row['adapter'] == kind for row in rows)]
     tallest = max(sum(row['adapter'] == kind for row in rows) for kind in kinds)
+    fewer = {row['cell'] for row in rows if row['seeds'] < max(other['seeds'] for other in rows)}
     with figures.sheet(2, len(kinds), size=(figures.WIDTH, 2.2 + 0.56 * tallest), title=f'Fine-tuning {rows[0]["model"]}',
-                       note=f'{rows[0]["device"]}, {rows[0]["dtype"]}: {spread_of(rows[0])}{"; peer: transformers + PEFT" * any(row["peer"] for row in rows)}') as (fig, axes):
+                       note=f'{rows[0]["device"]}, {rows[0]["dtype"]}: {spread_of(rows)}{"; peer: transformers + PEFT" * any(row["peer"] for row in rows)}') as (fig, axes):
         for column, kind in enumerate(kinds):
             some = [row for row in rows if row['adapter'] == kind][::-1]
             colors = [figures.COLORS[color_of(row)] for row in some]
@@ -78,11 +80,13 @@ def picture(rows, path):
                     spread = [[row[key] - row[f'{key}_least'] for row in some], [row[f'{key}_most'] - row[key] for row in some]]
                     ax.errorbar([row[key] for row in some], range(len(some)), xerr=spread, fmt='none', ecolor=figures.COLORS['ink'], linewidth=1)
                     ax.set_title(kind)
-                ax.set_yticks(range(len(some)), ['peer ' * row['peer'] + row['kernel'] + ' (not causal)' * (row.get('causal') is False) for row in some])
+                ax.set_yticks(range(len(some)), ['peer ' * row['peer'] + row['kernel'] + ' (not causal)' * (row.get('causal') is False)
+                                                  + f' ({seeds_of([row])})' * (row['cell'] in fewer) for row in some])
+                ax.set_xlim(0, 1.04 * max(row[f'{key}_most' if not line else key] for row in rows) / scale)
                 ax.grid(axis='y', visible=False)
                 ax.xaxis.get_major_locator().set_params(nbins=4)
                 ax.xaxis.set_major_formatter(lambda x, _: figures.count(x))
                 ax.set_xlabel(unit)
         commits = ', '.join(dict.fromkeys(row['commit'] for row in rows))  # a second run may have filled the gaps of a first
-        figures.footer(fig, f'commit {commits} · {seeds_of(rows[0])} from {rows[0]["settings"]["seed"]} on · torch {rows[0]["torch"]}')
+        figures.footer(fig, f'commit {commits} · {seeds_of(rows)} from {rows[0]["settings"]["seed"]} on · torch {rows[0]["torch"]}')
         figures.save(fig, path, palette=True)

@@ -14,6 +14,7 @@ Legend: B sequences, T tokens, C channels, V vocabulary.
 """
 import codecs
 from collections import deque
+from functools import lru_cache
 
 import torch
 
@@ -67,6 +68,12 @@ def rolled(model, cache, row, text):
     return text[-max(1, window // 2):]
 
 
+@lru_cache
+def side_stream(device):
+    """Where every step on this GPU runs its first time. One for all caches, as cuBLAS keeps 32 MiB for each stream that it has met."""
+    return torch.cuda.Stream(device)
+
+
 class Step:
     """
     One token more in each slot of a cache: plan, model, choice. With a static cache on a GPU it is recorded as a CUDA
@@ -80,7 +87,7 @@ class Step:
         self.token = torch.zeros(cache.slots, dtype=torch.long, device=cache.device)
         self.draw = torch.zeros(cache.slots, device=cache.device)
         if self.records:
-            self.side = torch.cuda.Stream()
+            self.side = side_stream(torch.cuda.current_device())
 
     @classmethod
     def of(cls, model, cache, **how):
