@@ -408,7 +408,7 @@ def test_a_head_may_be_called_something_on_text_alone(show):
     model['scores'][plain]['on_text'] = dict(score=0.4, label='induction')
     page = show(report)
     page.locator(f'.view .thumb[data-head="{plain}"]').first.click()
-    assert page.locator('.chosen .label').first.inner_text() == 'no label, on text induction'
+    assert page.locator('.chosen .label').first.inner_text() == 'induction on text'
 
 
 def test_texts_stay_texts_and_untrained_is_red(show):
