@@ -91,7 +91,8 @@ def maps(report, path, footer):
 def training(runs, path, footer, title='Through training'):
     """
     Curves of each run of `checkpoints` over tokens seen: the best gap score, loss of what repeats, in-context-learning score; where held-out text was
-    said twice as well (and not of a study's many runs), what the repetition saves, on random tokens and on text, and the scores of both.
+    said twice as well (and not of a study's many runs), what the repetition saves, on random tokens and on text, and the scores of both, ringed where
+    a head is called induction.
     """
     styles, used = {}, {}
     for run in runs:  # seeds of one variant share a line style
@@ -106,12 +107,14 @@ def training(runs, path, footer, title='Through training'):
     panels = [('gap score of the best head', 'max_induction'), ('loss of what repeats (nats)', 'repeat_loss'), *icl]
     if spoken:
         runs = [run | {f'{on}saved': [b - a for a, b in zip(run[f'{on}repeat_loss'], run[f'{on}control_loss'])] for on in ('', 'text_')} for run in runs]
-        panels = [('previous token, best head', 'max_previous'), ('induction, random tokens', 'max_induction'), ('induction, held-out text', 'max_text'),
+        panels = [('induction, random tokens', 'max_induction'), ('induction, held-out text', 'max_text'), ('previous token, best head', 'max_previous'),
                   ('nats saved, random tokens', 'saved'), ('nats saved, held-out text', 'text_saved'), *icl]
     note = 'gap score: attention to what followed the same token before, with other tokens between the two copies'
     if spoken:
-        note = 'induction: attention to what followed the same token before, other tokens in between; nats saved: unrepeated less repeated tokens'
+        note = 'induction: the best head with a gap (a ring: called induction); nats saved a token by the repetition'
     with figures.sheet(1 + spoken, 3 if spoken else len(panels), size=(figures.WIDTH, 4.6 + 2.9 * spoken), title=title, note=note) as (fig, axes):
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         for ax, (label, key) in zip(axes.flat, panels):
             drawn = set()
             for run in runs:
@@ -120,7 +123,15 @@ def training(runs, path, footer, title='Through training'):
                 color, line = styles[variant]
                 ax.plot(*zip(*points), color=color, linestyle=line, linewidth=1.6, alpha=0.85, marker='.', markersize=5, label=None if variant in drawn else variant)
                 drawn.add(variant)
+                called = zip(run[over], run[key], run[{'max_induction': 'induction_heads', 'max_text': 'text_heads'}[key]]) if spoken and key in ('max_induction', 'max_text') else ()
+                ringed = [(x, y) for x, y, count in called if x and count]
+                if ringed:
+                    ax.plot(*zip(*ringed), color=color, linestyle='none', marker='o', markersize=8, markerfacecolor='none')
             ax.set_xscale('log')
+            low, high = ax.get_xlim()
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: figures.count(x)))
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_xlabel('tokens seen' if over == 'tokens' else 'step')
             ax.set_ylabel(label)
             if key.startswith('max_'):
@@ -162,7 +173,7 @@ def latents(found, path, footer):
                     points = plane[layer] / plane[layer].std()
                     cloud.scatter(points[:, 0], points[:, 1], s=5, color=color, alpha=0.6, linewidths=0, label=f'layer {layer}')
             cloud.set(xlabel='first component', ylabel='second', title='tokens on two components')
-            cloud.legend(loc='upper right', markerscale=3)
+            cloud.legend(loc='upper right', markerscale=3, frameon=True, framealpha=0.85, edgecolor='none')
         figures.footer(fig, footer)
         figures.save(fig, path)
     return path

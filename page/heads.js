@@ -171,10 +171,9 @@ function setUpGraphs() {
   const values = composed.flatMap(model => model.composition.map(edge => number(edge.value)).filter(value => value !== null)).sort((a, b) => b - a);
   const kinds = Object.keys(COMPOSITION).filter(kind => composed.some(model => model.composition.some(edge => edge.kind === kind)));
   state.kinds = new Set(kinds);
-  const few = model => model.composition.map(edge => number(edge.value) ?? 0).sort((a, b) => b - a)[Math.min(model.composition.length - 1, 24)];
-  state.threshold = Math.max(0, Math.min(...composed.map(few))); // the strongest few of each model at least, to begin with
+  state.threshold = null; // until the slider is moved: the strongest FEW of each model
   Object.assign(byId("threshold"), { min: Math.min(0, values[values.length - 1] ?? 0), max: Math.max(values[0] ?? 1, 1e-3) });
-  byId("threshold").value = state.threshold;
+  byId("threshold").value = Math.min(...composed.map(strongest));
   byId("graph-kinds").innerHTML = kinds.map(kind => `<button type="button" class="chip kind-chip-${kind}" data-kind="${kind}" aria-pressed="true"><i></i>${kind}: ${COMPOSITION[kind]}</button>`).join("");
   byId("graph-kinds").onclick = event => toggle(event, "kind", state.kinds, showGraphs);
   byId("threshold").oninput = event => { state.threshold = Number(event.target.value); showGraphs(); };
@@ -183,7 +182,7 @@ function setUpGraphs() {
 }
 
 function showGraphs() {
-  byId("threshold-value").textContent = fixed(state.threshold, 3);
+  byId("threshold-value").textContent = state.threshold === null ? `the strongest ${FEW} of each` : fixed(state.threshold, 3);
   composed.forEach((model, i) => drawGraph(byId("graphs").children[i], model));
 }
 

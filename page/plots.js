@@ -93,9 +93,17 @@ function lineChart(holder, { title, xName, yName, series, log = false, width = 6
 // composition: layers are columns, heads their rows
 
 const COMPOSITION = { Q: "query reads", K: "key reads", V: "value reads" };
+const FEW = 25; // edges of each model to begin with
+
+/** The value of a model's FEW-th edge: two models' values need not be of one size. */
+function strongest(model) {
+  const values = model.composition.map(edge => number(edge.value) ?? 0).sort((a, b) => b - a);
+  return Math.max(0, values[Math.min(values.length, FEW) - 1]);
+}
 
 function drawGraph(holder, model) {
-  const edges = model.composition.filter(edge => number(edge.value) !== null && state.kinds.has(edge.kind) && edge.value >= state.threshold);
+  const least = state.threshold ?? strongest(model);
+  const edges = model.composition.filter(edge => number(edge.value) !== null && state.kinds.has(edge.kind) && edge.value >= least);
   const most = Math.max(1e-9, ...model.composition.map(edge => number(edge.value) ?? 0));
   const width = 640, rows = Math.max(26, Math.min(44, 420 / model.heads)), height = 76 + rows * model.heads;
   const X = layer => model.layers > 1 ? 56 + layer * (width - 112) / (model.layers - 1) : width / 2, Y = head => 60 + rows * (head + 0.5);

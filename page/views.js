@@ -97,7 +97,8 @@ class View {
     pick.value = this.what;
     for (const which of this.root.querySelectorAll(".which")) which.textContent = model.nameOf(head);
     this.part(".chosen .label").className = `label label-${label || "none"}`;
-    this.part(".chosen .label").textContent = labelName(label);
+    const onText = model.scoreOf.get(head)?.on_text?.label;
+    this.part(".chosen .label").textContent = onText && onText !== label ? `${label && `${label}, `}${onText} on text` : labelName(label);
     this.part(".facts").innerHTML = Object.keys(SCORES).filter(key => model.score(head, key) !== null).map(key => {
       const value = model.score(head, key), bar = SCORES[key][1] || value < 0 ? "" : `<i style="width:${(100 * Math.min(1, value)).toFixed(1)}%"></i>`;
       return `<div><dt title="${esc(SCORES[key][0])}">${esc(SCORES[key][2])}</dt><dd class="bar">${bar}</dd><dd>${showScore(value, key)}</dd></div>`;

@@ -388,6 +388,29 @@ def test_sliders_move_checkpoints_and_thresholds(show):
     assert page.locator('#loss-plot .reading').inner_text().startswith('position 32: made by hand, MHA, repeated')
 
 
+def test_graphs_begin_with_the_strongest_edges_of_each_model(show):
+    report = head_reports.pair(33)
+    for edge in report['models'][1]['composition']:
+        edge['value'] *= 10  # two models' values need not be of one size
+    page = show(report)
+    for graph, model in zip(page.locator('#graphs .figure').all(), report['models']):
+        strongest = sorted((edge['value'] for edge in model['composition']), reverse=True)[:25]
+        assert len(strongest) == 25 == graph.locator('.edge').count()
+        drawn = [float(title.rsplit(' ', 1)[1]) for title in graph.locator('.edge title').evaluate_all('all => all.map(title => title.textContent)')]
+        assert sorted(drawn, reverse=True) == pytest.approx(strongest, abs=5e-4)
+    assert 'strongest 25' in page.locator('#threshold-value').inner_text()
+
+
+def test_a_head_may_be_called_something_on_text_alone(show):
+    report = head_reports.pair(33)
+    model = report['models'][0]
+    plain = next(i for i, score in enumerate(model['scores']) if not score['label'])
+    model['scores'][plain]['on_text'] = dict(score=0.4, label='induction')
+    page = show(report)
+    page.locator(f'.view .thumb[data-head="{plain}"]').first.click()
+    assert page.locator('.chosen .label').first.inner_text() == 'induction on text'
+
+
 def test_texts_stay_texts_and_untrained_is_red(show):
     page = show(hostile())
     assert page.title().startswith('Attention heads · made by hand, MHA · </script>') and page.locator('body script').count() == 6
