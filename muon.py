@@ -67,16 +67,18 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_sub_(list(weights), list(moves.unbind()))
 
 
-def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False, split=True):
+def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False, split=True, up=1.0):
     """
     The optimizers for `model`, as a list: AdamW for all, or Muon for the blocks' matrices and AdamW
     for embeddings, head, norms and biases. Only matrices decay. Every group keeps its peak rate as
-    'base_lr'; with `graph` rates are tensors on the device; `split` as in Muon.
+    'base_lr'; with `graph` rates are tensors on the device; `split` as in Muon. Matrices that read a latent of MLA
+    (W^UQ, W^UK, W^UV) get `up` times muon_lr.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     device = named[0][1].device
-    hidden = [p for n, p in named if kind == 'muon' and p.ndim == 2 and '.h.' in n]
-    taken = {id(p) for p in hidden}
+    hidden = {n: p for n, p in named if kind == 'muon' and p.ndim == 2 and '.h.' in n}
+    behind = [p for n, p in hidden.items() if up != 1 and '_b_proj' in n]
+    taken, slow = {id(p) for p in hidden.values()}, {id(p) for p in behind}
     rest = [p for _, p in named if id(p) not in taken]
 
     def group(params, lr, decay):
@@ -87,7 +89,8 @@ def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=F
     adam = [g for g in adam if g['params']]  # none is left where only matrices of the blocks are trained
     made = [torch.optim.AdamW(adam, betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph)] if adam else []
     if hidden:
-        made.append(Muon([group(hidden, muon_lr, weight_decay)], split=split))
+        groups = [group([p for p in hidden.values() if id(p) not in slow], muon_lr, weight_decay), group(behind, muon_lr * up, weight_decay)]
+        made.append(Muon([g for g in groups if g['params']], split=split))
     return made
 
 

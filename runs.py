@@ -128,7 +128,8 @@ def lock(folder, wait=False):
 # one run
 
 def arguments(run):
-    return [*run.words, f'--out_dir={run.folder}'] + ['--init_from=resume'] * ((run.folder / 'last.pt').exists())
+    again = ['--cuda_graph=False'] * (run.deaths > 0)  # the same steps; what has killed processes so far did it in a replayed graph
+    return [*run.words, f'--out_dir={run.folder}', *again] + ['--init_from=resume'] * ((run.folder / 'last.pt').exists())
 
 
 def open_output(folder, words):

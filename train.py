@@ -63,6 +63,7 @@ latent_init = 'fan_in'  # fan_in | gpt2
 optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)
 learning_rate = 6e-4  # peak, of AdamW
 muon_lr = 0.02  # peak, of Muon
+muon_up = 1.0  # share of that rate for W^UQ, W^UK, W^UV, which read a latent
 muon_split = True  # Muon takes stacked matrices (W^Q | W^K | W^V, W^DKV | W^KR, ...) apart
 weight_decay = 0.1
 beta1 = 0.9

@@ -26,7 +26,7 @@ EAGER_STEPS = 3  # a CUDA graph can be recorded once everything is allocated: af
 
 RANGES = (
     ('at least 1', lambda x: x >= 1, 'batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters'),
-    ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr weight_decay grad_clip cooldown sample_tokens distill_hidden'),
+    ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr muon_up weight_decay grad_clip cooldown sample_tokens distill_hidden'),
     ('at least 0 and less than 1', lambda x: 0 <= x < 1, 'beta1 beta2 ema_decay'),
     ('at least 0 and at most 1', lambda x: 0 <= x <= 1, 'distill'),
     ('more than 0', lambda x: x > 0, 'learning_rate'),
@@ -130,7 +130,7 @@ class Trainer:
         self.accumulation = s.gradient_accumulation_steps // self.world
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2), graph=s.cuda_graph,
-                                     split=s.muon_split)
+                                     split=s.muon_split, up=s.muon_up)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.stream == torch.float16)
         self.average = MovingAverage(model, s.ema_decay) if s.ema_decay else None
         self.graph, self.eager_steps = None, 0

@@ -457,6 +457,7 @@ def test_a_run_whose_process_was_killed_goes_on_in_a_new_one(in_process):
     assert process.returncode == 0 and 'mla, seed 1: its process was killed (see output.txt), it goes on in a new one' in out
     said = Path('cmp/mla/seed-1/output.txt').read_text()
     assert said.count(runs.PROMPT) == 2 and 'Fatal Python error: Segmentation fault' in said.split(runs.PROMPT)[1] and 'train.py", line' in said
+    assert ['--cuda_graph=False' in one.splitlines()[0] for one in said.split(runs.PROMPT)[1:]] == [False, True]
     assert len([line for line in log('cmp/mla/seed-1') if line['event'] == 'resume']) == 1 and not Path('cmp/mla/seed-1/error.txt').exists()
     for name in CONTENDERS:
         assert series(f'cmp/{name}/seed-1', 'eval', 'val_loss') == series(f'whole/{name}/seed-1', 'eval', 'val_loss')

@@ -265,3 +265,21 @@ def test_stacked_matrices_may_be_taken_whole():
 def test_the_setting_reaches_muon(tiny):
     for split in (True, False):
         assert optimizers(tiny('mla'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), split=split)[1].split is split
+
+
+@pytest.mark.parametrize('up', [0.25, 0.0])
+def test_what_reads_a_latent_moves_by_a_share_of_the_rate(up, tiny, tokens):
+    torch.manual_seed(0)
+    whole, slow = [tiny('mla', q_lora_rank=12) for _ in range(2)]
+    slow.load_state_dict(whole.state_dict())
+    before = {n: p.detach().clone() for n, p in whole.named_parameters()}
+    for model, share in ((whole, 1.0), (slow, up)):
+        made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=share)
+        set_rate(made, 0.5)
+        model(tokens(13), tokens(13).roll(-1)).backward()
+        for o in made:
+            o.step()
+    for (name, fast), p in zip(whole.named_parameters(), slow.parameters()):
+        behind = '.h.' in name and name.endswith(('q_b_proj.weight', 'kv_b_proj.weight'))
+        torch.testing.assert_close(p - before[name], (up if behind else 1.0) * (fast - before[name]), rtol=1e-3, atol=1e-7)
+    assert len(optimizers(tiny('mha'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=up)[1].param_groups) == 1

@@ -709,7 +709,7 @@ def place(tmp_path_factory):
     (dict(dropout=1.0), 'dropout=1.0'),
     (dict(learning_rate=0), 'learning_rate=0'),
     (dict(learning_rate=-1e-3), 'learning_rate=-0.001'),
-    (dict(optimizer='muon', muon_lr=-1), 'muon_lr=-1'),
+    (dict(optimizer='muon', muon_lr=-1), 'muon_lr=-1'), (dict(optimizer='muon', muon_up=-1), 'muon_up=-1'),
     (dict(min_lr=-1), 'min_lr=-1'),
     (dict(beta1=1.0), 'beta1=1.0'),
     (dict(beta2=-0.1), 'beta2=-0.1'),
