@@ -35,7 +35,7 @@ class MLAConfig(GPTConfig):
     qk_rope_head_dim: int = 32   # width of a head with RoPE; 0 = none at all (then pos must not be 'rope')
     v_head_dim: int = 0          # 0 = head_dim
     latent_norm: bool = True     # RMS norm of the latents
-    latent_init: str = 'fan_in'  # 'fan_in' | 'gpt2': how the down and up projections start
+    latent_init: str = 'fan_in'  # 'fan_in' | 'gpt2' | 'orthogonal': how the down and up projections start
     qk_norm_latent: bool = False  # with qk_norm: norm each whole query as it meets the cache, [W^UKᵀ q_nope | q_pe], and scale by 1 / sqrt(R + P)
     absorb: bool = False         # compute in the latent space (for decoding), not with per-head keys and values
     kv_lora_ranks: tuple = ()    # one for each layer, where they differ; kv_lora_rank is then the largest
@@ -62,8 +62,8 @@ class MLAConfig(GPTConfig):
             raise UserError(f'qk_rope_head_dim={self.qk_rope_head_dim} must be even and source_head_dim={self.source_head_dim} at least 0')
         if self.qk_norm_latent and not (self.qk_norm and self.latent_norm):
             raise UserError('qk_norm_latent=True needs qk_norm=True and latent_norm=True: it is QK-norm with a normed latent as the key')
-        if self.latent_init not in ('fan_in', 'gpt2'):
-            raise UserError(f"latent_init='{self.latent_init}' is not known: use fan_in or gpt2")
+        if self.latent_init not in ('fan_in', 'gpt2', 'orthogonal'):
+            raise UserError(f"latent_init='{self.latent_init}' is not known: use fan_in, gpt2 or orthogonal")
 
     @property
     def rope_dim(self):
@@ -200,8 +200,17 @@ class GPT_MLA(GPT):
     Config, Attention = MLAConfig, MultiHeadLatentAttention
 
     def init_weights(self):
-        """GPT's, but two stacked 0.02 matrices would leave hardly any signal: latents start by fan-in."""
+        """
+        GPT's, but two stacked 0.02 matrices would leave hardly any signal: latents start by fan-in. Or 'orthogonal': each head's
+        part of an up projection is orthonormal, so that it reads all of the latent alike, times what gives a value MHA's size, 0.02 sqrt(C).
+        """
         super().init_weights()
+        if self.config.latent_init == 'orthogonal':
+            for attention in [module for module in self.modules() if isinstance(module, MultiHeadLatentAttention)]:
+                for name, widths in (('q_b_proj', attention.q_widths), ('kv_b_proj', attention.b_widths)):
+                    for symbol in getattr(attention, name).weight.data.split(widths) if hasattr(attention, name) else ():
+                        for head in symbol.chunk(attention.n_head) if symbol.numel() else ():
+                            nn.init.orthogonal_(head, 0.02 * self.config.n_embd ** 0.5 if self.config.latent_norm else 1.0)
         if self.config.latent_init == 'fan_in':
             for name, module in self.named_modules():
                 if name.endswith(('_a_proj', '_b_proj', 'kv_a_proj_with_mqa')):

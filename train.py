@@ -58,7 +58,7 @@ qk_rope_head_dim = 32  # width of a head with RoPE; the early n_latent block: 0,
 v_head_dim = 0  # 0 = head_dim
 latent_norm = True
 qk_norm_latent = False  # with qk_norm: norm a query as it meets the cache, content and RoPE together
-latent_init = 'fan_in'  # fan_in | gpt2
+latent_init = 'fan_in'  # fan_in | gpt2 | orthogonal (each head's up projections)
 # optimizer
 optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)
 learning_rate = 6e-4  # peak, of AdamW

@@ -12,13 +12,13 @@ title = 'Books, BPE, 124M parameters: MHA, GQA, MQA and MLA'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
-    mla160=dict(label='MLA 160 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=160, qk_rope_head_dim=32),  # 1/8
-    mla128=dict(label='MLA 128 + 64', attention='mla', n_head=6, head_dim=128, kv_lora_rank=128, qk_rope_head_dim=64),  # 1/8
-    mla160x12=dict(label='MLA 160 + 32, 12 heads', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32),
+    mla128=dict(label='MLA 128 + 64', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64, latent_init='orthogonal',  # 1/8
+                qk_norm_latent=True, muon_up=0.25),
+    mla160=dict(label='MLA 160 + 32, 6 heads', attention='mla', n_head=6, head_dim=128, kv_lora_rank=160, qk_rope_head_dim=32),  # 1/8
     mqa=dict(label='MQA', n_kv_head=1),
     gqa=dict(label='GQA, 4 groups', n_kv_head=4),
-    mla256=dict(label='MLA 256 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=256, qk_rope_head_dim=32),
-    mla512=dict(label='MLA 512 + 32', attention='mla', n_head=6, head_dim=128, kv_lora_rank=512, qk_rope_head_dim=32))
+    mla256=dict(label='MLA 256 + 32, 6 heads', attention='mla', n_head=6, head_dim=128, kv_lora_rank=256, qk_rope_head_dim=32),
+    mla512=dict(label='MLA 512 + 32, 6 heads', attention='mla', n_head=6, head_dim=128, kv_lora_rank=512, qk_rope_head_dim=32))
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.01, 0.02, 0.04])
 
