@@ -123,7 +123,9 @@ def table(comparison, contenders, runs):
     """The results in Markdown: the table, and below it what its numbers mean and where they come from."""
     waiting, contenders = contenders, reached(comparison, contenders, runs)
     waiting, found = [about['label'] for name, about in waiting.items() if name not in contenders], rows(comparison, contenders, runs)
-    tried = list(dict.fromkeys('learning rate' if key in ('learning_rate', 'muon_lr') else key for row in found for key in row['tuned'])) or ['learning rate']
+    def named(key):
+        return 'learning rate' if key in ('learning_rate', 'muon_lr') else key
+    tried = list(dict.fromkeys(named(key) for row in found for key in row['tuned'])) or ['learning rate']
     cells_of = [['', 'parameters', 'KV bytes a token', 'val loss, mean ± sd', 'against the control [95 % interval]', ', '.join(tried), 'training tok/s', 'decoding tok/s', 'peak memory']]
     for row in found:
         cells = [f"{row['label']} (control)" if row['control'] else row['label']]
@@ -136,7 +138,7 @@ def table(comparison, contenders, runs):
                          + ('' if row['seeds'] == row['wanted'] else f" ({row['seeds']} of {row['wanted']} seeds)"))
             cells.append('' if row['difference'] is None else f"{row['difference']:+.4f}" + ('' if row['half'] is None else
                          f" [{row['difference'] - row['half']:+.4f}, {row['difference'] + row['half']:+.4f}]") + f", {row['percent']:+.2f} %")
-            cells.append(', '.join(f'{value:g}' for value in row['tuned'].values()) + ('*' if row['at_edge'] else ''))
+            cells.append(', '.join(f'{row["tuned"][key]:g}' for key in sorted(row['tuned'], key=lambda key: tried.index(named(key)))) + ('*' if row['at_edge'] else ''))
             cells.append(speed(row['tok_per_s']))
             cells.append(speed(row['decode_tok_per_s']))
             cells.append('' if row['peak_memory'] is None else memory(row['peak_memory']))

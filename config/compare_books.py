@@ -4,22 +4,23 @@ Which MLA matches MHA with RoPE at 30M parameters, and at which cache size: book
     python data/text/prepare.py books.txt.xz --tokenizer=bytes --out=data/books_bytes
     python compare.py config/compare_books.py
 
-MHA leaves 1024 values a token and layer. The MLAs start small and orthogonal, with Muon slower behind the latent: screen_books.py has how that was found, and
-the screening's runs of MHA and MQA are points of their grids. Runs are trained in the order of contenders.
+MHA leaves 1024 values a token and layer. The MLAs start small and orthogonal, with Muon slower behind the latent. screen_books.py has
+what came before; its runs of MHA and MQA are points of their grids. Contenders are trained in their order.
 """
 out_dir = 'out-compare-books'
 title = 'Books, bytes, 30M parameters'
 
 contenders = dict(
-    mha=dict(label='MHA + RoPE', muon_lr=[0.005, 0.01, 0.02, 0.04]),
+    mha=dict(label='MHA + RoPE'),
     mla64_64=dict(label='MLA 64 + 64', attention='mla', kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=64, latent_init='orthogonal',  # 1/8
-                  qk_norm_latent=True, muon_up=[0.1, 0.25], muon_lr=[0.01, 0.02]),
+                  qk_norm_latent=True, muon_up=0.25),
     mla64_64_n0=dict(label='MLA 64 + 64, no content keys', attention='mla', kv_lora_rank=64, qk_rope_head_dim=64, latent_init='orthogonal',  # 1/8
-                     softmax_scale=0.25, muon_up=0.1, muon_lr=[0.01, 0.02]),
+                     softmax_scale=0.25, muon_up=0.25),
     mla192_64=dict(label='MLA 192 + 64', attention='mla', kv_lora_rank=192, qk_nope_head_dim=64, qk_rope_head_dim=64, latent_init='orthogonal',  # 1/4
-                   qk_norm_latent=True, muon_up=0.25, muon_lr=[0.01, 0.02]),
-    mqa=dict(label='MQA, scale 1/4', n_kv_head=1, softmax_scale=0.25, muon_lr=0.02))  # 1/8; 0.01 and 0.02 do the same to MQA (screening)
+                   qk_norm_latent=True, muon_up=0.25),
+    mqa=dict(label='MQA, scale 1/4', n_kv_head=1, softmax_scale=0.25))  # 1/8
 seeds = [1, 2, 3]
+tune = dict(muon_lr=[0.01, 0.02, 0.04])
 
 dataset = 'books_bytes'
 gradient_accumulation_steps = 1

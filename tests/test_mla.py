@@ -255,7 +255,7 @@ def test_latents_start_orthogonal(latent_norm, nope, q_lora_rank):
         for head in heads:
             torch.testing.assert_close(head @ head.T, gain ** 2 * torch.eye(len(head)))
         v = a.kv_b_proj.weight[4 * nope:] @ a.kv_a_layernorm(a.kv_a_proj_with_mqa(x)[:, :24]).T
-        assert v.square().mean().sqrt() == pytest.approx(0.02 * 64 ** 0.5, rel=0.1)  # the size of MHA's: W^V starts at 0.02
+        assert v.square().mean().sqrt().item() == pytest.approx(0.02 * 64 ** 0.5, rel=0.1)  # the size of MHA's: W^V starts at 0.02
     with torch.device('meta'):
         GPT_MLA(model.config)
 
