@@ -15,7 +15,7 @@ def draw(rows, path):
     rows, lines = {(line_of(row), row['processes']): row for row in rows}.values(), {}
     for row in sorted(rows, key=lambda row: row['processes']):
         lines.setdefault(line_of(row), []).append(row)
-    least, every = 90, sorted({row['processes'] for row in rows})
+    least, every = 100, sorted({row['processes'] for row in rows})
     with figures.sheet(cols=2, title='Data parallelism: the same batch on each GPU', note='Left: tokens a second of n GPUs as a share of n times one GPU. Right: median, least and most of a step.') as (fig, (left, right)):
         left.axhline(100, color=figures.COLORS['muted'], lw=1)
         for n, ((model, batch, times), some) in enumerate(sorted(lines.items())):
@@ -28,8 +28,8 @@ def draw(rows, path):
             right.errorbar(x, [row['ms'] for row in some], [[row['ms'] - row['ms_least'] for row in some], [row['ms_most'] - row['ms'] for row in some]], capsize=3, **style)
         for ax, label in ((left, 'efficiency, %'), (right, 'ms a step')):
             ax.set(xlabel='GPUs', ylabel=label, xticks=every, xlim=(0.8, every[-1] + 0.2))
-        right.set_ylim(0)
-        left.set_ylim(least - 8, 102)  # room for the legend
+        right.set_ylim(0, 1.12 * max(row['ms_most'] for row in rows))
+        left.set_ylim(least - 2.5 - 0.8 * len(lines), 101)  # room for the legend
         left.legend(loc='lower left')
         figures.footer(fig, ' · '.join(dict.fromkeys(f"{row['device']} · torch {row['torch']} · commit {row['commit']}" for row in rows)))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
