@@ -244,7 +244,7 @@ def prepare(run):
 
 def tell(run):
     last = run.last_event()
-    said = f'failed: {run.error()}' if run.over == 'failed' else f"val loss {last['best_val_loss']:.4f}" if run.over else 'its process was killed (see output.txt), it goes on in a new one'
+    said = f'failed: {run.error()}' if run.over == 'failed' else f"val loss {last['best_val_loss']:.4f}" if run.over else 'its process or its device broke down (see output.txt), it goes on in a new one'
     text = f"[{sum(bool(run.over) for run in every)}/{len(every)}] {run.name}: {said}"
     bar.write(text) if bar else print(text, flush=True)
 

@@ -355,11 +355,11 @@ def draw(comparison, contenders, runs, path):
     with figures.sheet(size=size, title=comparison['title'], note=note) as (fig, ax):
         paint = colors(contenders)
         ax.remove()
-        grid = fig.add_gridspec(len(heights), 6, height_ratios=heights)
-        over_steps = fig.add_subplot(grid[0, :3] if timed else grid[0, :])
+        grid = fig.add_gridspec(len(heights), 2, height_ratios=heights)
+        over_steps = fig.add_subplot(grid[0, 0] if timed else grid[0, :])
         curves(over_steps, comparison, contenders, runs, paint, 'steps')
         if timed:
-            curves(over_seconds := fig.add_subplot(grid[0, 3:]), comparison, contenders, runs, paint, 'seconds')
+            curves(over_seconds := fig.add_subplot(grid[0, 1]), comparison, contenders, runs, paint, 'seconds')
             over_seconds.set_ylabel('')
         top = over_steps.secondary_xaxis('top', functions=(lambda s: s * comparison['tokens_per_step'] / 1e6, lambda m: m * 1e6 / comparison['tokens_per_step']))
         top.set_xlabel('M tokens', fontsize=9.5, color=figures.COLORS['muted'])
@@ -367,17 +367,17 @@ def draw(comparison, contenders, runs, path):
         if over_steps.lines:
             over_steps.legend(loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
         if over_cache:
-            pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, :3]), found, paint, compact=not many)
+            pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, 0]), found, paint, compact=not many)
             ax.set_title('loss over cache, 95 % intervals')
         if over_cache and many:
             name_points(ax, found, paint, 3.1)
         at = 1 + (many and over_cache)
-        difference_bars(ax := fig.add_subplot(grid[at, :] if many else grid[at, 3:]), found, paint)
+        difference_bars(ax := fig.add_subplot(grid[at, :] if many else grid[at, 1]), found, paint)
         ax.set_title('paired difference, 95 % intervals')
         if timed:
-            speed_bars(fig.add_subplot(grid[at + 1, :3]), found, paint, 'tok_per_s', 'training, tokens/s')
+            speed_bars(fig.add_subplot(grid[at + 1, 0]), found, paint, 'tok_per_s', 'training, tokens/s')
         if decoded:
-            speed_bars(fig.add_subplot(grid[at + 1, 3:] if timed else grid[at + 1, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
+            speed_bars(fig.add_subplot(grid[at + 1, 1] if timed else grid[at + 1, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
         if samples:
             ax = fig.add_subplot(grid[-1, :])
             ax.set_axis_off()

@@ -24,7 +24,8 @@ from configurator import UserError
 HERE = Path(__file__).resolve().parent
 PROMPT = '$ python train.py '
 TRACE = dict(PYTHONFAULTHANDLER='1')  # where Python is when SIGSEGV, SIGABRT or their like end it goes to standard error, which is output.txt
-DEATHS = 2  # so often a run goes on after its process was killed by a signal
+DEATHS = 2  # so often a run goes on after its process was killed by a signal, or its device failed
+BROKEN = 'CUDA error:'  # what a device says then; whatever the process asks of it from then on fails, too
 STOPPED = 75  # exit code of a script that was told to stop and can go on later (EX_TEMPFAIL)
 
 
@@ -39,7 +40,7 @@ class Run:
     needs: list = field(default_factory=list)
     tuned: dict = field(default_factory=dict)  # the settings that were chosen, or are being tried
     over: str = ''  # '', done or failed: never looked up again
-    deaths: int = 0  # of processes that trained it, by a signal that nobody here sent
+    deaths: int = 0  # of processes that trained it, by a signal that nobody here sent or with their device
 
     @property
     def name(self):
@@ -141,10 +142,15 @@ def open_output(folder, words):
 
 
 def reason(folder, code):
-    """Why a train.py failed, in one line: its message, or the last thing it said."""
+    """
+    Why a train.py failed, in one line: its message, the exception behind its last trace (an exception may have more lines,
+    and a process may say more as it ends), or the last thing it said.
+    """
     said = (folder / 'output.txt').read_text(errors='replace').rpartition(PROMPT)[2].strip().splitlines()[1:] or ['']
-    told = next((line.removeprefix('error: ') for line in reversed(said) if line.startswith('error: ')), said[-1])
-    return f'killed by {signal.Signals(-code).name}' if code < 0 else told[:300] or f'exit code {code}'
+    told = next((line.removeprefix('error: ') for line in reversed(said) if line.startswith('error: ')), '')
+    traced = next((i for i in range(len(said) - 1, -1, -1) if said[i].startswith('Traceback (most recent call last)')), len(said))
+    raised = next((line for line in said[traced + 1:] if line and not line[0].isspace()), '')
+    return f'killed by {signal.Signals(-code).name}' if code < 0 else (told or raised or said[-1])[:300] or f'exit code {code}'
 
 
 class Process:
@@ -213,7 +219,7 @@ def work():
     import gc
     import traceback
 
-    replies, like = os.fdopen(os.dup(1), 'w'), None
+    replies, own, like = os.fdopen(os.dup(1), 'w'), os.dup(2), None
     sys.path[0] = str(HERE)  # where -c looks is the folder that it stands in
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     for line in sys.stdin:
@@ -246,8 +252,12 @@ def work():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
                 gc.collect()
-                if torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError if code else ()):  # a device that has failed
+                    if torch.cuda.is_initialized():
+                        torch.cuda.empty_cache()
+                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+                for number in (1, 2):  # what this process says from now on, when it ends above all, is not of that run
+                    os.dup2(own, number)
         replies.write(json.dumps(code) + '\n')
         replies.flush()
 
@@ -379,7 +389,7 @@ def take(run, prepare, free):
 def finish(run, code, stopping):
     """
     After a train.py has ended with `code`: a run that is not done, and was not told to stop, has failed. One whose process
-    was killed goes on in a new one, from its last checkpoint, DEATHS times: True then.
+    was killed, or whose device failed, goes on in a new one, from its last checkpoint, DEATHS times: True then.
     """
     if code == Worker.BUSY or run.state() == 'done':
         return False
@@ -387,8 +397,10 @@ def finish(run, code, stopping):
         return False  # by a signal or its own max_minutes: it goes on from there
     if stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGINT, 130):
         return False  # before it could save: it begins again
-    if code < 0 and run.deaths < DEATHS:
+    why = reason(run.folder, code)
+    died = code < 0 or BROKEN in why
+    if died and run.deaths < DEATHS:
         run.deaths += 1
         return True
-    write(run.folder / 'error.txt', reason(run.folder, code) + (f', {run.deaths + 1} times' if run.deaths and code < 0 else ''))
+    write(run.folder / 'error.txt', why + (f', {run.deaths + 1} times' if run.deaths and died else ''))
     return False

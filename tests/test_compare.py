@@ -416,6 +416,17 @@ def test_losses_of_the_screening_are_those_of_its_log():
     said, tried = set(re.findall(r'1\.4\d{3}', about)), [line for line in lines if line['tuned']['dropout'] == 0.1 and line['tuned'].get('dropout_in', 'all') == 'all']
     assert len(said) == 10 and said <= {f"{line['val_loss']:.4f}" for line in tried} and {line['seed'] for line in tried} == {head['tune_seed']}
 
+
+def test_losses_of_the_screening_on_books_are_those_of_its_log():
+    head, contenders, lines = comparison.read(ROOT / 'assets' / 'logs' / 'screen_books.jsonl')
+    about = (ROOT / 'README.md').read_text().partition('| | rate: val loss |')[2].partition('\n\n')[0]
+    found, best = [(f"{line['val_loss']:.4f}", f"{contenders[line['contender']]['settings']['muon_lr']:g}") for line in lines], min(line['val_loss'] for line in lines)
+    rows = [(re.findall(r'(0\.\d+): (1\.\d{4})', row), re.findall(r'([+]\d\.\d\d) %', row)) for row in about.splitlines()[2:]]
+    assert len(rows) == 29 and all((loss, rate) in found for tried, _ in rows for rate, loss in tried) and {line['seed'] for line in lines} == {1000}
+    for tried, percent in rows[1:]:
+        assert abs(float(percent[0]) - 100 * (min(float(loss) for _, loss in tried) / best - 1)) < 0.011
+
+
 # ---------------------------------------------------------------------------------------------------
 # kills
 
@@ -454,7 +465,7 @@ def test_a_run_whose_process_was_killed_goes_on_in_a_new_one(in_process):
     until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
     os.kill(worker_of(process), signal.SIGSEGV)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and 'mla, seed 1: its process was killed (see output.txt), it goes on in a new one' in out
+    assert process.returncode == 0 and 'mla, seed 1: its process or its device broke down (see output.txt), it goes on in a new one' in out
     said = Path('cmp/mla/seed-1/output.txt').read_text()
     assert said.count(runs.PROMPT) == 2 and 'Fatal Python error: Segmentation fault' in said.split(runs.PROMPT)[1] and 'train.py", line' in said
     assert ['--cuda_graph=False' in one.splitlines()[0] for one in said.split(runs.PROMPT)[1:]] == [False, True]
@@ -525,6 +536,34 @@ def test_why_a_run_failed_is_what_it_said_last(tmp_path):
     assert runs.reason(tmp_path, 1) == 'KeyError: 3'
     runs.open_output(tmp_path, []).close()
     assert runs.reason(tmp_path, 3) == 'exit code 3'
+
+
+BROKEN_DEVICE = '''
+import atexit, json, os, pathlib, sys
+out = pathlib.Path(next(word for word in sys.argv if word.startswith('--out_dir=')).removeprefix('--out_dir='))
+print('step 1')
+atexit.register(os.write, 2, b'lost sys.stderr\\n')
+if 'always' in out.name or not (out / 'tried').exists():
+    (out / 'tried').touch()
+    raise RuntimeError('CUDA error: unspecified launch failure\\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1')
+(out / 'log.jsonl').write_text(json.dumps(dict(event='end', why='max_iters reached')))
+'''
+
+
+@pytest.mark.parametrize('in_process', [False, True])
+def test_a_run_whose_device_failed_goes_on_in_a_new_process(in_process, tmp_path, monkeypatch):
+    for name in ('runs.py', 'configurator.py'):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / 'train.py').write_text(BROKEN_DEVICE)
+    monkeypatch.setattr(runs, 'HERE', tmp_path)
+    monkeypatch.setattr(runs, 'DEATHS', 1)
+    every, told = [runs.Run('mla', 'seed', seed, tmp_path / name, ['--a=1']) for seed, name in enumerate(('once', 'always'))], []
+    assert runs.train(every, lambda run: None, [{}], in_process, {}, lambda run: told.append((run.seed, run.over)), lambda running: None) == ''
+    assert told == [(0, ''), (0, 'done'), (1, ''), (1, 'failed')]
+    assert every[1].error() == 'RuntimeError: CUDA error: unspecified launch failure, 2 times'
+    said = [(run.folder / 'output.txt').read_text() for run in every]
+    assert ['--cuda_graph=False' in one.splitlines()[0] for one in said[0].split(runs.PROMPT)[1:]] == [False, True]
+    assert all(text.count('step 1') == 2 for text in said) and any('lost sys.stderr' in text for text in said) == (not in_process)
 
 
 def test_places_for_runs(monkeypatch):
