@@ -2,7 +2,6 @@
 Train contenders on the same batches with the same seeds, and say what each costs and what it buys.
 
     python compare.py config/compare_shakespeare.py
-    python compare.py config/compare_124m.py --jobs=1 --seeds=[1,2,3,4,5]
     python compare.py --plot_only=True --results=assets/logs/compare_shakespeare.jsonl --figure=compare.png
     sbatch --array=0-7 slurm/compare.sbatch config/compare_124m.py
 
@@ -20,6 +19,7 @@ control = ''  # the contender that the others are compared with; '' = the first
 seeds = [1, 2, 3]  # a run of each contender with each; differences are paired by them
 tune = {}  # a grid for each contender that has none of its own, as dict(muon_lr=[0.01, 0.02, 0.04]); {} = no tuning
 tune_seed = 1000  # the seed of the grid's runs, none of `seeds`
+tune_iters = 0  # steps of a grid's run, for long comparisons: the schedule in short; 0 = max_iters
 match = True  # set n_inner so that each contender has the parameters of the control, unless it says n_inner itself
 tolerance = 0.01  # of the parameters: a contender that is further away is pointed out
 retry = False  # try runs again that have failed
@@ -104,7 +104,7 @@ if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 
     raise UserError(f'seeds={seeds}, tune_seed={tune_seed}: write different whole numbers of at least 0, like --seeds=[1,2,3]')
 if tune_seed in seeds:
     raise UserError(f'tune_seed={tune_seed} is one of seeds={seeds}: learning rates are chosen on a seed that is not reported')
-for name, least in dict(jobs=1, decode_tokens=0, decode_batch=1, decode_repeats=1, tolerance=0, max_minutes=0).items():
+for name, least in dict(jobs=1, tune_iters=0, decode_tokens=0, decode_batch=1, decode_repeats=1, tolerance=0, max_minutes=0).items():
     if config[name] < least:
         raise UserError(f'{name}={config[name]} must be at least {least}')
 for name in ('seed', 'init_from', 'eval_only'):
@@ -181,7 +181,8 @@ class Contender:
         """What has to be trained: the grid, unless it is a point, and then a run with each seed."""
         def folder(values):
             return out / self.name / ('tune-' + ','.join(f'{key}={value}' for key, value in values.items()))
-        self.tuning = [Run(self.name, 'tune', tune_seed, folder(point), self.words(tune_seed, point), tuned=point) for point in self.points if len(self.points) > 1 and not self.error]
+        self.tuning = [Run(self.name, 'tune', tune_seed, folder(point), self.words(tune_seed, point | (dict(max_iters=tune_iters) if tune_iters else {})),
+                           tuned=point) for point in self.points if len(self.points) > 1 and not self.error]
         return self.tuning, [Run(self.name, 'seed', seed, out / self.name / f'seed-{seed}', needs=self.tuning) for seed in seeds]
 
     def choose(self):
@@ -205,7 +206,7 @@ field = {name: Contender(name, asked) for name, asked in contenders.items()}
 with closing(lock(out, wait=True)):
     datasets.prepare_if_missing(config['dataset'])
 meta = datasets.read_meta(datasets.find(config['dataset']))
-base = field[control]
+base, steps = field[control], dict(tune=tune_iters or config['max_iters'], seed=config['max_iters'])
 for contender in [base] + [contender for contender in field.values() if contender is not base]:
     contender.measure(None if contender is base else base)
 environments = slots(device, jobs)
@@ -230,7 +231,7 @@ for run in every if retry else ():
         with held:
             (run.folder / 'error.txt').unlink()
         run.over = ''
-bar, counted = datasets.progress_bar(config['max_iters'] * len(every), 'step') if sys.stderr.isatty() else None, 0
+bar, counted = datasets.progress_bar(sum(steps[run.role] for run in every), 'step') if sys.stderr.isatty() else None, 0
 
 
 def prepare(run):
@@ -252,8 +253,8 @@ def tell(run):
 def look(running):
     global counted
     if bar:
-        at = [min(run.last_event().get('step', 0), config['max_iters']) for run in running]
-        now = config['max_iters'] * sum(bool(run.over) for run in every) + sum(at)
+        at = [min(run.last_event().get('step', 0), steps[run.role]) for run in running]
+        now = sum(steps[run.role] for run in every if run.over) + sum(at)
         bar.set_postfix_str(', '.join(run.name for run in running[:2]) + (f' and {len(running) - 2} more' if len(running) > 2 else ''), refresh=False)
         bar.update(now - counted)
         counted = now
@@ -326,7 +327,7 @@ def conclude():
 
     def said(key):
         return ', '.join(sorted({one[key] for one in done})) if key != 'date' else max((one[key] for one in done), default='')
-    head = dict(event='comparison', title=title or out.name, control=control, seeds=seeds, tune_seed=tune_seed, steps=config['max_iters'], tokens_per_step=tokens_per_step,
+    head = dict(event='comparison', title=title or out.name, control=control, seeds=seeds, tune_seed=tune_seed, tune_steps=steps['tune'], steps=config['max_iters'], tokens_per_step=tokens_per_step,
                 remark=remark, source=meta['source'], settings=shared, tolerance=tolerance, **{key: said(key) for key in ('commit', 'device', 'dtype', 'torch', 'date')})
     about = [dict(event='contender', name=one.name, label=one.label, kind=one.kind, params=one.params, params_ratio=one.ratio, cache_bytes=one.cache_bytes, error=one.error or None,
                   settings=one.settings, differs=one.differs(base), grid=one.grid, tuned=one.chosen, at_edge=one.at_edge(), decode=None if stopped else decode(one))

@@ -189,7 +189,9 @@ def grid_words(comparison, contenders, found):
     if not grids:
         return 'The learning rate was not tuned.'
     text = ' '.join(f'{words}' + (f" for {', '.join(labels)}" if len(grids) > 1 else '') + '.' for words, labels in grids.items())
-    return f"Tuned on seed {comparison['tune_seed']}: {text}" + (' * the best value stands at the end of its grid.' if any(row['at_edge'] for row in found) else '')
+    short = comparison.get('tune_steps', comparison['steps'])
+    return (f"Tuned on seed {comparison['tune_seed']}" + (f' in {short:,} steps' if short < comparison['steps'] else '') + f': {text}'
+            + (' * the best value stands at the end of its grid.' if any(row['at_edge'] for row in found) else ''))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Which MLA matches MHA with RoPE at 124M parameters, and at which cache size: boo
     python compare.py config/compare_124m.py
     sbatch --array=0-15 slurm/compare.sbatch config/compare_124m.py
 
-MHA leaves 1536 values a token and layer; MLA its latent and 32 or 64 more.
+MHA leaves 1536 values a token and layer; MLA its latent and 64 more, and starts as in compare_books.py. Contenders are trained in their order.
 """
 out_dir = 'out-compare-124m'
 title = 'Books, BPE, 124M parameters: MHA, GQA, MQA and MLA'
@@ -14,11 +14,12 @@ contenders = dict(
     mha=dict(label='MHA + RoPE'),
     mla128=dict(label='MLA 128 + 64', attention='mla', kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=64, latent_init='orthogonal',  # 1/8
                 qk_norm_latent=True, muon_up=0.25),
-    mla160=dict(label='MLA 160 + 32, 6 heads', attention='mla', n_head=6, head_dim=128, kv_lora_rank=160, qk_rope_head_dim=32),  # 1/8
-    mqa=dict(label='MQA', n_kv_head=1),
-    gqa=dict(label='GQA, 4 groups', n_kv_head=4),
-    mla256=dict(label='MLA 256 + 32, 6 heads', attention='mla', n_head=6, head_dim=128, kv_lora_rank=256, qk_rope_head_dim=32),
-    mla512=dict(label='MLA 512 + 32, 6 heads', attention='mla', n_head=6, head_dim=128, kv_lora_rank=512, qk_rope_head_dim=32))
+    mla128_n0=dict(label='MLA 128 + 64, no content keys', attention='mla', kv_lora_rank=128, qk_rope_head_dim=64, latent_init='orthogonal',  # 1/8
+                   softmax_scale=0.25, muon_up=0.25),
+    mqa=dict(label='MQA, scale 1/4', n_kv_head=1, softmax_scale=0.25),  # 1/12
+    mla320=dict(label='MLA 320 + 64', attention='mla', kv_lora_rank=320, qk_nope_head_dim=64, qk_rope_head_dim=64, latent_init='orthogonal',  # 1/4
+                qk_norm_latent=True, muon_up=0.25),
+    gqa=dict(label='GQA, 4 groups', n_kv_head=4))  # 1/3
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.01, 0.02, 0.04])
 

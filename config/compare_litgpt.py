@@ -17,9 +17,11 @@ contenders = dict(
     mla512=dict(label='MLA 512', attention='mla', kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=32),
     mla256=dict(label='MLA 256', attention='mla', kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32),
     mla160=dict(label='MLA 160', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32),  # 1/8 of MHA's cache
-    mla96=dict(label='MLA 96', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32))
+    mla96=dict(label='MLA 96', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32),
+    mla160_orthogonal=dict(label='MLA 160, orthogonal start', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32, latent_init='orthogonal'))
 seeds = [1, 2, 3]
 tune = dict(learning_rate=[6e-4, 1.2e-3, 2.4e-3])
+tune_iters = 305  # a fifth of the tokens
 
 dataset = 'tinystories'
 gradient_accumulation_steps = 1
