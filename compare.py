@@ -54,8 +54,7 @@ import comparison
 import figures
 from runs import STOPPED, Run, lock, slots, train, write
 
-out = Path(out_dir)
-picture = Path(figure or out / 'compare.png')
+out, picture = Path(out_dir), Path(figure or f'{out_dir}/compare.png')
 if picture.suffix != '.png':
     raise UserError(f'--figure={picture}: name a .png')
 FIXED = ('batch_size', 'block_size', 'gradient_accumulation_steps', 'dataset', 'max_iters', 'eval_interval', 'eval_iters', 'target_loss')
@@ -197,7 +196,8 @@ class Contender:
         return self.chosen
 
     def at_edge(self):
-        return bool(self.tuning and self.chosen) and any(len(values) > 1 and self.chosen[key] in (min(values), max(values)) for key, values in self.grid.items())
+        tried = {key: {run.tuned[key] for run in self.tuning if run.state() == 'done'} for key in self.grid}
+        return bool(self.chosen) and any(len(values) > 1 and self.chosen[key] in (min(values), max(values)) for key, values in tried.items())
 
 
 if key := next((key for key, values in tune.items() if not isinstance(values, list)), ''):

@@ -225,15 +225,20 @@ def beyond(found):
 def pareto(ax, found, paint, compact=False):
     """Val loss over cache bytes per token, with 95 % intervals of the mean over seeds, and the front as steps. Those of one cache stand side by side."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
-    known, far = [row for row in found if row['val_loss'] is not None and row['cache_bytes']], beyond(found)
+    known, far, bounds = [row for row in found if row['val_loss'] is not None and row['cache_bytes']], beyond(found), []
     for row in known:
         beside = [other['name'] for other in known if other['cache_bytes'] == row['cache_bytes'] and other['name'] not in far]
         if row['name'] in far:
             ax.text(row['cache_bytes'], 0.97, f"{row['label']}: {row['val_loss']:.3f} ↑", transform=ax.get_xaxis_transform(), va='top', ha='center', fontsize=9, color=paint[row['name']])
             continue
         spread = t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds']) if row['sd'] is not None else None
+        room = spread if spread is not None and row['seeds'] > 2 else 0  # the interval of two seeds, 9 sd to each side, may leave the panel
+        bounds += [row['val_loss'] - room, row['val_loss'] + room]
         ax.errorbar(row['cache_bytes'] * 1.025 ** (beside.index(row['name']) - (len(beside) - 1) / 2), row['val_loss'], yerr=spread, color=paint[row['name']],
                     marker='s' if row['control'] else 'o', markersize=7, capsize=3, linewidth=1.4, markeredgecolor='white', zorder=3)
+    if len(set(bounds)) > 1:
+        margin = 0.08 * (max(bounds) - min(bounds))
+        ax.set_ylim(min(bounds) - margin, max(bounds) + margin)
     on = sorted((row['cache_bytes'], row['val_loss']) for row in known if row['name'] in front(found))
     if len(on) > 1:
         ax.step(*zip(*on), where='post', color=figures.COLORS['muted'], linewidth=1, linestyle=(0, (4, 3)), zorder=1, label='Pareto front')
@@ -265,7 +270,7 @@ def name_points(ax, found, paint, inches):
                 y = other + apart
         placed.append((y, row['cache_bytes']))
         ax.annotate(row['label'], (row['cache_bytes'], y), xytext=(-11 if left else 11, 7), textcoords='offset points', ha='right' if left else 'left', va='center',
-                    fontsize=9, color=paint[row['name']])
+                    fontsize=9, color=paint[row['name']], path_effects=[figures.halo()])
 
 
 def mean_curve(runs, key):
@@ -304,6 +309,26 @@ def curves(ax, comparison, contenders, runs, paint, over):
     ax.set_ylabel('val loss (nats per token)')
     ax.set_xlabel('seconds of training' if over == 'seconds' else 'step')
     ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.6g}')
+
+
+def name_ends(ax, top, scale):
+    """Labels at the ends of those curves that stand apart, and one for all others, where a legend would hide them. top: the axis of tokens, `scale` of which are a step."""
+    from matplotlib.ticker import MaxNLocator
+    low, high = ax.get_ylim()
+    begin, end = ax.get_xlim()
+    for axis, first, final in ((ax, begin, end), (top, scale * begin, scale * end)):
+        axis.set_xticks([tick for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(first, final) if first <= tick <= final])
+    ax.set_xlim(begin, begin + 1.42 * (end - begin))
+    last = {line: (line.get_xdata()[-1], line.get_ydata()[-1]) for line in ax.lines if len(line.get_ydata())}
+    crowd = []
+    for line, (x, y) in last.items():
+        if all(other is line or abs(y - height) > 0.045 * (high - low) for other, (_, height) in last.items()):
+            ax.annotate(line.get_label(), (x, y), xytext=(7, 0), textcoords='offset points', va='center', fontsize=9, color=line.get_color())
+        else:
+            crowd.append((x, y))
+    if crowd:
+        ax.annotate(f'the other {len(crowd)}, colours as below', (crowd[0][0], statistics.fmean(y for _, y in crowd)), xytext=(7, 0), textcoords='offset points', va='center',
+                    fontsize=9, color=figures.COLORS['muted'])
 
 
 def difference_bars(ax, found, paint):
@@ -347,12 +372,13 @@ def draw(comparison, contenders, runs, path):
     samples = [(about['label'], name, about['decode']['sample']) for name, about in contenders.items() if (about.get('decode') or {}).get('sample')]
     samples = samples[:1] + samples[1:][-2:] if len(samples) > 3 else samples  # the first, and the last two
     timed, decoded = (any(row[key] for row in found) for key in ('tok_per_s', 'decode_tok_per_s'))
+    intervals = ', 95 % intervals' if any(row['half'] is not None for row in found) else ''
     bars = 0.9 + 0.30 * max(2, len(contenders))
     many = len(contenders) > 4  # then everything takes the whole width
     over_cache = not many or len({row['cache_bytes'] for row in found}) > 2
     heights = [3.5] + [4.2] * (many and over_cache) + [bars if many else 3.5] + [bars] * (timed or decoded) + [2.1] * bool(samples)
     size = (figures.WIDTH, sum(heights) + 1.3)
-    note = ' · '.join(filter(None, (comparison['source'], f"{comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens", f"{len(comparison['seeds'])} seeds",
+    note = ' · '.join(filter(None, (comparison['source'], f"{comparison['steps']:,} steps of {comparison['tokens_per_step']:,} tokens", f"{len(comparison['seeds'])} seed{'s' * (len(comparison['seeds']) > 1)}",
                                     comparison.get('remark'))))
     with figures.sheet(size=size, title=comparison['title'], note=note) as (fig, ax):
         paint = colors(contenders)
@@ -366,18 +392,20 @@ def draw(comparison, contenders, runs, path):
         top = over_steps.secondary_xaxis('top', functions=(lambda s: s * comparison['tokens_per_step'] / 1e6, lambda m: m * 1e6 / comparison['tokens_per_step']))
         top.set_xlabel('M tokens', fontsize=9.5, color=figures.COLORS['muted'])
         top.spines['top'].set_visible(False)
-        if over_steps.lines:
+        if len(contenders) > 12:
+            name_ends(over_steps, top, comparison['tokens_per_step'] / 1e6)
+        elif over_steps.lines:
             over_steps.legend(loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
         if over_cache:
             pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, 0]), found, paint, compact=not many)
-            ax.set_title('loss over cache, 95 % intervals')
+            ax.set_title('loss over cache' + intervals)
         if over_cache and many:
             name_points(ax, found, paint, 3.1)
         at = 1 + (many and over_cache)
         difference_bars(ax := fig.add_subplot(grid[at, :] if many else grid[at, 1]), found, paint)
-        ax.set_title('paired difference, 95 % intervals')
+        ax.set_title('paired difference' + intervals)
         if timed:
-            speed_bars(fig.add_subplot(grid[at + 1, 0]), found, paint, 'tok_per_s', 'training, tokens/s')
+            speed_bars(fig.add_subplot(grid[at + 1, 0] if decoded else grid[at + 1, :]), found, paint, 'tok_per_s', 'training, tokens/s')
         if decoded:
             speed_bars(fig.add_subplot(grid[at + 1, 1] if timed else grid[at + 1, :]), found, paint, 'decode_tok_per_s', 'decoding, tokens/s')
         if samples:

@@ -90,6 +90,12 @@ def plain(text):
     return str(text).replace("$", r"\$")
 
 
+def halo():
+    """A white rim that keeps text readable on lines."""
+    from matplotlib.patheffects import withStroke
+    return withStroke(linewidth=4, foreground="white")
+
+
 @contextlib.contextmanager
 def sheet(rows=1, cols=1, size=None, title=None, note=None):
     """
@@ -355,7 +361,6 @@ def curve(log_path, out_path):
         about.append(f"cache: {settings['cache_bytes_per_token']:,} bytes per token")
 
     with sheet(size=(WIDTH, 5.2), title=_title(settings), note="  ·  ".join(about)) as (fig, ax):
-        from matplotlib.patheffects import withStroke
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         half = len(train) // 60  # a window of about 3 % of the run
@@ -387,7 +392,7 @@ def curve(log_path, out_path):
             ax.annotate(f"best {value:.4f} at step {step:,}", (step, value), xytext=(0, 30),
                         textcoords="offset points", ha="right" if late else "left", va="bottom",
                         color=color, fontsize=11.5, fontweight="bold", zorder=5,
-                        path_effects=[withStroke(linewidth=4, foreground="white")],
+                        path_effects=[halo()],
                         arrowprops={"arrowstyle": "-", "color": color, "linewidth": 1, "shrinkB": 7,
                                     "relpos": (1, 0) if late else (0, 0)})
         broken = sorted(s for s, v in zip(steps, train + val) if not math.isfinite(v))

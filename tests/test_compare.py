@@ -159,7 +159,8 @@ def test_contenders_that_a_stop_has_kept_waiting_are_left_out():
 
 
 @pytest.mark.parametrize('losses', [dict(mha=[1.5, 1.7, 1.6], mla=[1.4, 1.5, 1.6]), dict(mha=[1.5, None, None], mla=[None] * 3), dict(mha=[None] * 3), dict(mha=[], mla=[]),
-                                    {name: [1.5 + i / 100] * 3 for i, name in enumerate(['mha', *(f'mla{i}' for i in range(9))])}], ids=['two', 'one seed', 'none', 'stopped', 'ten'])
+                                    {name: [1.5 + i / 100] * 3 for i, name in enumerate(['mha', *(f'mla{i}' for i in range(9))])},
+                                    {f'mla{i}': [1.5 + i * i / 100] * 3 for i in range(14)}], ids=['two', 'one seed', 'none', 'stopped', 'ten', 'fourteen'])
 def test_a_figure_is_drawn_of_whatever_there_is(losses):
     result = made_up(losses)
     comparison.draw(*result, 'a.png')
@@ -169,6 +170,14 @@ def test_a_figure_is_drawn_of_whatever_there_is(losses):
 
 # ---------------------------------------------------------------------------------------------------
 # a whole comparison
+
+def test_a_grid_may_take_fewer_steps_and_its_ends_are_those_that_could_be_trained(capfd):
+    assert compare(contenders=dict(mha=dict(label='MHA', grad_clip=0.0, learning_rate=[3e-4, 1e-2, 1e30])), tune_iters=3, seeds=[2]) == 0
+    head, contenders, lines = found()
+    assert sorted((line['role'], line['eval_steps'][-1]) for line in lines if 'error' not in line) == [('seed', 6), ('tune', 3), ('tune', 3)]
+    assert 'Tuned on seed 1000 in 3 steps: learning_rate of' in ' '.join(capfd.readouterr().out.split()) and (head['tune_steps'], head['steps']) == (3, 6)
+    assert contenders['mha']['at_edge'] and len([line for line in lines if 'error' in line]) == 1
+
 
 def test_a_comparison_from_end_to_end(capfd):
     asked = dict(contenders=dict(mha=dict(label='MHA + RoPE'), mla=dict(MLA, label='MLA', learning_rate=[1e-2, 3e-4]), bad=dict(n_head=3),
