@@ -139,17 +139,17 @@ def time_peer(folder, data):
 
 def where_time_goes(step, seconds):
     """Milliseconds of a step by kind of kernel, from torch's profiler; what no kernel fills is a gap."""
-    from torch.profiler import ProfilerActivity
+    from torch.profiler import ProfilerActivity, profile as watch, schedule as plan
     on_gpu = device.type == 'cuda'
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
-        for i in range(3):
+    with watch(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], schedule=plan(wait=0, warmup=1, active=3, repeat=1)) as seen:
+        for i in range(4):  # the first does not count: in its all-reduce the processes wait for the profiler that starts last
             step(i)
-        machine.synchronize(device)
+            machine.synchronize(device)
+            seen.step()
     table, kernels = dict.fromkeys([name for name, _ in GROUPS] + ['norms, activations, other'], 0.0), []
-    for kernel in seen.key_averages():
+    for kernel in (one for one in seen.key_averages() if not one.key.startswith('ProfilerStep')):
         ms = (kernel.self_device_time_total if on_gpu else kernel.self_cpu_time_total) / 3e3
-        group = next((name for name, words in GROUPS if re.search(words, kernel.key, re.I)), 'norms, activations, other')
-        table[group] += ms
+        table[next((name for name, words in GROUPS if re.search(words, kernel.key, re.I)), 'norms, activations, other')] += ms
         kernels.append((ms, kernel.key))
     head = [median_seconds(lambda i: product(), 5)[0] * 1e3 for product in head_products()] if on_gpu else []
     table['head matmul (timed alone)'] = sum(head)
