@@ -31,7 +31,7 @@ decode_batch = 1  # sequences at a time
 decode_repeats = 5  # the median counts, after one to warm up
 # what is left
 plot_only = False  # train nothing: table and figures from --results
-results = ''  # the file to draw; '' = out_dir/results.jsonl; several with commas between them give one Pareto front
+results = ''  # the file to draw; '' = out_dir/results.jsonl; several with commas between them give one picture of all, against their controls
 figure = ''  # where to draw; '' = out_dir/compare.png. The table stands beside it, as .md and .json
 
 from configurator import UserError, configure

@@ -78,6 +78,7 @@ def rows(comparison, contenders, runs):
         pairs = [mine[seed]['val_loss'] - control[seed]['val_loss'] for seed in comparison['seeds'] if seed in mine and seed in control]
         errors = [about.get('error')] + [run.get('error') for run in runs if run['contender'] == name and run['role'] == 'seed']
         difference, half = interval(pairs) if pairs and name != comparison['control'] else (None, None)
+        share_of = 100 / statistics.fmean(run['val_loss'] for run in control.values()) if control else None
         speeds = [run['tok_per_s'] for run in mine.values() if not run['shared'] and run['tok_per_s']]
         memory = [run['peak_memory'] for run in mine.values() if not run['shared'] and run['peak_memory']]
         found.append(dict(
@@ -86,7 +87,7 @@ def rows(comparison, contenders, runs):
             cache_ratio=about['cache_bytes'] / contenders[comparison['control']]['cache_bytes']
             if about.get('cache_bytes') and contenders.get(comparison['control'], {}).get('cache_bytes') else None,
             val_loss=statistics.fmean(losses) if losses else None, sd=statistics.stdev(losses) if len(losses) > 1 else None,
-            difference=difference, half=half, percent=100 * difference / statistics.fmean(run['val_loss'] for run in control.values()) if pairs and difference is not None else None,
+            difference=difference, half=half, percent=None if difference is None else share_of * difference, percent_half=None if half is None else share_of * half,
             tuned=about.get('tuned') or {}, at_edge=about.get('at_edge', False), tok_per_s=statistics.median(speeds) if speeds else None,
             decode_tok_per_s=(about.get('decode') or {}).get('tok_per_s'), peak_memory=max(memory) if memory else None,
             error=next((error for error in errors if error), None)))
@@ -197,6 +198,7 @@ def grid_words(comparison, contenders, found):
 # ---------------------------------------------------------------------------------------------------
 # pictures
 
+MARKS = 'oDs^vPX*'  # of comparisons in one picture
 LINES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))  # in turn, where shades of one colour are many
 
 
@@ -421,16 +423,48 @@ def draw(comparison, contenders, runs, path):
 
 
 def draw_front(results, path):
-    """One Pareto figure over all comparisons in `results`, a list of (comparison, contenders, runs)."""
-    with figures.sheet(size=(figures.WIDTH, 6.2), title='Loss over cache', note=' · '.join(c['title'] for c, _, _ in results)) as (fig, ax):
-        found, paint = [], {}
-        for i, (comparison, contenders, runs) in enumerate(results):
+    """Loss over cache, of one comparison with its Pareto front. `results`: (comparison, contenders, runs), or several such."""
+    with figures.sheet(size=(figures.WIDTH, 6.2), title='Loss over cache', note=results[0][0]['title'] if len(results) == 1 else '') as (fig, ax):
+        if len(results) == 1:
+            (comparison, contenders, runs), = results
             contenders = reached(comparison, contenders, runs)
-            shades = colors(contenders)
-            for row in rows(comparison, contenders, runs):
-                found.append(row | dict(name=f"{i}/{row['name']}"))
-                paint[f"{i}/{row['name']}"] = shades[row['name']]
-        pareto(ax, found, paint)
-        name_points(ax, found, paint, 4.8)
-        figures.footer(fig, ' | '.join(dict.fromkeys(facts(comparison) for comparison, _, _ in results)))
+            found, paint = rows(comparison, contenders, runs), colors(contenders)
+            pareto(ax, found, paint)
+            name_points(ax, found, paint, 4.8)
+        else:
+            beside_controls(ax, results)
+        def said(key):
+            return ', '.join(dict.fromkeys(one for comparison, _, _ in results for one in comparison[key].split(', ')))
+        figures.footer(fig, facts(results[0][0]) if len(results) == 1 else f"commits {said('commit')} · {said('device')} · {said('dtype')} · torch {said('torch')}")
         figures.save(fig, path, palette=True)
+
+
+def beside_controls(ax, results):
+    """Several comparisons: per cent of loss above each one's control over the share of its cache, because losses of different texts do not compare."""
+    ink, shown, far = figures.COLORS['ink'], [], []
+    for i, (comparison, contenders, runs) in enumerate(results):
+        found = [row for row in rows(comparison, contenders, runs) if row['percent'] is not None and row['cache_ratio']]
+        above = beyond(found)
+        far += [f"{row['label']} {row['percent']:+.1f} %" for row in found if row['name'] in above]
+        shown += [row | dict(mark=MARKS[i % len(MARKS)]) for row in found if row['name'] not in above]
+    for row in shown:  # those of about one share stand side by side
+        beside = [other for other in shown if abs(math.log2(other['cache_ratio'] / row['cache_ratio'])) < 0.1]
+        place = next(i for i, other in enumerate(beside) if other is row) - (len(beside) - 1) / 2
+        sure, color = row['seeds'] > 2, figures.COLORS.get(row['kind'], ink)
+        ax.errorbar(row['cache_ratio'] * 1.03 ** place, row['percent'], yerr=row['percent_half'] if sure else None, color=color, marker=row['mark'], markersize=7,
+                    markerfacecolor=color if sure else 'white', markeredgecolor='white' if sure else color, capsize=3, linewidth=1.2)
+    titles = [ax.plot([], [], linestyle='none', marker=MARKS[i % len(MARKS)], color=ink, label=comparison['title'].partition(':')[0])[0] for i, (comparison, _, _) in enumerate(results)]
+    kinds = [ax.plot([], [], linestyle='none', marker='s', color=figures.COLORS.get(kind, ink), label=kind.upper())[0] for kind in dict.fromkeys(row['kind'] for row in shown)]
+    ax.add_artist(ax.legend(handles=titles, loc='lower right', fontsize=9))
+    ax.legend(handles=kinds, loc='upper right', ncols=len(kinds) or 1, fontsize=9)
+    ax.axhline(0, color=ink, linewidth=1)
+    ax.set_xscale('log', base=2)
+    shares = [row['cache_ratio'] for row in shown] or [1]
+    ticks = [1 / n for n in (16, 12, 8, 6, 4, 3, 2, 1) if 0.9 * min(shares) <= 1 / n <= 1.1 * max(shares)]
+    ax.set_xticks(ticks, [share(tick) for tick in ticks])
+    ax.minorticks_off()
+    control = {contenders[comparison['control']]['label'] for comparison, contenders, _ in results}
+    control = control.pop() if len(control) == 1 else 'the control'
+    ax.set_xlabel(f'cache, as a share of that of {control}')
+    ax.set_ylabel(f'val loss above {control}, %')
+    ax.set_title('95 % intervals of paired differences; hollow: fewer than three seeds' + (f"; above: {', '.join(far)}" if far else ''), fontsize=9.5, color=figures.COLORS['muted'])
