@@ -114,6 +114,11 @@ def memory(size):
     return f'{size / 2 ** 30:.2f} GiB' if size >= 2 ** 30 else f'{size / 2 ** 20:.0f} MiB'
 
 
+def written(value):
+    """A setting's value in short: 0.01, residual, True."""
+    return f'{value:g}' if type(value) in (int, float) else str(value)
+
+
 def facts(comparison):
     """Where the numbers come from, for the end of a table and the footer of a figure."""
     return ' · '.join(filter(None, (f"commit {comparison['commit']}", f"seeds {', '.join(map(str, comparison['seeds']))}", comparison['device'],
@@ -139,7 +144,7 @@ def table(comparison, contenders, runs):
                          + ('' if row['seeds'] == row['wanted'] else f" ({row['seeds']} of {row['wanted']} seeds)"))
             cells.append('' if row['difference'] is None else f"{row['difference']:+.4f}" + ('' if row['half'] is None else
                          f" [{row['difference'] - row['half']:+.4f}, {row['difference'] + row['half']:+.4f}]") + f", {row['percent']:+.2f} %")
-            cells.append(', '.join(f'{row["tuned"][key]:g}' for key in sorted(row['tuned'], key=lambda key: tried.index(named(key)))) + ('*' if row['at_edge'] else ''))
+            cells.append(', '.join(written(row['tuned'][key]) for key in sorted(row['tuned'], key=lambda key: tried.index(named(key)))) + ('*' if row['at_edge'] else ''))
             cells.append(speed(row['tok_per_s']))
             cells.append(speed(row['decode_tok_per_s']))
             cells.append('' if row['peak_memory'] is None else memory(row['peak_memory']))
@@ -186,7 +191,7 @@ def grid_words(comparison, contenders, found):
     grids = {}
     for name, about in contenders.items():
         if about.get('grid'):
-            grids.setdefault('; '.join(f"{key} of {', '.join(f'{value:g}' for value in values)}" for key, values in about['grid'].items()), []).append(about['label'])
+            grids.setdefault('; '.join(f"{key} of {', '.join(map(written, values))}" for key, values in about['grid'].items()), []).append(about['label'])
     if not grids:
         return 'The learning rate was not tuned.'
     text = ' '.join(f'{words}' + (f" for {', '.join(labels)}" if len(grids) > 1 else '') + '.' for words, labels in grids.items())
@@ -236,7 +241,7 @@ def pareto(ax, found, paint, compact=False):
         spread = t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds']) if row['sd'] is not None else None
         room = spread if spread is not None and row['seeds'] > 2 else 0  # the interval of two seeds, 9 sd to each side, may leave the panel
         bounds += [row['val_loss'] - room, row['val_loss'] + room]
-        ax.errorbar(row['cache_bytes'] * 1.025 ** (beside.index(row['name']) - (len(beside) - 1) / 2), row['val_loss'], yerr=spread, color=paint[row['name']],
+        ax.errorbar(row['cache_bytes'] * min(1.025, 1.25 ** (1 / len(beside))) ** (beside.index(row['name']) - (len(beside) - 1) / 2), row['val_loss'], yerr=spread, color=paint[row['name']],
                     marker='s' if row['control'] else 'o', markersize=7, capsize=3, linewidth=1.4, markeredgecolor='white', zorder=3)
     if len(set(bounds)) > 1:
         margin = 0.08 * (max(bounds) - min(bounds))
@@ -259,20 +264,27 @@ def pareto(ax, found, paint, compact=False):
 
 
 def name_points(ax, found, paint, inches):
-    """The labels beside the points of pareto(): those of about the same cache above each other, on the left where it ends. The axes are `inches` high."""
-    far = beyond(found)
-    known = sorted((row for row in found if row['val_loss'] is not None and row['cache_bytes'] and row['name'] not in far), key=lambda row: (row['cache_bytes'], row['val_loss']))
+    """
+    The labels beside the points of pareto(): those of about the same cache above each other and above the points that they would cover, on the left where
+    it ends; of more than 16 points those of the front and of the control alone. The axes are `inches` high.
+    """
+    far, best = beyond(found), front(found)
+    points = sorted((row['cache_bytes'], row['val_loss']) for row in found if row['val_loss'] is not None and row['cache_bytes'] and row['name'] not in far)
+    known = [row for row in found if row['val_loss'] is not None and row['cache_bytes'] and row['name'] not in far
+             and (len(points) <= 16 or row['control'] or row['name'] in best)]
     low, high = ax.get_ylim()
     apart, placed = 0.17 / inches * (high - low), []
+    octaves = math.log2(points[-1][0] / points[0][0]) + 2 * math.log2(1.35) if points else 1
     for row in sorted(known, key=lambda row: row['val_loss']):
-        left = row['cache_bytes'] == known[-1]['cache_bytes'] and len({row['cache_bytes'] for row in known}) > 1
-        y = row['val_loss']
-        for other, size in sorted(placed):  # upwards, past those that are there
+        left = row['cache_bytes'] == points[-1][0] and points[0][0] < points[-1][0]
+        y, reach = row['val_loss'], 2 ** (octaves * (0.02 + 0.0095 * len(row['label'])))  # a letter of 9 points is about 1/105 of the width
+        below = [] if left else [other for size, other in points if row['cache_bytes'] * 1.1 < size < row['cache_bytes'] * reach and abs(other - y) < apart]
+        for other, size in sorted([*placed, *((other, row['cache_bytes']) for other in below)]):  # upwards, past what is there
             if max(size / row['cache_bytes'], row['cache_bytes'] / size) < 1.5 and abs(y - other) < apart:
                 y = other + apart
         placed.append((y, row['cache_bytes']))
         ax.annotate(row['label'], (row['cache_bytes'], y), xytext=(-11 if left else 11, 7), textcoords='offset points', ha='right' if left else 'left', va='center',
-                    fontsize=9, color=paint[row['name']], path_effects=[figures.halo()])
+                    fontsize=9, color=paint[row['name']], path_effects=[figures.halo()], zorder=4)
 
 
 def mean_curve(runs, key):

@@ -214,6 +214,10 @@ def _read_argument(config, arg, following):
             value = evaluate(ast.parse(text.strip(), mode='eval').body, {})
         except UNPARSABLE:
             pass  # stays text, which is no number
+        words = text.replace(' ', '')
+        words = words[1:-1] if words[:1] + words[-1:] == '[]' else words
+        if kind is list and value is text and re.fullmatch(r'[A-Za-z]\w*(,[A-Za-z]\w*)*', words):
+            value = words.split(',')  # --only=mha,mla: a shell takes quotes away
     config[name] = _check_type(config, name, value, _short(arg))
     config.given[name] = arg
 

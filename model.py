@@ -65,7 +65,7 @@ class GPTConfig:
         for name in ('n_kv_head', 'head_dim', 'n_inner', 'softmax_scale'):
             if getattr(self, name) < 0:
                 raise UserError(f'{name}={getattr(self, name)} must be 0 (derived) or more')
-        for name in ('rope_theta', 'rope_scaling'):
+        for name in ('rope_theta', 'rope_scaling', 'norm_eps'):
             if not getattr(self, name) > 0:
                 raise UserError(f'{name}={getattr(self, name)} must be more than 0')
         if not 0 <= self.dropout < 1:

@@ -231,6 +231,14 @@ def save(name, resumable):
 
 
 if main:
+    if wandb_log:
+        try:
+            import wandb
+            wandb.init(project=wandb_project, name=wandb_run_name or out.name, config=dict(config))
+        except ImportError:
+            raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
+        except wandb.Error as error:
+            raise UserError(f'wandb does not start ({error}): run `wandb login`, set WANDB_MODE=offline, or leave --wandb_log out') from None
     try:
         out.mkdir(parents=True, exist_ok=True)
         if init_from != 'resume' and checkpoint.set_aside(out):
@@ -242,12 +250,6 @@ if main:
         log = open(out / 'log.jsonl', 'a' if init_from == 'resume' else 'w')
     except OSError as error:
         raise UserError(f'cannot write to --out_dir={out_dir}: {error.strerror}') from None
-    if wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
-        wandb.init(project=wandb_project, name=wandb_run_name or out.name, config=dict(config))
     if sys.stderr.isatty():
         from tqdm import tqdm
         bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.1)

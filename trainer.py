@@ -26,9 +26,9 @@ EAGER_STEPS = 3  # a CUDA graph can be recorded once everything is allocated: af
 
 RANGES = (
     ('at least 1', lambda x: x >= 1, 'batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters'),
-    ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr muon_up weight_decay grad_clip cooldown sample_tokens distill_hidden'),
+    ('at least 0', lambda x: x >= 0, 'keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr muon_up weight_decay grad_clip sample_tokens distill_hidden max_minutes target_loss'),
     ('at least 0 and less than 1', lambda x: 0 <= x < 1, 'beta1 beta2 ema_decay'),
-    ('at least 0 and at most 1', lambda x: 0 <= x <= 1, 'distill'),
+    ('at least 0 and at most 1', lambda x: 0 <= x <= 1, 'distill cooldown'),
     ('more than 0', lambda x: x > 0, 'learning_rate'),
     ('at least 0 and less than 2**32', lambda x: 0 <= x < 2 ** 32, 'seed'))
 

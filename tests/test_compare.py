@@ -168,6 +168,34 @@ def test_a_figure_is_drawn_of_whatever_there_is(losses):
     assert all(Path(name).read_bytes().startswith(b'\x89PNG') for name in ('a.png', 'front.png'))
 
 
+def test_a_grid_may_be_of_words():
+    head, contenders, lines = made_up(dict(mha=[1.5, 1.7, 1.6], mla=[1.4, 1.5, 1.6]))
+    contenders['mla'] |= dict(grid=dict(dropout_in=['all', 'residual'], qk_norm=[True, False], learning_rate=[1e-3]), tuned=dict(dropout_in='residual', qk_norm=False, learning_rate=1e-3))
+    text = ' '.join(comparison.table(head, contenders, lines).split())
+    assert 'dropout_in of all, residual; qk_norm of True, False; learning_rate of 0.001.' in text and '| residual, False, 0.001 |' in text
+
+
+@pytest.mark.parametrize('number', [6, 30])
+def test_names_of_points_cover_no_other_point_and_are_left_out_where_there_are_too_many(number):
+    from matplotlib.figure import Figure
+    losses = {f'mla{i}': [1.5 + 0.001 * (i % 5)] * 3 for i in range(number)}
+    head, contenders, lines = made_up(losses)
+    for i, about in enumerate(contenders.values()):
+        about |= dict(cache_bytes=int(1024 * 1.33 ** (i % 6)))
+    found, fig = comparison.rows(head, contenders, lines), Figure(figsize=(11, 5))
+    ax = fig.add_subplot()
+    paint = comparison.colors(contenders)
+    comparison.pareto(ax, found, paint)
+    comparison.name_points(ax, found, paint, 4)
+    fig.canvas.draw()
+    boxes = [(text.get_text(), text.get_window_extent()) for text in ax.texts]
+    assert {name for name, _ in boxes} == {row['label'] for row in found if number == 6 or row['control'] or row['name'] in comparison.front(found)}
+    if number == 6:
+        for row in found:
+            x, y = ax.transData.transform((row['cache_bytes'], row['val_loss']))
+            assert not [name for name, box in boxes if box.x0 < x < box.x1 and box.y0 < y < box.y1]
+
+
 # ---------------------------------------------------------------------------------------------------
 # a whole comparison
 

@@ -123,6 +123,14 @@ def test_lists_and_tables_have_values_of_any_depth(nested):
     assert nested('--runners=dict(a=dict(b=(1, 2)))')['runners'] == dict(a=dict(b=[1, 2]))
 
 
+@pytest.mark.parametrize('text, value', [('a', ['a']), ('mha,mla_2', ['mha', 'mla_2']), ('[mha, mla]', ['mha', 'mla']), ("['mha','mla']", ['mha', 'mla']), ('1,2', [1, 2])])
+def test_a_list_on_the_command_line_may_be_words_without_quotes(nested, text, value):
+    assert nested(f'--seeds={text}')['seeds'] == value
+    for wrong in ('a+b', 'a,,b', '3', 'True', 'print()', 'a.b', '[a'):
+        with pytest.raises(UserError, match='seeds takes a list'):
+            nested(f'--seeds={wrong}')
+
+
 def test_a_machine_without_a_gpu_has_its_own_lists_and_tables(nested):
     write('seeds = [1, 2, 3]\non_cpu = dict(seeds=[7], runners=dict(a=dict(b=1)))')
     config = nested('config/x.py')

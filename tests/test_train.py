@@ -717,6 +717,9 @@ def place(tmp_path_factory):
     (dict(weight_decay=-0.1), 'weight_decay=-0.1'),
     (dict(grad_clip=-1), 'grad_clip=-1'),
     (dict(warmup_iters=-1), 'warmup_iters=-1'),
+    (dict(cooldown=1.5), 'cooldown=1.5 must be at least 0 and at most 1'),
+    (dict(max_minutes=-1), 'max_minutes=-1.0 must be at least 0'), (dict(target_loss=-1), 'target_loss=-1.0 must be at least 0'),
+    (dict(norm_eps=0), 'norm_eps=0.0 must be more than 0'),
     (dict(seed=-1), 'seed=-1'),
     (dict(seed=10 ** 18), 'seed=1000000000000000000'),
     # machine
