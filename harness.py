@@ -32,7 +32,7 @@ def load():
         logging.getLogger('lm_eval').setLevel(logging.ERROR)  # else it tells which defaults each task has taken
         return lm_eval
     except ImportError as error:
-        raise UserError(f'this task needs the lm-evaluation-harness ({error}): pip install -r requirements-eval.txt') from None
+        raise UserError(f'tasks other than perplexity, needle and key_value need the lm-evaluation-harness ({error}): pip install -r requirements-eval.txt') from None
     finally:
         sys.path[:] = path
 

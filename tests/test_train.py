@@ -831,6 +831,19 @@ def test_a_full_disk_leaves_the_last_checkpoint(name, capsys):
 
 
 @needs_a_full_disk
+def test_wandb_that_refuses_is_told_and_the_earlier_run_is_kept(monkeypatch, capsys):
+    class Refusal(Exception):
+        pass
+
+    def init(**about):
+        raise Refusal('No API key configured.\nUse `wandb login` to log in.')
+    train()
+    held = files('out')
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, Error=Refusal))
+    assert exit_code('train.py', words(TINY | dict(wandb_log=True))) == 2
+    assert one_error(capsys, 'wandb does not start (No API key configured. Use `wandb login` to log in.): ') and files('out') == held
+
+
 def test_a_log_on_a_full_disk_is_told(capsys):
     Path('out').mkdir()
     Path('out/log.jsonl').symlink_to('/dev/full')
