@@ -145,17 +145,25 @@ def commit():
 
 
 class Signals:
-    """The name of the SIGTERM or SIGUSR1 that has come, '' before: a cluster's way to say that time is up."""
+    """
+    The name of the SIGTERM, SIGUSR1 or SIGINT that has come, '' before: a cluster's way to say that time is up, and a person's
+    Ctrl-C, of which a second one is Python's own again.
+    """
 
     def __init__(self):
-        self.name = ''
-        for name in ('SIGTERM', 'SIGUSR1'):
-            if hasattr(signal, name):
+        self.name, self.old = '', signal.getsignal(signal.SIGINT)
+        for name in ('SIGTERM', 'SIGUSR1', 'SIGINT'):
+            if hasattr(signal, name) and (name != 'SIGINT' or self.old is signal.default_int_handler):  # else it is in other hands, or ignored
                 signal.signal(getattr(signal, name), self.remember)
 
     def remember(self, number, frame):
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self.old)
+            os.write(2, b'\nCtrl-C: this step is finished and saved; a second one stops at once\n')
 
     def ignore(self):
+        if self.old is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self.old)
         if hasattr(signal, 'SIGUSR1'):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)

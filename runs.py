@@ -221,7 +221,7 @@ def work():
 
     replies, own, like = os.fdopen(os.dup(1), 'w'), os.dup(2), None
     sys.path[0] = str(HERE)  # where -c looks is the folder that it stands in
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     for line in sys.stdin:
         task = json.loads(line)
         os.chdir(task['cwd'])

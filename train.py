@@ -263,7 +263,7 @@ kept = checkpoint.steps_to_keep(keep_checkpoints, max_iters)
 if main and run.step == 0 in kept:
     save(checkpoint.name_of(0), resumable=False)
 
-signals = machine.Signals()  # SIGTERM and SIGUSR1 end the run after its step, with a checkpoint to resume from
+signals = machine.Signals()  # SIGTERM, SIGUSR1 and Ctrl-C end the run after its step, with a checkpoint to resume from
 
 # ---------------------------------------------------------------------------------------------------
 # the loop. Speed is measured from the sixth step on: the first ones compile, record and warm up.

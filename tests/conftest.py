@@ -29,7 +29,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def signals():
     """A train.py that runs inside a test leaves its handlers; what is ignored here would be ignored by every child, too."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM))}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGUSR1', signal.SIGTERM))}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

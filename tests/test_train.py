@@ -55,7 +55,7 @@ def words(settings):
 def a_process(script, arguments):
     """What a process has to itself: arguments, excepthook, signal handlers, and one thread."""
     kept = sys.argv, sys.excepthook, torch.get_num_threads(), torch.get_float32_matmul_precision()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     sys.argv = [script, *arguments]
     torch.set_num_threads(1)
     try:
@@ -307,13 +307,14 @@ def test_the_config_is_echoed_with_where_each_setting_comes_from(capsys):
 RICH = dict(dropout=0.2, gradient_accumulation_steps=2, ema_decay=0.9, max_iters=12, lr_decay_iters=12, eval_interval=3)
 
 
-def stop_at(steps, monkeypatch):
+def stop_at(steps, monkeypatch, number=signal.SIGTERM, times=1):
     """From now on a run gets SIGTERM while it is busy with any of these steps (from 1)."""
     update = Trainer.update
 
     def stopped(self, step):
         if step + 1 in steps:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return update(self, step)
 
     monkeypatch.setattr(Trainer, 'update', stopped)
@@ -398,6 +399,19 @@ def test_a_signal_is_obeyed_after_the_step(monkeypatch):
     stop_at([3], monkeypatch)
     train(log_interval=1000, eval_interval=1000, max_iters=1000)
     assert checkpoint.load('out/last.pt')['step'] == log()[-1]['step'] == 3
+
+
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(monkeypatch, capfd):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop_at([3], monkeypatch, signal.SIGINT)
+    train(log_interval=1000, eval_interval=1000, max_iters=1000)
+    assert checkpoint.load('out/last.pt')['step'] == log()[-1]['step'] == 3 and log()[-1]['why'] == 'stopped by SIGINT'
+    out, err = capfd.readouterr()
+    assert 'go on with: python train.py' in out and 'Ctrl-C: this step is finished and saved' in err
+    stop_at([5], monkeypatch, signal.SIGINT, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(log_interval=1000, eval_interval=1000, max_iters=1000, init_from='resume')
+    assert checkpoint.load('out/last.pt')['step'] == 3
 
 
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start):
