@@ -86,6 +86,7 @@ import checkpoint
 import dataset as datasets
 import machine
 from cache import Cache
+from trainer import check_ranges
 
 device = machine.pick_device(config['device'])
 if device.type == 'cpu':
@@ -93,8 +94,7 @@ if device.type == 'cpu':
 if unknown := next((name for name in only if name not in contenders), ''):
     raise UserError(f"only={only}: '{unknown}' is no contender; there are {', '.join(contenders)}")
 contenders = {name: asked for name, asked in contenders.items() if not only or name in only}
-results = Path(results or out / 'results.jsonl')
-control = control or next(iter(contenders), '')
+results, control = Path(results or out / 'results.jsonl'), control or next(iter(contenders), '')
 if not contenders or 'dataset' not in config.given:
     raise UserError('there is nothing to compare: name config files with contenders and a dataset, such as config/compare_shakespeare.py, and a study after it')
 if control not in contenders:
@@ -103,12 +103,12 @@ if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 
     raise UserError(f'seeds={seeds}, tune_seed={tune_seed}: write different whole numbers of at least 0, like --seeds=[1,2,3]')
 if tune_seed in seeds:
     raise UserError(f'tune_seed={tune_seed} is one of seeds={seeds}: learning rates are chosen on a seed that is not reported')
-for name, least in dict(jobs=1, tune_iters=0, decode_tokens=0, decode_batch=1, decode_repeats=1, tolerance=0, max_minutes=0).items():
-    if config[name] < least:
-        raise UserError(f'{name}={config[name]} must be at least {least}')
-for name in ('seed', 'init_from', 'eval_only'):
-    if name in config.given:
-        raise UserError(f"{config.given[name]}: {name} is not for a comparison, which trains from scratch with each of seeds={seeds}")
+least = dict(jobs=1, tune_iters=0, decode_tokens=0, decode_batch=1, decode_repeats=1, tolerance=0)
+if low := next((name for name in least if config[name] < least[name]), ''):
+    raise UserError(f'{low}={config[low]} must be at least {least[low]}')
+check_ranges(config)
+if name := next((name for name in ('seed', 'init_from', 'eval_only') if name in config.given), ''):
+    raise UserError(f"{config.given[name]}: {name} is not for a comparison, which trains from scratch with each of seeds={seeds}")
 mla_only = set(checkpoint.MODELS['mla'].Config.keys()) - set(checkpoint.MODELS['mha'].Config.keys())
 shared = {name: config[name] for name in config.given if name not in own and name not in OF_THE_RUN}
 

@@ -422,6 +422,7 @@ def test_other_settings_are_not_mixed_into_old_results(capsys):
     (dict(seed=3), '--seed=3: seed is not for a comparison'),
     (dict(init_from='gpt2'), '--init_from=gpt2: init_from is not for a comparison'),
     (dict(jobs=0), 'jobs=0 must be at least 1'),
+    (dict(max_iters=-4), 'max_iters=-4 must be at least 1'), (dict(max_minutes=-1), 'max_minutes=-1.0 must be at least 0'),
     (dict(only=['mla', 'gqa']), "only=['mla', 'gqa']: 'gqa' is no contender; there are mha, mla"),
     (dict(dataset='nothing'), "there is no dataset 'nothing'"),
     (dict(figure='x.gif'), '--figure=x.gif: name a .png'),
