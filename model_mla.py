@@ -202,7 +202,8 @@ class GPT_MLA(GPT):
     def init_weights(self):
         """
         GPT's, but two stacked 0.02 matrices would leave hardly any signal: latents start by fan-in. Or 'orthogonal': each head's
-        part of an up projection is orthonormal, so that it reads all of the latent alike, times what gives a value MHA's size, 0.02 sqrt(C).
+        part of an up projection has orthogonal rows (columns, where the latent is narrower than a head) of one length, so that it reads all
+        of the latent alike, times what gives a value MHA's size, 0.02 sqrt(C).
         """
         super().init_weights()
         if self.config.latent_init == 'orthogonal':
@@ -210,7 +211,8 @@ class GPT_MLA(GPT):
                 for name, widths in (('q_b_proj', attention.q_widths), ('kv_b_proj', attention.b_widths)):
                     for symbol in getattr(attention, name).weight.data.split(widths) if hasattr(attention, name) else ():
                         for head in symbol.chunk(attention.n_head) if symbol.numel() else ():
-                            nn.init.orthogonal_(head, 0.02 * self.config.n_embd ** 0.5 if self.config.latent_norm else 1.0)
+                            size = 0.02 * self.config.n_embd ** 0.5 if self.config.latent_norm else 1.0
+                            nn.init.orthogonal_(head, size * max(1.0, head.size(0) / head.size(1)) ** 0.5)  # a head wider than its latent, too
         if self.config.latent_init == 'fan_in':
             for name, module in self.named_modules():
                 if name.endswith(('_a_proj', '_b_proj', 'kv_a_proj_with_mqa')):

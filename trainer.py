@@ -249,6 +249,9 @@ class Trainer:
             raise UserError(f'the checkpoint was trained with another optimizer than --optimizer={self.s.optimizer}')
         for optimizer, old in zip(self.optimizers, state['optimizers']):
             own = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+            if [len(group['params']) for group in old['param_groups']] != [len(group['params']) for group in optimizer.param_groups]:
+                raise UserError(f'the checkpoint was trained with its parameters in other groups: resume with its own --muon_up (now {self.s.muon_up:g}; '
+                                'it may change, but not from or to 1) and --train_only')
             optimizer.load_state_dict(old)
             for group, asked in zip(optimizer.param_groups, own):
                 group.update(asked)

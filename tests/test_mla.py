@@ -241,10 +241,10 @@ def test_qkv_is_what_the_softmax_sees(tiny):
 # ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('latent_norm', [True, False])
-@pytest.mark.parametrize('nope, q_lora_rank', [(0, 0), (8, 20)])
-def test_latents_start_orthogonal(latent_norm, nope, q_lora_rank):
+@pytest.mark.parametrize('nope, q_lora_rank, rank', [(0, 0, 24), (8, 20, 24), (8, 12, 6)])
+def test_latents_start_orthogonal(latent_norm, nope, q_lora_rank, rank):
     torch.manual_seed(0)
-    model = GPT_MLA(MLAConfig(block_size=8, vocab_size=40, n_layer=2, n_head=4, n_embd=64, kv_lora_rank=24, q_lora_rank=q_lora_rank, qk_nope_head_dim=nope,
+    model = GPT_MLA(MLAConfig(block_size=8, vocab_size=40, n_layer=2, n_head=4, n_embd=64, kv_lora_rank=rank, q_lora_rank=q_lora_rank, qk_nope_head_dim=nope,
                               qk_rope_head_dim=16, latent_init='orthogonal', latent_norm=latent_norm))
     gain, x = 0.02 * 64 ** 0.5 if latent_norm else 1.0, torch.randn(500, 64)
     for block in model.transformer.h:
@@ -253,8 +253,10 @@ def test_latents_start_orthogonal(latent_norm, nope, q_lora_rank):
         heads = [head for weight, widths in parts for symbol in weight.split(widths) for head in symbol.chunk(4) if head.numel()]
         assert len(heads) == 4 * (1 + (nope > 0)) + (4 * (1 + (nope > 0)) if q_lora_rank else 0)
         for head in heads:
-            torch.testing.assert_close(head @ head.T, gain ** 2 * torch.eye(len(head)))
-        v = a.kv_b_proj.weight[4 * nope:] @ a.kv_a_layernorm(a.kv_a_proj_with_mqa(x)[:, :24]).T
+            rows, cols = head.shape
+            product = head @ head.T if rows <= cols else head.T @ head
+            torch.testing.assert_close(product, gain ** 2 * max(1, rows / cols) * torch.eye(min(rows, cols)))
+        v = a.kv_b_proj.weight[4 * nope:] @ a.kv_a_layernorm(a.kv_a_proj_with_mqa(x)[:, :rank]).T
         assert v.square().mean().sqrt().item() == pytest.approx(0.02 * 64 ** 0.5, rel=0.1)  # the size of MHA's: W^V starts at 0.02
     with torch.device('meta'):
         GPT_MLA(model.config)

@@ -786,6 +786,7 @@ def place(tmp_path_factory):
     (dict(init_from='resume', dataset='others'), 'other tokens than others has'),
     (dict(init_from='resume', optimizer='muon'), 'another optimizer than --optimizer=muon'),
     (dict(init_from='resume', out_dir='muon'), 'another optimizer than --optimizer=adamw'),
+    (dict(init_from='resume', train_only='attn'), 'the checkpoint was trained with its parameters in other groups: resume with its own --muon_up'),
 ], ids=lambda value: ' '.join(f'{k}={v}'[:30] for k, v in value.items()) if isinstance(value, dict) else '')
 def test_what_is_wrong_is_told_in_one_line_and_nothing_is_touched(settings, message, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
