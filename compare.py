@@ -121,9 +121,9 @@ class Contender:
         if not re.fullmatch(r'[\w.+-]+', name) or not isinstance(asked, dict):
             raise UserError(f"{where}: write name=dict(setting=value, ...), the name in letters, digits, and any of _ . + -")
         self.name, self.label, self.error, self.settings, self.grid = name, str(asked.get('label', name)), '', {}, {}
+        if wrong := next((key for key in [*asked, *tune] if key in FIXED or key in OF_THE_RUN or key in own and key != 'label'), ''):
+            raise UserError(f'{where}: {wrong} is not for one contender alone: all of them see the same batches')
         for key, value in asked.items():
-            if key in FIXED or key in OF_THE_RUN or key in own and key != 'label':
-                raise UserError(f'{where}: {key} is not for one contender alone: all of them see the same batches')
             if key != 'label' and isinstance(value, list):
                 self.grid[key] = [config.checked(key, one, where) for one in value]
             elif key != 'label':
@@ -134,11 +134,14 @@ class Contender:
         attention = self.settings.get('attention', config['attention'])
         self.settings = {key: value for key, value in (shared | self.settings).items() if key in self.settings or attention == 'mla' or key not in mla_only}
         self.points = [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
+        for s in [config | self.settings | point for point in self.points if tune_iters and len(self.points) > 1]:
+            if not max(s['lr_decay_iters'], s['warmup_iters'] + 1 if s['decay_lr'] else 1) <= tune_iters <= s['max_iters']:
+                raise UserError(f"{where}: tune_iters={tune_iters} must be more than warmup_iters={s['warmup_iters']}, at least lr_decay_iters={s['lr_decay_iters']} and at most max_iters={s['max_iters']}")
         self.tuning = self.chosen = None
 
     def model(self, **changes):
-        """The model with `changes` in its settings, without memory for its weights."""
-        given = self.settings | changes
+        """The model with `changes` in its settings, which are those of its grid's first point, without memory for its weights."""
+        given = self.settings | self.points[0] | changes
         settings = config | given
         with torch.device('meta'):
             return checkpoint.new_model(settings['attention'], settings, {key: f"contender '{self.name}'" for key in given}, meta['vocab_size'])
@@ -158,6 +161,8 @@ class Contender:
     def measure(self, base=None):
         """Parameters and cache, after matching them with those of the control `base`."""
         try:
+            if len({(model.num_params(), model.cache_bytes_per_token()) for model in (self.model(**point) for point in self.points)}) > 1:
+                raise UserError(f"its grid of {', '.join(self.grid)} changes the model's size: name a contender for each")
             if base and match and 'n_inner' not in contenders[self.name] and not base.error:
                 self.match(base.params)
             model = self.model()
@@ -177,12 +182,13 @@ class Contender:
         return {key: mine[key] for key in self.settings | base.settings if mine[key] != theirs[key] and key not in self.grid}
 
     def runs(self):
-        """What has to be trained: the grid, unless it is a point, and then a run with each seed."""
+        """What has to be trained: the grid, unless it is a point, and then a run with each seed. UserError when there are runs with other settings."""
         def folder(values):
             return out / self.name / ('tune-' + ','.join(f'{key}={value}' for key, value in values.items()))
         self.tuning = [Run(self.name, 'tune', tune_seed, folder(point), self.words(tune_seed, point | (dict(max_iters=tune_iters) if tune_iters else {})),
-                           tuned=point) for point in self.points if len(self.points) > 1 and not self.error]
-        return self.tuning, [Run(self.name, 'seed', seed, out / self.name / f'seed-{seed}', needs=self.tuning) for seed in seeds]
+                           tuned=point).checked() for point in self.points if len(self.points) > 1 and not self.error]
+        reported = [Run(self.name, 'seed', seed, out / self.name / f'seed-{seed}', needs=self.tuning) for seed in seeds]
+        return self.tuning, [run if self.error else run.checked(self.words(run.seed, self.points[0]), but=self.grid) for run in reported]
 
     def choose(self):
         """The point of the grid whose run had the least validation loss. UserError when all of them failed."""
@@ -196,7 +202,7 @@ class Contender:
         return self.chosen
 
     def at_edge(self):
-        tried = {key: {run.tuned[key] for run in self.tuning if run.state() == 'done'} for key in self.grid}
+        tried = {key: {run.tuned[key] for run in self.tuning if run.state() == 'done' and type(run.tuned[key]) in (int, float)} for key in self.grid}
         return bool(self.chosen) and any(len(values) > 1 and self.chosen[key] in (min(values), max(values)) for key, values in tried.items())
 
 
@@ -226,21 +232,17 @@ if base.error or getattr(base, 'shape').pos != 'rope' or base.kind != 'mha':
 plan = [contender.runs() for contender in field.values()]
 every = [run for tuning, reported in plan for run in tuning + reported]  # in the order of the contenders: what is stopped has the first ones complete
 of_seed = {name: reported for name, (_, reported) in zip(field, plan)}
-for run in every if retry else ():
-    if run.state() == 'failed' and (held := lock(run.folder)):
+for path in out.glob('*/*/error.txt') if retry else ():
+    if path.parent.parent.name in field and (held := lock(path.parent)):
         with held:
-            (run.folder / 'error.txt').unlink()
-        run.over = ''
+            path.unlink(missing_ok=True)
 bar, counted = datasets.progress_bar(sum(steps[run.role] for run in every), 'step') if sys.stderr.isatty() else None, 0
 
 
 def prepare(run):
     contender = field[run.contender]
-    if contender.error:
-        raise UserError(contender.error)
     if run.words is None:
-        run.tuned = contender.choose()
-        run.words = contender.words(run.seed, run.tuned)
+        run.choose(contender.words(run.seed, contender.choose()), contender.chosen)
 
 
 def tell(run):
@@ -342,9 +344,7 @@ if not stopped and left:
 with closing(lock(out, wait=True)):
     failed = conclude()
     if stopped:
-        print(f"stopped by {stopped} with {left} of {len(every)} runs to go: what is under way is saved, go on with the same command")
-        sys.exit(STOPPED)
+        sys.exit(print(f"stopped by {stopped} with {left} of {len(every)} runs to go: what is under way is saved, go on with the same command") or STOPPED)
     show([comparison.read(results)])
 if failed:
-    print(f'{len(failed)} runs failed, the first one because: {failed[0]["error"]}. Their output.txt tells more; --retry=True tries them again')
-    sys.exit(1)
+    sys.exit(print(f'{len(failed)} runs failed, the first one because: {failed[0]["error"]}. Their output.txt tells more; --retry=True tries them again') or 1)

@@ -78,7 +78,7 @@ def rows(comparison, contenders, runs):
         pairs = [mine[seed]['val_loss'] - control[seed]['val_loss'] for seed in comparison['seeds'] if seed in mine and seed in control]
         errors = [about.get('error')] + [run.get('error') for run in runs if run['contender'] == name and run['role'] == 'seed']
         difference, half = interval(pairs) if pairs and name != comparison['control'] else (None, None)
-        share_of = 100 / statistics.fmean(run['val_loss'] for run in control.values()) if control else None
+        share_of = 100 / statistics.fmean(control[seed]['val_loss'] for seed in mine if seed in control) if pairs else None
         speeds = [run['tok_per_s'] for run in mine.values() if not run['shared'] and run['tok_per_s']]
         memory = [run['peak_memory'] for run in mine.values() if not run['shared'] and run['peak_memory']]
         found.append(dict(
@@ -315,7 +315,7 @@ def curves(ax, comparison, contenders, runs, paint, over):
             ax.fill_between(x, low, high, color=paint[name], alpha=0.18 if len(contenders) < 5 else 0.07, linewidth=0)
             every += [value for step, value in zip(steps, high) if step >= 0.25 * comparison['steps']] + low
     if every:
-        room = max(every) - min(every)
+        room = max(every) - min(every) or 0.01  # where there is one number only
         ax.set_ylim(min(every) - 0.06 * room, max(every) + 0.06 * room)
     else:
         ax.text(0.5, 0.5, 'no losses yet', transform=ax.transAxes, ha='center', color=figures.COLORS['muted'])

@@ -41,6 +41,7 @@ class Run:
     tuned: dict = field(default_factory=dict)  # the settings that were chosen, or are being tried
     over: str = ''  # '', done or failed: never looked up again
     deaths: int = 0  # of processes that trained it, by a signal that nobody here sent or with their device
+    fault: str = ''  # why what is asked for now cannot begin, whatever its folder holds
 
     @property
     def name(self):
@@ -74,20 +75,36 @@ class Run:
 
     def error(self):
         try:
-            return (self.folder / 'error.txt').read_text().strip()
+            return self.fault or (self.folder / 'error.txt').read_text().strip()
         except OSError:
             return ''
 
-    def check(self):
-        """UserError when the folder holds a run with other settings."""
+    def changed(self, words, but=()):
+        """Those of `words` and of the command line of the run in the folder that are not in both, without settings in `but`. UserError when it does not say."""
         try:
             old = json.loads((self.folder / 'run.json').read_text())['words']
         except (OSError, ValueError, KeyError):
-            return
-        if self.words is not None and sorted(old) != sorted(self.words):
-            changed = [word for word in self.words + old if (word in self.words) != (word in old)]
+            if self.last_event().get('event') == 'end':
+                raise UserError(f'{self.folder} holds a complete run but no run.json that says of what: bring it there, or remove that folder') from None
+            return []
+        return [word for word in [*words, *old] if (word in words) != (word in old) and word[2:].partition('=')[0] not in but]
+
+    def checked(self, words=None, but=()):
+        """This run; UserError when the folder holds one with other settings than `words`, its own if they are known. Those in `but` do not count."""
+        words = words or self.words
+        if changed := words and self.changed(words, but):
             raise UserError(f"{self.folder} was trained with other settings ({', '.join(changed[:4])}): "
                             'name another --out_dir, or remove that folder')
+        return self
+
+    def choose(self, words, tuned):
+        """
+        Settle on `words`, of which `tuned` were chosen from a grid. Where the folder holds a run with another choice, of a grid that
+        was smaller then, that one stays as it is, and this one gets a folder beside it.
+        """
+        self.words, self.tuned = words, tuned
+        if self.changed(words) and not self.changed(words, tuned):
+            self.folder = self.folder.with_name(','.join([self.folder.name, *(f'{key}={value}' for key, value in tuned.items())]))
 
 
 @contextlib.contextmanager
@@ -374,10 +391,10 @@ def take(run, prepare, free):
     """The lock of a run whose turn it is, if there is a `free` place for it; None when it is over or somebody else trains it."""
     try:
         prepare(run)
+        run.checked()
     except UserError as error:
-        if run.state() != 'failed':
-            write(run.folder / 'error.txt', str(error))
-    run.check()
+        run.over, run.fault = 'failed', str(error)  # known again at once when it is asked for again: nothing to keep, least of all beside a run that is complete
+        return None
     if run.state() in ('done', 'failed') or not free or not (held := lock(run.folder)):
         return None
     if run.state() in ('done', 'failed'):  # by somebody else, since

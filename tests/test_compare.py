@@ -132,7 +132,7 @@ def test_rows_compare_seed_by_seed_with_those_that_both_have():
     mha, mla, bad = comparison.rows(*result)
     assert mha['val_loss'] == pytest.approx(1.6) and mha['sd'] == pytest.approx(0.1) and mha['difference'] is None and mha['control']
     assert mla['difference'] == pytest.approx(-0.15) and mla['half'] == pytest.approx(12.706 * 0.05, rel=1e-3) and mla['seeds'] == 2
-    assert mla['percent'] == pytest.approx(-100 * 0.15 / 1.6) and mla['cache_ratio'] == 0.5
+    assert mla['percent'] == pytest.approx(-100 * 0.15 / 1.55) and mla['cache_ratio'] == 0.5
     assert mha['tok_per_s'] == 2000 and mha['peak_memory'] == 3 * 2 ** 20
     assert bad['val_loss'] is None and bad['error'] == 'the loss is nan'
     text = comparison.table(*result)
@@ -205,6 +205,41 @@ def test_a_grid_may_take_fewer_steps_and_its_ends_are_those_that_could_be_traine
     assert sorted((line['role'], line['eval_steps'][-1]) for line in lines if 'error' not in line) == [('seed', 6), ('tune', 3), ('tune', 3)]
     assert 'Tuned on seed 1000 in 3 steps: learning_rate of' in ' '.join(capfd.readouterr().out.split()) and (head['tune_steps'], head['steps']) == (3, 6)
     assert contenders['mha']['at_edge'] and len([line for line in lines if 'error' in line]) == 1
+
+
+def test_a_grid_that_has_grown_trains_what_it_chooses_now_and_keeps_what_was_trained():
+    asked, mla = dict(seeds=[1], max_iters=2, decode_tokens=0), dict(MLA, learning_rate=[1e-5, 1e-4])
+    assert compare(contenders=dict(mla=mla), **asked) == 0
+    before, short = {path: path.read_bytes() for path in Path('cmp').glob('*/*/*')}, found()[2]
+    assert compare(contenders=dict(mla=mla | dict(learning_rate=[1e-5, 1e-4, 1e-2])), **asked) == 0
+    after, long = {path: path.read_bytes() for path in Path('cmp').glob('*/*/*')}, found()[2]
+    assert before.items() <= after.items() and '--learning_rate=0.0001' in json.loads(Path('cmp/mla/seed-1/run.json').read_text())['words']
+    assert long[-1]['tuned'] == dict(learning_rate=1e-2) and long[-1]['val_loss'] < short[-1]['val_loss'] and '--learning_rate=0.01' in long[-1]['command']
+    assert log('cmp/mla/seed-1,learning_rate=0.01')[0]['config']['learning_rate'] == 1e-2
+    assert compare(contenders=dict(mla=mla), **asked) == 0 and found()[2] == short and {path: path.read_bytes() for path in Path('cmp').glob('*/*/*')} == after
+
+
+def test_a_command_that_cannot_work_leaves_complete_runs_as_they_are():
+    asked = dict(seeds=[1], max_iters=2, decode_tokens=0)
+    assert compare(**asked) == 0
+    before, kept = found(), {path: path.stat().st_mtime_ns for path in Path('cmp').glob('*/*/*')}
+    assert compare(**asked, n_head=3) == 1 and all(line['error'].startswith('n_embd=16 is not a multiple') for line in found()[2])
+    Path('cmp/mla/seed-1/error.txt').write_text('out of memory')
+    assert compare(**asked) == 1 and found()[2][1]['error'] == 'out of memory'
+    assert compare(**asked, retry=True) == 0 and found() == before and {path: path.stat().st_mtime_ns for path in Path('cmp').glob('*/*/*')} == kept
+
+
+def test_a_grid_may_be_of_words(capfd):
+    assert compare(contenders=dict(mha=dict(act=['gelu', 'relu2'], qk_norm=[False, True])), max_iters=2, seeds=[1], decode_tokens=0) == 0
+    assert 'act of gelu, relu2; qk_norm of False, True.' in ' '.join(capfd.readouterr().out.split())
+    (_, contenders, lines), best = found(), json.loads(Path('cmp/compare.json').read_text())[0]
+    assert len(lines) == 5 and best['tuned'] == lines[-1]['tuned'] in [line['tuned'] for line in lines[:4]] and not best['at_edge']  # words have no order
+
+
+def test_a_grid_does_not_change_the_size_of_a_model():
+    _, _, field = plan(contenders=dict(mha={}, mla=MLA | dict(kv_lora_rank=[4, 8]), one=MLA | dict(kv_lora_rank=[4])))
+    assert field['mla'].error == "its grid of kv_lora_rank changes the model's size: name a contender for each"
+    assert field['one'].cache_bytes == 2 * 2 * 8 and not field['one'].error  # one value is no grid
 
 
 def test_a_comparison_from_end_to_end(capfd):
@@ -398,11 +433,14 @@ def test_other_settings_are_not_mixed_into_old_results(capsys):
     every, prepare, _ = plan(seeds=[1])
     prepare(every[0])
     (folder / 'run.json').write_text(json.dumps(dict(words=every[0].words)))
-    every[0].check()
+    every[0].checked()
     with pytest.raises(UserError, match='cmp/mha/seed-1 was trained with other settings .--max_iters=9, --max_iters=6.: name another --out_dir'):
-        every, prepare, _ = plan(seeds=[1], max_iters=9)
-        prepare(every[0])
-        every[0].check()
+        plan(seeds=[1], max_iters=9)
+    plan(seeds=[1], tune=dict(learning_rate=[1e-3, 1e-2]))  # of a grid that was shorter then: no other settings
+    (folder / 'run.json').unlink()
+    (folder / 'log.jsonl').write_text('{"event": "end", "why": "max_iters reached"}\n')
+    with pytest.raises(UserError, match='cmp/mha/seed-1 holds a complete run but no run.json'):
+        plan(seeds=[1])
 
 
 @pytest.mark.parametrize('settings, message', [
@@ -417,6 +455,10 @@ def test_other_settings_are_not_mixed_into_old_results(capsys):
     (dict(contenders=dict(mha=dict(learning_rate=[]))), "contender 'mha': each grid needs values"),
     (dict(seeds=[]), 'seeds=[]'), (dict(seeds=[1, 1]), 'seeds=[1, 1]'), (dict(seeds=[1.5]), 'seeds=[1.5]'), (dict(seeds=3), '--seeds=3: seeds takes a list'),
     (dict(tune_seed=2), 'tune_seed=2 is one of seeds=[1, 2, 3]'),
+    (dict(tune=dict(batch_size=[1, 2])), 'batch_size is not for one contender alone: all of them see the same batches'),
+    (dict(tune=dict(learning_rate=[1e-3, 2e-3]), tune_iters=7), 'tune_iters=7 must be more than warmup_iters=2, at least lr_decay_iters=0 and at most max_iters=6'),
+    (dict(tune=dict(learning_rate=[1e-3, 2e-3]), tune_iters=3, warmup_iters=3), 'tune_iters=3 must be more than warmup_iters=3'),
+    (dict(tune=dict(learning_rate=[1e-3, 2e-3]), tune_iters=3, lr_decay_iters=4), 'tune_iters=3 must be more than warmup_iters=2, at least lr_decay_iters=4'),
     (dict(tune=dict(learning_rate=1e-3)), 'tune: learning_rate needs a list of values'),
     (dict(tune=dict(learning_rat=[1e-3])), "tune: unknown setting 'learning_rat'; did you mean learning_rate?"),
     (dict(seed=3), '--seed=3: seed is not for a comparison'),
