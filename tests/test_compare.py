@@ -168,7 +168,7 @@ def test_a_figure_is_drawn_of_whatever_there_is(losses):
     assert all(Path(name).read_bytes().startswith(b'\x89PNG') for name in ('a.png', 'front.png'))
 
 
-def test_a_grid_may_be_of_words():
+def test_tables_tell_grids_of_words():
     head, contenders, lines = made_up(dict(mha=[1.5, 1.7, 1.6], mla=[1.4, 1.5, 1.6]))
     contenders['mla'] |= dict(grid=dict(dropout_in=['all', 'residual'], qk_norm=[True, False], learning_rate=[1e-3]), tuned=dict(dropout_in='residual', qk_norm=False, learning_rate=1e-3))
     text = ' '.join(comparison.table(head, contenders, lines).split())
