@@ -51,6 +51,7 @@ from contextlib import closing
 from pathlib import Path
 
 import comparison
+import comparison_figures
 import figures
 from runs import STOPPED, Run, lock, slots, train, write
 
@@ -64,13 +65,12 @@ OF_THE_RUN = ('out_dir', 'seed', 'init_from', 'eval_only', 'sample_tokens', 'max
 def show(found):
     """Table and pictures of what results.jsonl files hold, printed and written."""
     if len(found) == 1:
-        text = comparison.table(*found[0])
-        write(picture.with_suffix('.md'), text)
+        write(picture.with_suffix('.md'), text := comparison.table(*found[0]))
         write(picture.with_suffix('.json'), json.dumps(comparison.rows(*found[0]), indent=1) + '\n')
-        comparison.draw(*found[0], picture)
+        comparison_figures.draw(*found[0], picture)
         print('\n' + text)
     second = picture.with_name(picture.stem + '_front.png') if len(found) == 1 else picture
-    comparison.draw_front(found, second)
+    comparison_figures.draw_front(found, second)
     print(f'{picture}' + (f', {second}' if second != picture else ''))
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import comparison
+import comparison_figures
 import dataset
 import figures
 import runs
@@ -110,8 +111,8 @@ def test_the_front_is_what_nothing_beats(rows):
 def test_what_lies_far_above_the_others_is_not_drawn_to_scale():
     def rows(*losses):
         return [dict(name=str(i), val_loss=loss) for i, loss in enumerate(losses)]
-    assert comparison.beyond(rows(1.40, 1.593, 1.41, None, 1.43, 1.42, 1.7)) == {'1', '6'}
-    assert comparison.beyond(rows(1.40, 1.5, 1.41, 1.43, 1.42)) == set() == comparison.beyond(rows(1.40, 1.9, 1.41)) == comparison.beyond(rows(1.4, 1.4, 1.4, 1.4, 1.5))
+    assert comparison_figures.beyond(rows(1.40, 1.593, 1.41, None, 1.43, 1.42, 1.7)) == {'1', '6'}
+    assert comparison_figures.beyond(rows(1.40, 1.5, 1.41, 1.43, 1.42)) == set() == comparison_figures.beyond(rows(1.40, 1.9, 1.41)) == comparison_figures.beyond(rows(1.4, 1.4, 1.4, 1.4, 1.5))
 
 
 def made_up(losses, **about):
@@ -163,8 +164,8 @@ def test_contenders_that_a_stop_has_kept_waiting_are_left_out():
                                     {f'mla{i}': [1.5 + i * i / 100] * 3 for i in range(14)}], ids=['two', 'one seed', 'none', 'stopped', 'ten', 'fourteen'])
 def test_a_figure_is_drawn_of_whatever_there_is(losses):
     result = made_up(losses)
-    comparison.draw(*result, 'a.png')
-    comparison.draw_front([result, result], 'front.png')
+    comparison_figures.draw(*result, 'a.png')
+    comparison_figures.draw_front([result, result], 'front.png')
     assert all(Path(name).read_bytes().startswith(b'\x89PNG') for name in ('a.png', 'front.png'))
 
 
@@ -184,9 +185,9 @@ def test_names_of_points_cover_no_other_point_and_are_left_out_where_there_are_t
         about |= dict(cache_bytes=int(1024 * 1.33 ** (i % 6)))
     found, fig = comparison.rows(head, contenders, lines), Figure(figsize=(11, 5))
     ax = fig.add_subplot()
-    paint = comparison.colors(contenders)
-    comparison.pareto(ax, found, paint)
-    comparison.name_points(ax, found, paint, 4)
+    paint = comparison_figures.colors(contenders)
+    comparison_figures.pareto(ax, found, paint)
+    comparison_figures.name_points(ax, found, paint, 4)
     fig.canvas.draw()
     boxes = [(text.get_text(), text.get_window_extent()) for text in ax.texts]
     assert {name for name, _ in boxes} == {row['label'] for row in found if number == 6 or row['control'] or row['name'] in comparison.front(found)}

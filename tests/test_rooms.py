@@ -13,7 +13,8 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     muon=set(),
     kernels=set(),
     figures={'configurator'},
-    comparison={'configurator', 'figures'},
+    comparison={'configurator'},
+    comparison_figures={'comparison', 'figures'},
     runs={'configurator'},
     head_page={'configurator', 'figures'},
     dataset={'configurator'},
@@ -58,7 +59,7 @@ ROOMS = dict(  # what each may import of this project; a script may import all o
     calibration={'configurator', 'dataset'},
     conversion={'configurator', 'model', 'model_mla'},
 )
-AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), runs=set(), head_page=set(), adapter_table=set(), decode_figures=set(), scale_figure=set(), dataset={'torch', 'numpy'},
+AT_ONCE = dict(configurator=set(), figures=set(), comparison=set(), comparison_figures=set(), runs=set(), head_page=set(), adapter_table=set(), decode_figures=set(), scale_figure=set(), dataset={'torch', 'numpy'},
                subject={'torch', 'numpy'}, packing={'torch', 'numpy'}, calibration={'torch', 'numpy'})  # packages loaded by the import itself; elsewhere:
 USUAL, OF_SCRIPTS = {'torch'}, {'torch', 'numpy'}
 HEAVY = {'transformers', 'peft', 'flashinfer', 'flash_mla', 'bitsandbytes', 'triton', 'wandb', 'datasets', 'tiktoken', 'matplotlib', 'tqdm', 'lm_eval', 'playwright', 'rouge_score'}
