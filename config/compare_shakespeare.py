@@ -4,7 +4,7 @@ MHA with RoPE, MQA, GQA, a plain GPT and MLA from 1/2 to 1/8 of the cache (on a 
     python compare.py config/compare_shakespeare.py
 
 The recipe is that of train_shakespeare_modern.py. MHA leaves 768 values a token and layer, MLA its latent and its RoPE key.
-Contenders are trained in their order, and take a GPU 4 seconds a run when a dozen share it. On a CPU 20 runs, some ten
+Contenders are trained in their order, and take a GPU 4 seconds a run when a dozen share it. On a CPU 27 runs, some ten
 minutes on two cores, with 0.8M parameters each; on a GPU 10.7M.
 """
 out_dir = 'out-compare-shakespeare'
@@ -58,7 +58,9 @@ on_cpu = dict(
         mha=dict(label='MHA + RoPE'),
         gpt=dict(label='GPT', pos='learned', norm='layernorm', act='gelu', qk_norm=False, zero_init=False, optimizer='adamw', schedule='cosine',
                  learning_rate=[2e-3, 4e-3, 8e-3]),
-        mla=dict(label='MLA', attention='mla', kv_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=16)),
+        mla=dict(label='MLA 48 + 16', attention='mla', kv_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=16),
+        mla32_32=dict(label='MLA 32 + 32, by the study', attention='mla', kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=32,  # see study_mla.py
+                      latent_init='orthogonal', muon_up=0.25)),
     seeds=[1, 2, 3], tune=dict(muon_lr=[0.005, 0.01, 0.02, 0.04]), cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64,
     n_layer=4, n_head=4, n_embd=128, tie_weights=True, dropout=0.0, dropout_in='residual', learning_rate=5e-3, weight_decay=0.1, warmup_iters=10, max_iters=200,
     eval_interval=40, log_interval=10, cooldown=0.6, ema_decay=0.0)
