@@ -189,6 +189,7 @@ def speed_bars(ax, found, paint, key, title):
 
 def draw(comparison, contenders, runs, path):
     """The whole picture of a comparison at `path`. UserError when it cannot be written."""
+    from matplotlib.transforms import blended_transform_factory
     contenders = reached(comparison, contenders, runs)
     found = rows(comparison, contenders, runs)
     samples = [(about['label'], name, about['decode']['sample']) for name, about in contenders.items() if (about.get('decode') or {}).get('sample')]
@@ -217,7 +218,7 @@ def draw(comparison, contenders, runs, path):
         if len(contenders) > 12:
             name_ends(over_steps, top, comparison['tokens_per_step'] / 1e6)
         elif over_steps.lines:
-            over_steps.legend(loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
+            (over_seconds if timed else over_steps).legend(loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
         if over_cache:
             pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, 0]), found, paint, compact=not many)
             ax.set_title('loss over cache' + intervals)
@@ -233,11 +234,12 @@ def draw(comparison, contenders, runs, path):
         if samples:
             ax = fig.add_subplot(grid[-1, :])
             ax.set_axis_off()
+            across = blended_transform_factory(fig.transFigure, ax.transAxes)
         for i, (label, name, text) in enumerate(samples):
             columns = {1: 120, 2: 62, 3: 42}[len(samples)]
             lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, columns) or ['']][:11]
-            ax.text(i / len(samples), 1, f'a sample of {label}', transform=ax.transAxes, va='top', fontsize=10.5, color=paint[name])
-            ax.text(i / len(samples), 0.87, figures.plain('\n'.join(lines)), transform=ax.transAxes, va='top', fontsize=7.8, family='DejaVu Sans Mono', linespacing=1.35)
+            ax.text(0.015 + 0.985 * i / len(samples), 1, f'a sample of {label}', transform=across, va='top', fontsize=10.5, color=paint[name])
+            ax.text(0.015 + 0.985 * i / len(samples), 0.87, figures.plain('\n'.join(lines)), transform=across, va='top', fontsize=7.8, family='DejaVu Sans Mono', linespacing=1.35)
         figures.footer(fig, facts(comparison))
         figures.save(fig, path, palette=True)
 

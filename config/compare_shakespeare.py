@@ -59,7 +59,7 @@ on_cpu = dict(
         gpt=dict(label='GPT', pos='learned', norm='layernorm', act='gelu', qk_norm=False, zero_init=False, optimizer='adamw', schedule='cosine',
                  learning_rate=[2e-3, 4e-3, 8e-3]),
         mla=dict(label='MLA 48 + 16', attention='mla', kv_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=16),
-        mla32_32=dict(label='MLA 32 + 32, by the study', attention='mla', kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=32,  # see study_mla.py
+        mla32_32=dict(label='MLA 32 + 32', attention='mla', kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=32,  # see study_mla.py
                       latent_init='orthogonal', muon_up=0.25)),
     seeds=[1, 2, 3], tune=dict(muon_lr=[0.005, 0.01, 0.02, 0.04]), cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64,
     n_layer=4, n_head=4, n_embd=128, tie_weights=True, dropout=0.0, dropout_in='residual', learning_rate=5e-3, weight_decay=0.1, warmup_iters=10, max_iters=200,
