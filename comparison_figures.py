@@ -164,7 +164,7 @@ def difference_bars(ax, found, paint):
             continue
         ax.errorbar(row['difference'], y, xerr=row['half'], color=paint[row['name']], marker='o', markersize=6, capsize=3, linewidth=1.6)
     ax.axvline(0, color=figures.COLORS['ink'], linewidth=1)
-    ax.set_yticks(range(len(shown)), [row['label'] + f" ({row['seeds']} seeds)" * (row['seeds'] < row['wanted']) for row in reversed(shown)])
+    ax.set_yticks(range(len(shown)), [row['label'] + f" ({row['seeds']} seed{'s' * (row['seeds'] != 1)})" * (row['seeds'] < row['wanted']) for row in reversed(shown)])
     ax.set_ylim(-0.7, max(len(shown), 1) - 0.3)
     ax.grid(False, axis='y')
     control = next((row['label'] for row in found if row['control']), '')
@@ -218,7 +218,7 @@ def draw(comparison, contenders, runs, path):
         if len(contenders) > 12:
             name_ends(over_steps, top, comparison['tokens_per_step'] / 1e6)
         elif over_steps.lines:
-            (over_seconds if timed else over_steps).legend(loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
+            (over_seconds if timed else over_steps).legend(*over_steps.get_legend_handles_labels(), loc='upper right', fontsize=9 if many else 10, ncols=2 if many and not timed else 1)
         if over_cache:
             pareto(ax := fig.add_subplot(grid[1, :] if many else grid[1, 0]), found, paint, compact=not many)
             ax.set_title('loss over cache' + intervals)
@@ -253,11 +253,13 @@ def draw_front(results, path):
             found, paint = rows(comparison, contenders, runs), colors(contenders)
             pareto(ax, found, paint)
             name_points(ax, found, paint, 4.8)
+            about = facts(comparison)
         else:
             beside_controls(ax, results)
-        def said(key):
-            return ', '.join(dict.fromkeys(one for comparison, _, _ in results for one in comparison[key].split(', ')))
-        figures.footer(fig, facts(results[0][0]) if len(results) == 1 else f"commits {said('commit')} · {said('device')} · {said('dtype')} · torch {said('torch')}")
+            commits, devices, dtypes, versions = (', '.join(dict.fromkeys(one for comparison, _, _ in results for one in comparison[key].split(', ')))
+                                                  for key in ('commit', 'device', 'dtype', 'torch'))
+            about = f'commits {commits} · {devices} · {dtypes} · torch {versions}'
+        figures.footer(fig, about)
         figures.save(fig, path, palette=True)
 
 

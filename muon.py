@@ -77,8 +77,8 @@ def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=F
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     device = named[0][1].device
     hidden = {n: p for n, p in named if kind == 'muon' and p.ndim == 2 and '.h.' in n}
-    behind = [p for n, p in hidden.items() if up != 1 and '_b_proj' in n]
-    taken, slow = {id(p) for p in hidden.values()}, {id(p) for p in behind}
+    behind = [n for n in hidden if up != 1 and '_b_proj' in n]
+    taken = {id(p) for p in hidden.values()}
     rest = [p for _, p in named if id(p) not in taken]
 
     def group(params, lr, decay):
@@ -89,7 +89,7 @@ def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=F
     adam = [g for g in adam if g['params']]  # none is left where only matrices of the blocks are trained
     made = [torch.optim.AdamW(adam, betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph)] if adam else []
     if hidden:
-        groups = [group([p for p in hidden.values() if id(p) not in slow], muon_lr, weight_decay), group(behind, muon_lr * up, weight_decay)]
+        groups = [group([p for n, p in hidden.items() if n not in behind], muon_lr, weight_decay), group([hidden[n] for n in behind], muon_lr * up, weight_decay)]
         made.append(Muon([g for g in groups if g['params']], split=split))
     return made
 

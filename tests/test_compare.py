@@ -176,6 +176,16 @@ def test_tables_tell_grids_of_words():
     assert 'dropout_in of all, residual; qk_norm of True, False; learning_rate of 0.001.' in text and '| residual, False, 0.001 |' in text
 
 
+def test_a_legend_names_contenders_without_a_speed_too(monkeypatch):
+    head, contenders, lines = made_up(dict(mha=[1.5, 1.7, 1.6], mla=[1.4, 1.5, 1.6]))
+    for line in lines:
+        line['shared'], line['tok_per_s'] = line['contender'] == 'mla', 1000
+    legends = []
+    monkeypatch.setattr(comparison_figures.figures, 'save', lambda fig, *_, **__: legends.extend(ax.get_legend() for ax in fig.axes))
+    comparison_figures.draw(head, contenders, lines, 'a.png')
+    assert [text.get_text() for text in next(legend for legend in legends if legend and len(legend.get_texts()) > 1).get_texts()] == [about['label'] for about in contenders.values()]
+
+
 @pytest.mark.parametrize('number', [6, 30])
 def test_names_of_points_cover_no_other_point_and_are_left_out_where_there_are_too_many(number):
     from matplotlib.figure import Figure
