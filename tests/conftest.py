@@ -9,6 +9,8 @@ from hypothesis import settings
 from checkpoint import MODELS
 
 torch.set_num_threads(2)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: processes that tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile('ci', derandomize=True)  # the same examples each time: a failure there is the change's own
 if os.environ.get('CI'):
     settings.load_profile('ci')
