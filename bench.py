@@ -51,7 +51,7 @@ out_dir = 'out-bench'  # scale.png; decode.csv, decode.jsonl, latency.png, memor
 gradient_accumulation_steps = 1
 
 import sys
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in ('train', 'scale', 'race', 'decode') else ''
 config = configure(globals(), also='train.py')
 if not mode:
@@ -72,12 +72,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import dataset as datasets
-import machine
-import peers
-import scale_figure
-from trainer import Trainer
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import token_files as datasets
+from nanomla.core import devices as machine
+from nanomla.benchmarks import peers
+from nanomla.benchmarks import scale_figure
+from nanomla.training.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
 GROUPS = (('all-reduce', 'nccl|allreduce|all_reduce'), ('attention', 'sdpa|flash|fmha|attention|dot_do_o|convert_dq'),
@@ -304,10 +304,10 @@ def race():
 
 
 def decode():
-    import attention_meter
-    import decode_figures
-    import decode_meter
-    import text_meter
+    from nanomla.benchmarks import attention as attention_meter
+    from nanomla.benchmarks import figures as decode_figures
+    from nanomla.benchmarks import decode as decode_meter
+    from nanomla.benchmarks import text as text_meter
     plan, chosen = decode_meter.Plan(config, device), attention_meter.named(candidates)
     rows = decode_meter.Rows(out_dir, 'attention' if attention_only else 'texts' if peer else 'decode', decode_meter.facts(device, stream), keep)
     if attention_only:

@@ -61,7 +61,7 @@ wandb_project = 'nanomla-adapters'
 
 import json
 import sys
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 
 words = [word for word in sys.argv[1:] if not word.startswith('-')]
 options = [word for word in sys.argv[1:] if word.startswith('-')]
@@ -136,8 +136,8 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import dataset as datasets
-import adapter_table
+from nanomla.core import token_files as datasets
+from nanomla.adapters import report as adapter_table
 
 MODEL, OUT = words[0], Path(words[2])
 NOT_OF_A_CELL = ('adapters', 'kernels', 'peer', 'peer_kernels', 'cell', 'show_grid', 'report', 'wandb_log', 'wandb_project')
@@ -151,7 +151,7 @@ def settings_of(name):
 
 def data_folder():
     """Where the examples are; OpenOrca is prepared when it has not been yet."""
-    from instructions import folder_of
+    from nanomla.adapters.instructions import folder_of
     folder = folder_of(data)
     if not (folder / 'train.jsonl').exists():
         if not (folder / 'prepare.py').exists():
@@ -196,9 +196,9 @@ def gather(draw=True):
 def run_here(name):
     """One cell in this process."""
     import torch
-    import cells
-    import finetuning
-    import machine
+    from nanomla.adapters import cell as cells
+    from nanomla.adapters import step as finetuning
+    from nanomla.core import devices as machine
     torch.set_float32_matmul_precision('high')
     kind, kernel, *theirs = name.split('/')
     s = SimpleNamespace(**settings_of(name))
@@ -251,9 +251,9 @@ def forks():
     if not hasattr(os, 'fork'):
         return False
     os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')  # to ask whether there is a GPU does not wake it
-    import machine
+    from nanomla.core import devices as machine
     kind = machine.pick_device(device).type
-    import cells  # noqa: F401
+    from nanomla.adapters import cell as cells  # noqa: F401
     import torch
     packages = ['torch._dynamo', 'torch._inductor.compile_fx', 'rouge_score.rouge_scorer']
     packages += ['peft', 'bitsandbytes'] if kind == 'cpu' else ['transformers.models.llama.modeling_llama']  # bitsandbytes, which peft loads, wakes a GPU

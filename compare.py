@@ -34,7 +34,7 @@ plot_only = False  # train nothing: table and figures from --results
 results = ''  # the file to draw; '' = out_dir/results.jsonl; several with commas between them give one picture of all, against their controls
 figure = ''  # where to draw; '' = out_dir/compare.png. The table stands beside it, as .md and .json
 
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 own = set(globals())
 config = configure(globals(), also='train.py')
 
@@ -50,10 +50,10 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import comparison
-import comparison_figures
-import figures
-from runs import STOPPED, Run, lock, slots, train, write
+from nanomla.comparison import table as comparison
+from nanomla.comparison import figures as comparison_figures
+from nanomla.core import figures
+from nanomla.comparison.runs import STOPPED, Run, lock, slots, train, write
 
 out, picture = Path(out_dir), Path(figure or f'{out_dir}/compare.png')
 if picture.suffix != '.png':
@@ -82,11 +82,11 @@ if plot_only:
 # what was asked for, checked before anything is trained
 import torch
 
-import checkpoint
-import dataset as datasets
-import machine
-from cache import Cache
-from trainer import check_ranges
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import token_files as datasets
+from nanomla.core import devices as machine
+from nanomla.inference.cache import Cache
+from nanomla.training.trainer import check_ranges
 
 device = machine.pick_device(config['device'])
 if device.type == 'cpu':

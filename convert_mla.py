@@ -37,7 +37,7 @@ device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
 dtype = 'float32'  # of the arithmetic on text: float32 | auto | bfloat16
 
 import sys
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 source = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith('-') else ''
 config = configure(globals())
 if not source:
@@ -50,12 +50,12 @@ from pathlib import Path
 
 import torch
 
-import calibration as text
-import checkpoint
-import conversion
-import dataset as datasets
-import machine
-from cache import BITS, Cache
+from nanomla.conversion import calibration as text
+from nanomla.checkpoints import native as checkpoint
+from nanomla.conversion import convert as conversion
+from nanomla.core import token_files as datasets
+from nanomla.core import devices as machine
+from nanomla.inference.cache import BITS, Cache
 
 if not out:
     raise UserError('say where to put it: --out=FOLDER')
@@ -143,7 +143,7 @@ saved = dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_
 
 
 def draw(path):
-    import figures
+    from nanomla.core import figures
     with figures.sheet(cols=2, size=(figures.WIDTH, 4.6), title=f'{Path(source).name} as MLA: {100 * rows[-1]["saved"]:.1f} % of the cache saved' + f', in {cache_dtype}' * bool(cache_dtype),
                        note=f'{low_rank} low rank, RoPE {rope} ({rope_heads})' + (f' · perplexity on {Path(named).name}' if named else '')) as (fig, (left, right)):
         colors = [figures.COLORS[figures.kind_of(dict(kind='mha', config=checkpoint.model_args(model)))], figures.COLORS['muted']] + [figures.COLORS['mla']] * 2
@@ -177,7 +177,7 @@ try:
     except UserError as error:
         print(f'no picture: {error}')
     if export:
-        import deepseek
+        from nanomla.checkpoints import hf as deepseek
         deepseek.export(mla, export, codec)
     os.rename(partial_folder, out)
 except OSError as error:

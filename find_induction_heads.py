@@ -31,7 +31,7 @@ seeds = 5  # runs of each config
 # machine
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
 
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
@@ -42,13 +42,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoint
-import head_report
-import indirect_object
-import machine
-from latents import likeness, plane, shares
-from latents import read as read_latents
-from subject import Subject
+from nanomla.checkpoints import native as checkpoint
+from nanomla.heads import report as head_report
+from nanomla.heads import ioi as indirect_object
+from nanomla.core import devices as machine
+from nanomla.heads.latents import likeness, plane, shares
+from nanomla.heads.latents import read as read_latents
+from nanomla.heads.subject import Subject
 
 
 def say(text):
@@ -189,7 +189,7 @@ for subject in subjects:
 report, out = dict(models=models, checkpoints=runs, made=made), Path(out)
 written = head_report.write(out, report)
 try:
-    import head_figures
+    from nanomla.heads import figures as head_figures
     if runs:
         written.append(head_figures.training(runs, out / ('study.png' if study else 'training.png'), footer, 'Induction through training'))
     for at in range(0, len(models), 4):

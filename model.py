@@ -18,10 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import step_kernels
-from configurator import UserError
-from decoding import generate, prefill
-from kernels import gelu
+from nanomla.inference import fused_step as step_kernels
+from nanomla.core.configurator import UserError
+from nanomla.inference.generate import generate, prefill
+from nanomla.training.kernels import gelu
 
 CHOICES = dict(pos=('learned', 'rope', 'none'), norm=('layernorm', 'rmsnorm'), act=('gelu', 'gelu_tanh', 'swiglu', 'relu2'),
                init=('gpt2', 'fan_in'), dropout_in=('all', 'residual'), kernel=('eager', 'sdpa', 'flash', 'cudnn', 'flex'))

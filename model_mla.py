@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from configurator import UserError
+from nanomla.core.configurator import UserError
 from model import GPT, Attention, GPTConfig, Linear, Norm, rotate
 
 

@@ -34,7 +34,7 @@ device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # of weights and arithmetic: auto | float32 | bfloat16 | float16
 kernel = 'sdpa'  # attention: eager | sdpa | flash | cudnn
 
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
@@ -46,11 +46,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import dataset as datasets
-import machine
-from cache import Cache
-from decoding import Teller, serve
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import token_files as datasets
+from nanomla.core import devices as machine
+from nanomla.inference.cache import Cache
+from nanomla.inference.generate import Teller, serve
 
 device = machine.pick_device(device)
 if device.type == 'cpu' and config.apply_on_cpu():

@@ -93,7 +93,7 @@ fp8_head = False  # the head's products in 8 bits (Hopper and newer): faster, a 
 cuda_graph = False  # record a whole step and replay it: for small models on one GPU
 backend = 'auto'  # torch.distributed: auto | nccl | gloo
 
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
@@ -110,11 +110,11 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-import checkpoint
-import dataset as datasets
-import machine
-from cache import Cache
-from trainer import Trainer, check_ranges, rate
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import token_files as datasets
+from nanomla.core import devices as machine
+from nanomla.inference.cache import Cache
+from nanomla.training.trainer import Trainer, check_ranges, rate
 
 started, bar = time.perf_counter(), None
 device = machine.pick_device(device)
@@ -333,7 +333,7 @@ if main:
         except UserError as error:
             say(f'no sample: {error}')
     try:
-        from figures import curve
+        from nanomla.core.figures import curve
         curve(out / 'log.jsonl', out / 'curve.png')
     except UserError as error:
         say(f'no picture: {error}')

@@ -14,8 +14,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import figures
-from figures import COLORS
+from nanomla.core import figures
+from nanomla.core.figures import COLORS
 
 # -----------------------------------------------------------------------------
 # the example in the picture: a GPT-2 sized layer

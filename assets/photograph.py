@@ -11,7 +11,7 @@ import shutil
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from configurator import UserError, configure
+from nanomla.core.configurator import UserError, configure
 
 # -----------------------------------------------------------------------------
 page = 'heads.html'

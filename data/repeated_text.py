@@ -3,8 +3,8 @@ import hashlib
 
 import numpy as np
 
-from configurator import UserError
-from dataset import TokenWriter
+from nanomla.core.configurator import UserError
+from nanomla.core.token_files import TokenWriter
 
 ALPHABET = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-' + ''.join(map(chr, range(0x3b1, 0x3ca)))
 

@@ -16,8 +16,8 @@ import urllib.request
 import warnings
 from pathlib import Path
 
-from configurator import UserError
-from dataset import write_atomically
+from nanomla.core.configurator import UserError
+from nanomla.core.token_files import write_atomically
 
 INPUT = Path(__file__).resolve().parent / 'shakespeare_char' / 'input.txt'
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

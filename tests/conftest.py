@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from checkpoint import MODELS
+from nanomla.checkpoints.native import MODELS
 
 torch.set_num_threads(2)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: processes that tests interrupt would inherit it

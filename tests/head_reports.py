@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-import head_page
+from nanomla.heads.page import build as head_page
 
 WORDS = ('stone river lamp seven under glass winter paper north bird salt open field hand quiet door iron cloud far bread wheel green story fish wall '
          'early root small bell night sand once ship letter gold deep hill rain corn line moon table horse ash milk voice east king snow leaf clay '

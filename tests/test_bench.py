@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import machine
+from nanomla.core import devices as machine
 from test_train import exit_code, words
 
 TINY = dict(device='cpu', compile=False, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, vocabulary=100, warmup_steps=1,

@@ -16,17 +16,17 @@ pytest.importorskip('peft')
 pytest.importorskip('bitsandbytes')
 pytest.importorskip('rouge_score')
 
-import adapters
-import cells
-import deepseek
-import finetuning
-import peft_peer
-import adapter_table
-from cache import Cache
-from cells import KERNELS, Ours, Perceiver, is_causal, to_mla
-from configurator import UserError, configure
+from nanomla.adapters import lora as adapters
+from nanomla.adapters import cell as cells
+from nanomla.checkpoints import hf as deepseek
+from nanomla.adapters import step as finetuning
+from nanomla.adapters import peft_peer
+from nanomla.adapters import report as adapter_table
+from nanomla.inference.cache import Cache
+from nanomla.adapters.cell import KERNELS, Ours, Perceiver, is_causal, to_mla
+from nanomla.core.configurator import UserError, configure
 from model import GPT, GPTConfig
-from packing import Batch, Rows
+from nanomla.adapters.packing import Batch, Rows
 from test_train import exit_code, words
 
 ROOT = Path(__file__).parent.parent

@@ -19,13 +19,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import comparison
-import comparison_figures
-import dataset
-import figures
-import runs
-from configurator import UserError
+from nanomla.checkpoints import native as checkpoint
+from nanomla.comparison import table as comparison
+from nanomla.comparison import figures as comparison_figures
+from nanomla.core import token_files as dataset
+from nanomla.core import figures
+from nanomla.comparison import runs
+from nanomla.core.configurator import UserError
 from test_train import ROOT, TEXT, TINY, exit_code, log, run, series, words
 
 SETTINGS = TINY | dict(out_dir='cmp', pos='rope', n_head=2, max_iters=6, eval_interval=3, log_interval=1, learning_rate=1e-2, decode_tokens=8, decode_repeats=1,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import dataset as datasets
-from configurator import UserError
-from trainer import Distilled
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import token_files as datasets
+from nanomla.core.configurator import UserError
+from nanomla.training.trainer import Distilled
 
 ROOT = Path(__file__).parent.parent
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
@@ -95,7 +95,7 @@ def test_without_text(source, capsys):
 def test_a_foreign_source_keeps_its_tokenizer(source, tmp_path, capsys):
     """A Llama folder with tokenizer.json: calibrated on a text file, sampled from in its words, exported with its tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    import deepseek
+    from nanomla.checkpoints import hf as deepseek
     model = source(vocab_size=300)
     deepseek.export(model, 'llama')
     tok = Tokenizer(models.BPE())

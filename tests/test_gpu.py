@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import dataset
-from configurator import configure
-from trainer import Trainer
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import token_files as dataset
+from nanomla.core.configurator import configure
+from nanomla.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 TINY = '--n_layer=2 --n_head=4 --n_embd=64 --block_size=32 --batch_size=8 --gradient_accumulation_steps=2 --warmup_iters=2 --max_iters=12'

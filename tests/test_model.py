@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from checkpoint import from_pretrained
-from configurator import UserError
-from decoding import choose
+from nanomla.checkpoints.native import from_pretrained
+from nanomla.core.configurator import UserError
+from nanomla.inference.generate import choose
 from model import CHOICES, GPT, GPTConfig, rope_tables
 from model_mla import GPT_MLA, MLAConfig
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import dataset
-from configurator import UserError
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import token_files as dataset
+from nanomla.core.configurator import UserError
 from model import GPT
 
 ROOT = Path(__file__).parent.parent

@@ -23,16 +23,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import configurator
-import dataset
-import figures
-import machine
-from configurator import UserError
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import configurator
+from nanomla.core import token_files as dataset
+from nanomla.core import figures
+from nanomla.core import devices as machine
+from nanomla.core.configurator import UserError
 from model import GPT
 from model_mla import MLAConfig
 from test_model import hf_gpt2
-from trainer import Trainer, rate
+from nanomla.training.trainer import Trainer, rate
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [path for path in sorted((ROOT / 'config').glob('*.py')) if not path.stem.startswith(('compare', 'screen', 'study'))]  # those are compare.py's

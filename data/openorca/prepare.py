@@ -17,9 +17,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
-from configurator import UserError, configure
-from dataset import write_atomically
-from instructions import KEYS, checked, examples
+from nanomla.core.configurator import UserError, configure
+from nanomla.core.token_files import write_atomically
+from nanomla.adapters.instructions import KEYS, checked, examples
 
 dataset = 'Open-Orca/OpenOrca'  # its name on huggingface.co
 input = ''      # instead: a local .jsonl or .parquet file, or 'rules' for the set made by rule

@@ -12,8 +12,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
 import repeated_text
-from configurator import configure
-from dataset import summary
+from nanomla.core.configurator import configure
+from nanomla.core.token_files import summary
 
 documents = 100000  # to train on; a tenth as many validate
 symbols = 64        # different ones; the newline that begins a document is one more

@@ -13,8 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
-from configurator import configure
-from dataset import summary, write_text
+from nanomla.core.configurator import configure
+from nanomla.core.token_files import summary, write_text
 from tiny_shakespeare import find_text
 
 input = ''          # a text file of your own ('' = tiny Shakespeare)

@@ -24,8 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
-from configurator import UserError, configure
-from dataset import Tokenizer, TokenWriter, in_order, progress_bar, summary, val_begin, writing
+from nanomla.core.configurator import UserError, configure
+from nanomla.core.token_files import Tokenizer, TokenWriter, in_order, progress_bar, summary, val_begin, writing
 
 tokenizer = 'char'  # char (the characters of the text), bytes (any file) or gpt2 (50,257 tokens, needs tiktoken)
 out = ''            # the folder of the dataset ('' = data/text, which is --dataset=text in train.py)

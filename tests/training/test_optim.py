@@ -1,0 +1,285 @@
+"""muon.py: one test for each thing it promises."""
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from nanomla.training.optim import NEWTON_SCHULZ, MovingAverage, Muon, optimizers, orthogonalize, set_rate
+
+
+def matrix(rows, cols, low=0.05, seed=0):
+    """A matrix with known singular values between `low` and 1, and random singular vectors; float64."""
+    g = torch.Generator().manual_seed(seed)
+    n = min(rows, cols)
+    u, v = (torch.linalg.qr(torch.randn(size, n, generator=g, dtype=torch.float64)).Q for size in (rows, cols))
+    return u * torch.linspace(low, 1, n, dtype=torch.float64) @ v.T
+
+
+def polynomial_of_singular_values(m, steps=5):
+    """What Newton-Schulz does, by an SVD: x -> a x + b x³ + c x⁵ on every singular value of m / |m|."""
+    u, s, vt = torch.linalg.svd(m.double(), full_matrices=False)
+    s = s / s.norm()
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        s = a * s + b * s ** 3 + c * s ** 5
+    return u * s @ vt
+
+
+SHAPES = [(24, 24), (16, 40), (40, 16), (1, 8), (8, 1), (33, 7)]
+
+
+@pytest.mark.parametrize('rows, cols', SHAPES)
+def test_singular_values_end_near_one(rows, cols):
+    batch = torch.stack([matrix(rows, cols, seed=seed) for seed in range(4)])
+    out = orthogonalize(batch)
+    assert out.shape == batch.shape and out.dtype == torch.float32
+    values = torch.linalg.svdvals(out)
+    assert values.min() > 0.5 and values.max() < 1.5
+    for given_, got in zip(batch, out):  # singular vectors stay: U Vᵀ within the same spread
+        torch.testing.assert_close(got.double(), polynomial_of_singular_values(given_), rtol=0, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), st.floats(1e-3, 1e3))
+def test_a_batch_is_orthogonalised_as_each_alone_whatever_its_size(rows, cols, n, size):
+    batch = torch.stack([matrix(rows, cols, low=0.2, seed=seed) * size ** (seed % 3 - 1) for seed in range(n)])
+    together, alone = orthogonalize(batch), torch.cat([orthogonalize(m[None]) for m in batch])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(together, orthogonalize(batch * size), rtol=0, atol=1e-3)
+
+
+def test_zero_gradients_move_nothing():
+    assert orthogonalize(torch.zeros(2, 6, 9)).eq(0).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+
+def params_and_grads(steps=4, shapes=SHAPES):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    return params, [[torch.randn(shape) for shape in shapes] for _ in range(steps)]
+
+
+def run(optimizer, params, grads):
+    for step in grads:
+        for p, g in zip(params, step):
+            p.grad = g.clone()
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def test_muon_moves_as_the_formula_says():
+    params, grads = params_and_grads(shapes=[(12, 12), (12, 30), (30, 12)])
+    expected, momenta = [p.detach().double().clone() for p in params], [0.0] * 3
+    for step in grads:
+        for n, g in enumerate(step):
+            momenta[n] = 0.9 * momenta[n] + 0.1 * g.double()
+            expected[n] *= 1 - 0.03 * 0.5
+            move = polynomial_of_singular_values(0.1 * g.double() + 0.9 * momenta[n])
+            expected[n] -= 0.03 * math.sqrt(max(1, g.size(0) / g.size(1))) * move
+    moved = run(Muon(params, lr=0.03, momentum=0.9, weight_decay=0.5), params, grads)
+    for p, e in zip(moved, expected):
+        torch.testing.assert_close(p.double(), e, rtol=0, atol=2e-4)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon')
+def test_muon_goes_where_torchs_goes():
+    """Theirs iterates in bf16, so only directions and lengths can agree."""
+    start, grads = params_and_grads(steps=1)
+    ours, theirs = (copy.deepcopy(start) for _ in range(2))
+    moved = run(Muon(ours, lr=0.02, momentum=0.95), ours, grads)
+    expected = run(torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.0), theirs, grads)
+    for p, a, b in zip(start, moved, expected):
+        a, b = (a - p).detach().flatten(), (b - p).detach().flatten()
+        assert torch.cosine_similarity(a, b, dim=0) > 0.99
+        assert a.norm().item() == pytest.approx(b.norm().item(), rel=0.05)
+
+
+def test_stacked_matrices_move_as_if_apart():
+    splits = [6, 10, 0, 4]
+    whole = torch.nn.Parameter(torch.randn(20, 12))
+    whole.splits = splits
+    parts = [torch.nn.Parameter(t.detach().clone()) for t in whole.split(splits) if len(t)]
+    other = torch.nn.Parameter(torch.randn(6, 12))  # alike in shape, so it shares a batch with the first part
+    grads = [torch.randn(20, 12) for _ in range(3)]
+    run(Muon([whole, other], lr=0.1, weight_decay=0.1), [whole, other], [[g, g[:6]] for g in grads])
+    run(Muon(parts, lr=0.1, weight_decay=0.1), parts, [[t for t in g.split(splits) if len(t)] for g in grads])
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-5)
+
+
+def test_a_rate_may_be_a_tensor():
+    start, grads = params_and_grads()
+    plain, tensor = (copy.deepcopy(start) for _ in range(2))
+    a = run(Muon(plain, lr=0.02, weight_decay=0.1), plain, grads)
+    b = run(Muon(tensor, lr=torch.tensor(0.02), weight_decay=0.1), tensor, grads)
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def test_parameters_without_gradient_stay():
+    params, grads = params_and_grads(steps=1)
+    optimizer = Muon(params, weight_decay=0.5)
+    optimizer.step()
+    params[0].grad = grads[0][0]
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert [torch.equal(p, b) for p, b in zip(params, before)] == [False] + [True] * (len(params) - 1)
+
+
+def test_muon_resumes_where_it_was_saved():
+    start, grads = params_and_grads(steps=6)
+    whole, halves = (copy.deepcopy(start) for _ in range(2))
+    expected = run(Muon(whole, lr=0.02), whole, grads)
+    first = Muon(halves, lr=0.02)
+    run(first, halves, grads[:3])
+    second = Muon(halves, lr=0.5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for a, b in zip(run(second, halves, grads[3:]), expected):
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+@pytest.mark.parametrize('which', ['adamw', 'muon'])
+@pytest.mark.parametrize('tie', [True, False])
+def test_optimizers_cover_every_parameter_once(kind, which, tie, tiny, tokens):
+    model = tiny(kind, tie_weights=tie)
+    made = optimizers(model, which, learning_rate=1e-3, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
+    covered = [id(p) for o in made for g in o.param_groups for p in g['params']]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters())
+    names = {id(p): n for n, p in model.named_parameters()}
+    for o in made:
+        for g in o.param_groups:
+            assert g['lr'] == g['base_lr'] == (0.02 if isinstance(o, Muon) else 1e-3)
+            for p in g['params']:
+                assert g['weight_decay'] == (0.1 if p.ndim == 2 else 0.0)
+                assert isinstance(o, Muon) == (which == 'muon' and p.ndim == 2 and '.h.' in names[id(p)])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(tokens(13), tokens(13).roll(-1)).backward()
+    for o in made:
+        o.step()
+    assert not any(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_frozen_parameters_are_left_out(tiny):
+    model = tiny()
+    model.transformer.wpe.weight.requires_grad_(False)
+    made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95))
+    assert all(p is not model.transformer.wpe.weight for o in made for g in o.param_groups for p in g['params'])
+
+
+def test_muon_may_be_alone(tiny):
+    model = tiny('mla')
+    for name, p in model.named_parameters():
+        p.requires_grad_('kv_b_proj' in name)
+    made = optimizers(model, 'muon', 1e-3, 0.02, 0.0, (0.9, 0.95))
+    assert [type(o) for o in made] == [Muon] and len(made[0].param_groups[0]['params']) == model.config.n_layer
+
+
+@pytest.mark.parametrize('as_tensors', [False, True])
+def test_set_rate_is_a_share_of_the_peak(as_tensors, tiny):
+    made = optimizers(tiny(), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95))
+    for o in made:
+        for g in o.param_groups:
+            g['lr'] = torch.tensor(g['lr']) if as_tensors else g['lr']
+    kept = [g['lr'] for o in made for g in o.param_groups]
+    for share in (0.5, 0.0, 1.0, 0.25):
+        set_rate(made, share)
+        for (g, peak), old in zip([(g, 0.02 if isinstance(o, Muon) else 1e-3) for o in made for g in o.param_groups], kept):
+            assert float(g['lr']) == pytest.approx(share * peak) and (not as_tensors or g['lr'] is old)  # the graph's tensor
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+def test_tensor_rates_on_the_gpu_move_as_plain_ones(kind, tiny, tokens):
+    moved, start = [], None
+    for graph in (False, True):
+        model = tiny(kind).cuda()
+        start = [p.detach().clone() for p in model.parameters()]
+        made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), graph=graph)
+        set_rate(made, 0.5)
+        for _ in range(3):
+            model(tokens(13).cuda(), tokens(13).roll(-1).cuda()).backward()
+            for o in made:
+                o.step()
+                o.zero_grad()
+        moved.append([p.detach().clone() for p in model.parameters()])
+    for a, b, was in zip(*moved, start):  # Muon's products are bf16: all that moves must agree, but not each element
+        assert (a - b).norm() <= 0.05 * (a - was).norm()
+
+
+# ---------------------------------------------------------------------------------------------------
+
+def test_the_average_follows_its_formula(tiny):
+    model = tiny()
+    average, expected = MovingAverage(model, 0.6), [p.detach().double().clone() for p in model.parameters()]
+    for step in range(12):
+        for p, e in zip(model.parameters(), expected):
+            p.data.normal_()
+            decay = min(0.6, (1 + step) / (10 + step))
+            e.mul_(decay).add_(p.detach().double(), alpha=1 - decay)
+        average.update(step)
+    for a, e in zip(average.average, expected):
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=1e-6)
+
+
+def test_swapped_in_restores_bit_for_bit(tiny, tokens):
+    model = tiny()
+    average = MovingAverage(model, 0.9)
+    for p in model.parameters():
+        p.data.normal_()
+    average.update(0)
+    own, ids = [p.detach().clone() for p in model.parameters()], [id(p) for p in model.parameters()]
+    with pytest.raises(KeyError):  # even when an evaluation fails
+        with average.swapped_in():
+            assert all(torch.equal(p, a) for p, a in zip(model.parameters(), average.average))
+            assert not torch.equal(model.lm_head.weight, own[0])
+            raise KeyError
+    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own)) and ids == [id(p) for p in model.parameters()]
+    with average.swapped_in():
+        pass
+    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own))
+
+
+def test_stacked_matrices_may_be_taken_whole():
+    torch.manual_seed(0)
+    stacked, update = torch.randn(24, 8), torch.randn(24, 8)
+    moves = {}
+    for split in (True, False):
+        weight = torch.nn.Parameter(stacked.clone())
+        weight.splits = [16, 8]
+        weight.grad = update.clone()
+        optimizer = Muon([weight], lr=1.0, momentum=0.0, split=split)
+        optimizer.step()
+        moves[split] = stacked - weight.detach()
+    one = torch.nn.Parameter(stacked.clone())
+    one.grad = update.clone()
+    Muon([one], lr=1.0, momentum=0.0).step()
+    assert torch.equal(moves[False], stacked - one.detach()) and not torch.allclose(moves[False], moves[True], atol=0.05)
+    assert (torch.linalg.svdvals(moves[True][16:]) > 0.5).all()  # each of its parts is orthogonal by itself
+
+
+def test_the_setting_reaches_muon(tiny):
+    for split in (True, False):
+        assert optimizers(tiny('mla'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), split=split)[1].split is split
+
+
+@pytest.mark.parametrize('up', [0.25, 0.0])
+def test_what_reads_a_latent_moves_by_a_share_of_the_rate(up, tiny, tokens):
+    torch.manual_seed(0)
+    whole, slow = [tiny('mla', q_lora_rank=12) for _ in range(2)]
+    slow.load_state_dict(whole.state_dict())
+    before = {n: p.detach().clone() for n, p in whole.named_parameters()}
+    for model, share in ((whole, 1.0), (slow, up)):
+        made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=share)
+        set_rate(made, 0.5)
+        model(tokens(13), tokens(13).roll(-1)).backward()
+        for o in made:
+            o.step()
+    for (name, fast), p in zip(whole.named_parameters(), slow.parameters()):
+        behind = '.h.' in name and name.endswith(('q_b_proj.weight', 'kv_b_proj.weight'))
+        torch.testing.assert_close(p - before[name], (up if behind else 1.0) * (fast - before[name]), rtol=1e-3, atol=1e-7)
+    assert len(optimizers(tiny('mha'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=up)[1].param_groups) == 1
