@@ -74,7 +74,9 @@ import torch
 
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as datasets
+from nanomla.training.batches import Dataset
 from nanomla.core import devices as machine
+from nanomla.core import timing
 from nanomla.benchmarks import peers
 from nanomla.benchmarks import scale_figure
 from nanomla.training.trainer import Trainer
@@ -107,11 +109,11 @@ def median_seconds(step, steps):
         step(i)
     times = []
     for _ in range(repeats):
-        machine.synchronize(device)
+        timing.synchronize(device)
         begin = time.perf_counter()
         for i in range(steps):
             step(i)
-        machine.synchronize(device)
+        timing.synchronize(device)
         times.append((time.perf_counter() - begin) / steps)
     return statistics.median(times), min(times), max(times)
 
@@ -133,7 +135,7 @@ def time_peer(folder, data):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     seconds = median_seconds(step, config['timed_steps'])
-    memory = machine.peak_memory(device)
+    memory = timing.peak_memory(device)
     return peer_batch_size * config['block_size'] / seconds[0], seconds, memory
 
 
@@ -144,7 +146,7 @@ def where_time_goes(step, seconds):
     with watch(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], schedule=plan(wait=0, warmup=1, active=3, repeat=1)) as seen:
         for i in range(4):  # the first does not count: in its all-reduce the processes wait for the profiler that starts last
             step(i)
-            machine.synchronize(device)
+            timing.synchronize(device)
             seen.step()
     table, kernels = dict.fromkeys([name for name, _ in GROUPS] + ['norms, activations, other'], 0.0), []
     for kernel in (one for one in seen.key_averages() if not one.key.startswith('ProfilerStep')):
@@ -172,7 +174,7 @@ def random_tokens(world):
             files.add('train', random.integers(0, config['vocabulary'], 2 ** 20))
             files.add('val', random.integers(0, config['vocabulary'], 2 ** 16))
             files.publish(dict(tokenizer='gpt2', source='random tokens'))
-        return datasets.Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
+        return Dataset(folder, config['block_size'], device=device, rank=rank, world=world)
 
 
 def new_model():
@@ -188,9 +190,9 @@ def time_step(model, rate, world, batches, group=None, theirs=None):
     settings = {**config, 'gradient_accumulation_steps': batches}
     model.__dict__.pop('embed', None)  # what an earlier Trainer compiled
     trainer = Trainer(settings, model, random_tokens(world), group=group)
-    first = machine.seconds(device, lambda: trainer.update(0))
+    first = timing.seconds(device, lambda: trainer.update(0))
     seconds, least, most = median_seconds(trainer.update, -(-timed_steps * world // batches) if mode == 'scale' else timed_steps)
-    speed, memory = batches * config['batch_size'] * config['block_size'] / seconds, machine.peak_memory(device)
+    speed, memory = batches * config['batch_size'] * config['block_size'] / seconds, timing.peak_memory(device)
     flops, name = model.flops_per_token(config['block_size']), f"{config['attention'].upper()} {model.num_params() / 1e6:.1f}M"
     table, kernels = where_time_goes(trainer.update, seconds) if profile else ({}, [])
     ranks = [dict(ms=1e3 * seconds, peak_memory=memory)] * world
@@ -307,9 +309,10 @@ def decode():
     from nanomla.benchmarks import attention as attention_meter
     from nanomla.benchmarks import figures as decode_figures
     from nanomla.benchmarks import decode as decode_meter
+    from nanomla.core.files import Rows
     from nanomla.benchmarks import text as text_meter
     plan, chosen = decode_meter.Plan(config, device), attention_meter.named(candidates)
-    rows = decode_meter.Rows(out_dir, 'attention' if attention_only else 'texts' if peer else 'decode', decode_meter.facts(device, stream), keep)
+    rows = Rows(out_dir, 'attention' if attention_only else 'texts' if peer else 'decode', decode_meter.facts(device, stream), keep)
     if attention_only:
         attention_meter.measure(plan, chosen, rows)
     elif peer:

@@ -136,7 +136,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from nanomla.core import token_files as datasets
+from nanomla.core.files import progress_bar, write_atomically
 from nanomla.adapters import report as adapter_table
 
 MODEL, OUT = words[0], Path(words[2])
@@ -182,7 +182,7 @@ def keep(name, **row):
     path = place(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     row = dict(cell=name, adapter=kind, kernel=kernel, peer=bool(theirs), model=MODEL) | row
-    datasets.write_atomically(path, (json.dumps(row, indent=1) + '\n').encode())
+    write_atomically(path, (json.dumps(row, indent=1) + '\n').encode())
     return row
 
 
@@ -308,7 +308,7 @@ if cell:
 missing = [] if report else [name for name in names if (row_of(name) or {}).get('status') not in DONE]
 there = len(names) - len(missing)
 print(f'{there} of {len(names)} cells are there already' if there else f'{len(names)} cells, each in a process of its own', file=sys.stderr)
-with datasets.progress_bar(len(names), 'cell', done=there) as bar:
+with progress_bar(len(names), 'cell', done=there) as bar:
     for name in missing:
         bar.set_postfix_str(name)
         run_apart(name)

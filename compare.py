@@ -53,7 +53,8 @@ from pathlib import Path
 from nanomla.comparison import table as comparison
 from nanomla.comparison import figures as comparison_figures
 from nanomla.core import figures
-from nanomla.comparison.runs import STOPPED, Run, lock, slots, train, write
+from nanomla.comparison.runs import Run, STOPPED, slots, train
+from nanomla.core.files import lock, write
 
 out, picture = Path(out_dir), Path(figure or f'{out_dir}/compare.png')
 if picture.suffix != '.png':
@@ -83,8 +84,12 @@ if plot_only:
 import torch
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.core import token_files as datasets
+from nanomla.core import files
+from nanomla.core import tokenizers
 from nanomla.core import devices as machine
+from nanomla.core import timing
 from nanomla.inference.cache import Cache
 from nanomla.training.trainer import check_ranges
 
@@ -236,7 +241,7 @@ for path in out.glob('*/*/error.txt') if retry else ():
     if path.parent.parent.name in field and (held := lock(path.parent)):
         with held:
             path.unlink(missing_ok=True)
-bar, counted = datasets.progress_bar(sum(steps[run.role] for run in every), 'step') if sys.stderr.isatty() else None, 0
+bar, counted = files.progress_bar(sum(steps[run.role] for run in every), 'step') if sys.stderr.isatty() else None, 0
 
 
 def prepare(run):
@@ -278,7 +283,7 @@ def decode(contender):
             return old
     if not (run := next((run for run in done if (run.folder / 'ckpt.pt').exists()), None)):  # a log without weights is a complete run all the same
         return None
-    kept, (model, content) = run.folder / 'decode.json', checkpoint.load_model(run.folder, dropout=0.0, kernel='sdpa')
+    kept, (model, content) = run.folder / 'decode.json', load.load_model(run.folder, dropout=0.0, kernel='sdpa')
     model.stream = machine.pick_dtype(config['dtype'], device)
     model.to(device, model.stream).eval()
     prompt, times = torch.zeros(decode_batch, 1, dtype=torch.long, device=device), []
@@ -288,11 +293,11 @@ def decode(contender):
             memory.free(row)
         for i, _ in enumerate(model.generate(prompt, asked['tokens'], temperature=0, cache=memory)):
             if i == 0:  # the prompt is in the cache
-                machine.synchronize(device)
+                timing.synchronize(device)
                 begin = time.perf_counter()
-        machine.synchronize(device)
+        timing.synchronize(device)
         times.append((time.perf_counter() - begin) / (asked['tokens'] - 1))
-    codec, long = datasets.Tokenizer(content['meta']), config['sample_tokens']
+    codec, long = tokenizers.Tokenizer(content['meta']), config['sample_tokens']
     fits = contender.shape.pos != 'learned' or long < contender.shape.block_size
     tokens = model.generate(torch.tensor([codec.encode('\n')], device=device), long, 0.8, 200, vocab_size=codec.vocab_size,
                             generator=torch.Generator(device).manual_seed(seeds[0]), cache=Cache.of(model, 1, contender.shape.block_size) if fits else None)

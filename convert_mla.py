@@ -52,10 +52,13 @@ import torch
 
 from nanomla.conversion import calibration as text
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.conversion import convert as conversion
 from nanomla.core import token_files as datasets
+from nanomla.core.files import progress_bar
 from nanomla.core import devices as machine
-from nanomla.inference.cache import BITS, Cache
+from nanomla.inference.quantize import BITS
+from nanomla.inference.cache import Cache
 
 if not out:
     raise UserError('say where to put it: --out=FOLDER')
@@ -70,7 +73,7 @@ if not 0 <= saving < 1 or saving and kv_lora_rank:
 if cache_dtype not in ('', *BITS):
     raise UserError(f"cache_dtype='{cache_dtype}' is not known: use {' or '.join(BITS)}")
 device = machine.pick_device(device)
-model, content = checkpoint.load_model(source)
+model, content = load.load_model(source)
 c = model.config
 if saving and isinstance(model, checkpoint.MODELS['mha']):
     rope_pairs, kv_lora_rank = conversion.for_saving(c, saving, rope_heads, low_rank, rope_pairs)
@@ -95,7 +98,7 @@ if named:
 model.to(device).eval()
 model.stream = machine.pick_dtype(dtype, device)
 passes = 0 if windows is None else -(-len(windows) // batch_size) + (3 + bool(cache_dtype)) * -(-len(held_out) // batch_size)
-bar = datasets.progress_bar((2 + 2 * (windows is not None)) * c.n_layer + passes, 'step')
+bar = progress_bar((2 + 2 * (windows is not None)) * c.n_layer + passes, 'step')
 rows, moments = [], None
 
 
@@ -177,8 +180,8 @@ try:
     except UserError as error:
         print(f'no picture: {error}')
     if export:
-        from nanomla.checkpoints import hf as deepseek
-        deepseek.export(mla, export, codec)
+        from nanomla.checkpoints.export import export as write_export
+        write_export(mla, export, codec)
     os.rename(partial_folder, out)
 except OSError as error:
     raise UserError(f'cannot write {out}: {error.strerror or error}; nothing is left of it') from None

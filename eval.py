@@ -60,13 +60,18 @@ import numpy as np
 import torch
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
+from nanomla.checkpoints import gpt2
 from nanomla.core import token_files as datasets
+from nanomla.core.files import progress_bar, write_atomically, writing
+from nanomla.checkpoints import tokenizer
 from nanomla.core import figures
 from nanomla.evals import harness
 from nanomla.core import devices as machine
 from nanomla.evals import retrieval
 from nanomla.evals import scoreboard
-from nanomla.inference.cache import BITS, FULL, LAYOUTS
+from nanomla.inference.quantize import BITS, FULL
+from nanomla.inference.cache import LAYOUTS
 from nanomla.evals.scoring import Scorer, perplexity
 
 OWN = ('perplexity', *retrieval.TASKS)
@@ -116,8 +121,8 @@ class Subject:
     def load(self):
         if self.model is not None:
             return
-        self.model, content = checkpoint.load_model(self.path, dropout=0.0, kernel=kernel)
-        self.meta, self.codec, self.begin, self.ends = datasets.codec_of(content, self.model.config.vocab_size, self.path)
+        self.model, content = load.load_model(self.path, dropout=0.0, kernel=kernel)
+        self.meta, self.codec, self.begin, self.ends = tokenizer.codec_of(content, self.model.config.vocab_size, self.path)
         self.trained_on = content.get('config', {}).get('dataset', '')
         self.model.stream = machine.pick_dtype(dtype, device)
         self.model.to(device, self.model.stream).eval()
@@ -193,7 +198,7 @@ def measure(subject, how, task):
         if len(ids) <= size:
             raise UserError(f'{name} has {len(ids)} tokens, too few for one window of {size} and a token behind it: '
                             + (f'use a longer text or --context={len(ids) - 1}' if len(ids) > 1 else 'use a longer text'))
-        bar = datasets.progress_bar(len(ids) - 1, 'token')
+        bar = progress_bar(len(ids) - 1, 'token')
         result = perplexity(scorer, ids, size, step, n_bytes, bar) | dict(data=name)
         bar.close()
     elif task in retrieval.TASKS:
@@ -212,11 +217,11 @@ def measure(subject, how, task):
         if not fitting or min(fitting) < least:
             raise UserError(f'{task} needs texts of {least} tokens or more with this vocabulary, not {min(sizes)}: use longer --lengths'
                             + f' (the model has {model.config.block_size})')
-        bar = datasets.progress_bar(len(fitting) * len(where) * trials, 'text')
+        bar = progress_bar(len(fitting) * len(where) * trials, 'text')
         result = retrieval.evaluate(scorer, task, codec, fitting, where, trials, candidates, seed, begin, hay, bar)
         bar.close()
     else:
-        lm = harness.adapter(scorer, codec, subject.begin, subject.ends, datasets.progress_bar)
+        lm = harness.adapter(scorer, codec, subject.begin, subject.ends, progress_bar)
         result = dict(metrics=harnessed.run(task, lm, limit, num_fewshot, seed))
     return dict(result=result, cache_bytes=scorer.footprint(), dequantised=scorer.dequantised)
 
@@ -246,7 +251,7 @@ if not paths:
 if wanted == ['']:
     raise UserError(f"say what to measure: --tasks={','.join(OWN)}, or tasks of the harness")
 for path in paths:
-    if not os.path.exists(path) and path not in checkpoint.HUB and ('/' not in path and ':' not in path or path.endswith('.pt')):
+    if not os.path.exists(path) and path not in gpt2.HUB and ('/' not in path and ':' not in path or path.endswith('.pt')):
         raise UserError(f'--models: there is no {path}: train one first, or name a file or folder that is there')
 caches, foreign = formats(), [task for task in wanted if task not in OWN]
 harnessed = harness.Tasks(foreign, include_path, [*OWN, *harness.GROUPS]) if foreign else None
@@ -255,7 +260,7 @@ if len(set(labels.values())) < len(paths):
     labels = {path: path for path in paths}
 
 store = Path(out_dir, 'results.jsonl')
-with datasets.writing(out_dir):
+with writing(out_dir):
     store.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
         store.unlink(missing_ok=True)
@@ -272,7 +277,7 @@ for path in paths:
             about = subject.facts | dict(seconds=round(time.perf_counter() - began, 2), commit=machine.commit(), torch=torch.__version__,
                                          device=machine.describe(device), date=f'{datetime.date.today()}', chunk_size=chunk_size)
             done[key] = dict(key=key, model=path, cache=format_name, task=task) | about | cell
-            with datasets.writing(store):
+            with writing(store):
                 scoreboard.add(store, done[key])
         records.append(done[key] | dict(label=labels[path]))
     del subject
@@ -282,8 +287,8 @@ for record in records:
     if record['dequantised'] == 0 and record['cache'].split()[1:2] in (['int8'], ['int4']):
         print(f"note: {record['label']}, {record['cache']}, {record['task']}: nothing was ever read back from its codes, as all of it lay in the window of "
               'full precision or in one chunk: use a smaller --window and --chunk_size, or longer texts', file=sys.stderr)
-datasets.write_atomically(store.with_suffix('.json'), json.dumps(records, indent=1).encode())
-datasets.write_atomically(store.with_suffix('.csv'), scoreboard.csv(rows).encode())
+write_atomically(store.with_suffix('.json'), json.dumps(records, indent=1).encode())
+write_atomically(store.with_suffix('.csv'), scoreboard.csv(rows).encode())
 footer = scoreboard.footer(records, seed)
 scoreboard.draw(figures, records, store.with_suffix('.png'), footer)
 for task in retrieval.TASKS:

@@ -44,6 +44,7 @@ from pathlib import Path
 
 from nanomla.checkpoints import native as checkpoint
 from nanomla.heads import report as head_report
+from nanomla.core.files import write_text
 from nanomla.heads import ioi as indirect_object
 from nanomla.core import devices as machine
 from nanomla.heads.latents import likeness, plane, shares
@@ -163,7 +164,7 @@ for variant, folder in folders:
     runs.append(dict(name=folder.name) | run | (dict(variant=variant) if variant else {}))
 if study:
     variants = head_report.summary(runs)
-    head_report.write_text(Path(out) / 'study.jsonl', ''.join(json.dumps(line) + '\n' for line in [
+    write_text(Path(out) / 'study.jsonl', ''.join(json.dumps(line) + '\n' for line in [
         dict(event='settings', made=made, **how), *(dict(event='run') | run for run in runs), *(dict(event='variant') | v for v in variants)]))
     for v in variants:
         say('{variant:>12} {kind}: gap score {mean:.3f} ({least:.3f} to {most:.3f}), above 0.5 in {formed} of {seeds} seeds'.format(**v) +

@@ -47,10 +47,13 @@ from pathlib import Path
 import torch
 
 from nanomla.checkpoints import native as checkpoint
-from nanomla.core import token_files as datasets
+from nanomla.checkpoints import load
+from nanomla.core import files
+from nanomla.checkpoints import tokenizer
 from nanomla.core import devices as machine
 from nanomla.inference.cache import Cache
-from nanomla.inference.generate import Teller, serve
+from nanomla.core.tokenizers import Teller
+from nanomla.inference.generate import serve
 
 device = machine.pick_device(device)
 if device.type == 'cpu' and config.apply_on_cpu():
@@ -104,8 +107,8 @@ def read_stops():
 
 
 # ---------------------------------------------------------------------------------------------------
-model, content = checkpoint.load_model(path, dropout=0.0, kernel=kernel)
-meta, codec, begin, ends = datasets.codec_of(content, model.config.vocab_size, path)
+model, content = load.load_model(path, dropout=0.0, kernel=kernel)
+meta, codec, begin, ends = tokenizer.codec_of(content, model.config.vocab_size, path)
 nothing = '' if codec.name == 'hf' else '<|endoftext|>' if ends else '\n'  # what a text without a prompt begins with
 asked, stops, texts = read_prompts(), read_stops(), []
 for text, where in asked:
@@ -181,7 +184,7 @@ def tell_samples():
 def tell_prompts():
     tellers = [Teller(codec.decode_bytes, stops, ends) for _ in texts]
     said, done, next_one = [[] for _ in texts], set(), 0
-    bar = datasets.progress_bar(len(texts), 'prompt') if sys.stderr.isatty() else None
+    bar = files.progress_bar(len(texts), 'prompt') if sys.stderr.isatty() else None
 
     def tell(i, token):
         said[i].append(tellers[i].tell(token))

@@ -111,8 +111,12 @@ import torch
 import torch.distributed as dist
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.core import token_files as datasets
+from nanomla.training import batches
+from nanomla.core import tokenizers
 from nanomla.core import devices as machine
+from nanomla.core import timing
 from nanomla.inference.cache import Cache
 from nanomla.training.trainer import Trainer, check_ranges, rate
 
@@ -161,7 +165,7 @@ elif init_from == 'resume':
     model = checkpoint.build(old, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
     run = SimpleNamespace(step=old['step'], best=old['best_val_loss'], best_step=old['best_step'], seconds=old['seconds'])
 else:
-    model, source = checkpoint.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
+    model, source = load.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
     if 'codec' in source:
         say(f"{init_from} has its own tokenizer.json, {dataset} holds tokens of '{meta['tokenizer']}': unless they are the same, it starts from nonsense")
 if init_from != 'scratch':
@@ -178,8 +182,8 @@ if meta['vocab_size'] > model.config.vocab_size:
 model.float().to(device).train()  # master weights in fp32, whatever the file held
 model.stream = machine.pick_dtype(dtype, device)
 model.check_kernel(device)
-data = datasets.Dataset(datasets.find(dataset), block_size, seed, device, rank, world)
-trainer = Trainer(config, model, data, checkpoint.load_model(teacher, dropout=0.0, kernel=kernel)[0] if teacher else None)
+data = batches.Dataset(datasets.find(dataset), block_size, seed, device, rank, world)
+trainer = Trainer(config, model, data, load.load_model(teacher, dropout=0.0, kernel=kernel)[0] if teacher else None)
 if old:
     trainer.load_state(old)
     old = None
@@ -319,12 +323,12 @@ while not stop:
 signals.ignore()  # a late one must not kill what has ended well
 bar = bar and bar.close()
 if main:
-    memory, halted = machine.peak_memory(device), stop.startswith('stopped')
+    memory, halted = timing.peak_memory(device), stop.startswith('stopped')
     note('end', step=run.step, why=stop, best_val_loss=run.best if run.best_step else None, best_step=run.best_step, seconds=seconds(), train_seconds=round(train_seconds, 3),
          tok_per_s=round(speed), peak_memory=memory)
     if sample_tokens and not halted:
         try:
-            codec = datasets.Tokenizer(meta)
+            codec = tokenizers.Tokenizer(meta)
             room, learned = Cache.of(model.eval(), 1, block_size, static=device.type == 'cuda', kernel='torch'), model.config.pos == 'learned'
             with torch.compiler.set_stance('force_eager'), trainer.averaged():
                 most = min(sample_tokens, block_size) if learned else sample_tokens

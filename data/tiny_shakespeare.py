@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import write_atomically
+from nanomla.core.files import write_atomically
 
 INPUT = Path(__file__).resolve().parent / 'shakespeare_char' / 'input.txt'
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

@@ -16,17 +16,16 @@ pytest.importorskip('peft')
 pytest.importorskip('bitsandbytes')
 pytest.importorskip('rouge_score')
 
-from nanomla.adapters import lora as adapters
 from nanomla.adapters import cell as cells
-from nanomla.checkpoints import hf as deepseek
+from nanomla.checkpoints import export
 from nanomla.adapters import step as finetuning
 from nanomla.adapters import peft_peer
 from nanomla.adapters import report as adapter_table
 from nanomla.inference.cache import Cache
 from nanomla.adapters.cell import KERNELS, Ours, Perceiver, is_causal, to_mla
-from nanomla.core.configurator import UserError, configure
+from nanomla.core.configurator import configure
 from model import GPT, GPTConfig
-from nanomla.adapters.packing import Batch, Rows
+from nanomla.adapters.packing import Rows
 from test_train import exit_code, words
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +172,7 @@ def test_the_peer_goes_through_the_same(kind):
 
 
 def test_the_peer_of_the_same_weights_says_the_same():
-    deepseek.export(llama(), 'folder')
+    export.export(llama(), 'folder')
     s, cpu = settings(block_size=24), torch.device('cpu')
     s.model = 'folder'
     ours, theirs = (kind(s, 'lora', 'sdpa', cpu, torch.float32) for kind in (Ours, peft_peer.Peer))
@@ -321,7 +320,7 @@ def test_the_whole_grid_and_its_resumption_after_a_kill():
 
 @pytest.mark.slow
 def test_a_model_folder_that_is_incomplete_ends_it():
-    deepseek.export(llama(), 'folder')
+    export.export(llama(), 'folder')
     Path('folder/model.safetensors').unlink()
     done = bench('folder', 'c.json', 'out')
     assert done.returncode == 2 and 'folder has no weights' in done.stderr.splitlines()[-1]

@@ -20,11 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.comparison import table as comparison
 from nanomla.comparison import figures as comparison_figures
 from nanomla.core import token_files as dataset
-from nanomla.core import figures
+from nanomla.training import batches
 from nanomla.comparison import runs
+from nanomla.core import files
 from nanomla.core.configurator import UserError
 from test_train import ROOT, TEXT, TINY, exit_code, log, run, series, words
 
@@ -268,7 +270,7 @@ def test_a_comparison_from_end_to_end(capfd):
     best = dict(mha=SETTINGS['learning_rate'], mla=min(tried, key=tried.get))
     assert tried.keys() == {1e-2, 3e-4} and contenders['mla']['tuned'] == dict(learning_rate=best['mla']) and contenders['mla']['at_edge'] and not contenders['mha']['tuned']
     for name in ('mha', 'mla'):
-        model, content = checkpoint.load_model(f'cmp/{name}/seed-2')
+        model, content = load.load_model(f'cmp/{name}/seed-2')
         assert (content['config']['seed'], content['config']['learning_rate']) == (2, best[name]) and checkpoint.kind_of(model) == name
         assert model.num_params() == contenders[name]['params'] and abs(contenders[name]['params_ratio'] - 1) < 0.01
         one = next(line for line in lines if line['contender'] == name and (line['role'], line['seed']) == ('seed', 2))
@@ -317,13 +319,13 @@ def plan(*arguments, **settings):
 
 
 def test_contenders_read_the_same_batches_seed_by_seed(monkeypatch):
-    read, cut = {}, dataset.Dataset.cut
+    read, cut = {}, batches.Dataset.cut
 
     def remember(self, split, starts):
         x, y = cut(self, split, starts)
         read.setdefault((now, split), []).append((starts.tolist(), x.tolist(), y.tolist()))
         return x, y
-    monkeypatch.setattr(dataset.Dataset, 'cut', remember)
+    monkeypatch.setattr(batches.Dataset, 'cut', remember)
     every, prepare, _ = plan(seeds=[1, 2], gradient_accumulation_steps=2)
     for one in every:
         prepare(one)
@@ -606,14 +608,14 @@ def test_two_processes_share_the_runs():
 
 
 def test_a_folder_is_locked_until_its_holder_ends(tmp_path):
-    held = runs.lock(tmp_path / 'run')
-    assert held and runs.lock(tmp_path / 'run') is None
+    held = files.lock(tmp_path / 'run')
+    assert held and files.lock(tmp_path / 'run') is None
     child = subprocess.Popen(['sleep', '60'], pass_fds=[held.fileno()])
     held.close()
-    assert runs.lock(tmp_path / 'run') is None  # its train.py lives on
+    assert files.lock(tmp_path / 'run') is None  # its train.py lives on
     child.kill()
     child.wait()
-    runs.lock(tmp_path / 'run').close()
+    files.lock(tmp_path / 'run').close()
 
 
 def test_why_a_run_failed_is_what_it_said_last(tmp_path):

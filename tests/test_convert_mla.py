@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.core import token_files as datasets
 from nanomla.core.configurator import UserError
-from nanomla.training.trainer import Distilled
+from nanomla.training.distill import Distilled
 
 ROOT = Path(__file__).parent.parent
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
@@ -58,7 +59,7 @@ def test_from_a_run_to_a_healed_model(source, tokens, capsys):
     said = capsys.readouterr().out
     assert '75.00 %' in said and 'the same in int4' in said and 'train.py config/heal_mla.py --init_from=mla --teacher=src' in said
     assert sorted(os.listdir()) == ['mla', 'src', 'text'] and sorted(os.listdir('mla')) == ['ckpt.pt', 'conversion.png']
-    mla, content = checkpoint.load_model('mla')
+    mla, content = load.load_model('mla')
     history = content['conversion']
     assert history['source'] == 'src' and history['settings']['kv_lora_rank'] + mla.config.qk_rope_head_dim == 16 and len(history['layers']) == 2
     table = history['table']
@@ -68,7 +69,7 @@ def test_from_a_run_to_a_healed_model(source, tokens, capsys):
     heal = ('config/heal_mla.py', '--init_from=mla', f'--dataset={content["config"]["dataset"]}', '--max_iters=6', '--batch_size=4', '--warmup_iters=1', '--compile=False',
             '--device=cpu', '--eval_interval=6')
     run('train.py', ROOT / heal[0], *heal[1:], '--teacher=src', '--out_dir=healed', '--train_only=kv_a_proj,kv_b_proj')
-    healed, after = checkpoint.load_model('healed')
+    healed, after = load.load_model('healed')
     assert after['conversion'] == history
     changed = {name for name, p in healed.state_dict().items() if not torch.equal(p, mla.state_dict()[name])}
     assert changed == {f'transformer.h.{n}.attn.{name}.weight' for n in range(2) for name in ('kv_a_proj_with_mqa', 'kv_b_proj')}
@@ -95,9 +96,9 @@ def test_without_text(source, capsys):
 def test_a_foreign_source_keeps_its_tokenizer(source, tmp_path, capsys):
     """A Llama folder with tokenizer.json: calibrated on a text file, sampled from in its words, exported with its tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from nanomla.checkpoints import hf as deepseek
+    from nanomla.checkpoints import export
     model = source(vocab_size=300)
-    deepseek.export(model, 'llama')
+    export.export(model, 'llama')
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tok.train_from_iterator([WORDS], trainers.BpeTrainer(vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
@@ -105,7 +106,7 @@ def test_a_foreign_source_keeps_its_tokenizer(source, tmp_path, capsys):
     Path('book.txt').write_text(WORDS * 30)
     run('convert_mla.py', 'llama', '--out=mla', '--saving=0.5', '--calibration=book.txt', '--export=hf', *QUICK)
     assert {'tokenizer.json', 'ckpt.pt'} <= set(os.listdir('mla')) and 'tokenizer.json' in os.listdir('hf')
-    codec = checkpoint.load_model('mla')[1]['codec']
+    codec = load.load_model('mla')[1]['codec']
     assert codec.decode(codec.encode(WORDS)) == WORDS
     done = subprocess.run([sys.executable, str(ROOT / 'sample.py'), '--init_from=mla', '--device=cpu', '--start=to be', '--num_samples=1', '--max_new_tokens=5'],
                           capture_output=True, text=True)

@@ -14,6 +14,7 @@ import torch
 
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
+from nanomla.core import tokenizers
 from nanomla.core import devices as machine
 from nanomla.evals import scoreboard
 from nanomla.core.configurator import UserError
@@ -36,7 +37,7 @@ def alone(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     folder = tmp_path / 'data' / 'tale'
     with dataset.TokenWriter(folder, len(CHARS)) as files:
-        ids = dataset.Tokenizer(META).encode_array(TALE)
+        ids = tokenizers.Tokenizer(META).encode_array(TALE)
         files.add('train', ids[:900])
         files.add('val', ids[900:])
         files.publish(dict(META))
@@ -92,7 +93,7 @@ def test_models_and_formats_in_one_table(saved, evaluate):
     lines = out.splitlines()
     assert len(lines) == 1 + 2 * 7 and lines[0].split()[:2] == ['model', 'kind']  # none; dense and paged: auto, and int8 with two windows
     assert [line.split()[0] for line in lines[1:]] == ['a'] * 7 + ['b'] * 7 and 'nothing was ever read' not in err
-    ids = dataset.Tokenizer(META).encode(TALE[900:980])
+    ids = tokenizers.Tokenizer(META).encode(TALE[900:980])
     n_bytes = len(TALE[901:980].encode())
     for record in records:
         result = record['result']
@@ -114,7 +115,7 @@ def test_text_files_and_their_bytes(saved, evaluate):
     text = 'éa bé.\n' * 12
     Path('a.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
     _, _, (record,) = evaluate('--models=out', '--data=a.txt', '--stride=24')
-    ids = dataset.Tokenizer(META).encode(text)
+    ids = tokenizers.Tokenizer(META).encode(text)
     assert record['result']['loss'] == pytest.approx(loss_by_hand(model, ids, 24, 24), abs=1e-5)
     assert (record['result']['tokens'], record['result']['bytes']) == (len(text) - 1, len(text.encode()) - 2)  # the first character has two
     _, _, (record,) = evaluate('--models=out', '--data=a.txt', '--max_tokens=30', '--context=7')
@@ -128,7 +129,7 @@ def test_text_files_and_their_bytes(saved, evaluate):
 def test_a_llama_with_its_own_tokenizer(begins, tiny, evaluate):
     """Pieces with a blank in front of each text, as Llama 2 has them: bytes are those of the file."""
     pytest.importorskip('tokenizers')
-    from nanomla.checkpoints import hf as deepseek
+    from nanomla.checkpoints import export
     from tokenizers import Tokenizer, decoders, models, normalizers
     text = 'the theory of tea: thé\n' * 9
     vocab = {'<s>': 0, '</s>': 1, '<unk>': 2} | {f'<0x{b:02X}>': 3 + b for b in range(256)}
@@ -138,7 +139,7 @@ def test_a_llama_with_its_own_tokenizer(begins, tiny, evaluate):
     tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
     tok.add_special_tokens(['<s>', '</s>', '<unk>'])
     model = tiny('mha', pos='rope', norm='rmsnorm', act='swiglu', bias=False, vocab_size=320)
-    deepseek.export(model, 'llama')
+    export.export(model, 'llama')
     tok.save('llama/tokenizer.json')
     Path('llama/tokenizer_config.json').write_text(json.dumps(dict(bos_token='<s>', add_bos_token=begins)))
     Path('a.txt').write_text(text)

@@ -1,8 +1,6 @@
 """find_induction_heads.py and what it needs of train.py: checkpoints kept on the way, texts said twice, files and refusals."""
 import csv
 import json
-import math
-import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +12,8 @@ from hypothesis import strategies as st
 
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
-from nanomla.checkpoints import hf as deepseek
+from nanomla.core import tokenizers
+from nanomla.checkpoints import export
 from nanomla.heads import report as head_report
 from nanomla.heads import patterns
 from nanomla.core.configurator import UserError
@@ -54,7 +53,7 @@ def find(*arguments):
 def test_every_document_says_its_text_twice(shortest, longest, tmp_path, capsys):
     run('data/repeats/prepare.py', ['--documents=200', '--symbols=12', f'--shortest={shortest}', f'--longest={longest}', '--out=two'])
     meta = dataset.read_meta('two')
-    codec, lengths = dataset.Tokenizer(meta), set()
+    codec, lengths = tokenizers.Tokenizer(meta), set()
     assert meta['vocab_size'] == 13 and meta['chars'][0] == '\n' and meta['val_tokens'] < meta['train_tokens']
     texts = codec.decode(np.fromfile('two/train.bin', meta['dtype']).tolist()).split('\n')[1:]
     assert len(texts) == 200 and len(set(texts)) > 190
@@ -115,7 +114,7 @@ def test_attention_alone_cannot_go_elsewhere(tiny):
     model = tiny(mlp=False, pos='rope', norm='rmsnorm', act='swiglu')
     assert not any('mlp' in name or 'ln_2' in name for name, _ in model.named_parameters())
     with pytest.raises(UserError, match='mlp=False'):
-        deepseek.export(model, 'elsewhere')
+        export.export(model, 'elsewhere')
     x = torch.randn(1, 5, 32)
     block, rope = model.transformer.h[0], model.embed(torch.zeros(1, 5, dtype=torch.long))[1]
     torch.testing.assert_close(block(x, rope), x + block.attn(block.ln_1(x), rope))
@@ -193,7 +192,7 @@ def test_other_peoples_models_have_heads_as_well(make, tiny, tmp_path):
         hf_gpt2().save_pretrained('theirs')
     else:
         model = tiny('mla' if make == 'deepseek' else 'mha', norm='rmsnorm', act='swiglu', pos='rope', block_size=64, **(dict(bias=False) if make == 'deepseek' else dict(n_kv_head=2)))
-        deepseek.export(model, 'theirs')
+        export.export(model, 'theirs')
     subject = Subject('theirs')
     assert subject.trained and subject.kind == dict(gpt2='MHA', llama='GQA', deepseek='MLA')[make] and subject.model.stream == torch.float32
     found = head_report.examine(subject, texts=8)
@@ -208,7 +207,7 @@ def test_tokens_are_those_the_data_uses(repeats):
     meta = checkpoint.load('a')['meta']
     assert subject.begin == 0 and subject.usable.tolist() == list(range(1, 65)) and subject.text_of(torch.tensor([0, 1])) == ['\n', meta['chars'][1]]
     assert torch.equal(subject.held, torch.from_numpy(np.fromfile('data/repeats/val.bin', np.uint16).astype(np.int64)))
-    assert subject.encode('AB').tolist() == [0, *dataset.Tokenizer(meta).encode('AB')]
+    assert subject.encode('AB').tolist() == [0, *tokenizers.Tokenizer(meta).encode('AB')]
     content = torch.load('a/ckpt.pt', weights_only=True)
     few = np.tile([0, *range(5, 25)], 30).astype(np.uint16)  # the same vocabulary, of which a part is used
     for split in ('train', 'val'):

@@ -5,6 +5,7 @@ import torch
 
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
+from nanomla.training import batches
 from nanomla.core.configurator import configure
 from nanomla.training.trainer import Trainer
 
@@ -27,7 +28,7 @@ def losses(tmp_path):
         config = configure(dict(__file__='train.py'), f'{TINY} {more}'.split())
         model = checkpoint.new_model(config['attention'], config, config.given, 65).cuda().train()
         model.stream = stream
-        trainer = Trainer(config, model, dataset.Dataset(tmp_path, 32, 1, 'cuda'))
+        trainer = Trainer(config, model, batches.Dataset(tmp_path, 32, 1, 'cuda'))
         return torch.tensor([trainer.update(step).item() for step in range(12)] + [trainer.evaluate()])
     return run
 

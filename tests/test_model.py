@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from nanomla.checkpoints.native import from_pretrained
+from nanomla.checkpoints.gpt2 import from_pretrained
 from nanomla.core.configurator import UserError
 from nanomla.inference.generate import choose
 from model import CHOICES, GPT, GPTConfig, rope_tables

@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.core import configurator
 from nanomla.core import token_files as dataset
+from nanomla.training import batches
 from nanomla.core import figures
 from nanomla.core import devices as machine
 from nanomla.core.configurator import UserError
@@ -252,7 +254,7 @@ def test_a_checkpoint_without_a_log_is_moved_as_well():
 
 @pytest.mark.parametrize('accumulation', [1, 3])
 def test_gpt_and_mla_read_the_same_text(accumulation, monkeypatch):
-    cut, read = dataset.Dataset.cut, {}
+    cut, read = batches.Dataset.cut, {}
     for kind, seed in (('mha', 5), ('mla', 5), ('mha', 6)):
         seen = read[kind, seed] = []
 
@@ -262,7 +264,7 @@ def test_gpt_and_mla_read_the_same_text(accumulation, monkeypatch):
                 seen.append((x.tolist(), y.tolist()))
             return x, y
 
-        monkeypatch.setattr(dataset.Dataset, 'cut', watch)
+        monkeypatch.setattr(batches.Dataset, 'cut', watch)
         train(out_dir=f'{kind}{seed}', seed=seed, max_iters=5, gradient_accumulation_steps=accumulation, **MODELS[kind])
     assert len(read['mha', 5]) == 5 * accumulation
     assert read['mha', 5] == read['mla', 5] != read['mha', 6]
@@ -270,7 +272,7 @@ def test_gpt_and_mla_read_the_same_text(accumulation, monkeypatch):
 
 
 def test_the_loss_of_a_step_is_the_mean_of_its_micro_batches():
-    data = dataset.Dataset('text', 16, seed=1337)
+    data = batches.Dataset('text', 16, seed=1337)
     for accumulation in (1, 3):
         train(out_dir=f'out{accumulation}', gradient_accumulation_steps=accumulation, max_iters=1)
         torch.manual_seed(1337)
@@ -502,7 +504,7 @@ def test_other_models_are_evaluated_and_go_on_where_they_are(source, monkeypatch
         train(out_dir='source', **MODELS['mla'])
     capsys.readouterr()
     settings = {key: value for key, value in TINY.items() if key not in ('n_layer', 'n_head', 'n_embd', 'block_size')} | dict(init_from=init_from)
-    model, _ = checkpoint.load_model(init_from)
+    model, _ = load.load_model(init_from)
     T = model.config.block_size
     evaluate, found = Trainer.evaluate, []
     monkeypatch.setattr(Trainer, 'evaluate', lambda self: found.append(evaluate(self)) or found[-1])
@@ -512,7 +514,7 @@ def test_other_models_are_evaluated_and_go_on_where_they_are(source, monkeypatch
     assert not end.value.code and found == [pytest.approx(by_hand, abs=2e-5)] and not Path('out').exists()
     assert f'val loss {found[0]:.4f} nats' in capsys.readouterr().out
     run('train.py', words(settings | dict(max_iters=3)))
-    x, y = dataset.Dataset('text', T, seed=1337).train_batch(0, 0, 4)
+    x, y = batches.Dataset('text', T, seed=1337).train_batch(0, 0, 4)
     assert losses()[1] == pytest.approx(model.eval()(x, y).item(), abs=2e-5)  # dropout is this run's, 0.0
     assert log()[0]['kind'] == kind and log()[0]['config']['block_size'] == T and checkpoint.load('out')['model_args']['block_size'] == T
 
@@ -530,7 +532,7 @@ def test_a_model_may_go_on_with_shorter_blocks():
 @every_kind
 def test_an_evaluation_scores_the_whole_split_once(kind):
     train(eval_iters=10 ** 6, max_iters=4, **MODELS[kind])
-    model, _ = checkpoint.load_model('out')
+    model, _ = load.load_model('out')
     assert val_losses()[4] == pytest.approx(loss_by_hand(model, val_tokens(), 16), abs=1e-6)
 
 

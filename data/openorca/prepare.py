@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.token_files import write_atomically
+from nanomla.core.files import write_atomically
 from nanomla.adapters.instructions import KEYS, checked, examples
 
 dataset = 'Open-Orca/OpenOrca'  # its name on huggingface.co

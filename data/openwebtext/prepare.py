@@ -25,7 +25,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.token_files import Tokenizer, TokenWriter, in_order, progress_bar, summary, write_atomically
+from nanomla.core.tokenizers import Tokenizer
+from nanomla.core.token_files import TokenWriter, in_order, summary
+from nanomla.core.files import progress_bar, write_atomically
 
 dataset = 'Skylion007/openwebtext'  # its name on huggingface.co
 input = ''             # instead: local .jsonl, .parquet or .txt files (each line a document); * stands for several

@@ -25,7 +25,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.token_files import Tokenizer, TokenWriter, in_order, progress_bar, summary, val_begin, writing
+from nanomla.core.tokenizers import Tokenizer
+from nanomla.core.token_files import TokenWriter, in_order, summary, val_begin
+from nanomla.core.files import progress_bar, writing
 
 tokenizer = 'char'  # char (the characters of the text), bytes (any file) or gpt2 (50,257 tokens, needs tiktoken)
 out = ''            # the folder of the dataset ('' = data/text, which is --dataset=text in train.py)

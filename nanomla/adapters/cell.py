@@ -8,8 +8,7 @@ import gc
 import math
 import re
 import statistics
-import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -20,14 +19,20 @@ import torch.nn.functional as F
 from nanomla.adapters import lora as adapters
 from nanomla.adapters import metrics as answers
 from nanomla.checkpoints import hf as deepseek
+from nanomla.checkpoints import hub
 from nanomla.adapters import step as finetuning
 from nanomla.adapters import instructions
 from nanomla.core import devices as machine
+from nanomla.core import timing
 from nanomla.inference.cache import Cache
 from nanomla.core.configurator import UserError
 from nanomla.adapters.step import NotHere
 from nanomla.adapters.packing import Rows
 from nanomla.adapters.peft_peer import PEER_KERNELS, Peer
+from nanomla.core.timing import Clock
+from nanomla.core.timing import matmul_rate
+from nanomla.core.timing import phase
+from nanomla.core.timing import tidy
 
 KERNELS = {  # what a cell may ask for -> the kernel of the attention modules
     'eager': 'eager', 'sdpa': 'sdpa', 'flash': 'flash', 'cudnn': 'cudnn', 'flex': 'flex',
@@ -168,62 +173,6 @@ def is_causal(model, device):
 # ---------------------------------------------------------------------------------------------------
 # measuring
 
-class Clock:
-    """Seconds of each step, by CUDA events on a GPU: `tick` between two steps, nothing waits until `seconds`."""
-
-    def __init__(self, device):
-        self.cuda, self.ticks = device.type == 'cuda', []
-        self.tick()
-
-    def tick(self):
-        if self.cuda:
-            self.ticks.append(torch.cuda.Event(enable_timing=True))
-            self.ticks[-1].record()
-        else:
-            self.ticks.append(time.perf_counter())
-
-    def seconds(self):
-        if not self.cuda:
-            return [b - a for a, b in zip(self.ticks, self.ticks[1:])]
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(self.ticks, self.ticks[1:])]
-
-
-def tidy(device):
-    """
-    Nothing of an earlier phase is left on the GPU, and of cuBLAS not its workspaces (32 MiB for every stream it ever met, those of recorded
-    decoding among them), which a recording that still lives would miss. Not between two timed steps: allocating anew takes time.
-    """
-    if device.type == 'cuda':
-        gc.collect()
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def phase(name, memory, device, clean=True):
-    """Notes in `memory` the most bytes allocated and reserved meanwhile (on a CPU: resident in the process so far)."""
-    if clean:
-        tidy(device)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-    yield
-    machine.synchronize(device)
-    peak = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)] if device.type == 'cuda' else [machine.peak_memory(device)] * 2
-    memory[name] = [max(a, b) for a, b in zip(peak, memory.get(name, (0, 0)))]
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product of random numbers."""
-    n, times = (8192, 20) if device.type == 'cuda' else (512, 3)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    clock = Clock(device)
-    for _ in range(times):
-        a @ b
-    clock.tick()
-    return 2 * n ** 3 * times / sum(clock.seconds())
-
 
 def data_of(s, tokenizer, vocab_size, folder, kernel=''):
     """Training rows, validation rows, the validation examples and their Encoder; examples are None for random tokens."""
@@ -257,7 +206,7 @@ def measure(s, kind, kernel, peer, folder, trace, tell=lambda text: None):
                 rows = calibration_rows(s, folder, device)
             cell = (Peer if peer else Ours)(s, kind, kernel, device, stream, rows)
         if peer and not s.model.startswith('random:'):
-            cell.tokenizer = deepseek.tokenizer_of(find := deepseek.finder(s.model), deepseek.read_json(find('config.json')))
+            cell.tokenizer = deepseek.tokenizer_of(find := hub.finder(s.model), hub.read_json(find('config.json')))
         train, val, texts, encoder = data_of(s, cell.tokenizer, cell.model.config.vocab_size, folder, '' if peer else kernel)
         cell.set_up(documents=train.isolated)
         per_seed.append(one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell))
@@ -278,8 +227,8 @@ def measure(s, kind, kernel, peer, folder, trace, tell=lambda text: None):
 
 def calibration_rows(s, folder, device):
     """Training text in whole rows, for converting."""
-    find = None if s.model.startswith('random:') else deepseek.finder(s.model)
-    shape = deepseek.read_json(find('config.json')) if find else deepseek.SHAPES[s.model.removeprefix('random:')]
+    find = None if s.model.startswith('random:') else hub.finder(s.model)
+    shape = hub.read_json(find('config.json')) if find else deepseek.SHAPES[s.model.removeprefix('random:')]
     train, *_ = data_of(s, deepseek.tokenizer_of(find, shape) if find else None, shape['vocab_size'], folder)
     whole = Rows(train.documents, s.block_size, packed=True, isolated=False)
     return whole.batch(range(min(16, len(whole.rows))), device).idx
@@ -382,7 +331,7 @@ def profile(s, cell, train, trace, device, kernel):
     batch = train.batch(next(train.train_batches(0, s.batch_size)), device)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
         tuner.step([batch])
-        machine.synchronize(device)
+        timing.synchronize(device)
     Path(trace).parent.mkdir(parents=True, exist_ok=True)
     seen.export_chrome_trace(str(trace))
     events = seen.key_averages()

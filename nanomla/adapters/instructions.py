@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import DATA, Tokenizer
+from nanomla.core.token_files import DATA
+from nanomla.core.tokenizers import Tokenizer
 
 TEMPLATES = ('marked', 'joined')
 KEYS = ('system', 'question', 'response')

@@ -4,7 +4,7 @@ import json
 import os
 
 from nanomla.core import figures
-from nanomla.core.token_files import write_atomically, writing
+from nanomla.core.files import write_atomically, writing
 
 COLUMNS = (  # heading, of a row, format
     ('train tok/s', 'train_tok_per_s', ',.0f'), ('× peer', 'speedup', '.2f'), ('% of limit', 'percent_of_limit', '.0f'), ('step ms', 'step_ms', '.1f'),

@@ -78,7 +78,8 @@ class HeadLoss(torch.autograd.Function):
 def softmax_minus_onehot(logits, targets, gradient):
     """Cross-entropy summed over targets >= 0, in fp32; with `gradient` the logits (N, V) become softmax - onehot, 0 where the target is -1."""
     if logits.is_cuda:
-        from nanomla.training.kernels import RUNS_ON, softmax_rows
+        from nanomla.core.triton_support import RUNS_ON
+        from nanomla.training.kernels import softmax_rows
         if 'cuda' in RUNS_ON:
             return softmax_rows(logits, targets.contiguous(), gradient)[0].sum()
     x, counts, at = logits.float(), targets >= 0, targets.clamp(min=0)[:, None]
@@ -140,7 +141,7 @@ class SwigluMLP(MLP):
 
 def fuse_swiglu(mlp):
     """Makes `mlp` a SwigluMLP where it can be one and it pays."""
-    from nanomla.training.kernels import RUNS_ON
+    from nanomla.core.triton_support import RUNS_ON
     down = getattr(mlp, 'c_proj', None)
     if type(mlp) is MLP and mlp.act == 'swiglu' and type(down) is Linear and down.weight.requires_grad and down.bias is None and down.weight.device.type in RUNS_ON:
         mlp.__class__ = SwigluMLP
@@ -209,7 +210,7 @@ def set_up(model, recompute='none', save_width=1.0, spared_layers=0, compile=Fal
 
 def runs_here(params):
     """Whether all of `params` are in half precision, where Triton runs."""
-    from nanomla.training.kernels import RUNS_ON
+    from nanomla.core.triton_support import RUNS_ON
     return all(p.dtype in (torch.bfloat16, torch.float16) and p.is_contiguous() and p.device.type in RUNS_ON for p in params)
 
 

@@ -27,10 +27,13 @@ import torch.nn.functional as F
 
 from nanomla.inference import attention_kernel as decode_kernels
 from nanomla.core import devices as machine
-from nanomla.inference.cache import BITS, FULL, Cache, dequantise, group_of, quantise
+from nanomla.core import timing
+from nanomla.inference.quantize import BITS, FULL, dequantise, group_of, quantise
+from nanomla.inference.cache import Cache
 from nanomla.core.configurator import UserError
 from nanomla.inference.backends import flex_blocks
-from nanomla.benchmarks.decode import attempt, numbers, read_shape, release, spread
+from nanomla.core.timing import attempt, release, spread
+from nanomla.benchmarks.decode import numbers, read_shape
 
 COLD_BYTES = 4 * 60e6  # of inputs in rotation on a GPU: four times the L2 of an H200
 TOLERANCE = 0.05       # largest error of a result in bf16 storage, as a share of the reference's largest value
@@ -208,7 +211,7 @@ def copy_bandwidth(device, repeats):
     on_gpu = device.type == 'cuda'
     source, calls = torch.ones(2 ** 30 if on_gpu else 2 ** 26, dtype=torch.uint8, device=device), 10 if on_gpu else 1
     target = torch.empty_like(source)
-    times = [machine.seconds(device, lambda: [target.copy_(source) for _ in range(calls)]) / calls for _ in range(WARMUP + repeats)]
+    times = [timing.seconds(device, lambda: [target.copy_(source) for _ in range(calls)]) / calls for _ in range(WARMUP + repeats)]
     return 2 * source.nbytes / statistics.median(times[WARMUP:])
 
 
@@ -242,9 +245,9 @@ def time_candidate(candidate, inputs, plan):
         def one_round():
             for call in calls:
                 call()
-    one = [machine.seconds(plan.device, one_round) for _ in range(WARMUP)][-1]
+    one = [timing.seconds(plan.device, one_round) for _ in range(WARMUP)][-1]
     steps = max(1, min(plan.steps, int(LONGEST / one)))
-    times = [machine.seconds(plan.device, lambda: [one_round() for _ in range(steps)]) / (steps * len(calls)) for _ in range(plan.repeats)]
+    times = [timing.seconds(plan.device, lambda: [one_round() for _ in range(steps)]) / (steps * len(calls)) for _ in range(plan.repeats)]
     return spread('kernel_us', times, 1e6) | dict(error=error, timed_steps=steps)
 
 

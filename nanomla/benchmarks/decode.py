@@ -6,12 +6,7 @@ A cell is a model, a cache, its dtype, a batch and a context. Its sequences hold
 timed step is over: their prompts are as much shorter as tokens are decoded. Prefill is timed on all of context.
 A cell that does not fit is a row with its reason.
 """
-import csv
-import gc
-import io
-import json
 import math
-import os
 import random
 import statistics
 import time
@@ -20,97 +15,22 @@ from pathlib import Path
 import torch
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
+from nanomla.checkpoints import gpt2
 from nanomla.core import devices as machine
-from nanomla.inference.cache import BITS, FULL, LAYOUTS, NEVER_QUANTISED, PAGE_SIZES, Cache, group_of
+from nanomla.core import timing
+from nanomla.inference.quantize import BITS, FULL, NEVER_QUANTISED, group_of
+from nanomla.inference.cache import Cache, LAYOUTS, PAGE_SIZES
 from nanomla.core.configurator import UserError
+from nanomla.core.timing import attempt
+from nanomla.core.timing import peaks
+from nanomla.core.timing import release
+from nanomla.core.timing import spread
+from nanomla.core.timing import watch_memory
 
 PREFILL_TOKENS = 32768  # in one pass, where --prefill_chunk does not say it: the mask of a pass is T x N a sequence
 UNCACHED_STEPS = 1  # between two looks at the clock: each is a whole forward pass
 KEYS = ('what', 'model', 'shape', 'cache', 'cache_dtype', 'page_size', 'batch', 'context', 'prompt_tokens', 'new_tokens', 'against', 'candidate', 'device')
-
-
-class Rows(list):
-    """
-    The rows (dicts) of a measurement, in FOLDER/NAME.jsonl and .csv, which are whole after every row. With `keep`
-    it begins with the rows that are there. `facts` are part of every row. UserError where it cannot write.
-    """
-
-    def __init__(self, folder, name, facts, keep=False):
-        self.folder, self.name, self.facts = Path(folder), name, facts
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'--out_dir={folder} cannot be made: {error.strerror}') from None
-        if keep and (file := self.folder / f'{name}.jsonl').exists():
-            try:
-                super().__init__(json.loads(line) for line in file.read_text().splitlines())
-            except ValueError:
-                raise UserError(f'--keep=True: {file} holds no rows of JSON: name another --out_dir') from None
-
-    def add(self, **row):
-        self.append(self.facts | row)
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(dict.fromkeys(key for row in self for key in row)))
-        writer.writeheader()
-        writer.writerows(self)
-        for ending, text in (('jsonl', ''.join(json.dumps(row) + '\n' for row in self)), ('csv', table.getvalue())):
-            file = self.folder / f'{self.name}.{ending}'
-            partial = file.with_name(file.name + '.partial')
-            try:
-                partial.write_text(text)
-                os.replace(partial, file)
-            except OSError as error:
-                raise UserError(f'cannot write {file}: {error.strerror}') from None
-        return self[-1]
-
-    def find(self, **key):
-        """The first row that says all of `key`, or None."""
-        return next((row for row in self if all(row.get(name) == value for name, value in key.items())), None)
-
-
-def spread(name, times, scale=1.0):
-    """{name, name_least, name_most}: the median, least and most of `times`, times `scale`."""
-    return {name: statistics.median(times) * scale, f'{name}_least': min(times) * scale, f'{name}_most': max(times) * scale}
-
-
-def attempt(run, device):
-    """run() with reason='', or only the reason why it cannot be: no memory, or a UserError."""
-    try:
-        return run() | dict(reason='')
-    except UserError as error:
-        reason = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'memory' not in str(error):
-            raise
-        reason = 'out of memory: ' + (' '.join(str(error).split('. GPU')[0].rpartition('DefaultCPUAllocator: ')[2].split())[:120] or 'MemoryError')
-    release(device)  # not while the error still holds its frames, and these their tensors
-    return dict(reason=reason)
-
-
-def release(device):
-    """Memory that nobody holds goes back to the card."""
-    if device.type == 'cuda':
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def watch_memory(device):
-    """From here on peaks are counted anew. Returns the bytes in use now (0 on a CPU)."""
-    release(device)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path('/proc/self/clear_refs').write_text('5')  # Linux: the peak of resident memory
-    except OSError:
-        pass
-    return 0
-
-
-def peaks(device):
-    """Most bytes since watch_memory: in tensors (on a CPU: resident in the process), and taken from the card (None on a CPU)."""
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == 'cuda' else None
-    return dict(peak_allocated=machine.peak_memory(device), peak_reserved=reserved)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -194,7 +114,7 @@ class Plan:
         """(kind, settings) of one of --models, or None for a checkpoint."""
         head, _, widths = name.partition(':')
         if head not in ('mha', 'gqa', 'mqa', 'mla'):
-            if head in checkpoint.HUB or Path(name).exists() or name.startswith('random:'):
+            if head in gpt2.HUB or Path(name).exists() or name.startswith('random:'):
                 return None
             raise UserError(f"--models={self.config['models']}: '{name}' is not known: use mha, gqa (or gqa:4 for 4 key/value heads), mqa, mla (or mla:256+32 "
                             'for a latent of 256 and a rotated key of 32), or a checkpoint file or folder')
@@ -225,7 +145,7 @@ class Plan:
         """
         config, described = self.config, self.describe(name)
         if described is None:
-            model, _ = checkpoint.load_model(name, dropout=0.0)
+            model, _ = load.load_model(name, dropout=0.0)
         else:
             kind, changed = described
             settings = dict(config) | changed | dict(dropout=0.0)
@@ -275,7 +195,7 @@ def timed_tokens(tokens, device, warmup, steps, repeats):
         next(tokens)
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
-    return [machine.seconds(device, lambda: [next(tokens) for _ in range(steps)]) / steps for _ in range(repeats)]
+    return [timing.seconds(device, lambda: [next(tokens) for _ in range(steps)]) / steps for _ in range(repeats)]
 
 
 @torch.no_grad()
@@ -309,7 +229,7 @@ def cell(plan, model, cache, dtype, batch, context):
     for i in range(1 + plan.repeats):
         for slot in range(batch if held else 0):
             held.free(slot)
-        times.append(machine.seconds(device, prefill))
+        times.append(timing.seconds(device, prefill))
     times = times[1:]
     row |= dict(prefill_tok_per_s=batch * context / statistics.median(times), prefill_chunk=chunk) | spread('prefill_ms', times, 1e3)
     for slot in range(batch if held else 0):

@@ -6,10 +6,11 @@ import statistics
 
 import torch
 
-from nanomla.core import devices as machine
+from nanomla.core import timing
 from nanomla.benchmarks import peers
 from nanomla.core.configurator import UserError
-from nanomla.benchmarks.decode import attempt, peaks, release, shape_of, spread, watch_memory
+from nanomla.core.timing import attempt, peaks, release, spread, watch_memory
+from nanomla.benchmarks.decode import shape_of
 
 
 def ratio(theirs, ours):
@@ -31,7 +32,7 @@ def texts(plan, rows, tell=print):
             def whole():
                 assert run(idx, theirs_n).shape == (batch, prompt + theirs_n)
             run(idx, min(8, theirs_n))
-            theirs[who, batch] = [machine.seconds(device, whole) / theirs_n for _ in range(config['peer_repeats'])]
+            theirs[who, batch] = [timing.seconds(device, whole) / theirs_n for _ in range(config['peer_repeats'])]
             row = rows.add(what='text', model=who, batch=batch, prompt_tokens=prompt, new_tokens=theirs_n, repeats=config['peer_repeats'], sampling=peers.SAMPLING[who],
                            tok_per_s=batch / statistics.median(theirs[who, batch]), reason='', **spread('step_us', theirs[who, batch], 1e6))
             tell(text_line(row))
@@ -52,7 +53,7 @@ def texts(plan, rows, tell=print):
                             for slot in range(batch):
                                 held.free(slot)
                             tokens = model.generate(idx, n, vocab_size=config['vocabulary'], cache=held, **peers.SAMPLING[who])
-                            times.append(machine.seconds(device, lambda: torch.stack(list(tokens), dim=1)) / n)
+                            times.append(timing.seconds(device, lambda: torch.stack(list(tokens), dim=1)) / n)
                         return (dict(tok_per_s=batch / statistics.median(times[1:])) | spread('step_us', times[1:], 1e6) | ratio(seconds, times[1:]) | peaks(device))
                     row = rows.add(what='text', model=name, shape=shape_of(model), cache=cache, cache_dtype=dtype, batch=batch, prompt_tokens=prompt, new_tokens=n,
                                    repeats=plan.repeats, sampling=peers.SAMPLING[who], against=who, **attempt(ours, device))

@@ -9,9 +9,7 @@ a temporary name, synced and renamed, and read with weights_only=True, which run
 nanoGPT's ckpt.pt loads as it is.
 """
 import errno
-import json
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from model import GPT
 from model_mla import GPT_MLA
 
 MODELS = dict(mha=GPT, mla=GPT_MLA)
-HUB = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 DERIVED = ('n_kv_head', 'head_dim', 'n_inner', 'qk_nope_head_dim', 'v_head_dim')  # settings of which 0 leaves the value to the model
 
 
@@ -173,94 +170,4 @@ def kind_in(folder):
 # ---------------------------------------------------------------------------------------------------
 # OpenAI's GPT-2
 
-def from_pretrained(name, **changes):
-    """
-    GPT with OpenAI's weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl' from the Hugging Face
-    hub, or a local folder in that layout (config.json and model.safetensors or pytorch_model.bin).
-    """
-    shape, state = read_gpt2(name)
-    try:
-        config = GPT.Config(block_size=shape['n_positions'], vocab_size=shape['vocab_size'], n_layer=shape['n_layer'],
-                            n_head=shape['n_head'], n_embd=shape['n_embd'], n_inner=shape.get('n_inner') or 0,
-                            norm_eps=shape['layer_norm_epsilon'], act='gelu_tanh', bias=True, **changes)
-        model = GPT(config)
-        state = {k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v for k, v in state.items()}
-        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}  # causal masks
-        for key in state:
-            if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-                state[key] = state[key].t()  # GPT-2 keeps (in, out)
-        state['lm_head.weight'] = state['transformer.wte.weight']
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f'{name} is not a GPT-2 checkpoint: {" ".join(str(error).split())[:160]}') from None
-    return model
 
-
-def read_gpt2(name):
-    """config.json as a dict and the weights as a dict of tensors, from the hub or from a folder."""
-    def find(file):
-        if Path(name).is_dir():
-            return Path(name, file) if Path(name, file).exists() else None
-        try:
-            from huggingface_hub import hf_hub_download
-            return hf_hub_download(f'openai-community/{name}', file)
-        except ImportError:
-            raise UserError(f"'{name}' comes from the Hugging Face hub: pip install huggingface_hub") from None
-        except Exception as error:  # the hub's errors come in many classes
-            raise UserError(f"cannot get {file} of '{name}' from the Hugging Face hub ({type(error).__name__}): "
-                            'connect to the network, or name a local folder that has it') from None
-
-    config = find('config.json')
-    if config is None:
-        raise UserError(f'{name} has no config.json: it is not a GPT-2 folder of the Hugging Face layout')
-    try:
-        shape = dict(json.loads(Path(config).read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f'{config} cannot be read: it is damaged or no JSON') from None
-    if shape.get('model_type') != 'gpt2' or shape.get('activation_function', 'gelu_new') != 'gelu_new':
-        raise UserError(f"{name} is a model of type '{shape.get('model_type')}' with activation "
-                        f"'{shape.get('activation_function')}', not a GPT-2")
-    try:
-        from safetensors.torch import load_file
-        weights = find('model.safetensors')
-    except ImportError:
-        weights = None
-    if weights is None:
-        weights, load_file = find('pytorch_model.bin'), lambda path: torch.load(path, map_location='cpu', weights_only=True)
-    if weights is None:
-        raise UserError(f'{name} has no weights that can be read: pytorch_model.bin, or model.safetensors with `pip install safetensors`')
-    try:
-        return shape, dict(load_file(weights))
-    except Exception:  # damaged, foreign and malicious files fail in many ways
-        raise UserError(f'{weights} cannot be read: it is damaged, or holds code, which is never run') from None
-
-
-def is_gpt2(folder):
-    """Whether a folder's config.json names GPT-2 (or nothing that can be read, for from_pretrained to tell)."""
-    try:
-        return json.loads((folder / 'config.json').read_text()).get('model_type') == 'gpt2'
-    except (OSError, ValueError, AttributeError):
-        return (folder / 'config.json').exists()
-
-
-def load_model(init_from, **changes):
-    """
-    A model and its checkpoint dict, from a file or a folder with ckpt.pt, 'gpt2*', a folder of the Hugging Face
-    layout (GPT-2, Llama, dense DeepSeek-V3), a name on its hub (organisation/model) or 'random:NAME'.
-    Of a foreign model the dict holds its tokenizer as 'codec', where it has one, and nothing else. A tokenizer.json beside a
-    ckpt.pt is its codec.
-    """
-    init_from, path = str(init_from), Path(init_from)
-    if init_from in HUB or is_gpt2(path):
-        return from_pretrained(init_from, **changes), {}
-    if (path / 'config.json').exists() or init_from.startswith('random:') or (
-            re.fullmatch(r'[\w-]+/[\w.-]+', init_from) and path.suffix != '.pt' and not path.exists() and not path.parent.exists()):
-        from nanomla.checkpoints import hf as deepseek  # late: few models need it
-        model, codec = deepseek.load(init_from, **changes)
-        return model, dict(codec=codec) if codec else {}
-    content = load(init_from)
-    folder = Path(content['path']).parent
-    if (folder / 'tokenizer.json').exists():  # of a foreign model, which was converted or trained on
-        from nanomla.checkpoints import hf as deepseek
-        content['codec'] = deepseek.tokenizer_of(deepseek.finder(str(folder)), content.get('meta') or {})
-    return build(content, **changes), content

@@ -64,6 +64,7 @@ import torch
 
 from nanomla.conversion import calibration
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.conversion import convert as conversion
 from nanomla.core import devices as machine
 from nanomla.comparison import runs
@@ -165,7 +166,7 @@ def figures_of(model, cache=''):
 
 
 def load(path):
-    return checkpoint.load_model(path)[0].to(device).eval()
+    return load.load_model(path)[0].to(device).eval()
 
 
 def study(kind, seed):

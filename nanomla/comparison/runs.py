@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanomla.core.configurator import UserError
+from nanomla.core.files import lock
+from nanomla.core.files import write
 
 HERE = Path(__file__).resolve().parents[2]
 PROMPT = '$ python train.py '
@@ -113,33 +115,6 @@ def writing(path):
         yield
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror or error}') from None
-
-
-def write(path, text):
-    """All of `text` to `path`, whose folders are made, or nothing."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, path)
-
-
-def lock(folder, wait=False):
-    """A file that keeps everybody else out of `folder` while it is open (by this process or one that inherits it); None when somebody has it."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / 'lock', 'a')
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody else may look
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return file
-    except BlockingIOError:
-        file.close()
-    except OSError as error:
-        raise UserError(f'{folder} is on a file system without locks ({error.strerror}): name an --out_dir on another one') from None
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nanomla.core import token_files as datasets
+from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
 
 
@@ -88,7 +89,7 @@ def tokens_of(name, content, vocab_size):
     if Path(name).is_file():
         if codec is None and not meta and vocab_size not in (50257, 50304):
             raise UserError(f'calibration={name}: the model does not say what its {vocab_size} tokens are; name a dataset of them')
-        codec = codec or datasets.Tokenizer(meta or dict(tokenizer='gpt2'))
+        codec = codec or tokenizers.Tokenizer(meta or dict(tokenizer='gpt2'))
         try:
             raw = Path(name).read_bytes()
             ids = codec.encode_array(raw) if codec.name == 'bytes' else codec.encode(raw.decode('utf-8-sig'))

@@ -16,214 +16,31 @@ Legend: H query heads, K kv heads, G = H / K, D the source's head dim, F = D / 2
 complex number: RoPE multiplies it by exp(i θ_j t), which commutes with every complex mixture of pairs of frequency j.
 """
 import torch
-import torch.nn as nn
 
 from nanomla.core.configurator import UserError
 from model import GPT
 from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
+from nanomla.conversion.low_rank import SMALL
+from nanomla.conversion.low_rank import factor
+from nanomla.conversion.low_rank import kept_energy
+from nanomla.conversion.low_rank import latent_factors
+from nanomla.conversion.rope_pairs import own_pairs
+from nanomla.conversion.low_rank import root_of
+from nanomla.conversion.low_rank import share_out
+from nanomla.conversion.rope_pairs import shared_components
+from nanomla.conversion.rope_pairs import with_own_pairs
+from nanomla.conversion.rope_pairs import with_shared_components
 
 ROPES, HEADS = ('high', 'low', 'uniform', '2-norm', 'turn'), ('own', 'shared')
 LOW_RANKS, RANKS = ('split', 'joint', 'calibrated', 'balanced'), ('equal', 'spectrum')
-SMALL = 1024  # matrices up to this width are decomposed wholly and in float64 on a CPU
 
 
 # ---------------------------------------------------------------------------------------------------
 # which pairs keep RoPE
 
-def some_of(n, p, rope):
-    """p of n frequencies in order, 0 being the fastest (MHA2MLA, section 3.1)."""
-    return dict(high=range(p), low=range(n - p, n), uniform=[i * n // p for i in range(p)])[rope]
-
-
-def turning(c, rope):
-    """
-    How much each of the F frequencies counts beside the power of its pairs. 2-norm: all the same. turn: by what becomes of a
-    pair that turns no more, the mean of 1 - cos(θ t) over a block; the slow ones hardly turn, and lose nothing without RoPE.
-    """
-    if rope == '2-norm':
-        return torch.ones(c.head_dim // 2, dtype=torch.float64)
-    theta = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim) / c.rope_scaling
-    return (1 - (torch.arange(c.block_size)[:, None] * theta).cos()).mean(0)
-
-
-def own_pairs(c, moments, p, rope):
-    """For each layer the p pairs of each kv head that keep RoPE, (K, p) in order. 2-norm: those of the largest mean |q| · mean |k|."""
-    if rope in ('high', 'low', 'uniform') or p == c.head_dim // 2:
-        return [torch.tensor([list(some_of(c.head_dim // 2, p, 'high' if rope not in ('low', 'uniform') else rope))] * c.n_kv_head, dtype=torch.long)] * c.n_layer
-    return [(m.k_norms * m.q_norms.unflatten(0, (c.n_kv_head, -1)).sum(1) * turning(c, rope).to(m.k_norms)).topk(p).indices.sort().values for m in moments]
-
-
-def with_own_pairs(q, k, pairs):
-    """
-    q (H, D, C̃), k (K, D, C̃), pairs (K, p) -> q_nope (H, N, C̃), q_pe (H, P, C̃), k_nope (K, N, C̃), k_pe (P, C̃) and
-    the frequency of each of the P / 2 = K p pairs of k_pe. A query is zero in the slots of other heads.
-    """
-    K, p = pairs.shape
-    group = torch.arange(len(q), device=q.device) // (len(q) // K)
-    kept = torch.zeros(K, q.size(1) // 2, dtype=torch.bool, device=q.device).scatter(1, pairs, True)
-    rest = (~kept).nonzero()[:, 1].view(K, -1)
-    q, k = paired(q), paired(k)
-    heads = torch.arange(len(q), device=q.device)[:, None]
-    q_pe = q.new_zeros(len(q), K, p, q.size(-1))
-    q_pe[heads[:, 0], group] = q[heads, pairs[group]]
-    own = torch.arange(K, device=q.device)[:, None]
-    return (unpaired(q[heads, rest[group]]), unpaired(q_pe.flatten(1, 2)), unpaired(k[own, rest]),
-            unpaired(k[own, pairs].flatten(0, 1)), pairs.flatten())
-
-
-def paired(w):
-    """(..., 2n, C̃) -> (..., n, C̃) complex."""
-    return torch.complex(*w.chunk(2, dim=-2))
-
-
-def unpaired(z):
-    return torch.cat([z.real, z.imag], dim=-2)
-
-
-def upright(vectors):
-    """
-    Eigenvectors (n, r), each turned so that its largest entry is real and positive. Any sign or phase would do, and each device has
-    its own, but the channels of a latent share groups of a quantised cache, whose rounding depends on them.
-    """
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * (largest.conj() / largest.abs())
-
-
-def principal_components(q, k, cov, fold, real):
-    """
-    The kv heads' pairs of one frequency (or of `fold` neighbouring ones, taken for one: FreqFold) as principal components of
-    the keys, each pair weighed by the power of the queries that it meets. RoRoPE (TransMLA, section 4.2) turns heads by
-    real rotations; complex ones find all that commutes with RoPE. Yields for each run of frequencies
-    js (f,), power (K f,) falling, there (m, K f) and back (K f, m): component = there · pairs, pairs = back · components.
-    """
-    zq, zk, seen_q, seen_k = (paired(w) for w in (q, k, *((q, k) if cov is None else (q @ cov, k @ cov))))
-    for js in torch.arange(zk.size(1), device=k.device).split(fold):
-        cov_z = seen_k[:, js].flatten(0, 1) @ zk[:, js].flatten(0, 1).mH
-        power = (seen_q[:, js] * zq[:, js].conj()).sum(-1).real
-        weight = power.unflatten(0, (len(k), -1)).sum(1).flatten()
-        weight = (weight + 1e-6 * weight.mean() + 1e-30).sqrt()
-        values, vectors = torch.linalg.eigh(
-            weight[:, None] * (cov_z.real if real else cov_z) * weight)
-        values, vectors = values.flip(0), upright(vectors.flip(1)).to(cov_z.dtype)
-        yield js, values.clamp(min=0), vectors.mH * weight, vectors / weight[:, None]
-
-
-def shared_components(c, layers, covs, p, rope, fold, real):
-    """
-    The p components that keep RoPE, the same of all layers (so that one table of frequencies serves them): a list of
-    (run, m). 2-norm and turn: by their power, as a share of the layer's; otherwise the first ones of some runs, then the second ones ...
-    """
-    runs = [list(principal_components(q, k, cov, fold, real)) for (q, k, _), cov in zip(layers, covs)]
-    if rope in ('2-norm', 'turn'):
-        counts = turning(c, rope).split(fold)
-        share = sum(torch.nn.utils.rnn.pad_sequence([values.cpu() * count.mean() for (_, values, *_), count in zip(run, counts)], batch_first=True)
-                    / sum(values.sum().item() for _, values, *_ in run) for run in runs)
-        chosen = [divmod(i, share.size(1)) for i in share.flatten().topk(p).indices.tolist()]
-    else:
-        chosen, m = [], 0
-        while len(chosen) < p:
-            with_m = [r for r, (_, values, *_) in enumerate(runs[0]) if len(values) > m]
-            chosen += [(with_m[i], m) for i in some_of(len(with_m), min(p - len(chosen), len(with_m)), rope)]
-            m += 1
-    return runs, sorted(chosen, key=lambda run_m: (run_m[1], run_m[0]))
-
-
-def with_shared_components(q, k, runs, chosen):
-    """As with_own_pairs, but k_pe holds the chosen components, and N = D: k_nope is what they leave of the keys, q_nope the query as it was."""
-    zq, zk = paired(q), paired(k)
-    left, group = zk.clone(), len(q) // len(k)
-    q_pe, k_pe, frequencies = [], [], []
-    for r, m in chosen:
-        js, values, there, back = runs[r]
-        y = there[m] @ zk[:, js].flatten(0, 1)
-        back = back[:, m].view(len(k), len(js))
-        left[:, js] -= back[..., None] * y
-        q_pe.append(torch.einsum('hf,hfc->hc', back.conj().repeat_interleave(group, dim=0), zq[:, js]))
-        k_pe.append(y)
-        frequencies.append(js[values.new_tensor([(back[:, f].abs() ** 2).sum() for f in range(len(js))]).argmax()])
-    everything = len(chosen) == zk.size(0) * zk.size(1)
-    nope = 0 if everything else q.size(1)
-    return (q[:, :nope], unpaired(torch.stack(q_pe, dim=1)), unpaired(left)[:, :nope], unpaired(torch.stack(k_pe)), torch.stack(frequencies))
-
 
 # ---------------------------------------------------------------------------------------------------
 # low rank
-
-def top_eigen(a, r):
-    """The r largest eigenvalues, falling, and eigenvectors (n, r) of a symmetric positive matrix; large ones on a CPU by subspace iteration."""
-    n = len(a)
-    if n <= SMALL or a.is_cuda or r > 0.7 * n:
-        values, vectors = torch.linalg.eigh(a)
-        return values.flip(0)[:r].clamp(min=0), upright(vectors.flip(1)[:, :r])
-    basis = torch.randn(n, min(n, r + 64), dtype=a.dtype, generator=torch.Generator().manual_seed(0)).to(a.device)
-    for _ in range(4):
-        basis = torch.linalg.qr(a @ (a @ basis)).Q
-    values, vectors = torch.linalg.eigh(basis.T @ a @ basis)
-    return values.flip(0)[:r].clamp(min=0), upright((basis @ vectors.flip(1))[:, :r])
-
-
-def factor(m, r, root=None):
-    """
-    m (rows, C) ≈ up (rows, r) · down (r, C) with the least E |(m - up down) x|², where E[x xᵀ] = root rootᵀ (the identity if
-    None), and the singular values s (r,) of m root. Both carry √s, so latents, like weights, are evenly scaled.
-    """
-    seen = m if root is None else m @ root
-    if r >= min(m.shape) and max(m.shape) > SMALL and not m.is_cuda:  # nothing is left out
-        rows, C = m.shape
-        s = seen.norm(dim=0 if C <= rows else 1)
-        return (m, torch.eye(C, dtype=m.dtype), s) if C <= rows else (torch.eye(rows, dtype=m.dtype), m, s)
-    values, y = top_eigen(seen.T @ seen, min(r, *m.shape))
-    s = values.sqrt()
-    half = s.clamp(min=1e-6 * s.max().item() + 1e-30).sqrt()
-    down = y.T if root is None else torch.linalg.solve_triangular(root, y.T, upper=False, left=False)  # yᵀ root⁻¹
-    return seen @ y / half, down * half[:, None], s
-
-
-def root_of(cov):
-    """Lower triangular: root rootᵀ = cov, which is made a little larger, so that it has one."""
-    eye = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-    for jitter in (1e-6, 1e-4, 1e-2):  # the first one, unless rounding has left no more
-        root, failed = torch.linalg.cholesky_ex(cov + (jitter * cov.diagonal().mean() + 1e-30) * eye)
-        if not failed:
-            break
-    return root
-
-
-def latent_factors(k, v, cov, r, low_rank):
-    """
-    k_nope ≈ up_k down, v ≈ up_v down for the weights k (K, N, C) and v (K, D, C): down (r, C), up_k (K, N, r), up_v (K, D, r)
-    and the singular values (r,). cov (C, C) of the input, or None.
-
-    split: k and v by themselves, half the rank each. joint: [k; v] at once (MHA2MLA, section 3.2). calibrated: the least error on
-    inputs of this covariance. balanced: the same, of keys made as long as values, which else count for less (TransMLA, section 4.3).
-    """
-    (K, N, C), D = k.shape, v.size(1)
-    k, v = k.flatten(0, 1), v.flatten(0, 1)
-    root = None if low_rank in ('split', 'joint') else root_of(cov)
-    if low_rank == 'split':
-        most_k, most_v = (min(w.shape) for w in (k, v))
-        r_k = min(most_k, max(r // 2, r - most_v))
-        pieces = [factor(w, rank) for w, rank in ((k, r_k), (v, r - r_k)) if rank]
-        up, down, s = torch.block_diag(*(up for up, _, _ in pieces)), torch.cat([down for _, down, _ in pieces]), torch.cat([s for *_, s in pieces])
-        up = up if r_k else torch.cat([k.new_zeros(len(k), r), up])
-    else:
-        longer = ((v @ cov * v).sum() / (k @ cov * k).sum().clamp(min=1e-30)).sqrt() if low_rank == 'balanced' else 1.0
-        up, down, s = factor(torch.cat([longer * k, v]), r, root)
-        up = torch.cat([up[:K * N] / longer, up[K * N:]])
-    return down, up[:K * N].reshape(K, N, len(down)), up[K * N:].reshape(K, D, len(down)), s
-
-
-def share_out(spectra, total, step=8):
-    """
-    Ranks of all layers, `total` in sum: blocks of `step` singular values go to the layer where they carry the largest share
-    of its energy. Every layer gets a block.
-    """
-    shares = [(s.double().cpu() ** 2 / (s.double().cpu() ** 2).sum()).split(step) for s in spectra]
-    ranks = [len(blocks[0]) for blocks in shares]
-    for gain, n, size in sorted(((block.mean().item(), n, len(block)) for n, blocks in enumerate(shares) for block in blocks[1:]), reverse=True):
-        if sum(ranks) + size <= total:
-            ranks[n] += size
-    return ranks
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -368,8 +185,3 @@ def convert(model, moments=None, kv_lora_rank=0, rope_pairs=-1, rope='turn', rop
     return mla.train(model.training), told
 
 
-def kept_energy(whole, up_k, up_v, down, cov):
-    """The share of E |[k_nope; v]|² that the latent carries, by the calibration text where there is one, else by the weights: 1 is all."""
-    left = whole.to(down) - torch.cat([up_k.flatten(0, 1), up_v.flatten(0, 1)]) @ down
-    power = [(w.to(down) @ cov[:-1, :-1] * w if cov is not None else w ** 2).sum().item() for w in (left, whole)]
-    return 1 - power[0] / max(power[1], 1e-30)

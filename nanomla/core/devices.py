@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -94,39 +93,6 @@ def peak_flops(device, dtype):
         if part in name:
             return 1e12 * (single if dtype == torch.float32 else half)
     return math.nan
-
-
-def peak_memory(device):
-    """Most bytes in use so far: allocated by torch on a GPU, resident in the process on a CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if os.uname().sysname == 'Darwin' else most * 1024
-
-
-def synchronize(device):
-    if device.type != 'cpu':
-        getattr(torch, device.type).synchronize()
-
-
-def seconds(device, run):
-    """Seconds that run() takes: between two events on a CUDA GPU's own clock, by this process's clock elsewhere."""
-    if device.type == 'cuda':
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    synchronize(device)
-    begin = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - begin
 
 
 def commit():

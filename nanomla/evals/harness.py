@@ -9,7 +9,8 @@ import math
 import os
 
 from nanomla.core.configurator import UserError
-from nanomla.inference.generate import Teller, serve
+from nanomla.core.tokenizers import Teller
+from nanomla.inference.generate import serve
 from nanomla.evals.scoring import windows
 
 GROUPS = dict(commonsense='mmlu,arc_easy,arc_challenge,piqa,hellaswag,openbookqa,winogrande')  # MHA2MLA (Ji et al. 2025), table 1

@@ -13,7 +13,8 @@ import math
 
 import torch
 
-from nanomla.inference.cache import BITS, Cache
+from nanomla.inference.quantize import BITS
+from nanomla.inference.cache import Cache
 
 LOGITS = 2 ** 25  # at a time: 128 MiB in fp32
 

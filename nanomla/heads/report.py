@@ -2,10 +2,7 @@
 All that is found out about the heads of some models, as one dict of plain values: what find_induction_heads.py prints,
 head_page.py shows and heads.json and heads.csv keep.
 """
-import csv
-import io
 import json
-import os
 import time
 
 import torch
@@ -14,6 +11,8 @@ from nanomla.heads import ablation
 from nanomla.heads import circuits
 from nanomla.heads import patterns
 from nanomla.core.configurator import UserError
+from nanomla.core.files import table
+from nanomla.core.files import write_text
 
 EXACT = 1e-3  # a pattern that does not rebuild its attention's output this well is not what the model used
 CAUSED = ('induction', 'duplicate', 'previous', 'positional')  # labels of which the causes are worth their time in a large model
@@ -167,29 +166,6 @@ def summary(runs, enough=0.5):
 
 # ---------------------------------------------------------------------------------------------------
 # files
-
-def write_text(path, text):
-    """`text` to `path`, whole or not at all."""
-    partial = f'{path}.partial'
-    try:
-        with open(partial, 'w', encoding='utf-8', newline='') as file:
-            file.write(text)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror or error}') from None
-
-
-def table(rows):
-    """Dicts as CSV, nested ones with joined names."""
-    if not rows:
-        return ''
-    flat = [{f'{key}_{inner}' if inner else key: value for key, entry in row.items()
-             for inner, value in (entry.items() if isinstance(entry, dict) else [('', entry)])} for row in rows]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in flat for key in row)))
-    writer.writeheader()
-    writer.writerows(flat)
-    return out.getvalue()
 
 
 def write(folder, report):

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.core import token_files as datasets
+from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
 
 MOST = 2 ** 24  # tokens of a training split that are looked at to see which ones the data uses
@@ -38,7 +40,7 @@ class Subject:
     """
 
     def __init__(self, path, device='cpu', untrained=False, dataset='', often=1):
-        self.source, content_of = str(path), checkpoint.load_model(path, kernel='eager', dropout=0.0)
+        self.source, content_of = str(path), load.load_model(path, kernel='eager', dropout=0.0)
         self.model, self.content = content_of
         self.step = self.content.get('step')
         self.trained = not (str(path).startswith('random:') or self.step == 0)
@@ -70,7 +72,7 @@ class Subject:
             raise UserError(f'--often={often} counts tokens in the text of {self.source}, which is not here: name it by --dataset')
         if self.codec is None and (meta.get('tokenizer') or V in (50257, 50304)):
             try:
-                self.codec = datasets.Tokenizer(meta if meta.get('tokenizer') else dict(tokenizer='gpt2'))
+                self.codec = tokenizers.Tokenizer(meta if meta.get('tokenizer') else dict(tokenizer='gpt2'))
             except UserError:
                 pass  # no tiktoken, or no vocabulary for it: ids are shown as numbers
         name = getattr(self.codec, 'name', None)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanomla.training.kernels import LOG2E, RUNS_ON
+from nanomla.core.triton_support import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
 AT_ONCE = 8192  # numbers that a program of four warps joins: 64 registers a thread

@@ -30,12 +30,15 @@ from types import SimpleNamespace
 import torch
 
 from nanomla.core.configurator import UserError
+from nanomla.inference.quantize import BITS
+from nanomla.inference.quantize import FULL
+from nanomla.inference.quantize import NEVER_QUANTISED
+from nanomla.inference.quantize import dequantise
+from nanomla.inference.quantize import group_of
+from nanomla.inference.quantize import quantise
 
-FULL = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
-BITS = dict(int8=8, int4=4)
 LAYOUTS, PAGE_SIZES = ('dense', 'paged'), (16, 64, 128)
 KERNELS = ('auto', 'triton', 'torch', 'flex', 'flashinfer', 'flashmla')
-NEVER_QUANTISED = {'k_pe'}
 
 
 class OutOfPages(UserError):
@@ -48,37 +51,6 @@ class OutOfPages(UserError):
 
 # ---------------------------------------------------------------------------------------------------
 # storage
-
-def group_of(width):
-    """The channels that share a scale: the largest divisor of `width` up to 64."""
-    return next(g for g in range(min(width, 64), 0, -1) if width % g == 0)
-
-
-def quantise(x, bits):
-    """
-    x (..., C) -> codes uint8 (..., ceil(C bits / 8)), scales fp16 (..., 2 C / group): scale and zero of each group in turn, x ≈ codes · scale + zero.
-
-    Zero is rounded down and the scale up, so that every x within fp16's range has a code at most half a
-    step (scale / 2) away. With 4 bits an even channel is in the low half of a byte.
-    """
-    x = x.float().unflatten(-1, (-1, group_of(x.size(-1))))
-    low, high, top = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), 2 ** bits - 1
-    zero = (low - low.abs() * 2 ** -10 - 2 ** -24).half()
-    scale = ((high - zero.float()) / top * (1 + 2 ** -10)).clamp(min=2 ** -14).half()  # from fp16's least normal number on
-    codes = ((x - zero.float()) / scale.float()).round().clamp(0, top).to(torch.uint8).flatten(-2)
-    if bits == 4:
-        codes = torch.nn.functional.pad(codes, (0, codes.size(-1) % 2))
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return codes, torch.cat([scale, zero], dim=-1).flatten(-2)
-
-
-def dequantise(codes, scales, width, bits):
-    """What `quantise` kept, (..., C) in fp32."""
-    if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width]
-    x = codes.unflatten(-1, (-1, group_of(width))).float()
-    scale, zero = scales.float().unflatten(-1, (-1, 1, 2)).unbind(-1)
-    return (x * scale + zero).flatten(-2)
 
 
 class Store:

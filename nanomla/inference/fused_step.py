@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from nanomla.training.kernels import LOG2E, RUNS_ON
+from nanomla.core.triton_support import LOG2E, RUNS_ON
 
 triton = tl = None  # set by kernels()
 

@@ -12,7 +12,6 @@ a UserError, as their users know them to end at block_size.
 
 Legend: B sequences, T tokens, C channels, V vocabulary.
 """
-import codecs
 from collections import deque
 from functools import lru_cache
 
@@ -255,39 +254,3 @@ def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0,
         yield from ended
 
 
-class Teller:
-    """
-    Token ids as text while they come: a character of several tokens is told once it is whole, and nothing
-    from the first of the `stops` on; what may be the beginning of a stop waits until it is known.
-    decode: a list of ids -> UTF-8 bytes; ends: ids that end a text, untold.
-    """
-
-    def __init__(self, decode, stops=(), ends=()):
-        self.decode, self.stops, self.ends = decode, stops, ends
-        self.characters = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        self.waiting, self.ended = '', False
-
-    def tell(self, token):
-        """The text that this token makes certain, '' from the end on; `ended` says whether there is any more."""
-        if self.ended or token in self.ends:
-            text, self.ended = '' if self.ended else self.rest(), True
-            return text
-        return self.after(self.characters.decode(self.decode([token])))
-
-    def after(self, text):
-        text = self.waiting + text
-        found = [at for at in map(text.find, self.stops) if at >= 0]
-        if found:
-            self.ended, self.waiting = True, ''
-            return text[:min(found)]
-        hold = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self.waiting = text[len(text) - hold:]
-        return text[:len(text) - hold]
-
-    def rest(self):
-        """What still waits when no more tokens come."""
-        if self.ended:
-            return ''
-        text = self.after(self.characters.decode(b'', final=True))
-        text, self.waiting = text + self.waiting, ''
-        return text

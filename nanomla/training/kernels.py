@@ -10,22 +10,20 @@ because the GPU's own exponential is 2^x.
 """
 from __future__ import annotations  # `tl.constexpr` below is read by Triton, not by Python
 
-import os
 from functools import lru_cache
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from nanomla.core.triton_support import LOG2E
+from nanomla.core.triton_support import RUNS_ON
 
 triton = tl = None  # set by kernels()
-RUNS_ON = () if find_spec('triton') is None else ('cuda', 'cpu') if os.environ.get('TRITON_INTERPRET') == '1' else ('cuda',)
 
 # Sizes for an H200 and V = 50304, where a row of bf16 logits is 100 kB: two rows a multiprocessor stay in L2.
 LANES, WARPS, STAGES = 1024, 32, 1             # softmax: vectors of 16 bytes a step, warps a row, steps through shared memory
 TILE_ROWS, TILE_COLS, TILE_WARPS = 64, 128, 8  # fp8: what one program turns
-LOG2E = 1.4426950408889634
 E4M3_MAX = 448.0
 E5M2_SHIFT = 15  # gradients in [-1, 1] are stored times 2^15, in the middle of what e5m2 holds: 2^-16 to 57344
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from nanomla.benchmarks import attention as attention_meter
 from nanomla.benchmarks import figures as decode_figures
 from nanomla.benchmarks import decode as decode_meter
+from nanomla.core import timing
 from nanomla.core import devices as machine
 from nanomla.benchmarks import peers
 from nanomla.benchmarks import text as text_meter
-from nanomla.inference.cache import BITS, FULL, Cache
+from nanomla.inference.quantize import BITS, FULL
+from nanomla.inference.cache import Cache
 from nanomla.core.configurator import UserError
 from test_train import exit_code, words
 
@@ -139,7 +141,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     def wrong():
         raise RuntimeError('shapes differ')
     with pytest.raises(RuntimeError, match='shapes differ'):
-        decode_meter.attempt(wrong, torch.device('cpu'))
+        timing.attempt(wrong, torch.device('cpu'))
 
 
 def test_a_checkpoint_is_measured_as_it_is(tiny, capsys):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.checkpoints import hf as deepseek
+from nanomla.checkpoints import export
 from nanomla.core.configurator import UserError
 from nanomla.checkpoints.tokenizer import PROBES
 from model import GPT
@@ -129,7 +130,7 @@ def test_random_models():
     assert (c.rope_theta, c.rope_scaling, c.norm_eps, c.tie_weights, c.bias) == (1e5, 4.0, 1e-6, False, False)
     model, _ = deepseek.load('random:tiny', dtype=torch.bfloat16, dropout=0.1)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.config.dropout == 0.1
-    assert torch.get_default_dtype() == torch.float32 and checkpoint.load_model('random:tiny')[0].config.rope_scaling == 4
+    assert torch.get_default_dtype() == torch.float32 and load.load_model('random:tiny')[0].config.rope_scaling == 4
     refused(deepseek.load, 'random:huge', match='random:tiny')
 
 
@@ -138,7 +139,7 @@ def test_memory_holds_the_model_once(tmp_path):
     """Its own pages (those of mapped files belong to the system) peak at little more than one model while it loads."""
     model = GPT(GPT.Config(block_size=8, vocab_size=256, n_layer=8, n_embd=512, n_head=4, **LLAMA | dict(n_inner=1404)))
     size = sum(p.nbytes for p in model.parameters())
-    deepseek.export(model, tmp_path / 'x', max_shard_size=2 * 10 ** 7)
+    export.export(model, tmp_path / 'x', max_shard_size=2 * 10 ** 7)
     del model
 
     def own():
@@ -175,7 +176,7 @@ def test_exports_load_in_stock_transformers_and_come_back(variant, shard, tiny, 
     from transformers import AutoModelForCausalLM
     kind, settings = OUT[variant]
     ours, folder, idx = tiny(kind, **settings), tmp_path / 'out', tokens(24)
-    deepseek.export(ours, folder, max_shard_size=shard)
+    export.export(ours, folder, max_shard_size=shard)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out'] and (len(list(folder.glob('*.safetensors'))) > 1) == (shard == 9000)
     assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # whoever may read one file may read all
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -187,7 +188,7 @@ def test_exports_load_in_stock_transformers_and_come_back(variant, shard, tiny, 
 
     back, _ = deepseek.load(folder)
     assert type(back) is type(ours) and same(back, ours) and torch.equal(back.eval()(idx), ours(idx))
-    deepseek.export(back, tmp_path / 'again', max_shard_size=shard)
+    export.export(back, tmp_path / 'again', max_shard_size=shard)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / 'again').iterdir()}
 
 
@@ -206,7 +207,7 @@ def test_deepseek_v3_of_transformers_comes_in(interleave, tokens, tmp_path):
 
 def test_bf16_goes_out_as_bf16(tiny, tmp_path):
     ours = tiny('mla', **OUT['mla'][1]).to(torch.bfloat16)
-    deepseek.export(ours, tmp_path / 'out')
+    export.export(ours, tmp_path / 'out')
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16' and same(deepseek.load(tmp_path / 'out')[0], ours)
 
 
@@ -216,7 +217,7 @@ def test_bf16_goes_out_as_bf16(tiny, tmp_path):
     ('mha', dict(n_head=3, head_dim=8), 'n_embd=32 with n_head=3'), ('mla', dict(bias=True), 'bias=True'), ('mla', dict(latent_norm=False), 'latent_norm=False'),
     ('mla', dict(pos='none', qk_rope_head_dim=0), 'pos=none'), ('mla', dict(qk_norm=True, act='relu2'), 'act=relu2 .*; qk_norm=True')], ids=str)
 def test_what_the_target_cannot_express_is_refused(kind, change, word, tiny, tmp_path):
-    refused(deepseek.export, tiny(kind, **LLAMA | change), tmp_path / 'out', match=f'ForCausalLM cannot express this model: .*{word}')
+    refused(export.export, tiny(kind, **LLAMA | change), tmp_path / 'out', match=f'ForCausalLM cannot express this model: .*{word}')
     assert not list(tmp_path.iterdir())
 
 
@@ -224,17 +225,17 @@ def test_nothing_half_written(tiny, tmp_path, monkeypatch):
     import safetensors.torch
     model, folder = tiny(**LLAMA), tmp_path / 'out'
     monkeypatch.setattr(os, 'fsync', lambda file: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
-    refused(deepseek.export, model, folder, match='cannot write .*: No space left')
+    refused(export.export, model, folder, match='cannot write .*: No space left')
     monkeypatch.undo()
     monkeypatch.setattr(safetensors.torch, 'save_file', lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        deepseek.export(model, folder)
+        export.export(model, folder)
     assert not list(tmp_path.iterdir())
     folder.mkdir()
-    refused(deepseek.export, model, folder, match='out is there already')
+    refused(export.export, model, folder, match='out is there already')
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    refused(deepseek.export, model, tmp_path / 'new', match='pip install')
+    refused(export.export, model, tmp_path / 'new', match='pip install')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def test_llamas_that_have_no_place_here_are_refused(change, word, tmp_path):
     (dict(quantization_config=dict(quant_method='fp8')), 'quantization_config'), (dict(kv_lora_rank=11), 'kv_a_layernorm|kv_b_proj|kv_a_proj'),
 ], ids=lambda value: str(value) if isinstance(value, dict) else '')
 def test_deepseeks_that_have_no_place_here_are_refused(change, word, tiny, tmp_path):
-    deepseek.export(tiny('mla', **OUT['mla'][1]), tmp_path / 'x')
+    export.export(tiny('mla', **OUT['mla'][1]), tmp_path / 'x')
     edit(tmp_path / 'x', **change)
     assert 'x' in refused(deepseek.load, tmp_path / 'x', match=word)
 
@@ -301,14 +302,14 @@ def test_damaged_folders_are_told(tmp_path, monkeypatch):
     refused(deepseek.load, tmp_path, match='pytorch_model.bin cannot be read')
     (tmp_path / 'config.json').write_text('{"model_type"')
     refused(deepseek.load, tmp_path, match='damaged or no JSON')
-    refused(checkpoint.load_model, tmp_path)
+    refused(load.load_model, tmp_path)
     (tmp_path / 'config.json').unlink()
     refused(deepseek.load, tmp_path, match='has no config.json')
     refused(deepseek.load, 'no/such/place', match='neither a folder nor')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     refused(deepseek.load, 'someone/a-model', match='pip install huggingface_hub')
-    refused(checkpoint.load_model, 'someone/a-model', match='pip install huggingface_hub')
-    refused(checkpoint.load_model, 'tests/a-model', match='there is no checkpoint')  # a typo in a path asks no network
+    refused(load.load_model, 'someone/a-model', match='pip install huggingface_hub')
+    refused(load.load_model, 'tests/a-model', match='there is no checkpoint')  # a typo in a path asks no network
 
 
 def test_the_hub(tmp_path, monkeypatch, tokens):
@@ -323,7 +324,7 @@ def test_the_hub(tmp_path, monkeypatch, tokens):
             raise EntryNotFoundError(file)
         return str(tmp_path / file)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
-    model, content = checkpoint.load_model('someone/a-model', kernel='eager', dropout=0.2)
+    model, content = load.load_model('someone/a-model', kernel='eager', dropout=0.2)
     torch.testing.assert_close(model.eval()(idx), theirs(idx).logits, rtol=0, atol=1e-5)
     assert content == {} and model.config.kernel == 'eager' and model.config.dropout == 0.2
     refused(deepseek.load, 'someone/other', match='ConnectionError.*connect to the network')
@@ -409,8 +410,8 @@ def test_the_scripts_take_such_folders(bpes, tmp_path):
     hf_llama(tmp_path / 'llama', torch.bfloat16, vocab_size=600, bos_token_id=0, eos_token_id=1)
     with_tokenizer(tmp_path / 'llama', bpes['byte_level'], add_bos_token=True)
     model, codec = deepseek.load(tmp_path / 'llama')
-    deepseek.export(model, tmp_path / 'copy', codec)
-    deepseek.export(model, tmp_path / 'third', tmp_path / 'llama')
+    export.export(model, tmp_path / 'copy', codec)
+    export.export(model, tmp_path / 'third', tmp_path / 'llama')
     assert all((tmp_path / name / 'tokenizer_config.json').exists() for name in ('copy', 'third'))
     shape = json.loads((tmp_path / 'third' / 'config.json').read_text())
     assert (shape['bos_token_id'], shape['eos_token_id']) == (0, 1)
@@ -427,5 +428,5 @@ def test_the_scripts_take_such_folders(bpes, tmp_path):
     (tmp_path / 'text' / 'meta.json').write_text(json.dumps(dict(tokenizer='hf', source='a test', dtype='uint16', vocab_size=500)))
     out, _ = run('train.py', '--init_from=llama', '--dataset=text', '--max_iters=2', '--batch_size=2', '--gradient_accumulation_steps=1', '--compile=False', '--eval_iters=1')
     assert 'llama has its own tokenizer.json' in out
-    model, _ = checkpoint.load_model(tmp_path / 'out')
+    model, _ = load.load_model(tmp_path / 'out')
     assert {p.dtype for p in model.parameters()} == {torch.float32} and model.config.act == 'swiglu' and re.search('step +2', out)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
+from nanomla.checkpoints import gpt2
 from nanomla.core.configurator import UserError
 from test_model import VARIANTS, hf_gpt2
 
@@ -56,7 +58,7 @@ def test_a_saved_model_comes_back_bit_for_bit(variant, tiny, tokens, tmp_path):
 def test_changes_leave_the_weights_alone(tiny, tokens, tmp_path):
     model = tiny('mla')
     checkpoint.save(tmp_path / 'x.pt', content_of(model, 'mla'))
-    back, content = checkpoint.load_model(str(tmp_path / 'x.pt'), kernel='eager', dropout=0.3, absorb=True)
+    back, content = load.load_model(str(tmp_path / 'x.pt'), kernel='eager', dropout=0.3, absorb=True)
     assert back.config.kernel == 'eager' and back.config.dropout == 0.3 and content['model_args']['kernel'] == 'sdpa'
     assert back.transformer.h[0].attn.kernel == 'eager' and back.transformer.h[0].attn.absorb
     torch.testing.assert_close(back.eval()(tokens(13)), model(tokens(13)), rtol=0, atol=1e-5)
@@ -132,7 +134,7 @@ def nanogpt_checkpoint(bias, compiled):
 def test_nanogpts_own_checkpoint_loads_as_it_is(bias, compiled, tmp_path):
     content, logits = nanogpt_checkpoint(bias, compiled)
     torch.save(content, tmp_path / 'ckpt.pt')
-    model, loaded = checkpoint.load_model(str(tmp_path))
+    model, loaded = load.load_model(str(tmp_path))
     idx = torch.randint(30, (2, 16))
     torch.testing.assert_close(model.eval()(idx), logits(idx), rtol=0, atol=1e-4)
     assert loaded['kind'] == 'mha' and loaded['step'] == 250 and float(loaded['best_val_loss']) == pytest.approx(1.7)
@@ -207,7 +209,7 @@ def test_code_in_a_file_is_never_run(form, tmp_path, tiny):
     else:
         content = content_of(tiny(), 'mha', config=bad) if form == 'inside a checkpoint' else bad
         torch.save(content, path, _use_new_zipfile_serialization=form != 'legacy')
-    message = refused(checkpoint.load_model, str(path))
+    message = refused(load.load_model, str(path))
     assert 'code' in message and str(path) in message and not mark.exists()
     pickle.loads(pickle.dumps(bad))  # the file would have done it
     assert mark.exists()
@@ -252,7 +254,7 @@ def gpt2_folder(tmp_path):
 
 
 def test_from_pretrained_takes_changes(gpt2_folder):
-    model, content = checkpoint.load_model(str(gpt2_folder), dropout=0.25, kernel='eager')
+    model, content = load.load_model(str(gpt2_folder), dropout=0.25, kernel='eager')
     assert model.config.dropout == 0.25 and model.transformer.h[0].attn.kernel == 'eager' and content == {}
     assert checkpoint.kind_of(model) == 'mha' and model.config.act == 'gelu_tanh'
 
@@ -285,16 +287,16 @@ def test_gpt2_folders_that_cannot_be_read_are_told(damage, gpt2_folder):
         old.write_bytes(b'no torch file')
         if damage == 'list in bin':
             torch.save([1], old)
-    assert str(gpt2_folder) in refused(checkpoint.from_pretrained, str(gpt2_folder))
+    assert str(gpt2_folder) in refused(gpt2.from_pretrained, str(gpt2_folder))
 
 
 def test_gpt2_folders_load_without_safetensors(gpt2_folder, monkeypatch):
     state = hf_gpt2().state_dict()
     torch.save(state, gpt2_folder / 'pytorch_model.bin')
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)  # as if it were not installed
-    assert checkpoint.from_pretrained(gpt2_folder).num_params() > 0
+    assert gpt2.from_pretrained(gpt2_folder).num_params() > 0
     (gpt2_folder / 'pytorch_model.bin').unlink()
-    refused(checkpoint.from_pretrained, gpt2_folder, match='pip install safetensors')
+    refused(gpt2.from_pretrained, gpt2_folder, match='pip install safetensors')
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -7,8 +7,12 @@ from hypothesis import given, settings, strategies as st
 
 from nanomla.conversion import calibration
 from nanomla.checkpoints import native as checkpoint
+from nanomla.checkpoints import load
 from nanomla.conversion import convert as conversion
+from nanomla.conversion import rope_pairs
+from nanomla.conversion import low_rank
 from nanomla.checkpoints import hf as deepseek
+from nanomla.checkpoints import export
 import model as model_py
 from nanomla.inference.cache import Cache
 from nanomla.core.configurator import UserError
@@ -139,7 +143,7 @@ def test_shared_components_hold_the_most_that_can_be_shared(name, source, tokens
     model, moments = source(name)
     layers = [conversion.layer_weights(block.attn, torch.float64) for block in model.transformer.h]
     for (q, k, _), m in zip(layers, moments):
-        both = [list(conversion.principal_components(q, k, m.cov, 1, real)) for real in (False, True)]
+        both = [list(rope_pairs.principal_components(q, k, m.cov, 1, real)) for real in (False, True)]
         for (_, by_complex, there, back), (_, by_real, *_) in zip(*both):
             assert (by_complex.cumsum(0) >= by_real.cumsum(0) - 1e-9).all() and by_complex.sum().item() == pytest.approx(by_real.sum().item())
             torch.testing.assert_close(back @ there, torch.eye(len(there), dtype=there.dtype))
@@ -187,8 +191,8 @@ def test_factors_are_the_best_of_their_rank(rows, C, r, seed, seen):
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, C, dtype=torch.float64, generator=g)
     x = torch.randn(40, C, dtype=torch.float64, generator=g) * torch.logspace(0, -1, C, dtype=torch.float64)
-    root = conversion.root_of(x.T @ x / 40) if seen else None
-    up, down, s = conversion.factor(w, r, root)
+    root = low_rank.root_of(x.T @ x / 40) if seen else None
+    up, down, s = low_rank.factor(w, r, root)
     root = torch.eye(C, dtype=torch.float64) if root is None else root
     best = torch.linalg.svdvals(w @ root)
     assert len(s) == min(r, rows, C)
@@ -204,7 +208,7 @@ def test_large_matrices_by_subspace_iteration():
     n, r = 1100, 60
     u = torch.linalg.qr(torch.randn(n, n, generator=g)).Q
     values = torch.arange(1, n + 1).float() ** -1.0
-    found, vectors = conversion.top_eigen((u * values) @ u.T, r)
+    found, vectors = low_rank.top_eigen((u * values) @ u.T, r)
     torch.testing.assert_close(found, values[:r], rtol=1e-3, atol=0)
     assert (u[:, :r].T @ vectors).square().sum() > 0.99 * r
 
@@ -213,10 +217,10 @@ def test_each_factorisation_is_best_by_its_own_measure(source):
     model, moments = source('gqa')
     _, k, v = conversion.layer_weights(model.transformer.h[0].attn, torch.float64)
     cov, k, v = moments[0].cov[:-1, :-1], k[..., :-1], v[..., :-1]
-    seen, plain = conversion.root_of(cov), torch.eye(32, dtype=torch.float64)
+    seen, plain = low_rank.root_of(cov), torch.eye(32, dtype=torch.float64)
     longer = (torch.einsum('kdc,ce,kde->', v, cov, v) / torch.einsum('kdc,ce,kde->', k, cov, k)).sqrt()
     measures = dict(joint=(1, plain), calibrated=(1, seen), balanced=(longer, seen))
-    found = {how: conversion.latent_factors(k, v, cov, 9, how)[:3] for how in LOW_RANKS}
+    found = {how: low_rank.latent_factors(k, v, cov, 9, how)[:3] for how in LOW_RANKS}
     for measure, (scale, root) in measures.items():
         losses = {how: sum((weight * (w - up @ down) @ root).square().sum().item() for weight, w, up in ((scale, k, up_k), (1, v, up_v)))
                   for how, (down, up_k, up_v) in found.items()}
@@ -227,7 +231,7 @@ def test_split_halves_the_rank_as_far_as_it_goes(source):
     model, _ = source('gqa')
     _, k, v = conversion.layer_weights(model.transformer.h[0].attn, torch.float64)
     for k_width, rank, halves in ((8, 10, (5, 5)), (1, 10, (2, 8)), (0, 10, (0, 10)), (8, 31, (15, 16)), (8, 32, (16, 16))):
-        down, up_k, up_v, s = conversion.latent_factors(k[:, :k_width, :-1], v[..., :-1], None, rank, 'split')
+        down, up_k, up_v, s = low_rank.latent_factors(k[:, :k_width, :-1], v[..., :-1], None, rank, 'split')
         assert down.shape == (rank, 32) and up_k.shape == (2, k_width, rank) and len(s) == rank
         assert [int((up.abs().sum((0, 1)) > 0).sum()) for up in (up_k, up_v)] == list(halves)
 
@@ -265,8 +269,8 @@ def test_signs_of_components_are_not_left_to_chance(how, source):
         assert torch.allclose(a.attn.kv_b_proj.weight, b.attn.kv_b_proj.weight, atol=1e-5)
         assert torch.allclose(a.attn.kv_a_proj_with_mqa.weight[:, order], b.attn.kv_a_proj_with_mqa.weight, atol=1e-5)
     vectors = torch.linalg.qr(torch.randn(6, 6, dtype=torch.complex128, generator=torch.Generator().manual_seed(4))).Q
-    assert torch.allclose(conversion.upright(vectors), conversion.upright(vectors * torch.polar(torch.ones(6), torch.arange(6.0)))), 'phases'
-    assert torch.allclose(conversion.upright(vectors).mH @ conversion.upright(vectors), torch.eye(6, dtype=torch.complex128))
+    assert torch.allclose(low_rank.upright(vectors), low_rank.upright(vectors * torch.polar(torch.ones(6), torch.arange(6.0)))), 'phases'
+    assert torch.allclose(low_rank.upright(vectors).mH @ low_rank.upright(vectors), torch.eye(6, dtype=torch.complex128))
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -274,7 +278,7 @@ def test_signs_of_components_are_not_left_to_chance(how, source):
 def test_a_budget_is_shared_out(total, seed, full):
     g = torch.Generator().manual_seed(seed)
     spectra = [torch.rand(full, generator=g).sort(descending=True).values ** (n + 1) for n in range(2)]
-    ranks = conversion.share_out(spectra, total)
+    ranks = low_rank.share_out(spectra, total)
     assert sum(ranks) <= max(total, 16) and all(0 < rank <= full for rank in ranks)
     assert sum(ranks) == min(2 * full, total) or sum(ranks) > min(2 * full, total) - 16
 
@@ -303,7 +307,7 @@ def test_ranks_by_layer(source, tokens, tmp_path):
     assert ranks == [layer['rank'] for layer in layers] == list(mla.config.kv_lora_ranks) == [8, 24] and mla.config.kv_lora_rank == 24
     assert layers[0]['energy'] == pytest.approx(1, abs=1e-6)
     checkpoint.save(tmp_path / 'ckpt.pt', dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict()))
-    close(checkpoint.load_model(tmp_path)[0].eval(), mla, tokens(24), atol=0)
+    close(load.load_model(tmp_path)[0].eval(), mla, tokens(24), atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -353,7 +357,7 @@ def test_exports_load_in_stock_transformers(name, how, source, tokens, tmp_path)
     from transformers import AutoModelForCausalLM
     model, moments = source(name, head_dim=8)
     mla, _ = convert(model, moments, **how)
-    deepseek.export(mla, tmp_path / 'out')
+    export.export(mla, tmp_path / 'out')
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / 'out', output_loading_info=True)
     assert not any(info.values()), info
     assert type(theirs).__name__ == 'DeepseekV3ForCausalLM'
@@ -372,16 +376,16 @@ def test_exports_load_in_stock_transformers(name, how, source, tokens, tmp_path)
 
 def test_exports_that_have_no_place_there(source, tmp_path):
     for name, how, word in (('gpt2', {}, 'pos=learned'), ('biases', {}, 'bias=True'), ('mha', dict(rope_pairs=0), 'pos=none')):
-        refused(word, deepseek.export, convert(*source(name), **how)[0], tmp_path / 'out')
+        refused(word, export.export, convert(*source(name), **how)[0], tmp_path / 'out')
     mla = convert(*source('mha'))[0]
-    refused('float16', deepseek.export, mla.half(), tmp_path / 'out')
+    refused('float16', export.export, mla.half(), tmp_path / 'out')
     assert not list(tmp_path.iterdir())
 
 
 def test_bf16_exports_stay_close(source, tokens, tmp_path):
     from transformers import AutoModelForCausalLM
     mla = convert(*source('gqa'), rope_pairs=2, kv_lora_rank=12)[0].to(torch.bfloat16)
-    deepseek.export(mla, tmp_path / 'out')
+    export.export(mla, tmp_path / 'out')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype=torch.float32).eval()
     ours, theirs = mla.float()(tokens(24)), theirs(tokens(24)).logits
     assert (ours - theirs).square().mean().sqrt() < 0.02 * ours.std()

@@ -8,7 +8,9 @@ from hypothesis import given, settings, strategies as st
 
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import Dataset, Tokenizer, TokenWriter, in_order, read_meta, write_text
+from nanomla.training.batches import Dataset
+from nanomla.core.tokenizers import Tokenizer
+from nanomla.core.token_files import TokenWriter, in_order, read_meta, write_text
 
 
 def make(folder, train=500, val=120, vocab_size=1000):

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import Tokenizer, read_meta, read_tokens
+from nanomla.core.tokenizers import Tokenizer
+from nanomla.core.token_files import read_meta, read_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 END = 50256

@@ -2,7 +2,6 @@
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanomla.core import token_files as dataset
+from nanomla.core import tokenizers
 from nanomla.evals import harness
 from nanomla.core.configurator import UserError
 from nanomla.evals.scoring import Scorer
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARS = '\n abcdefghijklmnopqrstuvwxyz.?'
-CODEC = dataset.Tokenizer(dict(tokenizer='char', chars=CHARS))
+CODEC = tokenizers.Tokenizer(dict(tokenizer='char', chars=CHARS))
 CACHES = [dict(layout='none'), dict(layout='dense', chunk_size=3, batch_size=2), dict(layout='paged', page_size=16, chunk_size=0, batch_size=5)]
 
 

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanomla.core import token_files as dataset
+from nanomla.training import batches
+from nanomla.core import tokenizers
 from nanomla.evals import retrieval
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import prefill
@@ -216,7 +218,7 @@ def test_disjoint_windows_give_the_loss_of_training(tiny, tmp_path):
     text = ''.join(random.Random(4).choices('abcdefgh \n', k=3000))
     dataset.write_text(tmp_path, text, 'char', 'a test')
     model = tiny('mha', vocab_size=10, pos='rope')
-    data = dataset.Dataset(tmp_path, 24)
+    data = batches.Dataset(tmp_path, 24)
     total = count = 0
     with torch.no_grad():
         for x, y in data.val_batches(4):
@@ -254,7 +256,7 @@ CODECS = dict(char=dict(tokenizer='char', chars=''.join(sorted(set(LETTERS)))), 
 @pytest.mark.parametrize('tokenizer', CODECS)
 @pytest.mark.parametrize('task', retrieval.TASKS)
 def test_a_perfect_reader_retrieves_and_a_bad_one_does_not(task, tokenizer):
-    codec, told = dataset.Tokenizer(CODECS[tokenizer]), []
+    codec, told = tokenizers.Tokenizer(CODECS[tokenizer]), []
 
     class Bar:
         update = told.append
@@ -268,7 +270,7 @@ def test_a_perfect_reader_retrieves_and_a_bad_one_does_not(task, tokenizer):
 @given(length=st.integers(150, 400), depth=st.floats(0, 1), seed=st.integers(0, 10 ** 6))
 @settings(max_examples=20, deadline=None)
 def test_the_needle_lies_where_it_should(tokenizer, length, depth, seed):
-    codec = dataset.Tokenizer(CODECS[tokenizer])
+    codec = tokenizers.Tokenizer(CODECS[tokenizer])
     hay = np.array(codec.encode('hay ' * 200))
     context, answers = retrieval.needle(codec, length, depth, 4, random.Random(seed), hay=hay)
     text, words = codec.decode(context), [codec.decode(one) for one in answers]
@@ -285,7 +287,7 @@ def test_the_needle_lies_where_it_should(tokenizer, length, depth, seed):
 @given(length=st.integers(80, 400), depth=st.floats(0, 1), seed=st.integers(0, 10 ** 6))
 @settings(max_examples=20, deadline=None)
 def test_keys_and_values_stand_in_lines(tokenizer, length, depth, seed):
-    codec = dataset.Tokenizer(CODECS[tokenizer])
+    codec = tokenizers.Tokenizer(CODECS[tokenizer])
     context, answers = retrieval.key_value(codec, length, depth, 4, random.Random(seed))
     *lines, question = codec.decode(context).split('\n')
     pairs = dict(line.split(':') for line in lines)
@@ -298,7 +300,7 @@ def test_keys_and_values_stand_in_lines(tokenizer, length, depth, seed):
 
 
 def test_trials_depend_on_the_seed_alone():
-    codec, made = dataset.Tokenizer(CODECS['bytes']), []
+    codec, made = tokenizers.Tokenizer(CODECS['bytes']), []
 
     class Recorder(Reader):
         def score(self, requests, tell=None):
@@ -311,7 +313,7 @@ def test_trials_depend_on_the_seed_alone():
 
 
 def test_lengths_that_are_too_short():
-    codec = dataset.Tokenizer(CODECS['bytes'])
+    codec = tokenizers.Tokenizer(CODECS['bytes'])
     for task in retrieval.TASKS:
         make = getattr(retrieval, task)
         assert make(codec, 20, 0.5, 4, random.Random(0)) is None
@@ -330,7 +332,7 @@ def test_pieces_inside_a_text():
 
 def test_retrieval_is_what_a_real_model_does_with_it(tiny):
     """Exact means that prefill and greedy steps write the word."""
-    codec = dataset.Tokenizer(CODECS['char'])
+    codec = tokenizers.Tokenizer(CODECS['char'])
     model = tiny('mha', vocab_size=codec.vocab_size, block_size=200, pos='rope')
     context, answers = retrieval.needle(codec, 150, 0.3, 3, random.Random(1))
     said = [token.item() for token in model.generate(torch.tensor([context]), len(answers[0]), temperature=0)]

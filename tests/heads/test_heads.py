@@ -1,9 +1,6 @@
 """What find_induction_heads.py measures, held to heads whose weights were written by hand, to brute force and to the model itself."""
 import copy
-import json
 import math
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +11,11 @@ from hypothesis import strategies as st
 from nanomla.heads import ablation
 from nanomla.checkpoints import native as checkpoint
 from nanomla.heads import circuits
-from nanomla.heads import report as head_report
 from nanomla.heads import ioi as indirect_object
 from nanomla.heads import latents
 from nanomla.heads import patterns
 from nanomla.core.configurator import UserError
 from model import Norm
-from nanomla.heads.subject import Subject
 from test_train import exit_code, run, words
 
 V, P = 24, 40  # tokens (0 begins a text), positions

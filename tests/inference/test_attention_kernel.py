@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nanomla.inference import attention_kernel as d
-from nanomla.inference.cache import Cache, dequantise, group_of
+from nanomla.inference.cache import Cache
+from nanomla.inference.quantize import dequantise, group_of
 from nanomla.inference.generate import Step
 from interpreter import ROOT, interpreted, needs_triton, python, run_interpreted
 

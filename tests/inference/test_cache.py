@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from nanomla.checkpoints import native as checkpoint
-from nanomla.inference.cache import Cache, OutOfPages, Pages, dequantise, group_of, quantise
+from nanomla.inference.cache import Cache, OutOfPages, Pages
+from nanomla.inference.quantize import dequantise, group_of, quantise
 from nanomla.checkpoints.native import MODELS
 from nanomla.core.configurator import UserError
-from nanomla.inference.generate import Teller, serve
+from nanomla.core.tokenizers import Teller
+from nanomla.inference.generate import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {

@@ -5,7 +5,6 @@ The Triton kernels run here under Triton's interpreter, on the CPU. It must be c
 imported, so the tests called `interpreted` run in a child process that one test starts; the tests
 marked gpu hold the same promises to real shapes.
 """
-import sys
 
 import pytest
 import torch
