@@ -391,8 +391,8 @@ def test_every_preset_is_a_fair_comparison(name, device, monkeypatch):
     config = lambda stem: str(ROOT / 'config' / f'{stem}.py')
     asked = [config('compare_shakespeare')] * name.startswith('study') + [config(name), '--dataset=text', '--out_dir=cmp', '--results=r.jsonl', '--figure=r.png']
     if device == 'cuda':
-        monkeypatch.setattr('machine.pick_device', lambda device: torch.device('cuda', 0))
-        monkeypatch.setattr('machine.describe', lambda device: 'GPU')
+        monkeypatch.setattr('nanomla.core.devices.pick_device', lambda device: torch.device('cuda', 0))
+        monkeypatch.setattr('nanomla.core.devices.describe', lambda device: 'GPU')
     elif 'on_cpu' not in Path(config(name)).read_text():
         pytest.skip('made for a GPU')
     every, prepare, field = plan(*asked)
@@ -645,8 +645,9 @@ if 'always' in out.name or not (out / 'tried').exists():
 
 @pytest.mark.parametrize('in_process', [False, True])
 def test_a_run_whose_device_failed_goes_on_in_a_new_process(in_process, tmp_path, monkeypatch):
-    for name in ('runs.py', 'configurator.py'):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    for name in ('comparison/runs.py', 'core/configurator.py', 'core/files.py'):
+        (tmp_path / 'nanomla' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'nanomla' / name).write_text((ROOT / 'nanomla' / name).read_text())
     (tmp_path / 'train.py').write_text(BROKEN_DEVICE)
     monkeypatch.setattr(runs, 'HERE', tmp_path)
     monkeypatch.setattr(runs, 'DEATHS', 1)

@@ -25,7 +25,9 @@ def run(script, *words):
     before = sys.argv, sys.excepthook
     sys.argv = [script, *map(str, words)]
     try:
-        return runpy.run_path(str(ROOT / script), run_name='__main__')
+        if script.endswith('.py'):
+            return runpy.run_path(str(ROOT / script), run_name='__main__')
+        return runpy.run_module(script, run_name='__main__')
     finally:
         sys.argv, sys.excepthook = before
 
@@ -211,7 +213,7 @@ def test_on_a_gpu(source, tiny, tokens):
 @pytest.mark.slow
 def test_the_study_goes_on_where_it_was(tmp_path):
     (tmp_path / 'text.txt').write_text(WORDS * 400)
-    words = [sys.executable, str(ROOT / 'study_conversion.py'), f'--text={tmp_path}/text.txt', f'--out={tmp_path}/study', '--seeds=1', '--kinds=mha,gqa', '--savings=0.75', '--heal_savings=0.75',
+    words = [sys.executable, str(ROOT / 'nanomla.comparison.conversion_study'), f'--text={tmp_path}/text.txt', f'--out={tmp_path}/study', '--seeds=1', '--kinds=mha,gqa', '--savings=0.75', '--heal_savings=0.75',
              '--n_layer=2', '--n_head=4', '--n_kv_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--source_steps=40', '--heal_steps=2', '--device=cpu',
              '--calibration_tokens=2000', '--eval_tokens=500']
     first = subprocess.run(words, capture_output=True, text=True)
@@ -247,10 +249,10 @@ def test_a_study_is_drawn_from_several_files(tmp_path, monkeypatch, capsys):
                        + row('healed', 2.01 * worse, saving=0.5, way=balanced, steps=5) + row('healed, int4', 2.02 * worse, saving=0.5, way=balanced, steps=5))
             file.write(row('converted', 2.03, saving=0.25, way=balanced) + row('converted', 2.1, saving=0.5, way=joint) if seed == 2 else '')
     with pytest.raises(SystemExit) as end:
-        run('study_conversion.py', '--draw_only=True', '--results=1.jsonl,2.jsonl', '--picture=both.png')
+        run('nanomla.comparison.conversion_study', '--draw_only=True', '--results=1.jsonl,2.jsonl', '--picture=both.png')
     told = capsys.readouterr().out
     assert not end.value.code and Path('both.png').stat().st_size > 10_000
     assert '2.50 (2.00–3.00)' in told and 'as many steps: -0.50 (-0.50 to -0.50)' in told and 'perplexity falls with rank: 1 of 1' in told
     assert "of MHA2MLA's: 30.00 %; healed, above the source: 50.75 %; int4, above healed: 0.50 %" in told
-    refused('can only be drawn', 'study_conversion.py', '--results=1.jsonl,2.jsonl')
-    refused('cannot read 3.jsonl', 'study_conversion.py', '--draw_only=True', '--results=1.jsonl,3.jsonl')
+    refused('can only be drawn', 'nanomla.comparison.conversion_study', '--results=1.jsonl,2.jsonl')
+    refused('cannot read 3.jsonl', 'nanomla.comparison.conversion_study', '--draw_only=True', '--results=1.jsonl,3.jsonl')

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanomla.core import tokenizers
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
@@ -42,7 +43,7 @@ def alone(tmp_path, monkeypatch):
     """Each test in a folder of its own, without a network, on one thread, and no trace of configure() afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dataset, 'DATA', tmp_path / 'data')
-    monkeypatch.setattr(dataset, 'gpt2_bpe', BPE)
+    monkeypatch.setattr(tokenizers, 'gpt2_bpe', BPE)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     threads = torch.get_num_threads()

@@ -321,8 +321,8 @@ def test_full_blocks_with_swiglus_own_gradient(tiny, monkeypatch, how):
         torch._dynamo.reset()
         model = adapters.adapt(tiny('mha', **LLAMA, n_embd=64, n_layer=3), 'full').train()
         if compile:
-            monkeypatch.setattr('kernels.RUNS_ON', ('cpu',))  # the gradient's reference runs there
-            monkeypatch.setattr('kernels.swiglu_gradient', kernels.swiglu_gradient_reference)
+            monkeypatch.setattr('nanomla.training.kernels.RUNS_ON', ('cpu',))  # the gradient's reference runs there
+            monkeypatch.setattr('nanomla.training.kernels.swiglu_gradient', kernels.swiglu_gradient_reference)
         finetuning.set_up(model, *how, compile=compile, backend='aot_eager')
         assert {type(block.mlp) for block in model.transformer.h} == {finetuning.SwigluMLP if compile else MLP}
         loss = finetuning.loss_of(model, batch, torch.tensor(float(batch.counted)))

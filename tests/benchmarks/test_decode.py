@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanomla.core import timing
 from nanomla.benchmarks import attention as attention_meter
 from nanomla.benchmarks import figures as decode_figures
 from nanomla.benchmarks import decode as decode_meter
@@ -217,7 +218,7 @@ def test_whole_texts_beside_nanogpt(monkeypatch, capsys):
     Path('peer').mkdir()
     Path('peer/model.py').write_text(PEER)
     clock = iter([30.0, 40.0, 20.0, *[9.0, 2.0, 1.0, 4.0]])  # the peer; then the warm-up and three times of ours
-    monkeypatch.setattr(machine, 'seconds', lambda device, run: (run(), next(clock))[1])
+    monkeypatch.setattr(timing, 'seconds', lambda device, run: (run(), next(clock))[1])
     assert bench(peer='peer', batch_sizes='2', caches='dense', new_tokens=10, prompt_tokens=3, peer_new_tokens=5, peer_repeats=3, repeats=3) == 0
     theirs, ours = rows_of('texts')
     assert (theirs['model'], theirs['new_tokens'], theirs['step_us']) == ('nanoGPT', 5, 6e6) and theirs['tok_per_s'] == pytest.approx(2 / 6)

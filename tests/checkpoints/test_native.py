@@ -333,7 +333,8 @@ def test_a_limit_in_the_middle_of_the_file_leaves_the_old_one(saved):
     before = saved.read_bytes()
     script = f'''
         import resource, signal, sys
-        import torch, checkpoint
+        import torch
+        from nanomla.checkpoints import native as checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
@@ -359,7 +360,8 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
     """One process imports torch, then forks twenty that save without end, and are killed in the middle."""
     script = f'''
         import os, random, signal, sys, time
-        import torch, checkpoint
+        import torch
+        from nanomla.checkpoints import native as checkpoint
         torch.set_num_threads(1)
         path, rng, latest = {str(tmp_path / "ckpt.pt")!r}, random.Random(0), 0
 

@@ -73,7 +73,7 @@ def test_joint_rank_of_mha_is_lossless_at_d_model(source, tokens):
 
 @pytest.mark.parametrize('how', [dict(low_rank='joint'), dict(low_rank='joint', rope_heads='shared', q_lora_rank=32)])
 def test_in_float32_where_matrices_are_large(how, source, tokens, monkeypatch):
-    monkeypatch.setattr(conversion, 'SMALL', 8)
+    monkeypatch.setattr(low_rank, 'SMALL', 8)
     for name in ('mha', 'gqa'):
         model, _ = source(name)
         close(convert(model, None, rope='uniform', **how)[0], model, tokens(24), atol=3e-5)

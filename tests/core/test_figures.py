@@ -133,12 +133,12 @@ def test_clock_goes_on_after_a_resume(tmp_path):
 
 
 def test_import_is_free_of_matplotlib():
-    code = "import sys, figures; assert not {'matplotlib', 'numpy', 'torch'} & set(sys.modules)"
+    code = "import sys; from nanomla.core import figures; assert not {'matplotlib', 'numpy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_drawing_is_free_of_pyplot(tmp_path):
-    code = (f"import sys, figures; figures.curve({str(write(tmp_path / 'log.jsonl', SETTINGS))!r}, "
+    code = (f"import sys; from nanomla.core import figures; figures.curve({str(write(tmp_path / 'log.jsonl', SETTINGS))!r}, "
             f"{str(tmp_path / 'a.png')!r}); assert 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

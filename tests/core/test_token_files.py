@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
+from nanomla.training import batches
 from nanomla.training.batches import Dataset
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.core.token_files import TokenWriter, in_order, read_meta, write_text
@@ -65,7 +66,7 @@ def test_training_windows_reach_both_ends_and_no_further(tmp_path):
 def test_resident_and_memmap_give_the_same_batches(tmp_path, monkeypatch):
     make(tmp_path)
     resident = Dataset(tmp_path, 8)
-    monkeypatch.setattr(dataset, 'RESIDENT_TOKENS', 0)
+    monkeypatch.setattr(batches, 'RESIDENT_TOKENS', 0)
     memmap = Dataset(tmp_path, 8)
     assert set(resident.resident) == {'train', 'val'} and not memmap.resident
     assert equal(resident.train_batch(5, 0, 4), memmap.train_batch(5, 0, 4))

@@ -107,7 +107,8 @@ def job(tmp_path):
     for command in commands.iterdir():
         command.chmod(0o755)
     (tmp_path / 'train.py').write_text(TRAIN)
-    shutil.copy(ROOT / 'configurator.py', tmp_path)
+    (tmp_path / 'nanomla' / 'core').mkdir(parents=True)
+    shutil.copy(ROOT / 'nanomla' / 'core' / 'configurator.py', tmp_path / 'nanomla' / 'core')
 
     def start(*arguments, nodes=1, cwd=tmp_path, **environment):
         environment = dict(SLURM_JOB_ID='4711', SLURM_JOB_NODELIST='node[00-07]', SLURM_JOB_NUM_NODES=str(nodes), SLURM_GPUS_ON_NODE='2',
