@@ -9,6 +9,7 @@ Evaluate models through their caches: perplexity, long-context retrieval, every 
 One line for each model and cache format, with the bytes that a token takes, measured on the cache's buffers. Each
 result is kept in out_dir/results.jsonl as soon as it is there; the same command again goes on with what is missing.
 """
+
 # what
 models = ''  # comma-separated: checkpoint files or folders, gpt2, gpt2-medium ..., folders of Llama or DeepSeek-V3, names on the Hugging Face hub
 tasks = 'perplexity'  # comma-separated: perplexity, needle, key_value, commonsense (MHA2MLA's set), tasks of the harness, task files (*.yaml)
@@ -27,7 +28,9 @@ max_tokens = 0  # only the first so many tokens; 0 = all
 context = 0  # tokens a window has; 0 = block_size, but at most 2048
 stride = 0  # new tokens of a window behind the first: each is scored once, with context - stride + 1 or more before it; 0 = half of context
 # needle, key_value
-lengths = ''  # tokens of the whole text, comma-separated; '' = a quarter, a half and all of block_size
+lengths = (
+    ''  # tokens of the whole text, comma-separated; '' = a quarter, a half and all of block_size
+)
 depths = '0,0.25,0.5,0.75,1'  # where the answer stands: 0 = at the beginning, 1 = at the end
 trials = 8  # texts for each length and depth
 candidates = 8  # words to choose among, for the rank by likelihood
@@ -44,6 +47,7 @@ dtype = 'auto'  # of weights and arithmetic: auto | float32 | bfloat16 | float16
 kernel = 'sdpa'  # attention: eager | sdpa | flash | cudnn
 
 from nanomla.core.configurator import UserError, configure
+
 config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
@@ -59,31 +63,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanomla.checkpoints import gpt2, load, tokenizer
 from nanomla.checkpoints import native as checkpoint
-from nanomla.checkpoints import load
-from nanomla.checkpoints import gpt2
+from nanomla.core import devices as machine
+from nanomla.core import figures
 from nanomla.core import token_files as datasets
 from nanomla.core.files import progress_bar, write_atomically, writing
-from nanomla.checkpoints import tokenizer
-from nanomla.core import figures
-from nanomla.evals import harness
-from nanomla.core import devices as machine
-from nanomla.evals import retrieval
-from nanomla.evals import scoreboard
-from nanomla.inference.quantize import BITS, FULL
-from nanomla.inference.cache import LAYOUTS
+from nanomla.evals import harness, retrieval, scoreboard
 from nanomla.evals.scoring import Scorer, perplexity
+from nanomla.inference.cache import LAYOUTS
+from nanomla.inference.quantize import BITS, FULL
 
 OWN = ('perplexity', *retrieval.TASKS)
-SETTINGS = dict(perplexity=('data', 'split', 'max_tokens', 'context', 'stride'), **dict.fromkeys(retrieval.TASKS, (
-    'data', 'split', 'lengths', 'depths', 'trials', 'candidates', 'haystack', 'seed')))  # what a task's result depends on
+SETTINGS = dict(
+    perplexity=('data', 'split', 'max_tokens', 'context', 'stride'),
+    **dict.fromkeys(
+        retrieval.TASKS,
+        ('data', 'split', 'lengths', 'depths', 'trials', 'candidates', 'haystack', 'seed'),
+    ),
+)  # what a task's result depends on
 HARNESS = ('include_path', 'limit', 'num_fewshot', 'seed')
 
 
 def listed(name, kind=str):
     """A comma-separated setting as a list without doubles; UserError where a part is not of `kind`."""
     try:
-        return list(dict.fromkeys(kind(part.strip()) for part in config[name].split(',') if part.strip()))
+        return list(
+            dict.fromkeys(kind(part.strip()) for part in config[name].split(',') if part.strip())
+        )
     except ValueError:
         what = 'whole numbers' if kind is int else 'numbers'
         raise UserError(f'--{name}={config[name]}: give {what} with commas between them') from None
@@ -92,13 +99,23 @@ def listed(name, kind=str):
 def formats():
     """The cache formats as dicts of Scorer's settings, by name."""
     found = {}
-    for layout, stored, kept in itertools.product(listed('cache') or ['dense'], listed('cache_dtype') or ['auto'], listed('window', int) or [128]):
-        name = ' '.join([layout] + [stored] * (layout != 'none') + [f'window {kept}'] * (layout != 'none' and stored in BITS))
-        found[name] = dict(layout=layout) | (dict(dtype=stored, window=kept, page_size=page_size) if layout != 'none' else {})
+    for layout, stored, kept in itertools.product(
+        listed('cache') or ['dense'],
+        listed('cache_dtype') or ['auto'],
+        listed('window', int) or [128],
+    ):
+        name = ' '.join(
+            [layout]
+            + [stored] * (layout != 'none')
+            + [f'window {kept}'] * (layout != 'none' and stored in BITS)
+        )
+        found[name] = dict(layout=layout) | (
+            dict(dtype=stored, window=kept, page_size=page_size) if layout != 'none' else {}
+        )
         if layout not in ('none', *LAYOUTS):
-            raise UserError(f"--cache={layout} is not known: use none, dense or paged")
+            raise UserError(f'--cache={layout} is not known: use none, dense or paged')
         if stored not in (known := ['auto', *FULL, *BITS]):
-            raise UserError(f"--cache_dtype={stored} is not known: use {', '.join(known)}")
+            raise UserError(f'--cache_dtype={stored} is not known: use {", ".join(known)}')
         if kept < 0:
             raise UserError(f'--window={window}: give whole numbers of at least 0')
     return found
@@ -107,8 +124,16 @@ def formats():
 def fingerprint(path):
     """What tells whether the files of a model or text are still the same."""
     path = Path(path)
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] * path.is_file()
-    files = [p for p in files if not path.is_dir() or p.name == 'ckpt.pt' or p.suffix in ('.json', '.safetensors', '.bin')]
+    files = (
+        sorted(p for p in path.iterdir() if p.is_file())
+        if path.is_dir()
+        else [path] * path.is_file()
+    )
+    files = [
+        p
+        for p in files
+        if not path.is_dir() or p.name == 'ckpt.pt' or p.suffix in ('.json', '.safetensors', '.bin')
+    ]
     return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
@@ -122,13 +147,22 @@ class Subject:
         if self.model is not None:
             return
         self.model, content = load.load_model(self.path, dropout=0.0, kernel=kernel)
-        self.meta, self.codec, self.begin, self.ends = tokenizer.codec_of(content, self.model.config.vocab_size, self.path)
+        self.meta, self.codec, self.begin, self.ends = tokenizer.codec_of(
+            content, self.model.config.vocab_size, self.path
+        )
         self.trained_on = content.get('config', {}).get('dataset', '')
         self.model.stream = machine.pick_dtype(dtype, device)
         self.model.to(device, self.model.stream).eval()
         self.model.check_kernel(device)
-        kind = figures.kind_of(dict(kind=checkpoint.kind_of(self.model), config=vars(self.model.config)))
-        self.facts = dict(kind=kind, params=self.model.num_params(), block_size=self.model.config.block_size, dtype=str(self.model.stream)[6:])
+        kind = figures.kind_of(
+            dict(kind=checkpoint.kind_of(self.model), config=vars(self.model.config))
+        )
+        self.facts = dict(
+            kind=kind,
+            params=self.model.num_params(),
+            block_size=self.model.config.block_size,
+            dtype=str(self.model.stream)[6:],
+        )
         self.text = None
 
     def read(self):
@@ -136,7 +170,9 @@ class Subject:
         if self.text is None:
             name = data or self.trained_on
             if not name:
-                raise UserError(f'{self.path} does not say what text it was trained on: name a dataset or a text file by --data')
+                raise UserError(
+                    f'{self.path} does not say what text it was trained on: name a dataset or a text file by --data'
+                )
             self.text = *(self.read_file if os.path.isfile(name) else self.read_bin)(name), name
         return self.text
 
@@ -146,19 +182,28 @@ class Subject:
             text = raw.decode('utf-8-sig')
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) or self.codec.name != 'bytes':
-                raise UserError(f'--data={path} cannot be read: {getattr(error, "strerror", None) or "it is not UTF-8 text"}') from None
+                raise UserError(
+                    f'--data={path} cannot be read: {getattr(error, "strerror", None) or "it is not UTF-8 text"}'
+                ) from None
             text = raw
         if not text:
             raise UserError(f'--data={path} is empty: name a file with text')
         try:
-            ids = np.asarray(self.codec.encode(text) if self.codec.name == 'hf' else self.codec.encode_array(text), np.int64)
+            ids = np.asarray(
+                self.codec.encode(text)
+                if self.codec.name == 'hf'
+                else self.codec.encode_array(text),
+                np.int64,
+            )
         except UserError as error:
             raise UserError(f'--data={path}: {error}') from None
         n_bytes = len(text if isinstance(text, bytes) else text.encode())
         if self.begin is not None:
             ids = np.concatenate([[self.begin], ids])
         else:
-            n_bytes -= len(self.codec.decode_bytes(ids[:1].tolist())) - getattr(self.codec, 'blank', False)  # some put a blank in front of a text
+            n_bytes -= len(self.codec.decode_bytes(ids[:1].tolist())) - getattr(
+                self.codec, 'blank', False
+            )  # some put a blank in front of a text
         if max_tokens and len(ids) > max_tokens:
             rest = self.codec.decode_bytes(ids[max_tokens:].tolist())
             ids, n_bytes = ids[:max_tokens], n_bytes - len(rest)
@@ -167,18 +212,26 @@ class Subject:
     def read_bin(self, name):
         folder = datasets.find(name)
         if not os.path.exists(folder):
-            raise UserError(f'--data={name} is neither a text file nor a dataset: {folder} is not there')
+            raise UserError(
+                f'--data={name} is neither a text file nor a dataset: {folder} is not there'
+            )
         datasets.prepare_if_missing(name)
         meta = datasets.read_meta(folder)
         own = self.meta.get('tokenizer', self.codec.name)
         if (meta['tokenizer'], meta.get('chars')) != (own, self.meta.get('chars')):
-            raise UserError(f"{folder} holds tokens of another vocabulary ({meta['tokenizer']}) than {self.path} has ({own}): give its text as a file by --data")
+            raise UserError(
+                f'{folder} holds tokens of another vocabulary ({meta["tokenizer"]}) than {self.path} has ({own}): give its text as a file by --data'
+            )
         ids = datasets.read_tokens(folder / f'{split}.bin', meta['dtype'])
-        ids = ids[:max_tokens or len(ids)]
+        ids = ids[: max_tokens or len(ids)]
         if (top := int(ids.max())) >= self.codec.vocab_size:
-            raise UserError(f'{folder}/{split}.bin holds token {top}, but the vocabulary has {self.codec.vocab_size}')
+            raise UserError(
+                f'{folder}/{split}.bin holds token {top}, but the vocabulary has {self.codec.vocab_size}'
+            )
         counts = np.bincount(ids[1:], minlength=top + 1)
-        return ids, sum(int(n) * len(self.codec.decode_bytes([i])) for i, n in enumerate(counts) if n)
+        return ids, sum(
+            int(n) * len(self.codec.decode_bytes([i])) for i, n in enumerate(counts) if n
+        )
 
 
 def measure(subject, how, task):
@@ -192,33 +245,57 @@ def measure(subject, how, task):
         size = context or min(model.config.block_size, 2048)
         step = stride or max(1, size // 2)
         if size > model.config.block_size:
-            raise UserError(f'--context={size} is more than {subject.path} was made for: {model.config.block_size}')
+            raise UserError(
+                f'--context={size} is more than {subject.path} was made for: {model.config.block_size}'
+            )
         if step > size:
-            raise UserError(f'--stride={step} is more than the context of {size}: tokens between would never be scored')
+            raise UserError(
+                f'--stride={step} is more than the context of {size}: tokens between would never be scored'
+            )
         if len(ids) <= size:
-            raise UserError(f'{name} has {len(ids)} tokens, too few for one window of {size} and a token behind it: '
-                            + (f'use a longer text or --context={len(ids) - 1}' if len(ids) > 1 else 'use a longer text'))
+            raise UserError(
+                f'{name} has {len(ids)} tokens, too few for one window of {size} and a token behind it: '
+                + (
+                    f'use a longer text or --context={len(ids) - 1}'
+                    if len(ids) > 1
+                    else 'use a longer text'
+                )
+            )
         bar = progress_bar(len(ids) - 1, 'token')
         result = perplexity(scorer, ids, size, step, n_bytes, bar) | dict(data=name)
         bar.close()
     elif task in retrieval.TASKS:
-        sizes = listed('lengths', int) or [model.config.block_size // 4, model.config.block_size // 2, model.config.block_size]
+        sizes = listed('lengths', int) or [
+            model.config.block_size // 4,
+            model.config.block_size // 2,
+            model.config.block_size,
+        ]
         where = listed('depths', float)
         if not where or min(where) < 0 or max(where) > 1:
             raise UserError(f'--depths={depths}: give numbers from 0 to 1')
         if max(sizes) > model.config.block_size:
-            raise UserError(f'--lengths={max(sizes)} is more than {subject.path} was made for: {model.config.block_size}')
-        hay = subject.read()[0] if task == 'needle' and haystack == 'data' and (data or subject.trained_on) else None
+            raise UserError(
+                f'--lengths={max(sizes)} is more than {subject.path} was made for: {model.config.block_size}'
+            )
+        hay = (
+            subject.read()[0]
+            if task == 'needle' and haystack == 'data' and (data or subject.trained_on)
+            else None
+        )
         try:
             least = retrieval.least_length(task, codec, candidates, seed, begin, hay)
         except UserError as error:
             raise UserError(f'{task}: {error}') from None
         fitting = sizes if 'lengths' in config.given else [n for n in sizes if n >= least]
         if not fitting or min(fitting) < least:
-            raise UserError(f'{task} needs texts of {least} tokens or more with this vocabulary, not {min(sizes)}: use longer --lengths'
-                            + f' (the model has {model.config.block_size})')
+            raise UserError(
+                f'{task} needs texts of {least} tokens or more with this vocabulary, not {min(sizes)}: use longer --lengths'
+                + f' (the model has {model.config.block_size})'
+            )
         bar = progress_bar(len(fitting) * len(where) * trials, 'text')
-        result = retrieval.evaluate(scorer, task, codec, fitting, where, trials, candidates, seed, begin, hay, bar)
+        result = retrieval.evaluate(
+            scorer, task, codec, fitting, where, trials, candidates, seed, begin, hay, bar
+        )
         bar.close()
     else:
         lm = harness.adapter(scorer, codec, subject.begin, subject.ends, progress_bar)
@@ -229,7 +306,10 @@ def measure(subject, how, task):
 def key_of(path, format_name, how, task):
     """What one cell depends on, as a short hash."""
     names = SETTINGS.get(task, HARNESS)
-    about = {name: config[name] for name in ('batch_size', 'chunk_size', 'device', 'dtype', 'kernel', *names)}
+    about = {
+        name: config[name]
+        for name in ('batch_size', 'chunk_size', 'device', 'dtype', 'kernel', *names)
+    }
     text = fingerprint(data) if 'data' in names and data and os.path.isfile(data) else []
     made_of = [path, fingerprint(path), format_name, how, task, about, text, fingerprint(task)]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -237,22 +317,43 @@ def key_of(path, format_name, how, task):
 
 # ---------------------------------------------------------------------------------------------------
 device = machine.pick_device(device)
-for name, least in dict(chunk_size=0, max_tokens=0, context=0, stride=0, trials=1, candidates=2, limit=0, batch_size=1, num_fewshot=-1).items():
+for name, least in dict(
+    chunk_size=0,
+    max_tokens=0,
+    context=0,
+    stride=0,
+    trials=1,
+    candidates=2,
+    limit=0,
+    batch_size=1,
+    num_fewshot=-1,
+).items():
     if config[name] < least:
         raise UserError(f'{name}={config[name]} must be at least {least}')
 for name, known in dict(split=('val', 'train'), haystack=('data', 'synthetic')).items():
     if config[name] not in known:
-        raise UserError(f"--{name}={config[name]} is not known: use {' or '.join(known)}")
+        raise UserError(f'--{name}={config[name]} is not known: use {" or ".join(known)}')
 if kernel == 'flex':
     raise UserError('--kernel=flex is compiled for one length, and texts grow: use --kernel=sdpa')
-paths, wanted = listed('models'), ','.join(harness.GROUPS.get(task, task) for task in listed('tasks')).split(',')
+paths, wanted = (
+    listed('models'),
+    ','.join(harness.GROUPS.get(task, task) for task in listed('tasks')).split(','),
+)
 if not paths:
-    raise UserError('say what to evaluate: --models=out-shakespeare-mla, or several with commas between them')
+    raise UserError(
+        'say what to evaluate: --models=out-shakespeare-mla, or several with commas between them'
+    )
 if wanted == ['']:
-    raise UserError(f"say what to measure: --tasks={','.join(OWN)}, or tasks of the harness")
+    raise UserError(f'say what to measure: --tasks={",".join(OWN)}, or tasks of the harness')
 for path in paths:
-    if not os.path.exists(path) and path not in gpt2.HUB and ('/' not in path and ':' not in path or path.endswith('.pt')):
-        raise UserError(f'--models: there is no {path}: train one first, or name a file or folder that is there')
+    if (
+        not os.path.exists(path)
+        and path not in gpt2.HUB
+        and ('/' not in path and ':' not in path or path.endswith('.pt'))
+    ):
+        raise UserError(
+            f'--models: there is no {path}: train one first, or name a file or folder that is there'
+        )
 caches, foreign = formats(), [task for task in wanted if task not in OWN]
 harnessed = harness.Tasks(foreign, include_path, [*OWN, *harness.GROUPS]) if foreign else None
 labels = {path: Path(path).name for path in paths}
@@ -274,8 +375,14 @@ for path in paths:
             print(f'{labels[path]} · {format_name} · {task}', file=sys.stderr)
             began = time.perf_counter()
             cell = measure(subject, how, task)
-            about = subject.facts | dict(seconds=round(time.perf_counter() - began, 2), commit=machine.commit(), torch=torch.__version__,
-                                         device=machine.describe(device), date=f'{datetime.date.today()}', chunk_size=chunk_size)
+            about = subject.facts | dict(
+                seconds=round(time.perf_counter() - began, 2),
+                commit=machine.commit(),
+                torch=torch.__version__,
+                device=machine.describe(device),
+                date=f'{datetime.date.today()}',
+                chunk_size=chunk_size,
+            )
             done[key] = dict(key=key, model=path, cache=format_name, task=task) | about | cell
             with writing(store):
                 scoreboard.add(store, done[key])
@@ -285,14 +392,24 @@ for path in paths:
 rows = scoreboard.rows(records)
 for record in records:
     if record['dequantised'] == 0 and record['cache'].split()[1:2] in (['int8'], ['int4']):
-        print(f"note: {record['label']}, {record['cache']}, {record['task']}: nothing was ever read back from its codes, as all of it lay in the window of "
-              'full precision or in one chunk: use a smaller --window and --chunk_size, or longer texts', file=sys.stderr)
+        print(
+            f'note: {record["label"]}, {record["cache"]}, {record["task"]}: nothing was ever read back from its codes, as all of it lay in the window of '
+            'full precision or in one chunk: use a smaller --window and --chunk_size, or longer texts',
+            file=sys.stderr,
+        )
 write_atomically(store.with_suffix('.json'), json.dumps(records, indent=1).encode())
 write_atomically(store.with_suffix('.csv'), scoreboard.csv(rows).encode())
 footer = scoreboard.footer(records, seed)
 scoreboard.draw(figures, records, store.with_suffix('.png'), footer)
 for task in retrieval.TASKS:
-    if mine := [(f"{record['label']}, {record['cache']}", record['result']) for record in records if record['task'] == task]:
+    if mine := [
+        (f'{record["label"]}, {record["cache"]}', record['result'])
+        for record in records
+        if record['task'] == task
+    ]:
         retrieval.heat_map(figures, mine, task, store.with_name(f'{task}.png'), footer)
 print(scoreboard.table(rows))
-print(f"written: {', '.join(sorted(str(p) for p in store.parent.iterdir() if p.suffix in ('.jsonl', '.json', '.csv', '.png')))}", file=sys.stderr)
+print(
+    f'written: {", ".join(sorted(str(p) for p in store.parent.iterdir() if p.suffix in (".jsonl", ".json", ".csv", ".png")))}',
+    file=sys.stderr,
+)

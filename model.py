@@ -8,6 +8,7 @@ where they are used: `model.stream = torch.bfloat16` is all of mixed precision t
 Legend: B batch, T tokens, C channels (n_embd), H query heads, K key/value heads, D head dim,
 V vocabulary. Weights are (out, in), as torch keeps them.
 """
+
 import math
 import warnings
 from dataclasses import dataclass, fields
@@ -18,47 +19,56 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanomla.inference import fused_step as step_kernels
 from nanomla.core.configurator import UserError
+from nanomla.inference import fused_step as step_kernels
 from nanomla.inference.generate import generate, prefill
 from nanomla.training.kernels import gelu
 
-CHOICES = dict(pos=('learned', 'rope', 'none'), norm=('layernorm', 'rmsnorm'), act=('gelu', 'gelu_tanh', 'swiglu', 'relu2'),
-               init=('gpt2', 'fan_in'), dropout_in=('all', 'residual'), kernel=('eager', 'sdpa', 'flash', 'cudnn', 'flex'))
+CHOICES = dict(
+    pos=('learned', 'rope', 'none'),
+    norm=('layernorm', 'rmsnorm'),
+    act=('gelu', 'gelu_tanh', 'swiglu', 'relu2'),
+    init=('gpt2', 'fan_in'),
+    dropout_in=('all', 'residual'),
+    kernel=('eager', 'sdpa', 'flash', 'cudnn', 'flex'),
+)
 
 
 @dataclass
 class GPTConfig:
     """The shape of a GPT. 0 means: derived as the comment says. UserError where the parts do not fit."""
+
     block_size: int = 1024
-    vocab_size: int = 50304      # GPT-2's 50257 rounded up to a multiple of 64
+    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    dropout_in: str = 'all'      # 'all': embedding, attention pattern and residual branches, as GPT-2; or only the last
-    bias: bool = True            # in Linear and LayerNorm
-    n_kv_head: int = 0           # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
-    head_dim: int = 0            # 0 = n_embd // n_head
-    n_inner: int = 0             # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd, up to a multiple of 64)
-    mlp: bool = True             # False: attention only, the models in which circuits are studied
+    dropout_in: str = 'all'  # 'all': embedding, attention pattern and residual branches, as GPT-2; or only the last
+    bias: bool = True  # in Linear and LayerNorm
+    n_kv_head: int = 0  # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
+    head_dim: int = 0  # 0 = n_embd // n_head
+    n_inner: int = 0  # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd, up to a multiple of 64)
+    mlp: bool = True  # False: attention only, the models in which circuits are studied
     pos: str = 'learned'
     rope_theta: float = 10000.0
-    rope_scaling: float = 1.0    # linear: position p counts as p / rope_scaling
+    rope_scaling: float = 1.0  # linear: position p counts as p / rope_scaling
     norm: str = 'layernorm'
     norm_eps: float = 1e-5
-    act: str = 'gelu'            # 'gelu' is erf, as in nanoGPT; OpenAI's GPT-2 is 'gelu_tanh'
-    qk_norm: bool = False        # RMS norm of each query and key, before RoPE
-    softmax_scale: float = 0.0   # of q · k: 0 = 1 / sqrt(width of a query); QK-norm bounds the logits of w normed dims by w times this
-    tie_weights: bool = True     # one matrix for token embedding and head
-    init: str = 'gpt2'           # 'gpt2': normal(0, 0.02); 'fan_in': normal(0, 1/sqrt(fan_in)) in the blocks
-    zero_init: bool = False      # projections into the residual stream start at zero
-    kernel: str = 'sdpa'         # attention kernel; results agree, speed and hooks differ
+    act: str = 'gelu'  # 'gelu' is erf, as in nanoGPT; OpenAI's GPT-2 is 'gelu_tanh'
+    qk_norm: bool = False  # RMS norm of each query and key, before RoPE
+    softmax_scale: float = 0.0  # of q · k: 0 = 1 / sqrt(width of a query); QK-norm bounds the logits of w normed dims by w times this
+    tie_weights: bool = True  # one matrix for token embedding and head
+    init: str = 'gpt2'  # 'gpt2': normal(0, 0.02); 'fan_in': normal(0, 1/sqrt(fan_in)) in the blocks
+    zero_init: bool = False  # projections into the residual stream start at zero
+    kernel: str = 'sdpa'  # attention kernel; results agree, speed and hooks differ
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"{name}='{getattr(self, name)}' is not known: use {', '.join(choices)}")
+                raise UserError(
+                    f"{name}='{getattr(self, name)}' is not known: use {', '.join(choices)}"
+                )
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 1')
@@ -74,7 +84,9 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one or set head_dim')
+            raise UserError(
+                f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one or set head_dim'
+            )
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         gated = -(-8 * self.n_embd // (3 * 64)) * 64
         self.n_inner = self.n_inner or (gated if self.act == 'swiglu' else 4 * self.n_embd)
@@ -98,7 +110,9 @@ class Linear(nn.Linear):
     """A Linear whose weight follows the dtype of its input: master weights stay in fp32."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class Norm(nn.Module):
@@ -114,7 +128,9 @@ class Norm(nn.Module):
         weight = self.weight.to(x.dtype)
         if self.rms:
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps
+        )
 
 
 def rope_tables(config, positions):
@@ -125,7 +141,9 @@ def rope_tables(config, positions):
     if config.pos != 'rope' or not config.rope_dim:
         return None
     pair = torch.arange(0, config.rope_dim, 2, device=positions.device).float()
-    angle = (positions.float() / config.rope_scaling)[..., None] * config.rope_theta ** (-pair / config.rope_dim)
+    angle = (positions.float() / config.rope_scaling)[..., None] * config.rope_theta ** (
+        -pair / config.rope_dim
+    )
     return angle.cos()[..., None, :], angle.sin()[..., None, :]
 
 
@@ -141,6 +159,7 @@ def rotate(x, rope):
 # ---------------------------------------------------------------------------------------------------
 # attention
 
+
 def see_past(b, h, i, j):
     return i >= j
 
@@ -148,12 +167,14 @@ def see_past(b, h, i, j):
 @lru_cache(maxsize=16)
 def causal_blocks(T, device):
     from torch.nn.attention.flex_attention import create_block_mask
+
     return create_block_mask(see_past, None, None, T, T, device=device)
 
 
 @lru_cache(maxsize=1)
 def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -169,8 +190,12 @@ class Attention(nn.Module):
     def __init__(self, config, qk_dim, v_dim):
         super().__init__()
         self.n_head, self.qk_dim, self.v_dim = config.n_head, qk_dim, v_dim
-        self.kernel, self.qk_norm, self.dropout = config.kernel, config.qk_norm, config.inner_dropout
-        self.scale = config.softmax_scale or qk_dim ** -0.5
+        self.kernel, self.qk_norm, self.dropout = (
+            config.kernel,
+            config.qk_norm,
+            config.inner_dropout,
+        )
+        self.scale = config.softmax_scale or qk_dim**-0.5
         self.c_proj = Linear(config.n_head * v_dim, config.n_embd, bias=config.bias)  # W^O
         self.attn_dropout = nn.Dropout(config.inner_dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -190,7 +215,9 @@ class Attention(nn.Module):
                 y = cache.attend(q, self.scale)
             else:
                 held, seen = cache.extend(**new)
-                y = self.attend(q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen)
+                y = self.attend(
+                    q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen
+                )
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def attend(self, q, k, v, seen=None):
@@ -202,17 +229,37 @@ class Attention(nn.Module):
         if self.kernel == 'eager':
             if grouped:
                 k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-            future = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1) if seen is None else ~seen
+            future = (
+                torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
+                if seen is None
+                else ~seen
+            )
             logits = (q @ k.mT * self.scale).masked_fill(future, -torch.inf)
             return self.attn_dropout(logits.softmax(-1, dtype=torch.float32).to(v.dtype)) @ v
         if seen is not None:  # only torch's choice takes any mask
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped
+            )
         if self.kernel == 'flex':
-            return compiled_flex()(q, k, v, block_mask=causal_blocks(q.size(2), q.device), scale=self.scale, enable_gqa=grouped)
-        call = dict(is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=self.dropout if self.training else 0.0)
+            return compiled_flex()(
+                q,
+                k,
+                v,
+                block_mask=causal_blocks(q.size(2), q.device),
+                scale=self.scale,
+                enable_gqa=grouped,
+            )
+        call = dict(
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=grouped,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         if self.kernel == 'sdpa':  # torch picks the backend
             return F.scaled_dot_product_attention(q, k, v, **call)
-        backend = SDPBackend.FLASH_ATTENTION if self.kernel == 'flash' else SDPBackend.CUDNN_ATTENTION
+        backend = (
+            SDPBackend.FLASH_ATTENTION if self.kernel == 'flash' else SDPBackend.CUDNN_ATTENTION
+        )
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, **call)
 
@@ -227,19 +274,35 @@ class Attention(nn.Module):
     def reason_not_to_run(self, device, dtype):
         """Why this kernel cannot run on `device` in `dtype`, with its gradients and in the present mode, as text; '' when it can. It is tried out."""
         if self.kernel == 'flex' and (self.dropout or torch.device(device).type == 'cpu'):
-            return 'FlexAttention has no dropout' if self.dropout else 'FlexAttention does not train on the CPU'
+            return (
+                'FlexAttention has no dropout'
+                if self.dropout
+                else 'FlexAttention does not train on the CPU'
+            )
         if self.kernel == 'cudnn' and torch.device(device).type != 'cuda':
             return 'cuDNN needs a CUDA GPU'
-        q, k, v = (torch.zeros(1, heads, 128, d, device=device, dtype=dtype, requires_grad=True) for heads, d in self.sizes())
+        q, k, v = (
+            torch.zeros(1, heads, 128, d, device=device, dtype=dtype, requires_grad=True)
+            for heads, d in self.sizes()
+        )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             try:
                 self.attend(q, k, v).sum().backward()
                 return ''
             except (RuntimeError, NotImplementedError, AssertionError) as error:
-                reasons = [str(w.message).split(' (Triggered')[0] for w in said] + [str(error).splitlines()[0]]
+                reasons = [str(w.message).split(' (Triggered')[0] for w in said] + [
+                    str(error).splitlines()[0]
+                ]
                 named = (self.kernel, 'both fused') if self.kernel in ('flash', 'cudnn') else ('',)
-                return next((r for r in reasons if any(n in r.lower() for n in named) and 'not used' not in r), reasons[-1]).rstrip('.')
+                return next(
+                    (
+                        r
+                        for r in reasons
+                        if any(n in r.lower() for n in named) and 'not used' not in r
+                    ),
+                    reasons[-1],
+                ).rstrip('.')
 
 
 class MultiHeadAttention(Attention):
@@ -247,12 +310,16 @@ class MultiHeadAttention(Attention):
 
     def __init__(self, config, layer=0):
         super().__init__(config, config.head_dim, config.head_dim)
-        self.widths = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.widths = [
+            heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)
+        ]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)  # W^Q | W^K | W^V
         self.c_attn.weight.splits = self.widths  # Muon orthogonalises each by itself
 
     def qkv(self, x, rope):
-        q, k, v = (t.unflatten(-1, (-1, self.v_dim)) for t in self.c_attn(x).split(self.widths, dim=-1))  # (B, T, heads, D)
+        q, k, v = (
+            t.unflatten(-1, (-1, self.v_dim)) for t in self.c_attn(x).split(self.widths, dim=-1)
+        )  # (B, T, heads, D)
         q, k = self.normed(q, k)
         return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
 
@@ -266,12 +333,15 @@ class MultiHeadAttention(Attention):
 # ---------------------------------------------------------------------------------------------------
 # the rest of the block
 
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.act = config.act
         gates = 2 if config.act == 'swiglu' else 1
-        self.c_fc = Linear(config.n_embd, gates * config.n_inner, bias=config.bias)  # SwiGLU: gate | up
+        self.c_fc = Linear(
+            config.n_embd, gates * config.n_inner, bias=config.bias
+        )  # SwiGLU: gate | up
         self.c_fc.weight.splits = [config.n_inner] * gates
         self.c_proj = Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -284,8 +354,17 @@ class MLP(nn.Module):
         elif self.act == 'relu2':
             x = F.relu(x).square()
         else:
-            fused = self.act == 'gelu' and x.is_cuda and x.dtype != torch.float32 and torch.compiler.is_compiling()  # F.gelu's erf is slow there
-            x = gelu(x) if fused else F.gelu(x, approximate='tanh' if self.act == 'gelu_tanh' else 'none')
+            fused = (
+                self.act == 'gelu'
+                and x.is_cuda
+                and x.dtype != torch.float32
+                and torch.compiler.is_compiling()
+            )  # F.gelu's erf is slow there
+            x = (
+                gelu(x)
+                if fused
+                else F.gelu(x, approximate='tanh' if self.act == 'gelu_tanh' else 'none')
+            )
         return self.dropout(self.c_proj(x))
 
 
@@ -294,7 +373,9 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = Norm(config.n_embd, config)
         self.attn = attention
-        self.ln_2, self.mlp = (Norm(config.n_embd, config), MLP(config)) if config.mlp else (None, None)
+        self.ln_2, self.mlp = (
+            (Norm(config.n_embd, config), MLP(config)) if config.mlp else (None, None)
+        )
 
     def forward(self, x, rope, cache=None):
         if cache is not None and step_kernels.serves(self, x, cache):
@@ -314,9 +395,13 @@ class GPT(nn.Module):
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts |= dict(drop=nn.Dropout(config.inner_dropout),
-                      h=nn.ModuleList(Block(config, self.Attention(config, n)) for n in range(config.n_layer)),
-                      ln_f=Norm(config.n_embd, config))
+        parts |= dict(
+            drop=nn.Dropout(config.inner_dropout),
+            h=nn.ModuleList(
+                Block(config, self.Attention(config, n)) for n in range(config.n_layer)
+            ),
+            ln_f=Norm(config.n_embd, config),
+        )
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -333,7 +418,7 @@ class GPT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 std = 0.02
                 if isinstance(module, nn.Linear) and config.init == 'fan_in' and name != 'lm_head':
-                    std = module.in_features ** -0.5
+                    std = module.in_features**-0.5
                 if name.endswith('c_proj'):
                     std = 0.0 if config.zero_init else std / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(module.weight, std=std)
@@ -367,7 +452,9 @@ class GPT(nn.Module):
     def embed(self, idx, positions=None):
         """The residual stream before the first block (B, T, C), and RoPE's tables (or None) for `positions` (B, T), or 0 to T - 1."""
         T = idx.size(1)
-        assert T <= self.config.block_size, f'{T} tokens do not fit a block of {self.config.block_size}'
+        assert T <= self.config.block_size, (
+            f'{T} tokens do not fit a block of {self.config.block_size}'
+        )
         positions = torch.arange(T, device=idx.device) if positions is None else positions
         x = self.transformer.wte(idx)
         if self.config.pos == 'learned':
@@ -391,7 +478,11 @@ class GPT(nn.Module):
         appendix B): 6 per weight of a matrix product, plus attention over all T positions. q/k and v may differ in width.
         """
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attention = sum(6 * T * a.n_head * (a.qk_dim + a.v_dim) for a in self.modules() if isinstance(a, Attention))
+        attention = sum(
+            6 * T * a.n_head * (a.qk_dim + a.v_dim)
+            for a in self.modules()
+            if isinstance(a, Attention)
+        )
         return 6 * matrices + attention
 
     def estimate_mfu(self, tokens_per_second, peak):
@@ -400,19 +491,28 @@ class GPT(nn.Module):
 
     def cache_bytes_per_token(self, bytes_per_element=2):
         """What one token leaves in the caches of all layers, in bytes (bf16 by default)."""
-        return bytes_per_element * sum(sum(b.attn.cache_dims().values()) for b in self.transformer.h)
+        return bytes_per_element * sum(
+            sum(b.attn.cache_dims().values()) for b in self.transformer.h
+        )
 
     def check_kernel(self, device):
         """UserError when the chosen attention kernel cannot run on `device` in the stream's dtype."""
         attention = self.transformer.h[0].attn
         if reason := attention.reason_not_to_run(device, self.stream):
-            raise UserError(f"--kernel={attention.kernel} cannot run on {device} in {str(self.stream)[6:]}: {reason}. Use --kernel=sdpa")
+            raise UserError(
+                f'--kernel={attention.kernel} cannot run on {device} in {str(self.stream)[6:]}: {reason}. Use --kernel=sdpa'
+            )
 
     def crop_block_size(self, block_size):
         """Use a model on shorter blocks than it was made for."""
         if block_size > self.config.block_size:
-            raise UserError(f'block_size={block_size} is more than the model was made for: {self.config.block_size}')
+            raise UserError(
+                f'block_size={block_size} is more than the model was made for: {self.config.block_size}'
+            )
         self.config.block_size = block_size
         if self.config.pos == 'learned':
             wpe = self.transformer.wpe
-            wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight[:block_size].detach()), block_size
+            wpe.weight, wpe.num_embeddings = (
+                nn.Parameter(wpe.weight[:block_size].detach()),
+                block_size,
+            )

@@ -8,11 +8,14 @@ Write text with a trained model, each token as soon as it is chosen.
 
 The text goes to stdout; what the model is, and any remark, to stderr.
 """
+
 # model
 out_dir = 'out'  # the run to sample from
 init_from = 'resume'  # resume (out_dir/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder, also of Llama or DeepSeek-V3
 # text
-start = '\n'  # the prompt: text, FILE:prompt.txt, or - for standard input; '' = the beginning of a text
+start = (
+    '\n'  # the prompt: text, FILE:prompt.txt, or - for standard input; '' = the beginning of a text
+)
 num_samples = 3  # of start
 prompts = ''  # instead of start: a file with a prompt a line (- for standard input), one sample of each, in its order
 batch_size = 8  # prompts decoded at a time: where one ends, the next takes its place
@@ -35,6 +38,7 @@ dtype = 'auto'  # of weights and arithmetic: auto | float32 | bfloat16 | float16
 kernel = 'sdpa'  # attention: eager | sdpa | flash | cudnn
 
 from nanomla.core.configurator import UserError, configure
+
 config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
@@ -46,19 +50,20 @@ from pathlib import Path
 
 import torch
 
+from nanomla.checkpoints import load, tokenizer
 from nanomla.checkpoints import native as checkpoint
-from nanomla.checkpoints import load
-from nanomla.core import files
-from nanomla.checkpoints import tokenizer
 from nanomla.core import devices as machine
-from nanomla.inference.cache import Cache
+from nanomla.core import files
 from nanomla.core.tokenizers import Teller
+from nanomla.inference.cache import Cache
 from nanomla.inference.generate import serve
 
 device = machine.pick_device(device)
 if device.type == 'cpu' and config.apply_on_cpu():
     device = torch.device('cpu')
-for name, least in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, batch_size=1, prefill_chunk=0).items():
+for name, least in dict(
+    num_samples=1, max_new_tokens=1, temperature=0, top_k=0, batch_size=1, prefill_chunk=0
+).items():
     if config[name] < least:
         raise UserError(f'{name}={config[name]} must be at least {least}')
 if not 0 < top_p <= 1:
@@ -66,19 +71,26 @@ if not 0 < top_p <= 1:
 if kernel == 'flex':
     raise UserError('--kernel=flex is compiled for one length, and a text grows: use --kernel=sdpa')
 if cache not in ('none', 'dense', 'paged'):
-    raise UserError(f"--cache={cache} is not known: use none, dense or paged")
+    raise UserError(f'--cache={cache} is not known: use none, dense or paged')
 if prompts and (cache == 'none' or 'start' in config.given):
-    raise UserError('--prompts are decoded together, which needs a cache: use --cache=dense or paged' if cache == 'none'
-                    else 'give one of --start and --prompts')
+    raise UserError(
+        '--prompts are decoded together, which needs a cache: use --cache=dense or paged'
+        if cache == 'none'
+        else 'give one of --start and --prompts'
+    )
 path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
 if init_from == 'resume' and not os.path.exists(path):
-    raise UserError(f'there is no {path}: train a model with `python train.py config/train_shakespeare_char.py --out_dir={out_dir}`, '
-                    'or name one that you have by --out_dir or --init_from')
+    raise UserError(
+        f'there is no {path}: train a model with `python train.py config/train_shakespeare_char.py --out_dir={out_dir}`, '
+        'or name one that you have by --out_dir or --init_from'
+    )
 
 
 def read(name, option):
     try:
-        return (sys.stdin.buffer.read() if name == '-' else Path(name).read_bytes()).decode('utf-8-sig')
+        return (sys.stdin.buffer.read() if name == '-' else Path(name).read_bytes()).decode(
+            'utf-8-sig'
+        )
     except (OSError, ValueError) as error:
         why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
         raise UserError(f'{option} cannot be read: {why}') from None
@@ -87,7 +99,14 @@ def read(name, option):
 def read_prompts():
     """[(text, where it is from)], at least one."""
     if not prompts:
-        return [(read(start.removeprefix('FILE:'), f'--start={start}') if start == '-' or start.startswith('FILE:') else start, '--start')]
+        return [
+            (
+                read(start.removeprefix('FILE:'), f'--start={start}')
+                if start == '-' or start.startswith('FILE:')
+                else start,
+                '--start',
+            )
+        ]
     lines = read(prompts, f'--prompts={prompts}').removesuffix('\n').split('\n')
     if lines == ['']:
         raise UserError(f'--prompts={prompts} holds no prompt: write one a line')
@@ -109,7 +128,9 @@ def read_stops():
 # ---------------------------------------------------------------------------------------------------
 model, content = load.load_model(path, dropout=0.0, kernel=kernel)
 meta, codec, begin, ends = tokenizer.codec_of(content, model.config.vocab_size, path)
-nothing = '' if codec.name == 'hf' else '<|endoftext|>' if ends else '\n'  # what a text without a prompt begins with
+nothing = (
+    '' if codec.name == 'hf' else '<|endoftext|>' if ends else '\n'
+)  # what a text without a prompt begins with
 asked, stops, texts = read_prompts(), read_stops(), []
 for text, where in asked:
     try:
@@ -117,37 +138,72 @@ for text, where in asked:
     except UserError as error:
         raise UserError(f'{where}: {error}') from None
     if not ids:
-        raise UserError(f'{where}: the prompt is empty, and this model has no token that begins a text: give it a few words')
+        raise UserError(
+            f'{where}: the prompt is empty, and this model has no token that begins a text: give it a few words'
+        )
     texts.append(ids)
 
 model.stream = machine.pick_dtype(dtype, device)
 model.to(device, model.stream).eval()
 model.check_kernel(device)
-trained = f"step {content['step']}, val loss {float(content.get('best_val_loss', math.nan)):.4f}; " if 'step' in content else ''
+trained = (
+    f'step {content["step"]}, val loss {float(content.get("best_val_loss", math.nan)):.4f}; '
+    if 'step' in content
+    else ''
+)
 source = meta.get('source') or content.get('config', {}).get('dataset') or path
 block_size = model.config.block_size
 read_of = [ids[-block_size:] for ids in texts]
 longest = max(map(len, read_of))
-if model.config.pos == 'learned' and longest + max_new_tokens - 1 > block_size and cache != 'none':  # the last token is not run
+if (
+    model.config.pos == 'learned' and longest + max_new_tokens - 1 > block_size and cache != 'none'
+):  # the last token is not run
     if prompts or 'cache' in config.given:
         where = next(where for ids, (_, where) in zip(read_of, asked) if len(ids) == longest)
         most, instead = block_size + 1 - longest, '' if prompts else '--cache=none, or '
-        raise UserError(f'{where}: {longest} tokens and max_new_tokens={max_new_tokens} outgrow block_size={block_size}, where learned positions end: '
-                        f'use {instead}--max_new_tokens={most}' + ' or less, or shorter prompts' * bool(prompts))
+        raise UserError(
+            f'{where}: {longest} tokens and max_new_tokens={max_new_tokens} outgrow block_size={block_size}, where learned positions end: '
+            f'use {instead}--max_new_tokens={most}' + ' or less, or shorter prompts' * bool(prompts)
+        )
     cache = 'none'
-held, cost = None, 'no cache' if 'cache' in config.given else f'no cache (the text may outgrow block_size={block_size}, where learned positions end)'
+held, cost = (
+    None,
+    'no cache'
+    if 'cache' in config.given
+    else f'no cache (the text may outgrow block_size={block_size}, where learned positions end)',
+)
 if cache != 'none':
-    slots = min(batch_size, len(texts)) if prompts else min(num_samples, 2)  # the prompt stays in slot 0 when it is needed again
-    held = Cache.of(model, slots, min(block_size, longest + max_new_tokens - 1), layout=cache, dtype=cache_dtype, page_size=page_size,
-                    static=device.type == 'cuda', kernel=decode_kernel)
+    slots = (
+        min(batch_size, len(texts)) if prompts else min(num_samples, 2)
+    )  # the prompt stays in slot 0 when it is needed again
+    held = Cache.of(
+        model,
+        slots,
+        min(block_size, longest + max_new_tokens - 1),
+        layout=cache,
+        dtype=cache_dtype,
+        page_size=page_size,
+        static=device.type == 'cuda',
+        kernel=decode_kernel,
+    )
     cost = f'{cache} {held.dtype} cache, {(held.nbytes - held.window_bytes) / held.places:,.0f} bytes a token'
-    cost += f' and {held.window_bytes / held.slots / 1024:,.0f} KiB for the last {held.window}' * bool(held.window_bytes)
-print(f'{checkpoint.kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, {trained}{source}; {cost}', file=sys.stderr)
+    cost += (
+        f' and {held.window_bytes / held.slots / 1024:,.0f} KiB for the last {held.window}'
+        * bool(held.window_bytes)
+    )
+print(
+    f'{checkpoint.kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, {trained}{source}; {cost}',
+    file=sys.stderr,
+)
 if cut := [len(ids) for ids in texts if len(ids) > block_size]:
     whose = f'{len(cut)} prompts have up to {max(cut)}' if prompts else f'the prompt has {cut[0]}'
     print(f'{whose} tokens: only the last {block_size} are read (block_size)', file=sys.stderr)
 sys.stdout.reconfigure(errors='replace')  # where a character cannot be shown stands a ?
-controls = dict.fromkeys({*range(32), *range(127, 160)} - set(b'\t\n\r'), '\ufffd') if sys.stdout.isatty() else {}  # not for a terminal
+controls = (
+    dict.fromkeys({*range(32), *range(127, 160)} - set(b'\t\n\r'), '\ufffd')
+    if sys.stdout.isatty()
+    else {}
+)  # not for a terminal
 
 
 def write(text):
@@ -156,11 +212,13 @@ def write(text):
 
 
 def seed_of(i):
-    return (seed * 1_000_003 + i) % 2 ** 63
+    return (seed * 1_000_003 + i) % 2**63
 
 
 def echo(ids):
-    return codec.decode(ids[ids[0] == begin or ids[0] in ends:])  # without the <|endoftext|> or the like that it may begin with
+    return codec.decode(
+        ids[ids[0] == begin or ids[0] in ends :]
+    )  # without the <|endoftext|> or the like that it may begin with
 
 
 def tell_samples():
@@ -173,7 +231,16 @@ def tell_samples():
         if held and held.slots > 1:
             held.fork(0, 1)
         teller = Teller(codec.decode_bytes, stops, ends)
-        for token in model.generate(prompt, max_new_tokens, temperature, top_k, top_p, codec.vocab_size, generator.manual_seed(seed_of(i)), **how):
+        for token in model.generate(
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            codec.vocab_size,
+            generator.manual_seed(seed_of(i)),
+            **how,
+        ):
             write(teller.tell(token.item()))
             if teller.ended:
                 break
@@ -191,14 +258,33 @@ def tell_prompts():
         return tellers[i].ended
 
     seeds = [seed_of(i) for i in range(len(texts))]
-    for i in serve(model, read_of, held, max_new_tokens, tell, temperature, top_k, top_p, codec.vocab_size, seeds, prefill_chunk):
+    for i in serve(
+        model,
+        read_of,
+        held,
+        max_new_tokens,
+        tell,
+        temperature,
+        top_k,
+        top_p,
+        codec.vocab_size,
+        seeds,
+        prefill_chunk,
+    ):
         done.add(i)
         if bar:
             bar.update()
         while next_one in done:  # in the order of the file
             text = ''.join(said[next_one]) + tellers[next_one].rest()
             line = json.dumps(dict(prompt=asked[next_one][0], text=text), ensure_ascii=False)
-            write((line if jsonl else '---------------\n' * bool(next_one) + echo(texts[next_one]) + text) + '\n')
+            write(
+                (
+                    line
+                    if jsonl
+                    else '---------------\n' * bool(next_one) + echo(texts[next_one]) + text
+                )
+                + '\n'
+            )
             next_one += 1
     if bar:
         bar.close()

@@ -7,6 +7,7 @@ Train a GPT-2, Llama-like or MLA model from scratch, or go on training one.
 
 A run leaves out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.jsonl and curve.png.
 """
+
 # output
 out_dir = 'out'
 init_from = 'scratch'  # scratch | resume (out_dir/last.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder, also of Llama or DeepSeek-V3
@@ -15,7 +16,9 @@ eval_iters = 200  # batches of an evaluation; a validation split that is smaller
 eval_only = False  # evaluate once and stop
 log_interval = 10  # steps between lines of the log
 always_save_checkpoint = False  # ckpt.pt follows the newest evaluation, not the best one
-keep_checkpoints = 0  # keep as many, spread evenly over log(step), as step-NNNNNN.pt: how the run got there
+keep_checkpoints = (
+    0  # keep as many, spread evenly over log(step), as step-NNNNNN.pt: how the run got there
+)
 sample_tokens = 300  # length of the text written at the end; 0 = none
 wandb_log = False  # mirror the log to Weights & Biases
 wandb_project = 'nanomla'
@@ -57,7 +60,9 @@ qk_nope_head_dim = 0  # width of a head without position; 0 = head_dim - qk_rope
 qk_rope_head_dim = 32  # width of a head with RoPE; the early n_latent block: 0, latent_norm=False, latent_init=gpt2
 v_head_dim = 0  # 0 = head_dim
 latent_norm = True
-qk_norm_latent = False  # with qk_norm: norm a query as it meets the cache, content and RoPE together
+qk_norm_latent = (
+    False  # with qk_norm: norm a query as it meets the cache, content and RoPE together
+)
 latent_init = 'fan_in'  # fan_in | gpt2 | orthogonal (each head's up projections)
 # optimizer
 optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)
@@ -94,6 +99,7 @@ cuda_graph = False  # record a whole step and replay it: for small models on one
 backend = 'auto'  # torch.distributed: auto | nccl | gloo
 
 from nanomla.core.configurator import UserError, configure
+
 config = configure(globals())
 
 # ---------------------------------------------------------------------------------------------------
@@ -110,14 +116,13 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from nanomla.checkpoints import native as checkpoint
 from nanomla.checkpoints import load
-from nanomla.core import token_files as datasets
-from nanomla.training import batches
-from nanomla.core import tokenizers
+from nanomla.checkpoints import native as checkpoint
 from nanomla.core import devices as machine
-from nanomla.core import timing
+from nanomla.core import timing, tokenizers
+from nanomla.core import token_files as datasets
 from nanomla.inference.cache import Cache
+from nanomla.training import batches
 from nanomla.training.trainer import Trainer, check_ranges, rate
 
 started, bar = time.perf_counter(), None
@@ -143,7 +148,9 @@ if on_cpu:
 check_ranges(config)
 out = Path(out_dir)
 if init_from == 'scratch' and (kind := checkpoint.kind_in(out)) not in (None, attention):
-    raise UserError(f"--out_dir={out_dir} holds a model of kind '{kind}', not '{attention}': name another folder, or remove it")
+    raise UserError(
+        f"--out_dir={out_dir} holds a model of kind '{kind}', not '{attention}': name another folder, or remove it"
+    )
 
 # ---------------------------------------------------------------------------------------------------
 # data and model
@@ -158,40 +165,77 @@ if init_from == 'scratch':
     model = checkpoint.new_model(attention, config, config.given, meta['vocab_size'])
 elif init_from == 'resume':
     if not os.path.exists(out / 'last.pt'):
-        raise UserError(f'there is nothing to resume: {out}/last.pt is missing; train with --init_from=scratch first')
+        raise UserError(
+            f'there is nothing to resume: {out}/last.pt is missing; train with --init_from=scratch first'
+        )
     old = source = checkpoint.load(out / 'last.pt')
-    if not old.keys() >= {'optimizers', 'scaler', 'average', 'best_val_loss', 'best_step', 'seconds'}:
-        raise UserError(f'{out}/last.pt holds no state to resume, only weights: go on from them with --init_from={out}/last.pt')
+    if not old.keys() >= {
+        'optimizers',
+        'scaler',
+        'average',
+        'best_val_loss',
+        'best_step',
+        'seconds',
+    }:
+        raise UserError(
+            f'{out}/last.pt holds no state to resume, only weights: go on from them with --init_from={out}/last.pt'
+        )
     model = checkpoint.build(old, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
-    run = SimpleNamespace(step=old['step'], best=old['best_val_loss'], best_step=old['best_step'], seconds=old['seconds'])
+    run = SimpleNamespace(
+        step=old['step'],
+        best=old['best_val_loss'],
+        best_step=old['best_step'],
+        seconds=old['seconds'],
+    )
 else:
-    model, source = load.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
+    model, source = load.load_model(
+        init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel
+    )
     if 'codec' in source:
-        say(f"{init_from} has its own tokenizer.json, {dataset} holds tokens of '{meta['tokenizer']}': unless they are the same, it starts from nonsense")
+        say(
+            f"{init_from} has its own tokenizer.json, {dataset} holds tokens of '{meta['tokenizer']}': unless they are the same, it starts from nonsense"
+        )
 if init_from != 'scratch':
     path = source.get('path', init_from)
     if any(source.get('meta', meta).get(key) != meta.get(key) for key in ('tokenizer', 'chars')):
-        raise UserError(f'{path} was trained on other tokens than {dataset} has: train on a dataset with its characters')
-    checkpoint.check_given(model, config, config.given, path, free={'dropout', 'dropout_in', 'kernel', *([] if old else ['block_size'])})
+        raise UserError(
+            f'{path} was trained on other tokens than {dataset} has: train on a dataset with its characters'
+        )
+    checkpoint.check_given(
+        model,
+        config,
+        config.given,
+        path,
+        free={'dropout', 'dropout_in', 'kernel', *([] if old else ['block_size'])},
+    )
     if 'block_size' not in config.given:
         config['block_size'] = block_size = model.config.block_size
 if block_size != model.config.block_size:
     model.crop_block_size(block_size)
 if meta['vocab_size'] > model.config.vocab_size:
-    raise UserError(f"{dataset} has {meta['vocab_size']} different tokens, the model knows {model.config.vocab_size}")
+    raise UserError(
+        f'{dataset} has {meta["vocab_size"]} different tokens, the model knows {model.config.vocab_size}'
+    )
 model.float().to(device).train()  # master weights in fp32, whatever the file held
 model.stream = machine.pick_dtype(dtype, device)
 model.check_kernel(device)
 data = batches.Dataset(datasets.find(dataset), block_size, seed, device, rank, world)
-trainer = Trainer(config, model, data, load.load_model(teacher, dropout=0.0, kernel=kernel)[0] if teacher else None)
+trainer = Trainer(
+    config,
+    model,
+    data,
+    load.load_model(teacher, dropout=0.0, kernel=kernel)[0] if teacher else None,
+)
 if old:
     trainer.load_state(old)
     old = None
 kind, commit = checkpoint.kind_of(model), machine.commit()
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 peak = machine.peak_flops(device, model.stream) * world
-say(f'{kind.upper()}, {model.num_params() / 1e6:.2f}M parameters, cache {model.cache_bytes_per_token():,} bytes a token (bf16), '
-    f'{machine.describe(device)}, {str(model.stream)[6:]}\ntext: {meta["source"]}; {tokens_per_step:,} tokens a step')
+say(
+    f'{kind.upper()}, {model.num_params() / 1e6:.2f}M parameters, cache {model.cache_bytes_per_token():,} bytes a token (bf16), '
+    f'{machine.describe(device)}, {str(model.stream)[6:]}\ntext: {meta["source"]}; {tokens_per_step:,} tokens a step'
+)
 if eval_only:
     say(f'val loss {trainer.evaluate():.4f} nats')
     dist.destroy_process_group() if world > 1 else None
@@ -199,6 +243,7 @@ if eval_only:
 
 # ---------------------------------------------------------------------------------------------------
 # what a run leaves behind
+
 
 def seconds():
     return round(run.seconds + time.perf_counter() - started, 3)
@@ -213,7 +258,10 @@ def note(event, **numbers):
         except OSError as error:
             raise UserError(f'cannot write {out}/log.jsonl: {error.strerror}') from None
         if wandb_log:
-            wandb.log({f'{event}/{k}': v for k, v in numbers.items() if isinstance(v, (int, float))}, step=run.step)
+            wandb.log(
+                {f'{event}/{k}': v for k, v in numbers.items() if isinstance(v, (int, float))},
+                step=run.step,
+            )
 
 
 def check(value):
@@ -225,8 +273,17 @@ def check(value):
 
 def save(name, resumable):
     """Write out_dir/name: the weights to use (averaged, if they are), or all that a resumed run needs."""
-    content = dict(kind=kind, model_args=checkpoint.model_args(model), step=run.step, best_val_loss=run.best, best_step=run.best_step,
-                   meta=meta, config=dict(config), commit=commit, seconds=seconds()) | {key: source[key] for key in ('conversion',) if key in source}
+    content = dict(
+        kind=kind,
+        model_args=checkpoint.model_args(model),
+        step=run.step,
+        best_val_loss=run.best,
+        best_step=run.best_step,
+        meta=meta,
+        config=dict(config),
+        commit=commit,
+        seconds=seconds(),
+    ) | {key: source[key] for key in ('conversion',) if key in source}
     if resumable:
         checkpoint.save(out / name, content | dict(model=model.state_dict()) | trainer.state())
     else:
@@ -238,16 +295,21 @@ if main:
     if wandb_log:
         try:
             import wandb
+
             wandb.init(project=wandb_project, name=wandb_run_name or out.name, config=dict(config))
         except ImportError:
             raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
         except wandb.Error as error:
-            raise UserError(f'wandb does not start ({error}): run `wandb login`, set WANDB_MODE=offline, or leave --wandb_log out') from None
+            raise UserError(
+                f'wandb does not start ({error}): run `wandb login`, set WANDB_MODE=offline, or leave --wandb_log out'
+            ) from None
     try:
         out.mkdir(parents=True, exist_ok=True)
         if init_from != 'resume' and checkpoint.set_aside(out):
             say(f'{out_dir} held an earlier run: it is now in {out_dir}/previous')
-        if init_from == 'resume' and (out / 'log.jsonl').exists():  # a crash may have cut its last line short
+        if (
+            init_from == 'resume' and (out / 'log.jsonl').exists()
+        ):  # a crash may have cut its last line short
             os.truncate(out / 'log.jsonl', (out / 'log.jsonl').read_bytes().rfind(b'\n') + 1)
         for file in source['codec'].files if 'codec' in source else ():
             shutil.copyfile(file, out / file.name) if not (out / file.name).exists() else None
@@ -256,18 +318,33 @@ if main:
         raise UserError(f'cannot write to --out_dir={out_dir}: {error.strerror}') from None
     if sys.stderr.isatty():
         from tqdm import tqdm
-        bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.1)
+
+        bar = tqdm(
+            total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.1
+        )
 if init_from == 'resume':
     note('resume', step=run.step)
 else:
-    note('settings', config=dict(config), kind=kind, params=model.num_params(), commit=commit, world=world,
-         data=dict(name=dataset, source=meta['source'], tokenizer=meta['tokenizer']), device=machine.describe(device),
-         dtype=str(model.stream)[6:], torch=torch.__version__, cache_bytes_per_token=model.cache_bytes_per_token())
+    note(
+        'settings',
+        config=dict(config),
+        kind=kind,
+        params=model.num_params(),
+        commit=commit,
+        world=world,
+        data=dict(name=dataset, source=meta['source'], tokenizer=meta['tokenizer']),
+        device=machine.describe(device),
+        dtype=str(model.stream)[6:],
+        torch=torch.__version__,
+        cache_bytes_per_token=model.cache_bytes_per_token(),
+    )
 kept = checkpoint.steps_to_keep(keep_checkpoints, max_iters)
 if main and run.step == 0 in kept:
     save(checkpoint.name_of(0), resumable=False)
 
-signals = machine.Signals()  # SIGTERM, SIGUSR1 and Ctrl-C end the run after its step, with a checkpoint to resume from
+signals = (
+    machine.Signals()
+)  # SIGTERM, SIGUSR1 and Ctrl-C end the run after its step, with a checkpoint to resume from
 
 # ---------------------------------------------------------------------------------------------------
 # the loop. Speed is measured from the sixth step on: the first ones compile, record and warm up.
@@ -276,8 +353,19 @@ stop = 'max_iters reached' if run.step >= max_iters else ''
 while not stop:
     loss = trainer.update(run.step)
     run.step += 1
-    logging, ending, evaluating = run.step % log_interval == 0, run.step >= max_iters, run.step % eval_interval == 0
-    if logging or ending or evaluating or run.step in kept or run.step == first + 5 or (world == 1 and signals.name):
+    logging, ending, evaluating = (
+        run.step % log_interval == 0,
+        run.step >= max_iters,
+        run.step % eval_interval == 0,
+    )
+    if (
+        logging
+        or ending
+        or evaluating
+        or run.step in kept
+        or run.step == first + 5
+        or (world == 1 and signals.name)
+    ):
         # here, and only here, the processes wait for the device and agree on whether to go on
         late = max_minutes > 0 and time.perf_counter() - started > 60 * max_minutes
         agreed = torch.stack([loss.float(), loss.new_tensor(float(bool(signals.name) or late))])
@@ -286,16 +374,34 @@ while not stop:
         lossf, wish = agreed[0].item() / world, agreed[1].item()
         check(lossf)
         if marked:
-            train_seconds, timed_steps = train_seconds + time.perf_counter() - marked[0], timed_steps + run.step - marked[1]
+            train_seconds, timed_steps = (
+                train_seconds + time.perf_counter() - marked[0],
+                timed_steps + run.step - marked[1],
+            )
             speed = timed_steps * tokens_per_step / train_seconds
         if logging or ending:
-            note('train', step=run.step, tokens=run.step * tokens_per_step, seconds=seconds(), train_seconds=round(train_seconds, 3), loss=lossf,
-                 lr=learning_rate * rate(trainer.s, run.step - 1), tok_per_s=round(speed), mfu=model.estimate_mfu(speed, peak) if math.isfinite(peak) else None)
+            note(
+                'train',
+                step=run.step,
+                tokens=run.step * tokens_per_step,
+                seconds=seconds(),
+                train_seconds=round(train_seconds, 3),
+                loss=lossf,
+                lr=learning_rate * rate(trainer.s, run.step - 1),
+                tok_per_s=round(speed),
+                mfu=model.estimate_mfu(speed, peak) if math.isfinite(peak) else None,
+            )
             if bar:
-                bar.set_postfix_str(f'loss {lossf:.4f}, best val {run.best:.4f}, {speed / 1e3:,.1f}k tok/s', refresh=False)
+                bar.set_postfix_str(
+                    f'loss {lossf:.4f}, best val {run.best:.4f}, {speed / 1e3:,.1f}k tok/s',
+                    refresh=False,
+                )
             elif run.step % (10 * log_interval) == 0:
                 left = (max_iters - run.step) * tokens_per_step / max(speed, 1) / 60
-                say(f'step {run.step:6d}/{max_iters} | loss {lossf:.4f} | {speed / 1e3:,.1f}k tok/s' + (f' | {left:.1f} min left' if speed else ''))
+                say(
+                    f'step {run.step:6d}/{max_iters} | loss {lossf:.4f} | {speed / 1e3:,.1f}k tok/s'
+                    + (f' | {left:.1f} min left' if speed else '')
+                )
         if ending:
             stop = 'max_iters reached'
         elif wish:
@@ -306,8 +412,18 @@ while not stop:
             improved = val < run.best
             if improved:
                 run.best, run.best_step = val, run.step
-            note('eval', step=run.step, tokens=run.step * tokens_per_step, seconds=seconds(), train_seconds=round(train_seconds, 3), val_loss=val, train_loss=lossf)
-            say(f'step {run.step:6d} | val loss {val:.4f}{" (best so far)" if improved else ""} | {seconds():.1f} s')
+            note(
+                'eval',
+                step=run.step,
+                tokens=run.step * tokens_per_step,
+                seconds=seconds(),
+                train_seconds=round(train_seconds, 3),
+                val_loss=val,
+                train_loss=lossf,
+            )
+            say(
+                f'step {run.step:6d} | val loss {val:.4f}{" (best so far)" if improved else ""} | {seconds():.1f} s'
+            )
             if main and (improved or always_save_checkpoint):
                 save('ckpt.pt', resumable=False)
             if target_loss and val <= target_loss:
@@ -324,25 +440,49 @@ signals.ignore()  # a late one must not kill what has ended well
 bar = bar and bar.close()
 if main:
     memory, halted = timing.peak_memory(device), stop.startswith('stopped')
-    note('end', step=run.step, why=stop, best_val_loss=run.best if run.best_step else None, best_step=run.best_step, seconds=seconds(), train_seconds=round(train_seconds, 3),
-         tok_per_s=round(speed), peak_memory=memory)
+    note(
+        'end',
+        step=run.step,
+        why=stop,
+        best_val_loss=run.best if run.best_step else None,
+        best_step=run.best_step,
+        seconds=seconds(),
+        train_seconds=round(train_seconds, 3),
+        tok_per_s=round(speed),
+        peak_memory=memory,
+    )
     if sample_tokens and not halted:
         try:
             codec = tokenizers.Tokenizer(meta)
-            room, learned = Cache.of(model.eval(), 1, block_size, static=device.type == 'cuda', kernel='torch'), model.config.pos == 'learned'
+            room, learned = (
+                Cache.of(model.eval(), 1, block_size, static=device.type == 'cuda', kernel='torch'),
+                model.config.pos == 'learned',
+            )
             with torch.compiler.set_stance('force_eager'), trainer.averaged():
                 most = min(sample_tokens, block_size) if learned else sample_tokens
-                tokens = model.generate([codec.encode('\n')], most, temperature=0.8, top_k=200, vocab_size=codec.vocab_size, cache=room)
-                say(f'--- a sample ---\n{codec.decode([token.item() for token in tokens]).strip()}\n---')
+                tokens = model.generate(
+                    [codec.encode('\n')],
+                    most,
+                    temperature=0.8,
+                    top_k=200,
+                    vocab_size=codec.vocab_size,
+                    cache=room,
+                )
+                say(
+                    f'--- a sample ---\n{codec.decode([token.item() for token in tokens]).strip()}\n---'
+                )
         except UserError as error:
             say(f'no sample: {error}')
     try:
         from nanomla.core.figures import curve
+
         curve(out / 'log.jsonl', out / 'curve.png')
     except UserError as error:
         say(f'no picture: {error}')
-    say(f'{stop} | best val loss {run.best:.4f} at step {run.best_step} | {seconds():.0f} s | {speed:,.0f} tok/s | '
-        f'peak memory {memory / 2 ** 30:.2f} GiB | {out}/curve.png')
+    say(
+        f'{stop} | best val loss {run.best:.4f} at step {run.best_step} | {seconds():.0f} s | {speed:,.0f} tok/s | '
+        f'peak memory {memory / 2**30:.2f} GiB | {out}/curve.png'
+    )
     if halted:
         given = [word for word in sys.argv[1:] if not word.startswith('--init_from')]
         say(f'go on with: python train.py {shlex.join(given)} --init_from=resume')

@@ -13,7 +13,7 @@ never rebuilds K and V. With q_lora_rank > 0, W^UQ and W^QR are fed by W^DQ x; i
 import os
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from nanomla.core import figures
 from nanomla.core.figures import COLORS
 
@@ -25,7 +25,7 @@ head_dim = n_embd // n_head  # 64
 n_kv_head = 4  # of GQA
 kv_lora_rank = 384  # R
 qk_rope_head_dim = 32  # D_rope
-out = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mla.png")
+out = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mla.png')
 # -----------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 10.0, 6.20  # inches, and the drawing's unit
@@ -33,9 +33,9 @@ LEFT = [1.12, 3.17, 5.22, 7.27]  # where each panel begins
 PANEL = [1.95, 1.95, 1.95, 2.63]
 BAR, PITCH = 0.118, 0.142  # one vector of head_dim values, and its distance to the next
 TALL = 0.30  # a bar's height
-INK, MUTED, LINE = COLORS["ink"], COLORS["muted"], "#9AA2AC"
-TYPE = {**COLORS, "gqa": "#2F86BD"}  # sky blue is too light for letters
-ROPE = "#8A3C00"  # MLA's position part, a darker shade of its colour
+INK, MUTED, LINE = COLORS['ink'], COLORS['muted'], '#9AA2AC'
+TYPE = {**COLORS, 'gqa': '#2F86BD'}  # sky blue is too light for letters
+ROPE = '#8A3C00'  # MLA's position part, a darker shade of its colour
 
 # baselines, from the top
 Y_NAME, Y_SAYS, Y_WRITE = 5.92, 5.64, 5.16
@@ -48,32 +48,61 @@ STRIP = (0.36, 0.92)
 
 def tint(color, share):
     """`color` on white paper, `share` of it."""
-    parts = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(255 - share * (255 - part)):02X}" for part in parts)
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return '#' + ''.join(f'{round(255 - share * (255 - part)):02X}' for part in parts)
 
 
-def box(ax, x, y, w, h, face, edge="none", radius=0.03, **more):
+def box(ax, x, y, w, h, face, edge='none', radius=0.03, **more):
     from matplotlib.patches import FancyBboxPatch
 
-    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=f"round,pad=0,rounding_size={radius}", facecolor=face,
-                                edgecolor=edge, **more))
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y),
+            w,
+            h,
+            boxstyle=f'round,pad=0,rounding_size={radius}',
+            facecolor=face,
+            edgecolor=edge,
+            **more,
+        )
+    )
 
 
-def say(ax, x, y, text, size=11, color=INK, ha="center", va="center", **more):
+def say(ax, x, y, text, size=11, color=INK, ha='center', va='center', **more):
     ax.text(x, y, text, fontsize=size, color=color, ha=ha, va=va, **more)
 
 
 def arrow(ax, start, end, color=LINE):
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>,head_length=0.32,head_width=0.16", "color": color,
-                                            "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0})
+    ax.annotate(
+        '',
+        end,
+        start,
+        arrowprops={
+            'arrowstyle': '-|>,head_length=0.32,head_width=0.16',
+            'color': color,
+            'linewidth': 1.1,
+            'shrinkA': 0,
+            'shrinkB': 0,
+        },
+    )
 
 
 def chip(ax, x, y, symbol, color=None):
     """A weight matrix around (x, y); in colour and dashed when it was absorbed. Returns its half width."""
     half = 0.185 + 0.042 * len(symbol)
-    box(ax, x - half, y - 0.15, 2 * half, 0.30, tint(color, 0.14) if color else "white", color or LINE, 0.06,
-        linewidth=1.3 if color else 1.0, linestyle=(0, (2.6, 1.6)) if color else "-")
-    say(ax, x, y - 0.012, f"$W^{{{symbol}}}$", 11, color or INK)
+    box(
+        ax,
+        x - half,
+        y - 0.15,
+        2 * half,
+        0.30,
+        tint(color, 0.14) if color else 'white',
+        color or LINE,
+        0.06,
+        linewidth=1.3 if color else 1.0,
+        linestyle=(0, (2.6, 1.6)) if color else '-',
+    )
+    say(ax, x, y - 0.012, f'$W^{{{symbol}}}$', 11, color or INK)
     return half
 
 
@@ -83,7 +112,10 @@ def chain(ax, x, y, items, color, start=None):
 
     An item is (word, half width), or a matrix's symbol; one that begins with * is absorbed. Returns its start.
     """
-    halves = [item[1] if isinstance(item, tuple) else 0.185 + 0.042 * len(item.lstrip("*")) for item in items]
+    halves = [
+        item[1] if isinstance(item, tuple) else 0.185 + 0.042 * len(item.lstrip('*'))
+        for item in items
+    ]
     gap = 0.20
     start = x - sum(halves) - gap * (len(items) - 1) / 2 if start is None else start
     x = start
@@ -92,7 +124,7 @@ def chain(ax, x, y, items, color, start=None):
         if isinstance(item, tuple):
             say(ax, x, y, item[0], 11.5)
         else:
-            chip(ax, x, y, item.lstrip("*"), color if item.startswith("*") else None)
+            chip(ax, x, y, item.lstrip('*'), color if item.startswith('*') else None)
         x += half
         if i + 1 < len(items):
             arrow(ax, (x + 0.02, y), (x + gap - 0.02, y))
@@ -102,21 +134,32 @@ def chain(ax, x, y, items, color, start=None):
 
 def bars(ax, xs, y, color, filled=True, tall=TALL):
     for x in xs:
-        box(ax, x - BAR / 2, y, BAR, tall, color if filled else "white", color, 0.025, linewidth=1.1)
+        box(
+            ax, x - BAR / 2, y, BAR, tall, color if filled else 'white', color, 0.025, linewidth=1.1
+        )
 
 
 def frame(ax, left, width, kind, name, says):
     """What every panel has: its name, its share of the two tinted strips."""
     middle = left + width / 2
-    say(ax, middle, Y_NAME, name, 16, TYPE[kind], fontweight="bold")
+    say(ax, middle, Y_NAME, name, 16, TYPE[kind], fontweight='bold')
     say(ax, middle, Y_SAYS, says, 10, MUTED)
     for low, high in (BAND, STRIP):
         box(ax, left, low, width, high - low, tint(COLORS[kind], 0.10), radius=0.07, zorder=0.5)
 
 
 def total(ax, x, kind, formula, values):
-    say(ax, x - 0.02, sum(STRIP) / 2, f"{formula}  =", 12, INK, ha="right")
-    say(ax, x + 0.06, sum(STRIP) / 2 - 0.005, f"{values:,}", 17, TYPE[kind], ha="left", fontweight="bold")
+    say(ax, x - 0.02, sum(STRIP) / 2, f'{formula}  =', 12, INK, ha='right')
+    say(
+        ax,
+        x + 0.06,
+        sum(STRIP) / 2 - 0.005,
+        f'{values:,}',
+        17,
+        TYPE[kind],
+        ha='left',
+        fontweight='bold',
+    )
 
 
 def per_head(ax, left, width, kind, name, says, kv_heads, formula):
@@ -124,84 +167,129 @@ def per_head(ax, left, width, kind, name, says, kv_heads, formula):
     color = COLORS[kind]
     middle = left + width / 2 + 0.07  # room for the rows' letters
     frame(ax, left, width, kind, name, says)
-    say(ax, middle - 0.82, Y_WRITE, "$x$", 11.5)
+    say(ax, middle - 0.82, Y_WRITE, '$x$', 11.5)
     arrow(ax, (middle - 0.73, Y_WRITE), (middle - 0.51, Y_WRITE))
-    chip(ax, middle - 0.25, Y_WRITE, "K")
-    chip(ax, middle + 0.25, Y_WRITE, "V")
+    chip(ax, middle - 0.25, Y_WRITE, 'K')
+    chip(ax, middle + 0.25, Y_WRITE, 'V')
     arrow(ax, (middle, Y_WRITE - 0.17), (middle, BAND[1]))
     queries = [middle + (i - (n_head - 1) / 2) * PITCH for i in range(n_head)]
     group = n_head // kv_heads
-    heads = [sum(queries[i:i + group]) / group for i in range(0, n_head, group)]
+    heads = [sum(queries[i : i + group]) / group for i in range(0, n_head, group)]
     for i, x in enumerate(queries):
-        ax.plot([x, heads[i // group]], [Y_Q + TALL, Y_V], color=tint(color, 0.55), linewidth=1.0, zorder=0.9)
-    for letter, y, filled, xs in (("K", Y_K, True, heads), ("V", Y_V, True, heads), ("q", Y_Q, False, queries)):
+        ax.plot(
+            [x, heads[i // group]],
+            [Y_Q + TALL, Y_V],
+            color=tint(color, 0.55),
+            linewidth=1.0,
+            zorder=0.9,
+        )
+    for letter, y, filled, xs in (
+        ('K', Y_K, True, heads),
+        ('V', Y_V, True, heads),
+        ('q', Y_Q, False, queries),
+    ):
         bars(ax, xs, y, color, filled)
-        say(ax, left + 0.12, y + TALL / 2, f"${letter}$", 11)
+        say(ax, left + 0.12, y + TALL / 2, f'${letter}$', 11)
     total(ax, left + width * 0.52, kind, formula, 2 * kv_heads * head_dim)
-    chain(ax, left + width / 2, Y_QUERY, [("$x$", 0.07), "Q", ("$q$", 0.07)], color)
-    chain(ax, left + width / 2, Y_OUTPUT, [(r"$\Sigma\,a\,v$", 0.20), "O", ("$y$", 0.07)], color)
+    chain(ax, left + width / 2, Y_QUERY, [('$x$', 0.07), 'Q', ('$q$', 0.07)], color)
+    chain(ax, left + width / 2, Y_OUTPUT, [(r'$\Sigma\,a\,v$', 0.20), 'O', ('$y$', 0.07)], color)
 
 
 def latent(ax, left, width):
     """MLA: one latent for all heads, and a small key that carries the position."""
-    color = COLORS["mla"]
-    frame(ax, left, width, "mla", "MLA", "all heads read one latent")
+    color = COLORS['mla']
+    frame(ax, left, width, 'mla', 'MLA', 'all heads read one latent')
     middle = left + width / 2 - 0.08
     queries = [middle + (i - (n_head - 1) / 2) * PITCH for i in range(n_head)]
     # the bars' scale: BAR is head_dim values wide
     wide, narrow = BAR * kv_lora_rank / head_dim, BAR * qk_rope_head_dim / head_dim
     y, x_pe = (Y_K + Y_V) / 2, middle + 1.04
 
-    for x, symbol in ((middle, "DKV"), (x_pe, "KR")):
+    for x, symbol in ((middle, 'DKV'), (x_pe, 'KR')):
         half = chip(ax, x, Y_WRITE, symbol)
-        say(ax, x - half - 0.31, Y_WRITE, "$x$", 11.5)
+        say(ax, x - half - 0.31, Y_WRITE, '$x$', 11.5)
         arrow(ax, (x - half - 0.22, Y_WRITE), (x - half - 0.02, Y_WRITE))
         arrow(ax, (x, Y_WRITE - 0.17), (x, y + TALL + 0.04))
     for x in queries:
-        ax.plot([x, middle + (x - middle) * wide / (PITCH * n_head)], [Y_Q + TALL, y], color=tint(color, 0.55),
-                linewidth=1.0, zorder=0.9)
+        ax.plot(
+            [x, middle + (x - middle) * wide / (PITCH * n_head)],
+            [Y_Q + TALL, y],
+            color=tint(color, 0.55),
+            linewidth=1.0,
+            zorder=0.9,
+        )
     box(ax, middle - wide / 2, y, wide, TALL, color, color, 0.025, linewidth=1.1)
     box(ax, x_pe - narrow / 2, y, narrow, TALL, ROPE, ROPE, 0.01, linewidth=1.1)
-    say(ax, middle, y + TALL / 2 - 0.01, "$c_{kv}$", 12, "white")
-    say(ax, x_pe - 0.10, y + TALL / 2 - 0.01, "$k_{pe}$", 12, ROPE, ha="right")
+    say(ax, middle, y + TALL / 2 - 0.01, '$c_{kv}$', 12, 'white')
+    say(ax, x_pe - 0.10, y + TALL / 2 - 0.01, '$k_{pe}$', 12, ROPE, ha='right')
 
     bars(ax, queries, Y_Q, color, filled=False)
-    say(ax, queries[0] - 0.22, Y_Q + TALL / 2, "$q$", 11)
+    say(ax, queries[0] - 0.22, Y_Q + TALL / 2, '$q$', 11)
     # every head's q_pe reads the one k_pe: a single line for all, lest twelve cross the fan
     low = Y_Q - 0.13
     bars(ax, queries, low, ROPE, filled=False, tall=0.09)
-    say(ax, queries[0] - 0.24, low + 0.02, "$q_{pe}$", 11, ROPE)
-    ax.plot([queries[-1] + BAR / 2, x_pe, x_pe], [low + 0.045, low + 0.045, y], color=tint(ROPE, 0.65),
-            linewidth=1.0, zorder=0.9)
+    say(ax, queries[0] - 0.24, low + 0.02, '$q_{pe}$', 11, ROPE)
+    ax.plot(
+        [queries[-1] + BAR / 2, x_pe, x_pe],
+        [low + 0.045, low + 0.045, y],
+        color=tint(ROPE, 0.65),
+        linewidth=1.0,
+        zorder=0.9,
+    )
 
-    total(ax, left + width * 0.56, "mla", r"$R + D_{rope}$", kv_lora_rank + qk_rope_head_dim)
+    total(ax, left + width * 0.56, 'mla', r'$R + D_{rope}$', kv_lora_rank + qk_rope_head_dim)
     middle = left + width / 2
-    start = chain(ax, middle, Y_QUERY + 0.19, [("$x$", 0.07), "UQ", "*UK", ("$q$", 0.07)], color)
-    chain(ax, middle, Y_QUERY - 0.19, [("$x$", 0.07), "QR", ("$q_{pe}$", 0.14)], color, start)
-    chain(ax, middle, Y_OUTPUT, [(r"$\Sigma\,a\,c_{kv}$", 0.28), "*UV", "O", ("$y$", 0.07)], color)
-    say(ax, middle, Y_OUTPUT - 0.29, "absorbed: K, V are never rebuilt", 9.5, color)
+    start = chain(ax, middle, Y_QUERY + 0.19, [('$x$', 0.07), 'UQ', '*UK', ('$q$', 0.07)], color)
+    chain(ax, middle, Y_QUERY - 0.19, [('$x$', 0.07), 'QR', ('$q_{pe}$', 0.14)], color, start)
+    chain(ax, middle, Y_OUTPUT, [(r'$\Sigma\,a\,c_{kv}$', 0.28), '*UV', 'O', ('$y$', 0.07)], color)
+    say(ax, middle, Y_OUTPUT - 0.29, 'absorbed: K, V are never rebuilt', 9.5, color)
 
 
 def main():
     with figures.sheet(size=(WIDTH, HEIGHT)) as (fig, ax):
-        fig.set_layout_engine("none")
+        fig.set_layout_engine('none')
         ax.set_position([0, 0, 1, 1])
         ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
-        ax.axis("off")
-        for y, text in ((Y_WRITE, "a token\nwrites"), (sum(BAND) / 2, "the cache\nkeeps"),
-                        (Y_Q + TALL / 2, f"{n_head} query\nheads read"), (Y_QUERY, "query"), (Y_OUTPUT, "output"),
-                        (sum(STRIP) / 2, "values per\ntoken, layer")):
-            say(ax, 0.12, y, text, 10, MUTED, ha="left", linespacing=1.25)
-        per_head(ax, LEFT[0], PANEL[0], "mha", "MHA", "every head its own K, V", n_head, r"$2 \cdot H \cdot D$")
-        per_head(ax, LEFT[1], PANEL[1], "gqa", "GQA", f"{n_head // n_kv_head} heads share K, V", n_kv_head,
-                 r"$2 \cdot K \cdot D$")
-        per_head(ax, LEFT[2], PANEL[2], "mqa", "MQA", "all heads share K, V", 1, r"$2 \cdot D$")
+        ax.axis('off')
+        for y, text in (
+            (Y_WRITE, 'a token\nwrites'),
+            (sum(BAND) / 2, 'the cache\nkeeps'),
+            (Y_Q + TALL / 2, f'{n_head} query\nheads read'),
+            (Y_QUERY, 'query'),
+            (Y_OUTPUT, 'output'),
+            (sum(STRIP) / 2, 'values per\ntoken, layer'),
+        ):
+            say(ax, 0.12, y, text, 10, MUTED, ha='left', linespacing=1.25)
+        per_head(
+            ax,
+            LEFT[0],
+            PANEL[0],
+            'mha',
+            'MHA',
+            'every head its own K, V',
+            n_head,
+            r'$2 \cdot H \cdot D$',
+        )
+        per_head(
+            ax,
+            LEFT[1],
+            PANEL[1],
+            'gqa',
+            'GQA',
+            f'{n_head // n_kv_head} heads share K, V',
+            n_kv_head,
+            r'$2 \cdot K \cdot D$',
+        )
+        per_head(ax, LEFT[2], PANEL[2], 'mqa', 'MQA', 'all heads share K, V', 1, r'$2 \cdot D$')
         latent(ax, LEFT[3], PANEL[3])
-        figures.footer(fig, f"Example: width {n_embd}, H = {n_head} heads of D = {head_dim}; GQA with K = "
-                            f"{n_kv_head}; MLA with R = {kv_lora_rank}, D_rope = {qk_rope_head_dim}. "
-                            "The bars in the cache are to scale.")
+        figures.footer(
+            fig,
+            f'Example: width {n_embd}, H = {n_head} heads of D = {head_dim}; GQA with K = '
+            f'{n_kv_head}; MLA with R = {kv_lora_rank}, D_rope = {qk_rope_head_dim}. '
+            'The bars in the cache are to scale.',
+        )
         figures.save(fig, out, palette=True)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

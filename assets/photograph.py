@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from nanomla.core.configurator import UserError, configure
 
 # -----------------------------------------------------------------------------
@@ -24,27 +24,37 @@ dark = False  # as with a dark desktop
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
-browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+browser = next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+)
 if browser is None:
-    raise UserError("a picture of a page needs a browser, and there is neither chromium nor google-chrome on the PATH")
+    raise UserError(
+        'a picture of a page needs a browser, and there is neither chromium nor google-chrome on the PATH'
+    )
 try:
     from playwright.sync_api import Error, sync_playwright
 except ImportError as error:
-    raise UserError("a picture of a page needs playwright: pip install -r requirements-heads.txt") from error
+    raise UserError(
+        'a picture of a page needs playwright: pip install -r requirements-heads.txt'
+    ) from error
 if not os.path.isfile(page):
-    raise UserError(f"{page}: no such page")
+    raise UserError(f'{page}: no such page')
 
 with sync_playwright() as playwright:
-    chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-    tab = chromium.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme="dark" if dark else "light")
-    tab.on("console", lambda message: print(f"{page}: {message.text}", file=sys.stderr))
-    tab.on("pageerror", lambda problem: print(f"{page}: {problem}", file=sys.stderr))
-    tab.goto("file://" + os.path.abspath(page))
+    chromium = playwright.chromium.launch(executable_path=browser, args=['--no-sandbox'])
+    tab = chromium.new_page(
+        viewport={'width': width, 'height': height},
+        device_scale_factor=scale,
+        color_scheme='dark' if dark else 'light',
+    )
+    tab.on('console', lambda message: print(f'{page}: {message.text}', file=sys.stderr))
+    tab.on('pageerror', lambda problem: print(f'{page}: {problem}', file=sys.stderr))
+    tab.goto('file://' + os.path.abspath(page))
     try:
-        tab.wait_for_selector("body.complete", timeout=10_000)
+        tab.wait_for_selector('body.complete', timeout=10_000)
     except Error as error:
-        raise UserError(f"{page}: this page of heads was not drawn within 10 seconds") from error
-    temporary = f"{out}.{os.getpid()}.tmp.png"
+        raise UserError(f'{page}: this page of heads was not drawn within 10 seconds') from error
+    temporary = f'{out}.{os.getpid()}.tmp.png'
     tab.screenshot(path=temporary, full_page=full)
     os.replace(temporary, out)
     chromium.close()

@@ -4,6 +4,7 @@ GPT-2 124M by nanoGPT's recipe on 100 MB of books, its schedule cut to 2,000 ste
     python data/text/prepare.py books.txt.xz --tokenizer=gpt2
     python train.py config/books_gpt2.py
 """
+
 out_dir = 'out-books-gpt2'
 dataset = 'text'
 

@@ -4,6 +4,7 @@ The same size, text and batches as books_gpt2.py by the recipe of train_gpt2_mod
     python data/text/prepare.py books.txt.xz --tokenizer=gpt2
     python train.py config/books_modern.py --fp8_head=True   # on a Hopper GPU or a newer one
 """
+
 out_dir = 'out-books-modern'
 dataset = 'text'
 

@@ -7,6 +7,7 @@ request 1945) with what it left out: a control with RoPE, equal parameters, tune
 
 Any text will do: --dataset=FOLDER.
 """
+
 out_dir = 'out-compare-litgpt'
 title = 'Pythia-160M shape: MHA, GQA, MQA and MLA at equal parameters'
 
@@ -14,11 +15,27 @@ contenders = dict(
     mha=dict(label='MHA + RoPE'),
     gqa=dict(label='GQA, 4 groups', n_kv_head=4),
     mqa=dict(label='MQA', n_kv_head=1),
-    mla512=dict(label='MLA 512', attention='mla', kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=32),
-    mla256=dict(label='MLA 256', attention='mla', kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32),
-    mla160=dict(label='MLA 160', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32),  # 1/8 of MHA's cache
-    mla96=dict(label='MLA 96', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32),
-    mla160_orthogonal=dict(label='MLA 160, orthogonal start', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32, latent_init='orthogonal'))
+    mla512=dict(
+        label='MLA 512', attention='mla', kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=32
+    ),
+    mla256=dict(
+        label='MLA 256', attention='mla', kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32
+    ),
+    mla160=dict(
+        label='MLA 160', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32
+    ),  # 1/8 of MHA's cache
+    mla96=dict(
+        label='MLA 96', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32
+    ),
+    mla160_orthogonal=dict(
+        label='MLA 160, orthogonal start',
+        attention='mla',
+        kv_lora_rank=160,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        latent_init='orthogonal',
+    ),
+)
 seeds = [1, 2, 3]
 tune = dict(learning_rate=[6e-4, 1.2e-3, 2.4e-3])
 tune_iters = 305  # a fifth of the tokens

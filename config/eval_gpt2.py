@@ -1,4 +1,5 @@
 """OpenAI's GPT-2: its loss on the validation split of OpenWebText."""
+
 init_from = 'gpt2'
 eval_only = True
 dataset = 'openwebtext'

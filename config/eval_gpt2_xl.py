@@ -1,4 +1,5 @@
 """OpenAI's GPT-2 xl: its loss on the validation split of OpenWebText."""
+
 init_from = 'gpt2-xl'
 eval_only = True
 dataset = 'openwebtext'

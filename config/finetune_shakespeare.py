@@ -1,4 +1,5 @@
 """Finetune OpenAI's GPT-2 XL on Shakespeare; --init_from=gpt2 for the small one."""
+
 out_dir = 'out-shakespeare'
 init_from = 'gpt2-xl'
 dataset = 'shakespeare'

@@ -8,6 +8,7 @@ Induction on real text, 1: a GPT-2-size MHA with RoPE, 123.6M parameters, on boo
 
 On one H200 each takes four minutes; without a GPU: --cuda_graph=False.
 """
+
 out_dir = 'out-induction-books-mha'
 dataset = 'text'
 eval_interval = 1700

@@ -8,6 +8,7 @@ Induction on real text, 2: the MLA beside it, 122.7M parameters, on the same bat
 
 On one H200 each takes four minutes; without a GPU: --cuda_graph=False.
 """
+
 out_dir = 'out-induction-books-mla'
 dataset = 'text'
 eval_interval = 1700
@@ -23,7 +24,7 @@ block_size = 1024  # 8,192 tokens a step
 
 attention = 'mla'
 n_head = 6
-head_dim = 128        # q and k: 96 without position + 32 with RoPE; v: 128
+head_dim = 128  # q and k: 96 without position + 32 with RoPE; v: 128
 kv_lora_rank = 512
 qk_rope_head_dim = 32
 norm = 'rmsnorm'

@@ -3,6 +3,7 @@ Induction in two whole layers: MHA with RoPE, and the MLPs that the attention-on
 
     python train.py config/induction_full_mha.py
 """
+
 out_dir = 'out-induction-full-mha'
 dataset = 'repeats'
 eval_interval = 300

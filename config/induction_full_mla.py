@@ -3,6 +3,7 @@ Induction in two whole layers: MLA with RoPE and a latent of 32, and the MLPs.
 
     python train.py config/induction_full_mla.py
 """
+
 out_dir = 'out-induction-full-mla'
 dataset = 'repeats'
 eval_interval = 300

@@ -5,6 +5,7 @@ Induction in two layers of attention: MHA with learned positions, on random text
 
 The other induction_*.py change one thing each: positions, attention, layers, or the texts.
 """
+
 out_dir = 'out-induction-mha'
 dataset = 'repeats'
 eval_interval = 300

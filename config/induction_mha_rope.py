@@ -3,6 +3,7 @@ Induction in two layers of attention: MHA with RoPE, the fair control of MLA. As
 
     python train.py config/induction_mha_rope.py
 """
+
 out_dir = 'out-induction-mha-rope'
 dataset = 'repeats'
 eval_interval = 300

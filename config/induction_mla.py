@@ -3,6 +3,7 @@ Induction in two layers of attention: MLA with RoPE and a latent of 32. As induc
 
     python train.py config/induction_mla.py
 """
+
 out_dir = 'out-induction-mla'
 dataset = 'repeats'
 eval_interval = 300

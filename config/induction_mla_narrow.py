@@ -3,6 +3,7 @@ Induction through a narrow latent: MLA with RoPE and a latent of 8. As induction
 
     python train.py config/induction_mla_narrow.py
 """
+
 out_dir = 'out-induction-mla-narrow'
 dataset = 'repeats'
 eval_interval = 300

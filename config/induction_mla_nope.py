@@ -3,6 +3,7 @@ Induction in two layers of attention: MLA without RoPE, its positions learned. A
 
     python train.py config/induction_mla_nope.py
 """
+
 out_dir = 'out-induction-mla-nope'
 dataset = 'repeats'
 eval_interval = 300

@@ -3,6 +3,7 @@ One layer of attention, which cannot find what follows an earlier token: the neg
 
     python train.py config/induction_one_layer.py
 """
+
 out_dir = 'out-induction-one-layer'
 dataset = 'repeats'
 eval_interval = 300

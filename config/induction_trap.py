@@ -4,6 +4,7 @@ something is put between the copies; find_induction_heads.py calls its heads pos
 
     python train.py config/induction_trap.py
 """
+
 out_dir = 'out-induction-trap'
 dataset = 'repeats_fixed'
 eval_interval = 250

@@ -3,6 +3,7 @@ GPT-2 124M on OpenWebText, as nanoGPT trains it: about half a million tokens a s
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
+
 out_dir = 'out-gpt2'
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'

@@ -4,6 +4,7 @@ GPT-2 124M with Multi-head Latent Attention in the place of MHA: 122.7M paramete
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_mla.py
 """
+
 out_dir = 'out-gpt2-mla'
 wandb_project = 'owt'
 wandb_run_name = 'mla-124M'
@@ -11,7 +12,7 @@ dataset = 'openwebtext'
 
 attention = 'mla'
 n_head = 6
-head_dim = 128        # q and k: 96 without position + 32 with RoPE; v: 128
+head_dim = 128  # q and k: 96 without position + 32 with RoPE; v: 128
 kv_lora_rank = 512
 qk_rope_head_dim = 32
 

@@ -4,6 +4,7 @@ cooldown. `--attention=mla` with the widths of train_gpt2_mla.py trains MLA by t
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_modern.py
 """
+
 out_dir = 'out-gpt2-modern'
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-modern'

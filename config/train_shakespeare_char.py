@@ -1,4 +1,5 @@
 """A baby GPT on Shakespeare, character by character: nanoGPT's recipe, for comparison with the MLA one."""
+
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
 eval_iters = 200
@@ -24,4 +25,14 @@ warmup_iters = 100
 cuda_graph = True  # a step is short: replay it without Python in between
 
 # nanoGPT's own recipe for a laptop
-on_cpu = dict(cuda_graph=False, compile=False, batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, max_iters=2000)
+on_cpu = dict(
+    cuda_graph=False,
+    compile=False,
+    batch_size=12,
+    block_size=64,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    dropout=0.0,
+    max_iters=2000,
+)

@@ -6,6 +6,7 @@ RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, and a linear
 
 A token leaves 128 + 32 values in the cache of a layer; an MHA of this shape would leave 768.
 """
+
 out_dir = 'out-shakespeare-mla'
 eval_interval = 100
 eval_iters = 200
@@ -47,6 +48,27 @@ cuda_graph = True  # a step takes 5 ms: replay it without Python in between
 
 # a laptop's share: 0.8M parameters, 64 characters of context, averaged weights; in bf16 the eager kernel
 # is the fast one on a CPU
-on_cpu = dict(cuda_graph=False, compile=False, dtype='fast', kernel='eager', batch_size=32, block_size=64, n_layer=4, n_head=4,
-              n_embd=128, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, tie_weights=True, dropout=0.0, muon_lr=0.02,
-              learning_rate=5e-3, warmup_iters=10, max_iters=1300, cooldown=0.7, ema_decay=0.98, weight_decay=0.1, eval_interval=75)
+on_cpu = dict(
+    cuda_graph=False,
+    compile=False,
+    dtype='fast',
+    kernel='eager',
+    batch_size=32,
+    block_size=64,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    kv_lora_rank=64,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    tie_weights=True,
+    dropout=0.0,
+    muon_lr=0.02,
+    learning_rate=5e-3,
+    warmup_iters=10,
+    max_iters=1300,
+    cooldown=0.7,
+    ema_decay=0.98,
+    weight_decay=0.1,
+    eval_interval=75,
+)

@@ -8,6 +8,7 @@ More steps and more dropout go lower still:
 
     python train.py config/train_shakespeare_modern.py --max_iters=2000 --dropout=0.2
 """
+
 out_dir = 'out-shakespeare-modern'
 eval_interval = 100
 eval_iters = 200

@@ -5,6 +5,7 @@ Both datasets read data/shakespeare_char/input.txt. Where that is missing it is 
 a network the English that ships inside every CPython takes its place for this run: the language
 reference (pydoc_data) and the docstrings of the standard library, about as long as tiny Shakespeare.
 """
+
 import ast
 import hashlib
 import http.client
@@ -30,7 +31,10 @@ def find_text(given=''):
     path = Path(given) if given else INPUT
     if not given and not path.exists() and (problem := download(path)):
         stand_in = f'Python {sys.version_info.major}.{sys.version_info.minor} reference text'
-        print(f'{problem}: taking the {stand_in} instead (or put a text of your own at {path})', file=sys.stderr)
+        print(
+            f'{problem}: taking the {stand_in} instead (or put a text of your own at {path})',
+            file=sys.stderr,
+        )
         return reference_text(), f'{stand_in} (stand-in: {problem})'
     try:
         raw = path.read_bytes()
@@ -38,8 +42,10 @@ def find_text(given=''):
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}') from None
     except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or use '
-                        'data/text/prepare.py --tokenizer=bytes') from None
+        raise UserError(
+            f'{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or use '
+            'data/text/prepare.py --tokenizer=bytes'
+        ) from None
     return text, 'tiny Shakespeare' if is_tiny_shakespeare(raw) else f'{path.name} (your own text)'
 
 
@@ -63,10 +69,29 @@ def download(path):
 # ---------------------------------------------------------------------------------------------------
 # the stand-in
 
-SKIPPED = {'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'test', 'tkinter', 'turtledemo',  # not in every installation
-           'encodings'}  # a hundred times the same sentence
-ASCII = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '–': '-', '—': '--', '…': '...',
-                       '\xa0': ' ', '\t': ' '})
+SKIPPED = {
+    'distutils',
+    'ensurepip',
+    'idlelib',
+    'lib2to3',
+    'test',
+    'tkinter',
+    'turtledemo',  # not in every installation
+    'encodings',
+}  # a hundred times the same sentence
+ASCII = str.maketrans(
+    {
+        '‘': "'",
+        '’': "'",
+        '“': '"',
+        '”': '"',
+        '–': '-',
+        '—': '--',
+        '…': '...',
+        '\xa0': ' ',
+        '\t': ' ',
+    }
+)
 
 
 def reference_text():
@@ -83,8 +108,10 @@ def reference_text():
         if paragraphs:
             documents.append('\n\n'.join(paragraphs) + '\n')
     if not documents:
-        raise UserError('there is no network, and this Python comes without the source of its library to stand in: '
-                        f'put a text at {INPUT} or give --input=FILE')
+        raise UserError(
+            'there is no network, and this Python comes without the source of its library to stand in: '
+            f'put a text at {INPUT} or give --input=FILE'
+        )
     # by checksum: a shuffle that is the same everywhere, so that the end, which validates, is like the rest
     documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
     return '\n'.join(documents)[:SIZE]
@@ -95,13 +122,17 @@ def reference_documents():
     library = Path(sysconfig.get_path('stdlib'))
     for name in sorted(sys.stdlib_module_names - SKIPPED):
         for path in [library / f'{name}.py', *sorted((library / name).rglob('*.py'))]:
-            if not path.is_file() or {'test', 'tests', 'site-packages'} & set(path.relative_to(library).parts):
+            if not path.is_file() or {'test', 'tests', 'site-packages'} & set(
+                path.relative_to(library).parts
+            ):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # of escapes in old docstrings
                 tree = ast.parse(path.read_bytes())
             for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                if isinstance(
+                    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+                ):
                     yield ast.get_docstring(node) or ''
                 elif isinstance(node, ast.Dict) and path.match('pydoc_data/topics.py'):
                     yield from ast.literal_eval(node).values()
@@ -112,4 +143,8 @@ def is_prose(paragraph):
     if not paragraph.isascii() or '>>>' in paragraph or len(paragraph.split()) < 10:
         return False
     plain = sum(c.isalpha() or c in ' \n,.' for c in paragraph)
-    return paragraph[-1] in '.:!?)' and plain >= .9 * len(paragraph) and paragraph.replace('\n', ' ').isprintable()
+    return (
+        paragraph[-1] in '.:!?)'
+        and plain >= 0.9 * len(paragraph)
+        and paragraph.replace('\n', ' ').isprintable()
+    )

@@ -1,4 +1,5 @@
 """What the tests share: two threads, no GPU tests without a GPU, and tiny models whose weights are all random."""
+
 import os
 import signal
 
@@ -9,9 +10,13 @@ from hypothesis import settings
 from nanomla.checkpoints.native import MODELS
 
 torch.set_num_threads(2)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: processes that tests interrupt would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in the background of a script: processes that tests interrupt would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile('ci', derandomize=True)  # the same examples each time: a failure there is the change's own
+settings.register_profile(
+    'ci', derandomize=True
+)  # the same examples each time: a failure there is the change's own
 if os.environ.get('CI'):
     settings.load_profile('ci')
 
@@ -31,7 +36,10 @@ def seed():
 @pytest.fixture(autouse=True)
 def signals():
     """A train.py that runs inside a test leaves its handlers; what is ignored here would be ignored by every child, too."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGUSR1', signal.SIGTERM))}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGUSR1', signal.SIGTERM))
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -43,6 +51,7 @@ def tiny():
     tiny(kind, **settings) -> a small model in eval mode. Every weight is random, norms and biases too
     (nothing can hide behind a one or a zero), and large enough that each part moves the logits.
     """
+
     def make(kind='mha', **settings):
         torch.manual_seed(0)
         model_class = MODELS[kind]
@@ -55,6 +64,7 @@ def tiny():
                 if p.ndim == 1 and name.endswith('weight'):
                     p.add_(1)
         return model
+
     return make
 
 

@@ -1,12 +1,13 @@
 """What only a GPU can show of the trainer: the recorded, compiled, fused step is the plain one, only faster."""
+
 import numpy as np
 import pytest
 import torch
 
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
-from nanomla.training import batches
 from nanomla.core.configurator import configure
+from nanomla.training import batches
 from nanomla.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -29,24 +30,33 @@ def losses(tmp_path):
         model = checkpoint.new_model(config['attention'], config, config.given, 65).cuda().train()
         model.stream = stream
         trainer = Trainer(config, model, batches.Dataset(tmp_path, 32, 1, 'cuda'))
-        return torch.tensor([trainer.update(step).item() for step in range(12)] + [trainer.evaluate()])
+        return torch.tensor(
+            [trainer.update(step).item() for step in range(12)] + [trainer.evaluate()]
+        )
+
     return run
 
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_graph_compile_and_fused_loss_train_as_the_plain_step(losses, kind, optimizer):
-    shape = f'--attention={kind} --optimizer={optimizer}' + (' --kv_lora_rank=32 --qk_rope_head_dim=8' if kind == 'mla' else '')
+    shape = f'--attention={kind} --optimizer={optimizer}' + (
+        ' --kv_lora_rank=32 --qk_rope_head_dim=8' if kind == 'mla' else ''
+    )
     plain = losses(f'{shape} --compile=False --fused_loss=False')
     fast = losses(f'{shape} --cuda_graph=True')
-    assert (plain - fast).abs().max() < (2e-2 if optimizer == 'muon' else 2e-3)  # Muon's products are bf16
+    assert (plain - fast).abs().max() < (
+        2e-2 if optimizer == 'muon' else 2e-3
+    )  # Muon's products are bf16
     assert plain[-2] < plain[0] - 0.1
 
 
 def test_recorded_steps_draw_new_dropout(losses):
     dropped = '--dropout=0.5 --learning_rate=1e-12 --min_lr=0 --compile=False'
     recorded, plain = losses(f'{dropped} --cuda_graph=True'), losses(dropped)
-    assert (recorded - plain).abs().max() < 1e-4  # the masks are those of an unrecorded step, new ones each time
+    assert (
+        recorded - plain
+    ).abs().max() < 1e-4  # the masks are those of an unrecorded step, new ones each time
     assert recorded[:-1].std() > 1e-3
 
 

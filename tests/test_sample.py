@@ -1,4 +1,5 @@
 """sample.py from end to end: on tiny random checkpoints, run in this process as a person runs it."""
+
 import io
 import json
 import re
@@ -11,22 +12,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomla.core import tokenizers
+from model import GPT
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
+from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
-from model import GPT
 
 ROOT = Path(__file__).parent.parent
 CHARS = '\n abcdefghijklmnopqrstuvwxyz,.é'
-META = dict(char=dict(tokenizer='char', chars=CHARS, vocab_size=len(CHARS), source='Some tale, 1812', dtype='uint16'),
-            bytes=dict(tokenizer='bytes', vocab_size=256, source='Some bytes', dtype='uint16'))
-HELD = re.compile(r'MHA, 0\.\d\dM parameters, step 7, val loss 1\.5000; Some tale, 1812; (no cache.*|dense float32 cache, \d+ bytes a token)\n')
+META = dict(
+    char=dict(
+        tokenizer='char',
+        chars=CHARS,
+        vocab_size=len(CHARS),
+        source='Some tale, 1812',
+        dtype='uint16',
+    ),
+    bytes=dict(tokenizer='bytes', vocab_size=256, source='Some bytes', dtype='uint16'),
+)
+HELD = re.compile(
+    r'MHA, 0\.\d\dM parameters, step 7, val loss 1\.5000; Some tale, 1812; (no cache.*|dense float32 cache, \d+ bytes a token)\n'
+)
 END = 50256
 
 
 class BPE:
     """GPT-2's vocabulary as far as a test without its file can have it: the bytes, and <|endoftext|>."""
+
     n_vocab, eot_token = 50257, END
 
     def encode(self, text, allowed_special=()):
@@ -55,30 +67,46 @@ def alone(tmp_path, monkeypatch):
 @pytest.fixture
 def saved(tiny):
     """saved(path, kind, tokenizer, **settings) -> a checkpoint with the meta of `tokenizer` at `path`."""
+
     def save(path='out/ckpt.pt', kind='mha', tokenizer='char', meta=None, **settings):
         meta = meta or META[tokenizer]
         model = tiny(kind, **dict(vocab_size=meta['vocab_size']) | settings)
-        content = dict(kind=kind, model_args=checkpoint.model_args(model), model=model.state_dict(), step=7, best_val_loss=1.5,
-                       meta=meta, config=dict(dataset='tale'))
+        content = dict(
+            kind=kind,
+            model_args=checkpoint.model_args(model),
+            model=model.state_dict(),
+            step=7,
+            best_val_loss=1.5,
+            meta=meta,
+            config=dict(dataset='tale'),
+        )
         checkpoint.save(path, content)
         return model
+
     return save
 
 
 @pytest.fixture
 def sample(monkeypatch, capsys):
     """sample(*arguments) -> what sample.py writes to stdout and stderr, on the CPU; short unless told otherwise."""
+
     def run(*arguments, short=True):
-        arguments = ['--device=cpu', *['--num_samples=1', '--max_new_tokens=20'][:2 * short], *arguments]
+        arguments = [
+            '--device=cpu',
+            *['--num_samples=1', '--max_new_tokens=20'][: 2 * short],
+            *arguments,
+        ]
         monkeypatch.setattr(sys, 'argv', ['sample.py', *map(str, arguments)])
         capsys.readouterr()
         runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
         return capsys.readouterr()
+
     return run
 
 
 def says(monkeypatch, *ids, watch=lambda told: None, prompts=None):
     """Makes every model say these ids; `watch` is called before each with the number of those told."""
+
     def generate(self, idx, max_new_tokens, *rest, **how):
         if prompts is not None:
             prompts.append(idx.tolist())
@@ -86,11 +114,13 @@ def says(monkeypatch, *ids, watch=lambda told: None, prompts=None):
             watch(told)
             yield torch.tensor([i])
         watch(len(ids))
+
     monkeypatch.setattr(GPT, 'generate', generate)
 
 
 # ---------------------------------------------------------------------------------------------------
 # text
+
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 def test_it_writes_the_prompt_and_goes_on(kind, saved, sample):
@@ -108,9 +138,18 @@ def test_defaults_and_the_ways_to_name_a_checkpoint(saved, sample, tmp_path):
     saved()
     out, err = sample(short=False)
     samples = out.split('\n---------------\n')
-    assert len(samples) == 3 and [len(text) for text in samples] == [501, 501, 502]  # the prompt, and a newline at the end
+    assert len(samples) == 3 and [len(text) for text in samples] == [
+        501,
+        501,
+        502,
+    ]  # the prompt, and a newline at the end
     default = sample('--num_samples=1')[0]
-    for words in (['--init_from=runs/a.pt'], ['--init_from=other'], ['--out_dir=other'], [f'--init_from={tmp_path}/other/ckpt.pt']):
+    for words in (
+        ['--init_from=runs/a.pt'],
+        ['--init_from=other'],
+        ['--out_dir=other'],
+        [f'--init_from={tmp_path}/other/ckpt.pt'],
+    ):
         assert sample('--num_samples=1', *words)[0] == default
 
 
@@ -120,23 +159,35 @@ def test_samples_differ_repeat_and_do_not_depend_on_their_number(saved, sample):
     assert three == again
     samples = three.removesuffix('\n').split('\n---------------\n')
     assert len(set(samples)) == 3
-    assert sample('--num_samples=2')[0].removesuffix('\n').split('\n---------------\n') == samples[:2]
-    assert sample('--num_samples=2', '--max_new_tokens=9')[0].split('\n---------------\n')[1] == samples[1][:10] + '\n'
-    others = [sample(f'--seed={seed}')[0].removesuffix('\n') for seed in (1336, 1338, 0, -5, 10 ** 30)]
+    assert (
+        sample('--num_samples=2')[0].removesuffix('\n').split('\n---------------\n') == samples[:2]
+    )
+    assert (
+        sample('--num_samples=2', '--max_new_tokens=9')[0].split('\n---------------\n')[1]
+        == samples[1][:10] + '\n'
+    )
+    others = [
+        sample(f'--seed={seed}')[0].removesuffix('\n') for seed in (1336, 1338, 0, -5, 10**30)
+    ]
     assert len({*others, *samples}) == 8
 
 
 def test_temperature_top_k_and_top_p_arrive(saved, sample):
     saved()
     greedy = sample('--temperature=0')[0]
-    assert greedy == sample('--top_k=1')[0] == sample('--top_p=1e-9')[0] == sample('--temperature=0', '--seed=5')[0]
+    assert (
+        greedy
+        == sample('--top_k=1')[0]
+        == sample('--top_p=1e-9')[0]
+        == sample('--temperature=0', '--seed=5')[0]
+    )
     assert greedy != sample('--top_k=0', '--temperature=5')[0]
 
 
 def test_padding_is_never_drawn(saved, sample, monkeypatch):
     model = saved(vocab_size=64, tie_weights=False)
     with torch.no_grad():
-        model.lm_head.weight[len(CHARS):] = model.lm_head.weight[0] * 9
+        model.lm_head.weight[len(CHARS) :] = model.lm_head.weight[0] * 9
     content = checkpoint.load('out')
     checkpoint.save('out/ckpt.pt', content | dict(model=model.state_dict()))
     assert len(sample('--temperature=3', '--top_k=0', '--max_new_tokens=60')[0]) == 62
@@ -150,12 +201,15 @@ def test_bfloat16_and_eager(saved, sample):
 
 def test_a_config_file_and_its_on_cpu(saved, sample):
     saved('elsewhere/ckpt.pt')
-    Path('own.py').write_text("out_dir = 'elsewhere'\nmax_new_tokens = 9\non_cpu = dict(max_new_tokens=4)\n")
+    Path('own.py').write_text(
+        "out_dir = 'elsewhere'\nmax_new_tokens = 9\non_cpu = dict(max_new_tokens=4)\n"
+    )
     assert len(sample('--num_samples=1', 'own.py', short=False)[0]) == 6
 
 
 # ---------------------------------------------------------------------------------------------------
 # as it comes
+
 
 class Screen(io.TextIOWrapper):
     """A stdout that remembers what was shown (flushed)."""
@@ -180,6 +234,7 @@ def test_each_token_is_shown_before_the_next_is_made(terminal, saved, sample, mo
 
     def watch(told):
         assert screen.shown[-1] == 'once ' + words[:told]
+
     says(monkeypatch, *map(CHARS.index, words), watch=watch)
     monkeypatch.setattr(sys, 'stdout', screen)
     sample('--start=once ')
@@ -199,13 +254,19 @@ def test_a_character_of_several_tokens_is_never_cut(saved, sample, monkeypatch):
 def test_what_is_no_character_is_told_once(saved, sample, monkeypatch):
     saved(tokenizer='bytes')
     says(monkeypatch, *b'a\xffb', *'€'.encode()[:2])
-    assert sample('--start=x', '--num_samples=2')[0] == 'xa\ufffdb\ufffd\n---------------\nxa\ufffdb\ufffd\n'
+    assert (
+        sample('--start=x', '--num_samples=2')[0]
+        == 'xa\ufffdb\ufffd\n---------------\nxa\ufffdb\ufffd\n'
+    )
 
 
 def test_control_codes_do_not_reach_a_terminal(saved, sample, monkeypatch):
     saved(tokenizer='bytes')
     says(monkeypatch, *b'\x1b[2J\t\x0e\r\n', *'\x9b'.encode())
-    for terminal, shown in ((True, 'x\ufffd[2J\t\ufffd\r\n\ufffd\n'), (False, 'x\x1b[2J\t\x0e\r\n\x9b\n')):
+    for terminal, shown in (
+        (True, 'x\ufffd[2J\t\ufffd\r\n\ufffd\n'),
+        (False, 'x\x1b[2J\t\x0e\r\n\x9b\n'),
+    ):
         screen = Screen(terminal)
         monkeypatch.setattr(sys, 'stdout', screen)
         sample('--start=x')
@@ -225,6 +286,7 @@ def test_control_c_leaves_a_line_of_its_own(saved, sample, monkeypatch, capsys):
     def interrupt(told):
         if told == 3:
             raise KeyboardInterrupt
+
     saved()
     says(monkeypatch, 5, 5, 5, 5, watch=interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -236,10 +298,13 @@ def test_control_c_leaves_a_line_of_its_own(saved, sample, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------
 # prompts
 
+
 def test_prompts_from_files_and_standard_input(saved, sample, monkeypatch):
     saved()
     direct = sample('--start=so it\nwas é')[0]
-    Path('p.txt').write_text('\ufeffso it\nwas é', encoding='utf-8')  # with the mark that some editors set
+    Path('p.txt').write_text(
+        '\ufeffso it\nwas é', encoding='utf-8'
+    )  # with the mark that some editors set
     assert sample('--start=FILE:p.txt')[0] == direct
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO('so it\nwas é'.encode())))
     assert sample('--start=-')[0] == direct
@@ -250,7 +315,9 @@ def test_a_long_prompt_is_cut_and_that_is_said(kind, saved, sample):
     saved(kind=kind)
     long = 'abcdefgh' * 4
     out, err = sample(f'--start={long}', '--temperature=0')
-    assert err.splitlines()[1:] == ['the prompt has 32 tokens: only the last 24 are read (block_size)']
+    assert err.splitlines()[1:] == [
+        'the prompt has 32 tokens: only the last 24 are read (block_size)'
+    ]
     short, err = sample(f'--start={long[-24:]}', '--temperature=0')
     assert out == long[:8] + short and err.count('\n') == 1
 
@@ -265,18 +332,24 @@ def test_an_empty_prompt(saved, sample):
 # ---------------------------------------------------------------------------------------------------
 # GPT-2, and nanoGPT's checkpoints
 
+
 @pytest.fixture(scope='module')
 def gpt2_folder(tmp_path_factory):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('hub') / 'small'
-    GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=4, n_layer=1, n_head=2, initializer_range=0.5)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(n_positions=16, n_embd=4, n_layer=1, n_head=2, initializer_range=0.5)
+    ).save_pretrained(folder)
     return folder
 
 
 def test_a_gpt2_folder(gpt2_folder, sample):
     out, err = sample(f'--init_from={gpt2_folder}', '--start=Hello')
-    assert out.startswith('Hello') and re.fullmatch(rf'MHA, 0\.20M parameters, {gpt2_folder}; .*\n', err)
+    assert out.startswith('Hello') and re.fullmatch(
+        rf'MHA, 0\.20M parameters, {gpt2_folder}; .*\n', err
+    )
     assert out == sample(f'--init_from={gpt2_folder}', '--start=Hello')[0]
 
 
@@ -287,28 +360,52 @@ def test_endoftext_ends_a_sample_and_begins_a_prompt(gpt2_folder, sample, monkey
         out, _ = sample(f'--init_from={gpt2_folder}', f'--start={start}', '--num_samples=2')
         assert out == 'The end\n---------------\nThe end\n'
     assert prompts == [[[END]]] * 4
-    assert sample(f'--init_from={gpt2_folder}', '--start=a<|endoftext|>b')[0] == 'a<|endoftext|>bThe end\n'
+    assert (
+        sample(f'--init_from={gpt2_folder}', '--start=a<|endoftext|>b')[0]
+        == 'a<|endoftext|>bThe end\n'
+    )
     assert prompts[-1] == [[ord('a'), END, ord('b')]]
 
 
 def nanogpt(path, vocab_size, tiny, **config):
     """A ckpt.pt with what nanoGPT saves, and nothing else."""
     model = tiny(vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=4)
-    args = {name: getattr(model.config, name) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
-    checkpoint.save(path, dict(model={f'_orig_mod.{k}': v for k, v in model.state_dict().items()}, optimizer={}, model_args=args,
-                               iter_num=250, best_val_loss=torch.tensor(1.25), config=config))
+    args = {
+        name: getattr(model.config, name)
+        for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    }
+    checkpoint.save(
+        path,
+        dict(
+            model={f'_orig_mod.{k}': v for k, v in model.state_dict().items()},
+            optimizer={},
+            model_args=args,
+            iter_num=250,
+            best_val_loss=torch.tensor(1.25),
+            config=config,
+        ),
+    )
 
 
 def test_nanogpts_checkpoint_finds_the_characters_of_its_dataset(tiny, sample):
     nanogpt('out/ckpt.pt', len(CHARS), tiny, dataset='tale')
-    with pytest.raises(UserError, match=r"out/ckpt.pt does not say what its 31 tokens are: run the prepare.py of the dataset 'tale'"):
+    with pytest.raises(
+        UserError,
+        match=r"out/ckpt.pt does not say what its 31 tokens are: run the prepare.py of the dataset 'tale'",
+    ):
         sample()
     Path('data/tale').mkdir(parents=True)
     Path('data/tale/meta.json').write_text(json.dumps(META['char']))
     Path('data/tale/prepare.py').touch()
     out, err = sample('--start=once')
-    assert out.startswith('once') and len(out) == 25 and 'step 250, val loss 1.2500; Some tale, 1812; dense' in err
-    Path('data/tale/meta.json').write_text(json.dumps(META['char'] | dict(chars=CHARS[:-1], vocab_size=30)))  # of another text
+    assert (
+        out.startswith('once')
+        and len(out) == 25
+        and 'step 250, val loss 1.2500; Some tale, 1812; dense' in err
+    )
+    Path('data/tale/meta.json').write_text(
+        json.dumps(META['char'] | dict(chars=CHARS[:-1], vocab_size=30))
+    )  # of another text
     with pytest.raises(UserError, match='does not say what its 31 tokens are'):
         sample()
 
@@ -323,30 +420,46 @@ def test_nanogpts_checkpoint_with_gpt2_tokens(size, tiny, sample):
 # ---------------------------------------------------------------------------------------------------
 # what a person can get wrong
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--out_dir=none'], 'there is no none/ckpt.pt: train a model with `python train.py config/train_shakespeare_char.py --out_dir=none`'),
-    (['--init_from=gpt3'], 'there is no checkpoint gpt3'),
-    (['--init_from=broken.pt'], 'broken.pt is no checkpoint'),
-    (['--init_from=unknown.pt'], 'unknown.pt does not say what its 40 tokens are: GPT-2 has 50257'),
-    (['--start=naïve'], "--start: the text has characters this model has never seen: 'ï'"),
-    (['--start=FILE:none.txt'], '--start=FILE:none.txt cannot be read: No such file'),
-    (['--start=FILE:.'], '--start=FILE:. cannot be read: Is a directory'),
-    (['--start=FILE:latin.txt'], '--start=FILE:latin.txt cannot be read: it is not UTF-8 text'),
-    (['--start=', '--init_from=nolines.pt'], r"--start: the text has characters this model has never seen: '\n'"),
-    (['--temperature=-0.1'], 'temperature=-0.1 must be at least 0'),
-    (['--top_p=0'], 'top_p=0.0 must be more than 0 and at most 1'),
-    (['--top_p=1.01'], 'top_p=1.01 must be more than 0 and at most 1'),
-    (['--top_k=-1'], 'top_k=-1 must be at least 0'),
-    (['--num_samples=0'], 'num_samples=0 must be at least 1'),
-    (['--max_new_tokens=0'], 'max_new_tokens=0 must be at least 1'),
-    (['--device=cuda'], '--device=cuda, but torch sees no CUDA GPU here'),
-    (['--device=tpu'], '--device=tpu is no'),
-    (['--dtype=float8'], '--dtype=float8 is not known'),
-    (['--kernel=flex'], '--kernel=flex is compiled for one length'),
-    (['--kernel=cudnn'], '--kernel=cudnn cannot run on cpu'),
-    (['--kernel=fast'], "kernel='fast' is not known"),
-    (['--temprature=1'], "--temprature=1: unknown setting 'temprature'; did you mean --temperature?"),
-])
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (
+            ['--out_dir=none'],
+            'there is no none/ckpt.pt: train a model with `python train.py config/train_shakespeare_char.py --out_dir=none`',
+        ),
+        (['--init_from=gpt3'], 'there is no checkpoint gpt3'),
+        (['--init_from=broken.pt'], 'broken.pt is no checkpoint'),
+        (
+            ['--init_from=unknown.pt'],
+            'unknown.pt does not say what its 40 tokens are: GPT-2 has 50257',
+        ),
+        (['--start=naïve'], "--start: the text has characters this model has never seen: 'ï'"),
+        (['--start=FILE:none.txt'], '--start=FILE:none.txt cannot be read: No such file'),
+        (['--start=FILE:.'], '--start=FILE:. cannot be read: Is a directory'),
+        (['--start=FILE:latin.txt'], '--start=FILE:latin.txt cannot be read: it is not UTF-8 text'),
+        (
+            ['--start=', '--init_from=nolines.pt'],
+            r"--start: the text has characters this model has never seen: '\n'",
+        ),
+        (['--temperature=-0.1'], 'temperature=-0.1 must be at least 0'),
+        (['--top_p=0'], 'top_p=0.0 must be more than 0 and at most 1'),
+        (['--top_p=1.01'], 'top_p=1.01 must be more than 0 and at most 1'),
+        (['--top_k=-1'], 'top_k=-1 must be at least 0'),
+        (['--num_samples=0'], 'num_samples=0 must be at least 1'),
+        (['--max_new_tokens=0'], 'max_new_tokens=0 must be at least 1'),
+        (['--device=cuda'], '--device=cuda, but torch sees no CUDA GPU here'),
+        (['--device=tpu'], '--device=tpu is no'),
+        (['--dtype=float8'], '--dtype=float8 is not known'),
+        (['--kernel=flex'], '--kernel=flex is compiled for one length'),
+        (['--kernel=cudnn'], '--kernel=cudnn cannot run on cpu'),
+        (['--kernel=fast'], "kernel='fast' is not known"),
+        (
+            ['--temprature=1'],
+            "--temprature=1: unknown setting 'temprature'; did you mean --temperature?",
+        ),
+    ],
+)
 def test_it_says_what_is_wrong_in_one_line(arguments, message, saved, tiny, sample, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     saved()
@@ -370,9 +483,15 @@ def test_standard_input_that_is_no_text(saved, sample, monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 # as a process
 
+
 def start(*arguments):
-    return subprocess.Popen([sys.executable, str(ROOT / 'sample.py'), '--device=cpu', *arguments], text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / 'sample.py'), '--device=cpu', *arguments],
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_its_processes_end_well(saved):
@@ -387,4 +506,6 @@ def test_its_processes_end_well(saved):
     _, err = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130 and HELD.sub('', err) == '\ninterrupted\n'
     out, err = wrong.communicate(timeout=60)
-    assert (wrong.returncode, out) == (2, '') and re.fullmatch(r"error: --start: the text has characters .*'Ω'.*\n", err)
+    assert (wrong.returncode, out) == (2, '') and re.fullmatch(
+        r"error: --start: the text has characters .*'Ω'.*\n", err
+    )

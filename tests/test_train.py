@@ -1,4 +1,5 @@
 """train.py from end to end: tiny models on the CPU, mostly in this process, run and ended as a person's `python train.py` is."""
+
 import dataclasses
 import json
 import math
@@ -22,29 +23,49 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import hf_gpt2
 
-from nanomla.checkpoints import native as checkpoint
-from nanomla.checkpoints import load
-from nanomla.core import configurator
-from nanomla.core import token_files as dataset
-from nanomla.training import batches
-from nanomla.core import figures
-from nanomla.core import devices as machine
-from nanomla.core.configurator import UserError
 from model import GPT
 from model_mla import MLAConfig
-from test_model import hf_gpt2
+from nanomla.checkpoints import load
+from nanomla.checkpoints import native as checkpoint
+from nanomla.core import configurator, figures
+from nanomla.core import devices as machine
+from nanomla.core import token_files as dataset
+from nanomla.core.configurator import UserError
+from nanomla.training import batches
 from nanomla.training.trainer import Trainer, rate
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = [path for path in sorted((ROOT / 'config').glob('*.py')) if not path.stem.startswith(('compare', 'screen', 'study'))]  # those are compare.py's
+CONFIGS = [
+    path
+    for path in sorted((ROOT / 'config').glob('*.py'))
+    if not path.stem.startswith(('compare', 'screen', 'study'))
+]  # those are compare.py's
 draw_curve = figures.curve
 
 WORDS = 'the cat sat on a mat, and then she ran to his red hat in the sun\n'.split(' ')
 TEXT = ' '.join(random.Random(0).choices(WORDS, k=1200))
-TINY = dict(dataset='text', out_dir='out', device='cpu', compile=False, n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
-            gradient_accumulation_steps=1, max_iters=8, eval_interval=4, eval_iters=1000, log_interval=1, warmup_iters=2,
-            learning_rate=1e-2, min_lr=1e-3, sample_tokens=0)
+TINY = dict(
+    dataset='text',
+    out_dir='out',
+    device='cpu',
+    compile=False,
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_size=4,
+    gradient_accumulation_steps=1,
+    max_iters=8,
+    eval_interval=4,
+    eval_iters=1000,
+    log_interval=1,
+    warmup_iters=2,
+    learning_rate=1e-2,
+    min_lr=1e-3,
+    sample_tokens=0,
+)
 MODELS = dict(mha={}, mla=dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4))
 every_kind = pytest.mark.parametrize('kind', MODELS)
 
@@ -57,7 +78,10 @@ def words(settings):
 def a_process(script, arguments):
     """What a process has to itself: arguments, excepthook, signal handlers, and one thread."""
     kept = sys.argv, sys.excepthook, torch.get_num_threads(), torch.get_float32_matmul_precision()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     sys.argv = [script, *arguments]
     torch.set_num_threads(1)
     try:
@@ -105,7 +129,10 @@ def not_json(word):
 
 
 def log(out='out'):
-    return [json.loads(line, parse_constant=not_json) for line in Path(out, 'log.jsonl').read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=not_json)
+        for line in Path(out, 'log.jsonl').read_text().splitlines()
+    ]
 
 
 def series(out, event, key):
@@ -123,7 +150,10 @@ def val_losses(out='out'):
 
 def files(folder):
     """Everything in a folder: path -> bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob('*'))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(Path(folder).rglob('*'))
+    }
 
 
 def same(one, other):
@@ -143,9 +173,9 @@ def loss_by_hand(model, ids, T):
     nats, model = [], model.eval()
     for start in range(0, len(ids) - 1, T):
         begin = min(start, len(ids) - 1 - T)
-        window = torch.tensor(ids[begin:begin + T + 1].astype(np.int64))
+        window = torch.tensor(ids[begin : begin + T + 1].astype(np.int64))
         of_token = F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction='none')
-        nats += of_token[start - begin:].tolist()
+        nats += of_token[start - begin :].tolist()
     assert len(nats) == len(ids) - 1
     return sum(nats) / len(nats)
 
@@ -174,9 +204,19 @@ def start():
 
     def begin(*launcher, **settings):
         settings = TINY | settings
-        with open(f'{settings["out_dir"]}.out', 'wb') as out, open(f'{settings["out_dir"]}.err', 'wb') as err:
-            started.append(subprocess.Popen([sys.executable, *launcher, str(ROOT / 'train.py'), *words(settings)], stdout=out, stderr=err))
+        with (
+            open(f'{settings["out_dir"]}.out', 'wb') as out,
+            open(f'{settings["out_dir"]}.err', 'wb') as err,
+        ):
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *launcher, str(ROOT / 'train.py'), *words(settings)],
+                    stdout=out,
+                    stderr=err,
+                )
+            )
         return started[-1]
+
     yield begin
     for process in started:
         process.terminate()  # a launcher tells its workers
@@ -194,6 +234,7 @@ def wait_until(true, process, seconds=60):
 # ---------------------------------------------------------------------------------------------------
 # what a run does and leaves behind
 
+
 @every_kind
 def test_a_run_learns_and_leaves_its_files(kind, monkeypatch, capsys):
     monkeypatch.setattr(figures, 'curve', draw_curve)
@@ -201,14 +242,32 @@ def test_a_run_learns_and_leaves_its_files(kind, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert sorted(os.listdir('out')) == ['ckpt.pt', 'curve.png', 'last.pt', 'log.jsonl']
     settings, *lines = log()
-    assert settings['event'] == 'settings' and settings['kind'] == kind and settings['config']['n_embd'] == 16
-    assert settings['data']['source'] == 'A tale of a cat' and settings['commit'] == 'abc1234' and settings['world'] == 1
-    assert lines[-1]['event'] == 'end' and lines[-1]['why'] == 'max_iters reached' and lines[-1]['best_val_loss'] == min(val_losses().values())
+    assert (
+        settings['event'] == 'settings'
+        and settings['kind'] == kind
+        and settings['config']['n_embd'] == 16
+    )
+    assert (
+        settings['data']['source'] == 'A tale of a cat'
+        and settings['commit'] == 'abc1234'
+        and settings['world'] == 1
+    )
+    assert (
+        lines[-1]['event'] == 'end'
+        and lines[-1]['why'] == 'max_iters reached'
+        and lines[-1]['best_val_loss'] == min(val_losses().values())
+    )
     assert list(losses()) == [*range(1, 61)] and list(val_losses()) == [20, 40, 60]
-    assert losses()[60] < 0.8 * losses()[1] and val_losses()[60] < val_losses()[20] < math.log(len(set(TEXT)))
+    assert losses()[60] < 0.8 * losses()[1] and val_losses()[60] < val_losses()[20] < math.log(
+        len(set(TEXT))
+    )
     assert Path('out/curve.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     content = checkpoint.load('out')
-    assert content['kind'] == kind and content['step'] == 60 and content['meta']['chars'] == ''.join(sorted(set(TEXT)))
+    assert (
+        content['kind'] == kind
+        and content['step'] == 60
+        and content['meta']['chars'] == ''.join(sorted(set(TEXT)))
+    )
     assert 'optimizers' not in content and 'optimizers' in checkpoint.load('out/last.pt')
     assert err == '' and kind.upper() in out and 'A tale of a cat' in out
     assert len(re.search(r'--- a sample ---\n(.*?)\n---\n', out, re.S)[1]) <= 20
@@ -218,9 +277,13 @@ def test_a_second_run_moves_the_first_to_previous(capsys):
     train()
     first = files('out')
     train(seed=1, max_iters=4)
-    second = {name: content for name, content in files('out').items() if not name.startswith('previous')}
+    second = {
+        name: content for name, content in files('out').items() if not name.startswith('previous')
+    }
     assert files('out/previous') == first and 'it is now in out/previous' in capsys.readouterr().out
-    assert log()[0]['event'] == 'settings' and log()[0]['config']['seed'] == 1 and max(losses()) == 4
+    assert (
+        log()[0]['event'] == 'settings' and log()[0]['config']['seed'] == 1 and max(losses()) == 4
+    )
     train(seed=2)
     assert files('out/previous') == second
     assert [line['config']['seed'] for line in log() if line['event'] == 'settings'] == [2]
@@ -240,7 +303,9 @@ def test_a_run_that_never_saved_leaves_the_previous_one_where_it_is(monkeypatch)
                 train(seed=1)
     train(seed=2)
     assert files('out/previous') == first
-    assert [line['event'] for line in log()].count('settings') == 1 and log()[0]['config']['seed'] == 2
+    assert [line['event'] for line in log()].count('settings') == 1 and log()[0]['config'][
+        'seed'
+    ] == 2
 
 
 def test_a_checkpoint_without_a_log_is_moved_as_well():
@@ -265,7 +330,13 @@ def test_gpt_and_mla_read_the_same_text(accumulation, monkeypatch):
             return x, y
 
         monkeypatch.setattr(batches.Dataset, 'cut', watch)
-        train(out_dir=f'{kind}{seed}', seed=seed, max_iters=5, gradient_accumulation_steps=accumulation, **MODELS[kind])
+        train(
+            out_dir=f'{kind}{seed}',
+            seed=seed,
+            max_iters=5,
+            gradient_accumulation_steps=accumulation,
+            **MODELS[kind],
+        )
     assert len(read['mha', 5]) == 5 * accumulation
     assert read['mha', 5] == read['mla', 5] != read['mha', 6]
     assert len({str(batch) for batch in read['mha', 5]}) == 5 * accumulation
@@ -276,9 +347,13 @@ def test_the_loss_of_a_step_is_the_mean_of_its_micro_batches():
     for accumulation in (1, 3):
         train(out_dir=f'out{accumulation}', gradient_accumulation_steps=accumulation, max_iters=1)
         torch.manual_seed(1337)
-        model = GPT(GPT.Config(**checkpoint.load(f'out{accumulation}')['model_args']))  # as it was before its first step
+        model = GPT(
+            GPT.Config(**checkpoint.load(f'out{accumulation}')['model_args'])
+        )  # as it was before its first step
         by_hand = [model(*data.train_batch(0, micro, 4)).item() for micro in range(accumulation)]
-        assert losses(f'out{accumulation}')[1] == pytest.approx(sum(by_hand) / accumulation, abs=1e-6)
+        assert losses(f'out{accumulation}')[1] == pytest.approx(
+            sum(by_hand) / accumulation, abs=1e-6
+        )
 
 
 def test_a_run_repeats_itself():
@@ -297,16 +372,32 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
 
 def test_the_config_is_echoed_with_where_each_setting_comes_from(capsys):
     Path('small.py').write_text('n_layer = 1\nbatch_size = 2 * 3\n')
-    run('train.py', ['small.py', *words({key: value for key, value in TINY.items() if key != 'batch_size'}), '--n_layer=2'])
+    run(
+        'train.py',
+        [
+            'small.py',
+            *words({key: value for key, value in TINY.items() if key != 'batch_size'}),
+            '--n_layer=2',
+        ],
+    )
     out = capsys.readouterr().out
     assert 'batch_size = 6  (small.py:2)' in out and 'n_layer = 2  (--n_layer=2)' in out
-    assert log()[0]['config']['batch_size'] == 6 and checkpoint.load('out')['config']['n_layer'] == 2
+    assert (
+        log()[0]['config']['batch_size'] == 6 and checkpoint.load('out')['config']['n_layer'] == 2
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 # stop and go on
 
-RICH = dict(dropout=0.2, gradient_accumulation_steps=2, ema_decay=0.9, max_iters=12, lr_decay_iters=12, eval_interval=3)
+RICH = dict(
+    dropout=0.2,
+    gradient_accumulation_steps=2,
+    ema_decay=0.9,
+    max_iters=12,
+    lr_decay_iters=12,
+    eval_interval=3,
+)
 
 
 def stop_at(steps, monkeypatch, number=signal.SIGTERM, times=1):
@@ -322,10 +413,18 @@ def stop_at(steps, monkeypatch, number=signal.SIGTERM, times=1):
     monkeypatch.setattr(Trainer, 'update', stopped)
 
 
-@pytest.mark.parametrize('kind, optimizer, schedule, how', [
-    ('mha', 'adamw', 'cosine', 'max_iters'), ('mha', 'muon', 'wsd', 'SIGTERM'),
-    ('mla', 'muon', 'cosine', 'max_iters'), ('mla', 'adamw', 'wsd', 'SIGTERM')])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, optimizer, schedule, how, monkeypatch):
+@pytest.mark.parametrize(
+    'kind, optimizer, schedule, how',
+    [
+        ('mha', 'adamw', 'cosine', 'max_iters'),
+        ('mha', 'muon', 'wsd', 'SIGTERM'),
+        ('mla', 'muon', 'cosine', 'max_iters'),
+        ('mla', 'adamw', 'wsd', 'SIGTERM'),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    kind, optimizer, schedule, how, monkeypatch
+):
     settings = RICH | MODELS[kind] | dict(optimizer=optimizer, schedule=schedule)
     train(out_dir='whole', **settings)
     stops = [2, 7]  # before the first evaluation and between two of them
@@ -333,17 +432,34 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, optimizer, sch
         stop_at(stops, monkeypatch)
     begin = 'scratch'
     for stop in stops:
-        train(**settings | dict(init_from=begin, **dict(max_iters=stop) if how == 'max_iters' else {}))
+        train(
+            **settings | dict(init_from=begin, **dict(max_iters=stop) if how == 'max_iters' else {})
+        )
         begin = 'resume'
         assert max(losses()) == checkpoint.load('out/last.pt')['step'] == stop
-        assert log()[-1]['why'] == ('stopped by SIGTERM' if how == 'SIGTERM' else 'max_iters reached')
+        assert log()[-1]['why'] == (
+            'stopped by SIGTERM' if how == 'SIGTERM' else 'max_iters reached'
+        )
     train(**settings | dict(init_from='resume'))
     assert losses() == losses('whole') and len(losses()) == 12
     whole, out = val_losses('whole'), val_losses()
     assert {step: out[step] for step in whole} == whole and list(whole) == [3, 6, 9, 12]
     one, other = checkpoint.load('whole/last.pt'), checkpoint.load('out/last.pt')
-    assert all(same(one[key], other[key]) for key in ('model', 'optimizers', 'average', 'step', 'best_val_loss', 'best_step', 'model_args'))
-    assert [line['event'] for line in log()].count('resume') == 2 and log()[0]['event'] == 'settings'
+    assert all(
+        same(one[key], other[key])
+        for key in (
+            'model',
+            'optimizers',
+            'average',
+            'step',
+            'best_val_loss',
+            'best_step',
+            'model_args',
+        )
+    )
+    assert [line['event'] for line in log()].count('resume') == 2 and log()[0][
+        'event'
+    ] == 'settings'
     assert not Path('out/previous').exists()
 
 
@@ -357,9 +473,18 @@ def test_seconds_the_best_loss_and_the_log_go_on():
     held = files('out')['ckpt.pt']
     train(init_from='resume')
     after = checkpoint.load('out/last.pt')
-    assert 9000 < after['seconds'] < 9600 and (after['best_val_loss'], after['best_step']) == (0.5, 3)
+    assert 9000 < after['seconds'] < 9600 and (after['best_val_loss'], after['best_step']) == (
+        0.5,
+        3,
+    )
     assert files('out')['ckpt.pt'] == held  # the better one
-    assert [line['event'] for line in log()][:8] == ['settings', *['train'] * 4, 'eval', 'end', 'resume']
+    assert [line['event'] for line in log()][:8] == [
+        'settings',
+        *['train'] * 4,
+        'eval',
+        'end',
+        'resume',
+    ]
 
 
 def test_resuming_what_is_complete_changes_no_checkpoint(capsys):
@@ -367,13 +492,22 @@ def test_resuming_what_is_complete_changes_no_checkpoint(capsys):
     before = files('out')
     train(init_from='resume')
     after = files('out')
-    assert {name: after[name] for name in ('ckpt.pt', 'last.pt')} == {name: before[name] for name in ('ckpt.pt', 'last.pt')}
+    assert {name: after[name] for name in ('ckpt.pt', 'last.pt')} == {
+        name: before[name] for name in ('ckpt.pt', 'last.pt')
+    }
     assert 'max_iters reached' in capsys.readouterr().out
 
 
 def test_a_resumed_run_may_have_other_rates_and_dropout():
     train(max_iters=4)
-    train(init_from='resume', learning_rate=1e-3, weight_decay=0.0, dropout=0.1, max_iters=6, decay_lr=False)
+    train(
+        init_from='resume',
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        dropout=0.1,
+        max_iters=6,
+        decay_lr=False,
+    )
     last = checkpoint.load('out/last.pt')
     assert [group['lr'] for group in last['optimizers'][0]['param_groups']] == [1e-3, 1e-3]
     assert all(group['weight_decay'] == 0 for group in last['optimizers'][0]['param_groups'])
@@ -381,7 +515,10 @@ def test_a_resumed_run_may_have_other_rates_and_dropout():
 
 
 def test_signals_stop_a_process_that_can_be_resumed(start):
-    running = {name: start(out_dir=f'my {name}', max_iters=10 ** 6, eval_interval=10 ** 6, log_interval=5) for name in ('SIGTERM', 'SIGUSR1')}
+    running = {
+        name: start(out_dir=f'my {name}', max_iters=10**6, eval_interval=10**6, log_interval=5)
+        for name in ('SIGTERM', 'SIGUSR1')
+    }
     for name, process in running.items():
         path = Path(f'my {name}', 'log.jsonl')
         wait_until(lambda: path.exists() and '"train"' in path.read_text(), process)
@@ -390,11 +527,17 @@ def test_signals_stop_a_process_that_can_be_resumed(start):
         assert process.wait(60) == 0 and Path(f'my {name}.err').read_text() == ''
         assert log(f'my {name}')[-1]['why'] == f'stopped by {name}'
         line = Path(f'my {name}.out').read_text().splitlines()[-1]
-        assert line.startswith('go on with: python train.py ') and line.endswith(' --init_from=resume')
+        assert line.startswith('go on with: python train.py ') and line.endswith(
+            ' --init_from=resume'
+        )
         step = checkpoint.load(f'my {name}/last.pt')['step']
         assert step == log(f'my {name}')[-1]['step'] > 0
         run('train.py', shlex.split(line.partition('train.py ')[2]) + [f'--max_iters={step + 2}'])
-        assert checkpoint.load(f'my {name}/last.pt')['step'] == step + 2 == max(val_losses(f'my {name}'))
+        assert (
+            checkpoint.load(f'my {name}/last.pt')['step']
+            == step + 2
+            == max(val_losses(f'my {name}'))
+        )
 
 
 def test_a_signal_is_obeyed_after_the_step(monkeypatch):
@@ -407,7 +550,10 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(monkeypatch, capfd):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stop_at([3], monkeypatch, signal.SIGINT)
     train(log_interval=1000, eval_interval=1000, max_iters=1000)
-    assert checkpoint.load('out/last.pt')['step'] == log()[-1]['step'] == 3 and log()[-1]['why'] == 'stopped by SIGINT'
+    assert (
+        checkpoint.load('out/last.pt')['step'] == log()[-1]['step'] == 3
+        and log()[-1]['why'] == 'stopped by SIGINT'
+    )
     out, err = capfd.readouterr()
     assert 'go on with: python train.py' in out and 'Ctrl-C: this step is finished and saved' in err
     stop_at([5], monkeypatch, signal.SIGINT, times=2)
@@ -418,7 +564,14 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(monkeypatch, capfd):
 
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start):
     chance = random.Random(0)
-    endless = dict(eval_interval=1, eval_iters=1, max_iters=10 ** 6, optimizer='muon', ema_decay=0.9, always_save_checkpoint=True)
+    endless = dict(
+        eval_interval=1,
+        eval_iters=1,
+        max_iters=10**6,
+        optimizer='muon',
+        ema_decay=0.9,
+        always_save_checkpoint=True,
+    )
     running = {f'out{i}': start(out_dir=f'out{i}', **endless) for i in range(4)}
     for out, process in running.items():
         wait_until(lambda: Path(out, 'last.pt').exists(), process)
@@ -431,11 +584,20 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start):
         assert best['step'] - last['step'] in (0, 1)  # the one is written before the other
         checkpoint.build(best), checkpoint.build(last)
         train(**endless | dict(out_dir=out, init_from='resume', max_iters=last['step'] + 2))
-        assert checkpoint.load(f'{out}/last.pt')['step'] == last['step'] + 2 and log(out)[0]['event'] == 'settings'
+        assert (
+            checkpoint.load(f'{out}/last.pt')['step'] == last['step'] + 2
+            and log(out)[0]['event'] == 'settings'
+        )
         assert not list(Path(out).glob('*.partial'))
 
 
-@pytest.mark.parametrize('limit, why', [(dict(max_minutes=1e-6), 'stopped by max_minutes'), (dict(target_loss=99.0), 'target_loss reached: ')])
+@pytest.mark.parametrize(
+    'limit, why',
+    [
+        (dict(max_minutes=1e-6), 'stopped by max_minutes'),
+        (dict(target_loss=99.0), 'target_loss reached: '),
+    ],
+)
 def test_a_limit_ends_a_run_early(limit, why, capsys):
     train(**limit, max_iters=1000, lr_decay_iters=1000)
     assert log()[-1]['why'].startswith(why) and why in capsys.readouterr().out
@@ -448,45 +610,87 @@ def test_a_limit_ends_a_run_early(limit, why, capsys):
 # ---------------------------------------------------------------------------------------------------
 # several processes
 
+
 def test_two_processes_are_one_with_more_accumulation(start):
     runs = dict(mha=dict(), mla=dict(optimizer='muon', ema_decay=0.9, schedule='wsd'))
-    runs = {kind: MODELS[kind] | dict(gradient_accumulation_steps=4, max_iters=6, eval_interval=3) | more for kind, more in runs.items()}
+    runs = {
+        kind: MODELS[kind]
+        | dict(gradient_accumulation_steps=4, max_iters=6, eval_interval=3)
+        | more
+        for kind, more in runs.items()
+    }
     runs['odd'] = dict(gradient_accumulation_steps=3)  # which two processes cannot share
-    launched = {name: start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', f'--log-dir={name}.logs', '--redirects=3',
-                            out_dir=f'{name}2', **settings) for name, settings in runs.items()}
+    launched = {
+        name: start(
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            f'--log-dir={name}.logs',
+            '--redirects=3',
+            out_dir=f'{name}2',
+            **settings,
+        )
+        for name, settings in runs.items()
+    }
     said, code = {}, {}
     for name, process in launched.items():
         code[name] = process.wait(120)
-        said |= {(name, *path.parts[-2:]): path.read_text() for path in Path(f'{name}.logs').rglob('std*.log')}
+        said |= {
+            (name, *path.parts[-2:]): path.read_text()
+            for path in Path(f'{name}.logs').rglob('std*.log')
+        }
     assert code['mha'] == code['mla'] == 0, said
     for kind in ('mha', 'mla'):
         train(out_dir=f'{kind}1', **runs[kind])
         assert log(f'{kind}2')[0]['world'] == 2
         for event, key in (('train', 'loss'), ('eval', 'val_loss')):
             one, two = series(f'{kind}1', event, key), series(f'{kind}2', event, key)
-            assert one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
+            assert (
+                one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
+            )
         one, two = (checkpoint.load(f'{kind}{n}')['model'] for n in (1, 2))
         assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-        assert said[kind, '1', 'stdout.log'] == '' and said[kind, '0', 'stdout.log'].count('max_iters reached') == 1
+        assert (
+            said[kind, '1', 'stdout.log'] == ''
+            and said[kind, '0', 'stdout.log'].count('max_iters reached') == 1
+        )
     assert code['odd'] != 0 and not Path('odd2').exists()
     line = 'error: gradient_accumulation_steps=3 is not a multiple of the 2 processes\n'
-    told = {re.sub(r'(?m)^\[W\d.*\n', '', said['odd', rank, 'stderr.log']) for rank in '01'}  # without torch's warnings of a host that has no name
+    told = {
+        re.sub(r'(?m)^\[W\d.*\n', '', said['odd', rank, 'stderr.log']) for rank in '01'
+    }  # without torch's warnings of a host that has no name
     assert told in ({line}, {line, ''})  # one may be stopped before it can tell
 
 
 # ---------------------------------------------------------------------------------------------------
 # from other models
 
+
 def nanogpt(path, compiled=False):
     """A checkpoint as nanoGPT's train.py writes it, causal masks and all."""
-    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=20, bias=True, vocab_size=64, dropout=0.1)
+    args = dict(
+        n_layer=2, n_head=2, n_embd=16, block_size=20, bias=True, vocab_size=64, dropout=0.1
+    )
     model = GPT(GPT.Config(**args))
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.1)
-    state = model.state_dict() | {f'transformer.h.{i}.attn.bias': torch.ones(1, 1, 20, 20).tril() for i in range(2)}
+    state = model.state_dict() | {
+        f'transformer.h.{i}.attn.bias': torch.ones(1, 1, 20, 20).tril() for i in range(2)
+    }
     state = {('_orig_mod.' if compiled else '') + key: value for key, value in state.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(model=state, optimizer={}, model_args=args, iter_num=5, best_val_loss=torch.tensor(2.5), config=dict(dataset='x')), path)
+    torch.save(
+        dict(
+            model=state,
+            optimizer={},
+            model_args=args,
+            iter_num=5,
+            best_val_loss=torch.tensor(2.5),
+            config=dict(dataset='x'),
+        ),
+        path,
+    )
 
 
 @pytest.mark.parametrize('source', ['nanogpt file', 'nanogpt folder', 'gpt2 folder', 'mla run'])
@@ -503,7 +707,11 @@ def test_other_models_are_evaluated_and_go_on_where_they_are(source, monkeypatch
         kind = 'mla'
         train(out_dir='source', **MODELS['mla'])
     capsys.readouterr()
-    settings = {key: value for key, value in TINY.items() if key not in ('n_layer', 'n_head', 'n_embd', 'block_size')} | dict(init_from=init_from)
+    settings = {
+        key: value
+        for key, value in TINY.items()
+        if key not in ('n_layer', 'n_head', 'n_embd', 'block_size')
+    } | dict(init_from=init_from)
     model, _ = load.load_model(init_from)
     T = model.config.block_size
     evaluate, found = Trainer.evaluate, []
@@ -511,27 +719,40 @@ def test_other_models_are_evaluated_and_go_on_where_they_are(source, monkeypatch
     with pytest.raises(SystemExit) as end:
         run('train.py', words(settings | dict(eval_only=True)))
     by_hand = loss_by_hand(model, val_tokens(), T)
-    assert not end.value.code and found == [pytest.approx(by_hand, abs=2e-5)] and not Path('out').exists()
+    assert (
+        not end.value.code
+        and found == [pytest.approx(by_hand, abs=2e-5)]
+        and not Path('out').exists()
+    )
     assert f'val loss {found[0]:.4f} nats' in capsys.readouterr().out
     run('train.py', words(settings | dict(max_iters=3)))
     x, y = batches.Dataset('text', T, seed=1337).train_batch(0, 0, 4)
-    assert losses()[1] == pytest.approx(model.eval()(x, y).item(), abs=2e-5)  # dropout is this run's, 0.0
-    assert log()[0]['kind'] == kind and log()[0]['config']['block_size'] == T and checkpoint.load('out')['model_args']['block_size'] == T
+    assert losses()[1] == pytest.approx(
+        model.eval()(x, y).item(), abs=2e-5
+    )  # dropout is this run's, 0.0
+    assert (
+        log()[0]['kind'] == kind
+        and log()[0]['config']['block_size'] == T
+        and checkpoint.load('out')['model_args']['block_size'] == T
+    )
 
 
 def test_a_model_may_go_on_with_shorter_blocks():
     nanogpt('long.pt')
     train(init_from='long.pt', block_size=12, bias=True)
     content = checkpoint.load('out')
-    assert content['model_args']['block_size'] == 12 and content['model']['transformer.wpe.weight'].shape == (12, 16)
+    assert content['model_args']['block_size'] == 12 and content['model'][
+        'transformer.wpe.weight'
+    ].shape == (12, 16)
 
 
 # ---------------------------------------------------------------------------------------------------
 # evaluation and what is kept
 
+
 @every_kind
 def test_an_evaluation_scores_the_whole_split_once(kind):
-    train(eval_iters=10 ** 6, max_iters=4, **MODELS[kind])
+    train(eval_iters=10**6, max_iters=4, **MODELS[kind])
     model, _ = load.load_model('out')
     assert val_losses()[4] == pytest.approx(loss_by_hand(model, val_tokens(), 16), abs=1e-6)
 
@@ -546,7 +767,9 @@ def test_the_averaged_weights_are_evaluated_and_kept(monkeypatch):
     def follow(self, step):
         loss = update(self, step)
         decay = min(0.9, (1 + step) / (10 + step))
-        averages.append([old * decay + p.detach() * (1 - decay) for old, p in zip(averages[-1], self.params)])
+        averages.append(
+            [old * decay + p.detach() * (1 - decay) for old, p in zip(averages[-1], self.params)]
+        )
         return loss
 
     monkeypatch.setattr(Trainer, '__init__', begin)
@@ -555,7 +778,10 @@ def test_the_averaged_weights_are_evaluated_and_kept(monkeypatch):
     content, last = checkpoint.load('out'), checkpoint.load('out/last.pt')
     model = checkpoint.build(content)
     assert content['step'] == last['step'] == 8
-    assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(averages[-1], model.parameters(), strict=True))
+    assert all(
+        torch.allclose(a, p, atol=1e-6)
+        for a, p in zip(averages[-1], model.parameters(), strict=True)
+    )
     assert all(torch.equal(a, p) for a, p in zip(last['average'], model.parameters(), strict=True))
     assert not same(content['model'], last['model'])  # to go on, the weights themselves
     assert val_losses()[8] == pytest.approx(loss_by_hand(model, val_tokens(), 16), abs=1e-6)
@@ -574,29 +800,49 @@ def test_ckpt_is_the_best_or_the_newest(always, kept, monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 # schedules
 
+
 def settings_of(**changes):
-    return SimpleNamespace(**dict(learning_rate=1.0, min_lr=0.1, decay_lr=True, schedule='cosine', warmup_iters=10, lr_decay_iters=110,
-                                  max_iters=200, cooldown=0.4) | changes)
+    return SimpleNamespace(
+        **dict(
+            learning_rate=1.0,
+            min_lr=0.1,
+            decay_lr=True,
+            schedule='cosine',
+            warmup_iters=10,
+            lr_decay_iters=110,
+            max_iters=200,
+            cooldown=0.4,
+        )
+        | changes
+    )
 
 
 def test_warmup_is_linear_and_reaches_the_peak():
     for schedule in ('cosine', 'wsd'):
         s = settings_of(schedule=schedule)
-        assert [rate(s, step) for step in range(10)] == [pytest.approx((step + 1) / 11) for step in range(10)]
+        assert [rate(s, step) for step in range(10)] == [
+            pytest.approx((step + 1) / 11) for step in range(10)
+        ]
         assert rate(s, 10) == pytest.approx(1)
 
 
 def test_cosine_is_a_half_wave_down_to_min_lr():
     s = settings_of()
     for step in range(10, 111):
-        assert rate(s, step) == pytest.approx(0.1 + 0.9 * math.cos((step - 10) / 100 * math.pi / 2) ** 2)
-    assert rate(s, 60) == pytest.approx(0.55) and {rate(s, step) for step in range(110, 300)} == {0.1}
+        assert rate(s, step) == pytest.approx(
+            0.1 + 0.9 * math.cos((step - 10) / 100 * math.pi / 2) ** 2
+        )
+    assert rate(s, 60) == pytest.approx(0.55) and {rate(s, step) for step in range(110, 300)} == {
+        0.1
+    }
 
 
 def test_wsd_is_constant_and_then_linear():
     s = settings_of(schedule='wsd')
     assert all(rate(s, step) == 1 for step in range(10, 67))
-    assert [rate(s, step) for step in (66, 88)] == [1, pytest.approx(0.55)] and {rate(s, step) for step in range(110, 300)} == {0.1}
+    assert [rate(s, step) for step in (66, 88)] == [1, pytest.approx(0.55)] and {
+        rate(s, step) for step in range(110, 300)
+    } == {0.1}
     falls = [rate(s, step) - rate(s, step + 1) for step in range(66, 110)]
     assert falls == [pytest.approx(0.9 / 44)] * 44
     assert rate(settings_of(schedule='wsd', cooldown=0.0), 109) == 1
@@ -614,15 +860,27 @@ def test_the_decay_ends_with_the_run_unless_told_otherwise():
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
 def test_a_run_follows_its_schedule(schedule):
     train(schedule=schedule, optimizer='muon', muon_lr=0.05, max_iters=6)
-    s = settings_of(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=0, max_iters=6, schedule=schedule)
-    assert series('out', 'train', 'lr') == {step + 1: pytest.approx(1e-2 * rate(s, step)) for step in range(6)}
+    s = settings_of(
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        warmup_iters=2,
+        lr_decay_iters=0,
+        max_iters=6,
+        schedule=schedule,
+    )
+    assert series('out', 'train', 'lr') == {
+        step + 1: pytest.approx(1e-2 * rate(s, step)) for step in range(6)
+    }
     adamw, muon = checkpoint.load('out/last.pt')['optimizers']
-    assert [group['lr'] for group in adamw['param_groups']] == [pytest.approx(1e-2 * rate(s, 5))] * 2
+    assert [group['lr'] for group in adamw['param_groups']] == [
+        pytest.approx(1e-2 * rate(s, 5))
+    ] * 2
     assert muon['param_groups'][0]['lr'] == pytest.approx(0.05 * rate(s, 5))
 
 
 # ---------------------------------------------------------------------------------------------------
 # config files and defaults
+
 
 def read_config(path):
     kept = sys.excepthook
@@ -639,31 +897,61 @@ def test_every_config_parses_and_names_a_dataset_that_exists(path):
     assert 'dataset' in config.given and (config['eval_only'] or 'out_dir' in config.given)
 
 
-@pytest.mark.parametrize('path', [path for path in CONFIGS if 'on_cpu' in path.read_text()], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path', [path for path in CONFIGS if 'on_cpu' in path.read_text()], ids=lambda path: path.stem
+)
 def test_on_the_cpu_a_config_shrinks_and_a_key_beats_it(path, tmp_path, capsys):
     config = read_config(path)
     dataset.write_text(tmp_path / 'data' / config['dataset'], TEXT, 'char', 'A tale of a cat')
     small = {name: value for name, (value, _) in config._on_cpu.items()}
     asked = dict(n_layer=1, max_iters=2)
-    run('train.py', [str(path), *words(asked), '--device=cpu', '--out_dir=out', '--eval_iters=1', '--sample_tokens=0'])
+    run(
+        'train.py',
+        [
+            str(path),
+            *words(asked),
+            '--device=cpu',
+            '--out_dir=out',
+            '--eval_iters=1',
+            '--sample_tokens=0',
+        ],
+    )
     told = re.search(r'^on the CPU: (.*)$', capsys.readouterr().out, re.M)[1].split(', ')
     assert told == [f'{name}={value}' for name, value in small.items() if name not in asked]
-    assert {name: log()[0]['config'][name] for name in small} == {name: asked.get(name, value) for name, value in small.items()}
+    assert {name: log()[0]['config'][name] for name in small} == {
+        name: asked.get(name, value) for name, value in small.items()
+    }
     model_args = checkpoint.load('out/last.pt')['model_args']
-    assert model_args['n_layer'] == 1 and model_args['n_embd'] == small.get('n_embd', config['n_embd']) and max(losses()) == 2
+    assert (
+        model_args['n_layer'] == 1
+        and model_args['n_embd'] == small.get('n_embd', config['n_embd'])
+        and max(losses()) == 2
+    )
 
 
 def test_model_settings_have_the_defaults_of_the_models():
     page, _ = configurator._read_page(str(ROOT / 'train.py'))
     fields = {field.name: field.default for field in dataclasses.fields(MLAConfig)}
-    assert fields.keys() - page.keys() == {'vocab_size', 'absorb', 'kv_lora_ranks', 'source_head_dim'}  # the data's, decoding's, and conversion's
-    wanted = fields | dict(bias=False, pos='learned')  # MLA without a word about positions takes rope
-    assert {name: page[name][0] for name in fields.keys() & page.keys()} == {name: wanted[name] for name in fields.keys() & page.keys()}
-    assert {field.name: field.default for field in dataclasses.fields(GPT.Config)}.items() - {('bias', True)} <= wanted.items()
+    assert fields.keys() - page.keys() == {
+        'vocab_size',
+        'absorb',
+        'kv_lora_ranks',
+        'source_head_dim',
+    }  # the data's, decoding's, and conversion's
+    wanted = fields | dict(
+        bias=False, pos='learned'
+    )  # MLA without a word about positions takes rope
+    assert {name: page[name][0] for name in fields.keys() & page.keys()} == {
+        name: wanted[name] for name in fields.keys() & page.keys()
+    }
+    assert {field.name: field.default for field in dataclasses.fields(GPT.Config)}.items() - {
+        ('bias', True)
+    } <= wanted.items()
 
 
 # ---------------------------------------------------------------------------------------------------
 # what a person can get wrong
+
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -671,7 +959,9 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp('place')
     good = place / 'text'
     dataset.write_text(good, TEXT, 'char', 'A tale of a cat')
-    dataset.write_text(place / 'others', TEXT.replace('c', 'q').replace('z', 'x'), 'char', 'A tale of a qat')
+    dataset.write_text(
+        place / 'others', TEXT.replace('c', 'q').replace('z', 'x'), 'char', 'A tale of a qat'
+    )
     dataset.write_text(place / 'short', TEXT[:60], 'char', 'A short tale')
     for name in ('empty', 'odd', 'beyond', 'no train', 'no val', 'bad meta', 'pickled meta'):
         shutil.copytree(good, place / name)
@@ -705,99 +995,138 @@ def place(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize('settings, message', [
-    # settings
-    (dict(n_layers=2), "unknown setting 'n_layers'; did you mean --n_layer?"),
-    (dict(batch_size='many'), 'batch_size takes a whole number'),
-    (dict(compile='perhaps'), 'compile takes True or False'),
-    (dict(batch_size=0), 'batch_size=0 must be at least 1'),
-    (dict(gradient_accumulation_steps=0), 'gradient_accumulation_steps=0 must be at least 1'),
-    (dict(eval_interval=-1), 'eval_interval=-1 must be at least 1'),
-    (dict(max_iters=0), 'max_iters=0 must be at least 1'),
-    (dict(block_size=0), 'block_size=0 must be at least 1'),
-    (dict(optimizer='sgd'), "optimizer='sgd' is not known: use adamw or muon"),
-    (dict(schedule='linear'), "schedule='linear' is not known: use cosine or wsd"),
-    (dict(kernel='fast'), "kernel='fast' is not known"),
-    (dict(kernel='cudnn'), '--kernel=cudnn cannot run on cpu'),
-    (dict(kernel='flex'), '--kernel=flex cannot run on cpu'),
-    (dict(attention='gqa', out_dir='new'), "attention='gqa' is not known"),
-    (dict(n_head=3), 'n_embd=16 is not a multiple of n_head=3'),
-    (dict(kv_lora_rank=8), '--kv_lora_rank=8: kv_lora_rank is a setting of MLA'),
-    (dict(dropout=1.0), 'dropout=1.0'),
-    (dict(learning_rate=0), 'learning_rate=0'),
-    (dict(learning_rate=-1e-3), 'learning_rate=-0.001'),
-    (dict(optimizer='muon', muon_lr=-1), 'muon_lr=-1'), (dict(optimizer='muon', muon_up=-1), 'muon_up=-1'),
-    (dict(min_lr=-1), 'min_lr=-1'),
-    (dict(beta1=1.0), 'beta1=1.0'),
-    (dict(beta2=-0.1), 'beta2=-0.1'),
-    (dict(ema_decay=1.0), 'ema_decay=1.0'),
-    (dict(weight_decay=-0.1), 'weight_decay=-0.1'),
-    (dict(grad_clip=-1), 'grad_clip=-1'),
-    (dict(warmup_iters=-1), 'warmup_iters=-1'),
-    (dict(cooldown=1.5), 'cooldown=1.5 must be at least 0 and at most 1'),
-    (dict(max_minutes=-1), 'max_minutes=-1.0 must be at least 0'), (dict(target_loss=-1), 'target_loss=-1.0 must be at least 0'),
-    (dict(norm_eps=0), 'norm_eps=0.0 must be more than 0'),
-    (dict(seed=-1), 'seed=-1'),
-    (dict(seed=10 ** 18), 'seed=1000000000000000000'),
-    # machine
-    (dict(device='cuda'), '--device=cuda, but torch sees no CUDA GPU here'),
-    (dict(device='tpu'), '--device=tpu is no device'),
-    (dict(dtype='float8'), '--dtype=float8 is not known'),
-    (dict(dtype='float16'), '--dtype=float16 is too coarse'),
-    (dict(cuda_graph=True), '--cuda_graph=True needs one CUDA GPU'),
-    (dict(fp8_head=True), '--fp8_head=True needs a CUDA GPU'),  # and is never silently left out
-    (dict(backend='smoke'), '--backend=smoke is not known'),
-    (dict(backend='nccl'), '--backend=nccl'),
-    # data
-    (dict(dataset='moby_dick'), "there is no dataset 'moby_dick'"),
-    (dict(dataset='no train'), "there is no dataset 'no train'"),
-    (dict(dataset='no val'), "there is no dataset 'no val'"),
-    (dict(dataset='empty'), 'empty/train.bin is empty'),
-    (dict(dataset='odd'), 'odd/train.bin has '),
-    (dict(dataset='beyond'), 'beyond/val.bin holds token 65535'),
-    (dict(dataset='short'), 'too few for one block of 16'),
-    (dict(block_size=10 ** 5), 'too few for one block of 100000'),
-    (dict(dataset='bad meta'), 'bad meta/meta.json cannot be used'),
-    (dict(dataset='pickled meta'), 'meta.pkl is nanoGPT'),
-    # where to
-    (dict(attention='mla'), "--out_dir=out holds a model of kind 'mha', not 'mla'"),
-    (dict(out_dir='mla'), "--out_dir=mla holds a model of kind 'mla', not 'mha'"),
-    (dict(out_dir='file'), 'cannot write to --out_dir=file'),
-    (dict(out_dir='file/deeper'), 'cannot write to --out_dir=file/deeper'),
-    (dict(out_dir='/proc/nowhere/out'), 'cannot write to --out_dir=/proc/nowhere/out'),
-    (dict(out_dir='long' * 100), 'cannot write to --out_dir=long'),
-    # from where
-    (dict(init_from='nowhere'), 'there is no checkpoint nowhere'),
-    (dict(init_from='text/train.bin'), 'text/train.bin is no checkpoint that can be loaded'),
-    (dict(init_from='out', dataset='others'), 'out/ckpt.pt was trained on other tokens than others has'),
-    (dict(init_from='out', block_size=32), 'block_size=32'),
-    (dict(init_from='nanogpt', n_embd=32, block_size=20), '--n_embd=32: n_embd=32, but the model of nanogpt/ckpt.pt has 16'),
-    (dict(init_from='nanogpt', block_size=20, bias=False), '--bias=False: bias=False, but the model of nanogpt/ckpt.pt has True'),
-    (dict(init_from='nanogpt', block_size=20, kv_lora_rank=8), '--kv_lora_rank=8: kv_lora_rank is a setting of MLA'),
-    (dict(init_from='nanogpt', block_size=20, attention='mla', out_dir='new'), '--attention=mla'),
-    (dict(init_from='nanogpt', block_size=20, kernel='fast'), "kernel='fast' is not known"),
-    (dict(init_from='resume', out_dir='new'), 'there is nothing to resume: new/last.pt is missing'),
-    (dict(init_from='resume', out_dir='truncated'), 'truncated/last.pt is no checkpoint that can be loaded: it is damaged'),
-    (dict(init_from='resume', out_dir='evil'), 'evil/last.pt is no checkpoint that can be loaded: it holds code'),
-    (dict(init_from='resume', out_dir='copied'), 'copied/last.pt'),
-    (dict(init_from='resume', n_layer=3), '--n_layer=3: n_layer=3, but the model of'),
-    (dict(init_from='resume', block_size=32), 'block_size=32'),
-    (dict(init_from='resume', block_size=8), 'block_size=8'),
-    (dict(init_from='resume', attention='mla'), '--attention=mla'),
-    (dict(init_from='resume', pos='rope'), '--pos=rope'),
-    (dict(init_from='resume', kv_lora_rank=8), '--kv_lora_rank=8'),
-    (dict(init_from='resume', dataset='others'), 'other tokens than others has'),
-    (dict(init_from='resume', optimizer='muon'), 'another optimizer than --optimizer=muon'),
-    (dict(init_from='resume', out_dir='muon'), 'another optimizer than --optimizer=adamw'),
-    (dict(init_from='resume', train_only='attn'), 'the checkpoint was trained with its parameters in other groups: resume with its own --muon_up'),
-], ids=lambda value: ' '.join(f'{k}={v}'[:30] for k, v in value.items()) if isinstance(value, dict) else '')
-def test_what_is_wrong_is_told_in_one_line_and_nothing_is_touched(settings, message, place, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        # settings
+        (dict(n_layers=2), "unknown setting 'n_layers'; did you mean --n_layer?"),
+        (dict(batch_size='many'), 'batch_size takes a whole number'),
+        (dict(compile='perhaps'), 'compile takes True or False'),
+        (dict(batch_size=0), 'batch_size=0 must be at least 1'),
+        (dict(gradient_accumulation_steps=0), 'gradient_accumulation_steps=0 must be at least 1'),
+        (dict(eval_interval=-1), 'eval_interval=-1 must be at least 1'),
+        (dict(max_iters=0), 'max_iters=0 must be at least 1'),
+        (dict(block_size=0), 'block_size=0 must be at least 1'),
+        (dict(optimizer='sgd'), "optimizer='sgd' is not known: use adamw or muon"),
+        (dict(schedule='linear'), "schedule='linear' is not known: use cosine or wsd"),
+        (dict(kernel='fast'), "kernel='fast' is not known"),
+        (dict(kernel='cudnn'), '--kernel=cudnn cannot run on cpu'),
+        (dict(kernel='flex'), '--kernel=flex cannot run on cpu'),
+        (dict(attention='gqa', out_dir='new'), "attention='gqa' is not known"),
+        (dict(n_head=3), 'n_embd=16 is not a multiple of n_head=3'),
+        (dict(kv_lora_rank=8), '--kv_lora_rank=8: kv_lora_rank is a setting of MLA'),
+        (dict(dropout=1.0), 'dropout=1.0'),
+        (dict(learning_rate=0), 'learning_rate=0'),
+        (dict(learning_rate=-1e-3), 'learning_rate=-0.001'),
+        (dict(optimizer='muon', muon_lr=-1), 'muon_lr=-1'),
+        (dict(optimizer='muon', muon_up=-1), 'muon_up=-1'),
+        (dict(min_lr=-1), 'min_lr=-1'),
+        (dict(beta1=1.0), 'beta1=1.0'),
+        (dict(beta2=-0.1), 'beta2=-0.1'),
+        (dict(ema_decay=1.0), 'ema_decay=1.0'),
+        (dict(weight_decay=-0.1), 'weight_decay=-0.1'),
+        (dict(grad_clip=-1), 'grad_clip=-1'),
+        (dict(warmup_iters=-1), 'warmup_iters=-1'),
+        (dict(cooldown=1.5), 'cooldown=1.5 must be at least 0 and at most 1'),
+        (dict(max_minutes=-1), 'max_minutes=-1.0 must be at least 0'),
+        (dict(target_loss=-1), 'target_loss=-1.0 must be at least 0'),
+        (dict(norm_eps=0), 'norm_eps=0.0 must be more than 0'),
+        (dict(seed=-1), 'seed=-1'),
+        (dict(seed=10**18), 'seed=1000000000000000000'),
+        # machine
+        (dict(device='cuda'), '--device=cuda, but torch sees no CUDA GPU here'),
+        (dict(device='tpu'), '--device=tpu is no device'),
+        (dict(dtype='float8'), '--dtype=float8 is not known'),
+        (dict(dtype='float16'), '--dtype=float16 is too coarse'),
+        (dict(cuda_graph=True), '--cuda_graph=True needs one CUDA GPU'),
+        (dict(fp8_head=True), '--fp8_head=True needs a CUDA GPU'),  # and is never silently left out
+        (dict(backend='smoke'), '--backend=smoke is not known'),
+        (dict(backend='nccl'), '--backend=nccl'),
+        # data
+        (dict(dataset='moby_dick'), "there is no dataset 'moby_dick'"),
+        (dict(dataset='no train'), "there is no dataset 'no train'"),
+        (dict(dataset='no val'), "there is no dataset 'no val'"),
+        (dict(dataset='empty'), 'empty/train.bin is empty'),
+        (dict(dataset='odd'), 'odd/train.bin has '),
+        (dict(dataset='beyond'), 'beyond/val.bin holds token 65535'),
+        (dict(dataset='short'), 'too few for one block of 16'),
+        (dict(block_size=10**5), 'too few for one block of 100000'),
+        (dict(dataset='bad meta'), 'bad meta/meta.json cannot be used'),
+        (dict(dataset='pickled meta'), 'meta.pkl is nanoGPT'),
+        # where to
+        (dict(attention='mla'), "--out_dir=out holds a model of kind 'mha', not 'mla'"),
+        (dict(out_dir='mla'), "--out_dir=mla holds a model of kind 'mla', not 'mha'"),
+        (dict(out_dir='file'), 'cannot write to --out_dir=file'),
+        (dict(out_dir='file/deeper'), 'cannot write to --out_dir=file/deeper'),
+        (dict(out_dir='/proc/nowhere/out'), 'cannot write to --out_dir=/proc/nowhere/out'),
+        (dict(out_dir='long' * 100), 'cannot write to --out_dir=long'),
+        # from where
+        (dict(init_from='nowhere'), 'there is no checkpoint nowhere'),
+        (dict(init_from='text/train.bin'), 'text/train.bin is no checkpoint that can be loaded'),
+        (
+            dict(init_from='out', dataset='others'),
+            'out/ckpt.pt was trained on other tokens than others has',
+        ),
+        (dict(init_from='out', block_size=32), 'block_size=32'),
+        (
+            dict(init_from='nanogpt', n_embd=32, block_size=20),
+            '--n_embd=32: n_embd=32, but the model of nanogpt/ckpt.pt has 16',
+        ),
+        (
+            dict(init_from='nanogpt', block_size=20, bias=False),
+            '--bias=False: bias=False, but the model of nanogpt/ckpt.pt has True',
+        ),
+        (
+            dict(init_from='nanogpt', block_size=20, kv_lora_rank=8),
+            '--kv_lora_rank=8: kv_lora_rank is a setting of MLA',
+        ),
+        (
+            dict(init_from='nanogpt', block_size=20, attention='mla', out_dir='new'),
+            '--attention=mla',
+        ),
+        (dict(init_from='nanogpt', block_size=20, kernel='fast'), "kernel='fast' is not known"),
+        (
+            dict(init_from='resume', out_dir='new'),
+            'there is nothing to resume: new/last.pt is missing',
+        ),
+        (
+            dict(init_from='resume', out_dir='truncated'),
+            'truncated/last.pt is no checkpoint that can be loaded: it is damaged',
+        ),
+        (
+            dict(init_from='resume', out_dir='evil'),
+            'evil/last.pt is no checkpoint that can be loaded: it holds code',
+        ),
+        (dict(init_from='resume', out_dir='copied'), 'copied/last.pt'),
+        (dict(init_from='resume', n_layer=3), '--n_layer=3: n_layer=3, but the model of'),
+        (dict(init_from='resume', block_size=32), 'block_size=32'),
+        (dict(init_from='resume', block_size=8), 'block_size=8'),
+        (dict(init_from='resume', attention='mla'), '--attention=mla'),
+        (dict(init_from='resume', pos='rope'), '--pos=rope'),
+        (dict(init_from='resume', kv_lora_rank=8), '--kv_lora_rank=8'),
+        (dict(init_from='resume', dataset='others'), 'other tokens than others has'),
+        (dict(init_from='resume', optimizer='muon'), 'another optimizer than --optimizer=muon'),
+        (dict(init_from='resume', out_dir='muon'), 'another optimizer than --optimizer=adamw'),
+        (
+            dict(init_from='resume', train_only='attn'),
+            'the checkpoint was trained with its parameters in other groups: resume with its own --muon_up',
+        ),
+    ],
+    ids=lambda value: (
+        ' '.join(f'{k}={v}'[:30] for k, v in value.items()) if isinstance(value, dict) else ''
+    ),
+)
+def test_what_is_wrong_is_told_in_one_line_and_nothing_is_touched(
+    settings, message, place, monkeypatch, capsys
+):
     monkeypatch.chdir(place)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     before = files(place)
     code = exit_code('train.py', words(TINY | settings))
     err = capsys.readouterr().err
-    assert code == 2 and err.startswith('error: ') and message in err and err.count('\n') == 1, err[-2000:]
+    assert code == 2 and err.startswith('error: ') and message in err and err.count('\n') == 1, err[
+        -2000:
+    ]
     assert files(place) == before
 
 
@@ -809,17 +1138,41 @@ def test_without_a_compiler_one_line_and_the_earlier_run_is_kept(start, monkeypa
     process = start(compile=True)
     assert process.wait(100) == 2
     err = Path('out.err').read_text()
-    assert err.startswith('error: torch.compile cannot work here (') and err.endswith('): use --compile=False\n') and err.count('\n') == 1
+    assert (
+        err.startswith('error: torch.compile cannot work here (')
+        and err.endswith('): use --compile=False\n')
+        and err.count('\n') == 1
+    )
     assert files('out/previous') == held
 
 
 def test_a_loss_that_runs_away_ends_in_one_line_with_code_1(capsys):
     train(max_iters=4)
     held = files('out')['last.pt']
-    code = exit_code('train.py', words(TINY | dict(init_from='resume', learning_rate=1e30, decay_lr=False, grad_clip=0.0, eval_interval=1)))
+    code = exit_code(
+        'train.py',
+        words(
+            TINY
+            | dict(
+                init_from='resume',
+                learning_rate=1e30,
+                decay_lr=False,
+                grad_clip=0.0,
+                eval_interval=1,
+            )
+        ),
+    )
     err = capsys.readouterr().err
-    assert code == 1 and err.startswith('error: the loss is ') and 'out/last.pt' in err and err.count('\n') == 1
-    assert files('out')['last.pt'] == held and all(math.isfinite(value) for value in checkpoint.load('out/last.pt')['model']['lm_head.weight'].flatten())
+    assert (
+        code == 1
+        and err.startswith('error: the loss is ')
+        and 'out/last.pt' in err
+        and err.count('\n') == 1
+    )
+    assert files('out')['last.pt'] == held and all(
+        math.isfinite(value)
+        for value in checkpoint.load('out/last.pt')['model']['lm_head.weight'].flatten()
+    )
     assert log()
 
 
@@ -840,7 +1193,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(name, capsys):
     train(max_iters=4)
     before = files('out')
     Path('out', f'{name}.partial').symlink_to('/dev/full')
-    assert exit_code('train.py', words(TINY | dict(init_from='resume', always_save_checkpoint=True))) == 2
+    assert (
+        exit_code('train.py', words(TINY | dict(init_from='resume', always_save_checkpoint=True)))
+        == 2
+    )
     assert one_error(capsys, f'cannot write out/{name}: no space left on the device')
     after = files('out')
     assert after[name] == before[name] and sorted(after) == sorted(before)
@@ -855,17 +1211,25 @@ def test_wandb_that_refuses_is_told_and_the_earlier_run_is_kept(monkeypatch, cap
 
     def init(**about):
         raise Refusal('No API key configured.\nUse `wandb login` to log in.')
+
     train()
     held = files('out')
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, Error=Refusal))
     assert exit_code('train.py', words(TINY | dict(wandb_log=True))) == 2
-    assert one_error(capsys, 'wandb does not start (No API key configured. Use `wandb login` to log in.): ') and files('out') == held
+    assert (
+        one_error(
+            capsys, 'wandb does not start (No API key configured. Use `wandb login` to log in.): '
+        )
+        and files('out') == held
+    )
 
 
 def test_a_log_on_a_full_disk_is_told(capsys):
     Path('out').mkdir()
     Path('out/log.jsonl').symlink_to('/dev/full')
-    assert exit_code('train.py', words(TINY)) == 2 and one_error(capsys, 'cannot write out/log.jsonl: ')
+    assert exit_code('train.py', words(TINY)) == 2 and one_error(
+        capsys, 'cannot write out/log.jsonl: '
+    )
 
 
 def test_a_disk_that_fills_up_while_training(capsys):

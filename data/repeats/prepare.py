@@ -5,6 +5,7 @@ Each document is a line: a newline, L different symbols in random order, the sam
 anew for each, so that no head can copy by counting places. train.bin, val.bin and meta.json go to this folder,
 or to --out. A symbol is a character, so that a prompt can be typed.
 """
+
 import sys
 from pathlib import Path
 
@@ -12,16 +13,21 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
 import repeated_text
+
 from nanomla.core.configurator import configure
 from nanomla.core.token_files import summary
 
 documents = 100000  # to train on; a tenth as many validate
-symbols = 64        # different ones; the newline that begins a document is one more
-shortest = 8        # L is drawn from shortest to longest, both included
+symbols = 64  # different ones; the newline that begins a document is one more
+shortest = 8  # L is drawn from shortest to longest, both included
 longest = 31
-seed = 1            # of the texts
-out = ''            # the folder of the dataset ('' = data/repeats, which is --dataset=repeats in train.py)
+seed = 1  # of the texts
+out = ''  # the folder of the dataset ('' = data/repeats, which is --dataset=repeats in train.py)
 
 configure(globals())
 
-print(summary(out or HERE, repeated_text.write(out or HERE, documents, symbols, shortest, longest, seed)))
+print(
+    summary(
+        out or HERE, repeated_text.write(out or HERE, documents, symbols, shortest, longest, seed)
+    )
+)

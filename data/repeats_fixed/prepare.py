@@ -6,6 +6,7 @@ The trap: repeated random texts that are all of one length, so that a head can c
 As data/repeats, but L is fixed. A model that was trained on it may look as if it had an induction head, until
 something is put between the two copies: find_induction_heads.py calls such a head positional.
 """
+
 import sys
 from pathlib import Path
 
@@ -13,15 +14,18 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
 import repeated_text
+
 from nanomla.core.configurator import configure
 from nanomla.core.token_files import summary
 
 documents = 100000  # to train on; a tenth as many validate
-symbols = 64        # different ones; the newline that begins a document is one more
-length = 20         # L, of every document
-seed = 1            # of the texts
-out = ''            # the folder of the dataset ('' = data/repeats_fixed)
+symbols = 64  # different ones; the newline that begins a document is one more
+length = 20  # L, of every document
+seed = 1  # of the texts
+out = ''  # the folder of the dataset ('' = data/repeats_fixed)
 
 configure(globals())
 
-print(summary(out or HERE, repeated_text.write(out or HERE, documents, symbols, length, length, seed)))
+print(
+    summary(out or HERE, repeated_text.write(out or HERE, documents, symbols, length, length, seed))
+)

@@ -7,17 +7,19 @@ tiktoken needs its GPT-2 vocabulary: a network once, or TIKTOKEN_CACHE_DIR.
 
 Tiny Shakespeare has 301,966 tokens to train on and 36,059 to validate.
 """
+
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
-from nanomla.core.configurator import configure
-from nanomla.core.token_files import summary, write_text
 from tiny_shakespeare import find_text
 
-input = ''          # a text file of your own ('' = tiny Shakespeare)
+from nanomla.core.configurator import configure
+from nanomla.core.token_files import summary, write_text
+
+input = ''  # a text file of your own ('' = tiny Shakespeare)
 val_fraction = 0.1  # the share of the text, at its end, that validates
 
 configure(globals())

@@ -6,17 +6,19 @@ the reference text of your Python stands in, and meta.json says so; a later run 
 
 Tiny Shakespeare has 65 characters; 1,003,854 of its 1,115,394 train and 111,540 validate.
 """
+
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
-from nanomla.core.configurator import configure
-from nanomla.core.token_files import summary, write_text
 from tiny_shakespeare import find_text
 
-input = ''          # a text file of your own ('' = tiny Shakespeare)
+from nanomla.core.configurator import configure
+from nanomla.core.token_files import summary, write_text
+
+input = ''  # a text file of your own ('' = tiny Shakespeare)
 val_fraction = 0.1  # the share of the text, at its end, that validates
 
 configure(globals())

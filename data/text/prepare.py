@@ -9,6 +9,7 @@ The files are read twice, in blocks: once to check and count them, once to token
 grow with the text. GPT-2 tokens are made in parallel, of chunks that are cut where the tokens of
 the whole text have a boundary anyway.
 """
+
 import bz2
 import codecs
 import gzip
@@ -25,21 +26,21 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.tokenizers import Tokenizer
-from nanomla.core.token_files import TokenWriter, in_order, summary, val_begin
 from nanomla.core.files import progress_bar, writing
+from nanomla.core.token_files import TokenWriter, in_order, summary, val_begin
+from nanomla.core.tokenizers import Tokenizer
 
 tokenizer = 'char'  # char (the characters of the text), bytes (any file) or gpt2 (50,257 tokens, needs tiktoken)
-out = ''            # the folder of the dataset ('' = data/text, which is --dataset=text in train.py)
+out = ''  # the folder of the dataset ('' = data/text, which is --dataset=text in train.py)
 val_fraction = 0.1  # the share of the text, at its end, that validates
-num_proc = 0        # threads that tokenise (0 = one a core)
+num_proc = 0  # threads that tokenise (0 = one a core)
 
 options = [arg for arg in sys.argv[1:] if arg.startswith('--') or arg == '-h']
 configure(globals(), options)
 names = [arg for arg in sys.argv[1:] if arg not in options]
 
-BLOCK = 2 ** 20  # bytes read at a time
-CHUNK = 2 ** 18  # characters tokenised at a time
+BLOCK = 2**20  # bytes read at a time
+CHUNK = 2**18  # characters tokenised at a time
 OPEN = {'.xz': lzma.open, '.gz': gzip.open, '.bz2': bz2.open}
 
 
@@ -50,7 +51,9 @@ def read_bytes(path):
             while block := file.read(BLOCK):
                 yield block
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from None
+        raise UserError(
+            f'cannot read {path}: {getattr(error, "strerror", None) or error}'
+        ) from None
 
 
 def read_text(path, name):
@@ -61,8 +64,10 @@ def read_text(path, name):
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UserError(f'{name} is not UTF-8 text: byte {begin + error.start} is {error.object[error.start]:#04x}; '
-                            'convert it to UTF-8 or use --tokenizer=bytes') from None
+            raise UserError(
+                f'{name} is not UTF-8 text: byte {begin + error.start} is {error.object[error.start]:#04x}; '
+                'convert it to UTF-8 or use --tokenizer=bytes'
+            ) from None
         read += len(block)
         if text:
             yield text
@@ -103,7 +108,9 @@ def halves(files, cut):
 
 def chunks(files, cut):
     """(split, chunk), CHUNK long at most; (split, None) for <|endoftext|>."""
-    for (split, is_end), group in groupby(halves(files, cut), lambda pair: (pair[0], pair[1] is None)):
+    for (split, is_end), group in groupby(
+        halves(files, cut), lambda pair: (pair[0], pair[1] is None)
+    ):
         rest = b'' if tokenizer == 'bytes' else ''
         for _, block in group:
             if is_end:
@@ -135,13 +142,17 @@ def boundary(text):
 
 def encode(part):
     split, chunk = part
-    return split, len(chunk or ''), [codec.bpe.eot_token] if chunk is None else codec.encode_array(chunk)
+    return (
+        split,
+        len(chunk or ''),
+        [codec.bpe.eot_token] if chunk is None else codec.encode_array(chunk),
+    )
 
 
 if not names:
     raise UserError('which text? python data/text/prepare.py FILE... (--help tells more)')
 if tokenizer not in ('char', 'bytes', 'gpt2'):
-    raise UserError(f"--tokenizer={tokenizer} is not known: use char, bytes or gpt2")
+    raise UserError(f'--tokenizer={tokenizer} is not known: use char, bytes or gpt2')
 
 with tempfile.TemporaryDirectory() as folder:
     files = [(name, Path(name)) for name in names]
@@ -154,9 +165,14 @@ with tempfile.TemporaryDirectory() as folder:
     length, sha256, chars = survey(files)
     cut = val_begin(length, val_fraction)
     source = f'{", ".join(Path(name).name for name, _ in files)} (your own text)'
-    meta = dict(tokenizer=tokenizer, source=source, sha256=sha256) | (dict(chars=chars) if tokenizer == 'char' else {})
+    meta = dict(tokenizer=tokenizer, source=source, sha256=sha256) | (
+        dict(chars=chars) if tokenizer == 'char' else {}
+    )
     codec = Tokenizer(meta)
-    with TokenWriter(out or HERE, codec.vocab_size) as written, progress_bar(length, ' characters') as bar:
+    with (
+        TokenWriter(out or HERE, codec.vocab_size) as written,
+        progress_bar(length, ' characters') as bar,
+    ):
         for split, n, ids in in_order(encode, chunks(files, cut), num_proc):
             written.add(split, ids)
             bar.update(n)

@@ -5,6 +5,7 @@ A line is {"system": ..., "question": ..., "response": ...}, as OpenOrca has it;
 to make one text of it: 'marked' writes headings between the parts and ends with the end-of-text token, 'joined' is the
 first study's bare concatenation of prompt and response.
 """
+
 import json
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def examples(path, most=0):
     except UnicodeDecodeError:
         raise UserError(f'{path} is not UTF-8 text') from None
     except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}; make it with python data/openorca/prepare.py') from None
+        raise UserError(
+            f'cannot read {path}: {error.strerror}; make it with python data/openorca/prepare.py'
+        ) from None
     if not found:
         raise UserError(f'{path} has no examples')
     return found
@@ -39,7 +42,9 @@ def example(line, where):
     try:
         row = json.loads(line)
     except ValueError:
-        raise UserError(f'{where}: not JSON; a line is {{"question": ..., "response": ...}}') from None
+        raise UserError(
+            f'{where}: not JSON; a line is {{"question": ..., "response": ...}}'
+        ) from None
     return checked(row, where)
 
 
@@ -50,7 +55,9 @@ def checked(row, where):
     row = {key: row.get(key, '' if key == 'system' else None) for key in KEYS}
     for key, value in row.items():
         if not isinstance(value, str) or key != 'system' and not value.strip():
-            raise UserError(f"{where}: '{key}' is {'missing or empty' if value is None or value == '' or isinstance(value, str) else 'no text'}")
+            raise UserError(
+                f"{where}: '{key}' is {'missing or empty' if value is None or value == '' or isinstance(value, str) else 'no text'}"
+            )
     return row
 
 
@@ -74,17 +81,23 @@ class Encoder:
         if template not in TEMPLATES:
             raise UserError(f"template='{template}' is not known: use {' or '.join(TEMPLATES)}")
         if tokenizer is None and vocab_size < 256:
-            raise UserError(f'the model has no tokenizer, and its vocabulary of {vocab_size} has no room for bytes')
+            raise UserError(
+                f'the model has no tokenizer, and its vocabulary of {vocab_size} has no room for bytes'
+            )
         self.tokenizer = tokenizer or Tokenizer(dict(tokenizer='bytes'))
         self.template, self.completion_only = template, completion_only
         self.name = 'bytes (the model has no tokenizer)' if tokenizer is None else tokenizer.name
         self.begin = [tokenizer.bos] if getattr(tokenizer, 'bos', None) is not None else []
-        self.ends = sorted(getattr(tokenizer, 'eos', None) or [0])  # NUL is the end of a text of bytes
+        self.ends = sorted(
+            getattr(tokenizer, 'eos', None) or [0]
+        )  # NUL is the end of a text of bytes
 
     def encode(self, row):
         """(prompt ids, response ids with the end of text behind them, unless 'joined')."""
         prompt = self.begin + list(self.tokenizer.encode(prompt_of(row, self.template)))
-        return prompt, list(self.tokenizer.encode(row['response'])) + (self.ends[:1] if self.template == 'marked' else [])
+        return prompt, list(self.tokenizer.encode(row['response'])) + (
+            self.ends[:1] if self.template == 'marked' else []
+        )
 
     def document(self, row):
         """(ids, targets): targets[t] is ids[t + 1], or -1 behind the end and, completion_only, within the prompt."""
@@ -92,14 +105,14 @@ class Encoder:
         ids = prompt + response
         targets = ids[1:] + [-1]
         if self.completion_only:
-            targets[:len(prompt) - 1] = [-1] * (len(prompt) - 1)
+            targets[: len(prompt) - 1] = [-1] * (len(prompt) - 1)
         return ids, targets
 
     def decode(self, ids):
         """Text of token ids, up to the first end of text."""
         ids = [int(i) for i in ids]
         ends = [ids.index(end) for end in self.ends if end in ids]
-        ids = ids[:min(ends, default=len(ids))]
+        ids = ids[: min(ends, default=len(ids))]
         if self.tokenizer.name == 'bytes':
             return bytes(i for i in ids if i < 256).decode(errors='replace')
         return self.tokenizer.decode_bytes(ids).decode(errors='replace')

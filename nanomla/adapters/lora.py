@@ -14,6 +14,7 @@ quantisation: Dettmers et al. 2023, section 3) they are dequantised inside the c
 
 Legend: x (..., in), W (out, in), A (r, in), B (out, r); s = alpha / r.
 """
+
 import logging
 from contextlib import contextmanager
 
@@ -21,13 +22,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanomla.core.configurator import UserError
 from model import Linear
+from nanomla.core.configurator import UserError
 
-logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # it takes our kernels.py for the hub's package of that name
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(
+    logging.ERROR
+)  # it takes our kernels.py for the hub's package of that name
 
 ADAPTERS = ('full', 'lora', 'qlora')
-NAMES = dict(c_attn=('q_proj', 'k_proj', 'v_proj'))  # our Linear -> its members; others are one and the same
+NAMES = dict(
+    c_attn=('q_proj', 'k_proj', 'v_proj')
+)  # our Linear -> its members; others are one and the same
 IN_MLA = dict(k_proj='kv_a_proj_with_mqa', v_proj='kv_b_proj')  # where MLA has what MHA calls so
 
 
@@ -71,10 +76,20 @@ class Group(nn.Module):
             y = F.linear(x, self.whole.to(x.dtype), None if bias is None else bias.to(x.dtype))
         elif torch.compiler.is_compiling():
             bias = self.bias
-            weights = [nf4(*parts, shape, x.dtype) for parts, shape in zip(self.parts(), self.shapes)]
-            y = F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), None if bias is None else bias.to(x.dtype))
+            weights = [
+                nf4(*parts, shape, x.dtype) for parts, shape in zip(self.parts(), self.shapes)
+            ]
+            y = F.linear(
+                x,
+                weights[0] if len(weights) == 1 else torch.cat(weights),
+                None if bias is None else bias.to(x.dtype),
+            )
         else:  # bitsandbytes' own, which keeps no dequantised weight for the backward pass
-            y = torch.cat([linear(x) for linear in self.linears], dim=-1) if len(self.names) > 1 else self.linears[0](x)
+            y = (
+                torch.cat([linear(x) for linear in self.linears], dim=-1)
+                if len(self.names) > 1
+                else self.linears[0](x)
+            )
         return self.adapt(x, y)
 
     def adapt(self, x, y):
@@ -82,9 +97,14 @@ class Group(nn.Module):
         adapted = [member for member in self.members if hasattr(member, 'lora_A')]
         if not adapted:
             return y
-        drops = self.training and any(isinstance(m.lora_dropout['default'], nn.Dropout) for m in adapted)
+        drops = self.training and any(
+            isinstance(m.lora_dropout['default'], nn.Dropout) for m in adapted
+        )
         if drops:
-            low = [F.linear(m.lora_dropout['default'](x), m.lora_A['default'].weight.to(x.dtype)) for m in adapted]
+            low = [
+                F.linear(m.lora_dropout['default'](x), m.lora_A['default'].weight.to(x.dtype))
+                for m in adapted
+            ]
         else:
             a = torch.cat([m.lora_A['default'].weight for m in adapted])
             low = F.linear(x, a.to(x.dtype)).split([m.r['default'] for m in adapted], dim=-1)
@@ -126,7 +146,9 @@ class Group(nn.Module):
         self.shapes = [linear.weight.quant_state.shape for linear in self.linears]
         for i, linear in enumerate(self.linears):
             for n, part in enumerate(parts_of(linear)):
-                self.register_buffer(f'part_{i}_{n}', part, persistent=False)  # plain tensors: what torch.compile can read
+                self.register_buffer(
+                    f'part_{i}_{n}', part, persistent=False
+                )  # plain tensors: what torch.compile can read
 
     def parts(self):
         return [[getattr(self, f'part_{i}_{n}') for n in range(6)] for i in range(len(self.names))]
@@ -162,9 +184,16 @@ def targets_of(model, wanted):
     if wanted == 'all':
         return known
     names = [name.strip() for name in wanted.split(',')]
-    names = list(dict.fromkeys(IN_MLA[name] if name not in known and IN_MLA.get(name) in known else name for name in names))
+    names = list(
+        dict.fromkeys(
+            IN_MLA[name] if name not in known and IN_MLA.get(name) in known else name
+            for name in names
+        )
+    )
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"target '{unknown[0]}' is none of this model's Linears: use all, or some of {', '.join(known)}")
+        raise UserError(
+            f"target '{unknown[0]}' is none of this model's Linears: use all, or some of {', '.join(known)}"
+        )
     return names
 
 
@@ -178,7 +207,9 @@ def adapt(model, kind, r=32, alpha=16, dropout=0.0, targets='all', double=True):
     if kind == 'full':
         return model.requires_grad_(True)
     if r < 1 or not 0 <= dropout < 1:
-        raise UserError(f'lora_r={r} must be at least 1 and lora_dropout={dropout} at least 0 and less than 1')
+        raise UserError(
+            f'lora_r={r} must be at least 1 and lora_dropout={dropout} at least 0 and less than 1'
+        )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -189,8 +220,13 @@ def adapt(model, kind, r=32, alpha=16, dropout=0.0, targets='all', double=True):
     model.is_loaded_in_4bit = kind == 'qlora'  # what PEFT asks before it takes its 4-bit layer
     if not targets:
         return model
-    members = rf".*\.(attn|mlp)\.\w+\.({'|'.join(targets_of(model, targets))})"  # of a group, not a group that has its member's name
-    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=members, bias='none'), model)
+    members = rf'.*\.(attn|mlp)\.\w+\.({"|".join(targets_of(model, targets))})'  # of a group, not a group that has its member's name
+    inject_adapter_in_model(
+        LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=members, bias='none'
+        ),
+        model,
+    )
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -203,7 +239,9 @@ def merge(model):
         for name, group in list(part.named_children()):
             if isinstance(group, Group):
                 weight, bias = group.merged(), group.bias
-                linear = Linear(weight.size(1), weight.size(0), bias=bias is not None, device='meta')
+                linear = Linear(
+                    weight.size(1), weight.size(0), bias=bias is not None, device='meta'
+                )
                 linear.weight = nn.Parameter(weight)
                 linear.weight.splits = group.splits
                 if bias is not None:
@@ -228,20 +266,37 @@ def held_weights(model):
 # ---------------------------------------------------------------------------------------------------
 # 4 bits
 
+
 def bitsandbytes():
     try:
         import bitsandbytes as bnb
+
         return bnb
     except ImportError:
-        raise UserError('4-bit weights need bitsandbytes: pip install -r requirements-adapters.txt') from None
+        raise UserError(
+            '4-bit weights need bitsandbytes: pip install -r requirements-adapters.txt'
+        ) from None
 
 
 def in_four_bits(linear, compute_dtype, double=True):
     """A Linear4bit by bitsandbytes with the weights of `linear` in NF4, its scales quantised, too, if `double`."""
     bnb, device = bitsandbytes(), linear.weight.device
-    new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=compute_dtype,
-                            compress_statistics=double, quant_type='nf4', device='meta')
-    new.weight = bnb.nn.Params4bit(linear.weight.detach().clone(), requires_grad=False, compress_statistics=double, quant_type='nf4', module=new)
+    new = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=compute_dtype,
+        compress_statistics=double,
+        quant_type='nf4',
+        device='meta',
+    )
+    new.weight = bnb.nn.Params4bit(
+        linear.weight.detach().clone(),
+        requires_grad=False,
+        compress_statistics=double,
+        quant_type='nf4',
+        module=new,
+    )
     new.bias = linear.bias
     new = new.to(device)
     new.support_avx512bf16_for_cpu = False  # else an evaluation repacks the weights there, and the next backward pass cuts the input's gradient
@@ -271,13 +326,14 @@ def nf4(packed, code, scales, code2, scales2, offset, shape, dtype):
     """
     if len(code2):
         block = len(scales) if not len(scales2) else 256
-        scales = code2[scales.int()] * scales2.repeat_interleave(block)[:len(scales)] + offset
+        scales = code2[scales.int()] * scales2.repeat_interleave(block)[: len(scales)] + offset
     level = torch.stack([packed >> 4, packed & 15], dim=-1).view(len(scales), -1)
     return (code[level.int()] * scales[:, None]).to(dtype).view(shape)
 
 
 # ---------------------------------------------------------------------------------------------------
 # what there is
+
 
 def size(p):
     """Parameters as the model means them: a 4-bit tensor holds two in a byte."""
@@ -293,8 +349,9 @@ def count(model):
 
 def storage(model):
     """Bytes a parameter of the blocks' Linears, without adapters: weights, scales and their tables."""
-    weights = [linear.weight for group in groups(model) for linear in group.linears] or \
-        [m.weight for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
+    weights = [linear.weight for group in groups(model) for linear in group.linears] or [
+        m.weight for m in model.transformer.h.modules() if isinstance(m, nn.Linear)
+    ]
 
     def nbytes(w):
         state = getattr(w, 'quant_state', None)
@@ -302,4 +359,5 @@ def storage(model):
             return w.nbytes
         second = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
         return sum(t.nbytes for t in (w.data, state.absmax, state.code, *second))
+
     return sum(map(nbytes, weights)) / sum(map(size, weights))

@@ -5,6 +5,7 @@ section 6.1; here articles are words like any other), ROUGE-1/2/L (Lin 2004) by 
 A prediction of the next token stands one place before the token that it predicts. `predicted` shifts it there: without
 the shift a model that only repeats its input would score 1.
 """
+
 import re
 from collections import Counter
 from functools import lru_cache
@@ -37,10 +38,13 @@ def rouge_scorer():
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise UserError('ROUGE needs rouge-score: pip install -r requirements-adapters.txt') from None
+        raise UserError(
+            'ROUGE needs rouge-score: pip install -r requirements-adapters.txt'
+        ) from None
 
     class Words:
         tokenize = staticmethod(words)  # its own tokenizer drops all that is not ASCII
+
     return RougeScorer(['rouge1', 'rouge2', 'rougeL'], tokenizer=Words())
 
 
@@ -54,7 +58,10 @@ def rouge(answer, reference):
 def scores(answers, references):
     """The mean of every metric over pairs of texts, in [0, 1]."""
     assert len(answers) == len(references) > 0
-    rows = [dict(exact_match=exact_match(a, r), token_f1=token_f1(a, r)) | rouge(a, r) for a, r in zip(answers, references)]
+    rows = [
+        dict(exact_match=exact_match(a, r), token_f1=token_f1(a, r)) | rouge(a, r)
+        for a, r in zip(answers, references)
+    ]
     return {name: sum(row[name] for row in rows) / len(rows) for name in METRICS}
 
 

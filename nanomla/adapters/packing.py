@@ -7,6 +7,7 @@ so packed documents have exactly the logits that they have alone.
 
 Legend: B rows, T tokens of a row, H heads, D head dim; N documents of a batch, L tokens of the longest.
 """
+
 from functools import cached_property
 from itertools import repeat
 
@@ -22,20 +23,25 @@ class Documents:
 
     def __init__(self, lengths, device='cpu'):
         self.rows, self.T = len(lengths), sum(lengths[0])
-        assert all(sum(row) == self.T and min(row) > 0 for row in lengths), 'documents must fill their rows'
+        assert all(sum(row) == self.T and min(row) > 0 for row in lengths), (
+            'documents must fill their rows'
+        )
         flat = np.array([n for row in lengths for n in row])
         begin = np.concatenate([[0], np.cumsum(flat)[:-1]])
-        number = np.repeat(np.arange(len(flat)), flat)                  # (B T,): the document of each token
+        number = np.repeat(np.arange(len(flat)), flat)  # (B T,): the document of each token
         position = np.arange(self.rows * self.T) - begin[number]
         place = np.arange(flat.max())
-        inside = place < flat[:, None]                                  # (N, L)
+        inside = place < flat[:, None]  # (N, L)
 
         def send(array):
             return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
         self.positions = send(position.reshape(self.rows, self.T))
         self.number = send(number.reshape(self.rows, self.T))
-        self.into = send(np.where(inside, begin[:, None] + place, 0))   # (N, L): which token stands here
-        self.back = send(number * flat.max() + position)                # (B T,): where each token stands
+        self.into = send(
+            np.where(inside, begin[:, None] + place, 0)
+        )  # (N, L): which token stands here
+        self.back = send(number * flat.max() + position)  # (B T,): where each token stands
         self.inside = send(inside)
         self.layers = repeat(self)
 
@@ -50,7 +56,15 @@ class Documents:
         """Causal attention inside of each document: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv) -> (B, H, T, Dv)."""
         if attention.kernel == 'flex':
             from model import compiled_flex
-            return compiled_flex()(q, k, v, block_mask=self.blocks, scale=attention.scale, enable_gqa=q.size(1) != k.size(1))
+
+            return compiled_flex()(
+                q,
+                k,
+                v,
+                block_mask=self.blocks,
+                scale=attention.scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
         return self.one_by_one(attention, q, k, v)
 
     @torch.compiler.disable  # its shapes change with every batch
@@ -62,11 +76,15 @@ class Documents:
     @cached_property
     def blocks(self):
         from torch.nn.attention.flex_attention import create_block_mask
+
         number = self.number
 
         def same_document(b, h, i, j):
             return (i >= j) & (number[b, i] == number[b, j])
-        return create_block_mask(same_document, self.rows, None, self.T, self.T, device=number.device)
+
+        return create_block_mask(
+            same_document, self.rows, None, self.T, self.T, device=number.device
+        )
 
 
 class Apart(torch.autograd.Function):
@@ -100,6 +118,7 @@ class Together(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------
 # rows and batches
 
+
 def pack(lengths, T):
     """Which documents share a row of T tokens: lists of their numbers, each document in the first row that has room (first fit)."""
     rows, room = [], []
@@ -117,8 +136,14 @@ class Batch:
     """idx and targets (B, T), `documents` where a row has several, and what the host knows: tokens without padding, documents, targets."""
 
     def __init__(self, idx, targets, lengths, isolated, device):
-        self.idx, self.targets = (torch.from_numpy(a).to(device, non_blocking=True) for a in (idx, targets))
-        self.tokens, self.samples, self.counted = sum(map(sum, lengths)), sum(map(len, lengths)), int((targets >= 0).sum())
+        self.idx, self.targets = (
+            torch.from_numpy(a).to(device, non_blocking=True) for a in (idx, targets)
+        )
+        self.tokens, self.samples, self.counted = (
+            sum(map(sum, lengths)),
+            sum(map(len, lengths)),
+            int((targets >= 0).sum()),
+        )
         rest = [idx.shape[1] - sum(row) for row in lengths]
         self.lengths = [row + [n] * (n > 0) for row, n in zip(lengths, rest)]
         self.documents = Documents(self.lengths, device) if isolated else None
@@ -132,18 +157,29 @@ class Rows:
 
     def __init__(self, documents, T, packed=True, isolated=True, blocks=False):
         self.blocks = blocks
-        self.documents, self.T, self.isolated = [(ids[:T], targets[:T]) for ids, targets in documents], T, packed and isolated
+        self.documents, self.T, self.isolated = (
+            [(ids[:T], targets[:T]) for ids, targets in documents],
+            T,
+            packed and isolated,
+        )
         self.cut = sum(len(ids) > T for ids, _ in documents)
-        self.rows = pack([len(ids) for ids, _ in self.documents], T) if packed else [[i] for i in range(len(documents))]
+        self.rows = (
+            pack([len(ids) for ids, _ in self.documents], T)
+            if packed
+            else [[i] for i in range(len(documents))]
+        )
 
     def batch(self, rows, device):
         """The rows of these numbers as a Batch on `device`."""
-        idx, targets = np.zeros((len(rows), self.T), np.int64), np.full((len(rows), self.T), -1, np.int64)
+        idx, targets = (
+            np.zeros((len(rows), self.T), np.int64),
+            np.full((len(rows), self.T), -1, np.int64),
+        )
         lengths = [[len(self.documents[i][0]) for i in self.rows[row]] for row in rows]
         for at, row in enumerate(rows):
             for array, which in ((idx, 0), (targets, 1)):
                 flat = [token for i in self.rows[row] for token in self.documents[i][which]]
-                array[at, :len(flat)] = flat
+                array[at, : len(flat)] = flat
         batch = Batch(idx, targets, lengths, self.isolated, device)
         if self.blocks and batch.documents:
             batch.documents.blocks  # outside of what is compiled

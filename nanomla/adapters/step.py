@@ -15,6 +15,7 @@ than the wide ones, but attention is: it is slow for its size.
 
 Legend: N tokens, C channels (n_embd), V vocabulary.
 """
+
 import math
 from collections import defaultdict
 from functools import lru_cache, partial
@@ -22,10 +23,15 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from nanomla.core.configurator import UserError
 from model import MLP, Block, Linear
+from nanomla.core.configurator import UserError
+
 
 class NotHere(Exception):
     """A cell of the benchmark cannot run here, for the reason it gives: a row n/a."""
@@ -36,6 +42,7 @@ RECOMPUTE = ('none', 'selective', 'full')
 
 # ---------------------------------------------------------------------------------------------------
 # head and loss
+
 
 class HeadLoss(torch.autograd.Function):
     """
@@ -55,11 +62,13 @@ class HeadLoss(torch.autograd.Function):
             logits = part @ w.T
             total += softmax_minus_onehot(logits, target, wants_x or wants_weight)
             if wants_x:
-                torch.mm(logits, w, out=dx[at:at + chunk])
+                torch.mm(logits, w, out=dx[at : at + chunk])
             if wants_weight and len(x) <= chunk and weight.dtype == x.dtype:
                 dw = logits.T @ part
             elif wants_weight:
-                fp32 = dict(out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else {}
+                fp32 = (
+                    dict(out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else {}
+                )
                 more = torch.mm(logits.T, part, **fp32).float()
                 dw = more if dw is None else dw.add_(more)
                 del more
@@ -72,7 +81,14 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, g):
         dx, dw, count = ctx.saved_tensors
         scale = g / count
-        return dx * scale.to(dx.dtype) if dx is not None else None, dw.mul_(scale).to(ctx.dtype) if dw is not None else None, None, None, None, None
+        return (
+            dx * scale.to(dx.dtype) if dx is not None else None,
+            dw.mul_(scale).to(ctx.dtype) if dw is not None else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def softmax_minus_onehot(logits, targets, gradient):
@@ -80,6 +96,7 @@ def softmax_minus_onehot(logits, targets, gradient):
     if logits.is_cuda:
         from nanomla.core.triton_support import RUNS_ON
         from nanomla.training.kernels import softmax_rows
+
         if 'cuda' in RUNS_ON:
             return softmax_rows(logits, targets.contiguous(), gradient)[0].sum()
     x, counts, at = logits.float(), targets >= 0, targets.clamp(min=0)[:, None]
@@ -94,16 +111,22 @@ def softmax_minus_onehot(logits, targets, gradient):
 def loss_of(model, batch, count, chunk=2048):
     """The batch's summed cross-entropy / count, in nats: over all micro-batches of a step these add up to the mean over its targets."""
     x = model.hidden(batch.idx, batch.documents).flatten(0, 1)
-    return HeadLoss.apply(x, model.lm_head.weight, batch.targets.flatten(), count, chunk, torch.is_grad_enabled())
+    return HeadLoss.apply(
+        x, model.lm_head.weight, batch.targets.flatten(), count, chunk, torch.is_grad_enabled()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 # SwiGLU and the product behind it, backward in one go
 
+
 @torch.library.custom_op('nanomla::swiglu_down_backward', mutates_args=())
-def swiglu_down_backward(x: torch.Tensor, weight: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_down_backward(
+    x: torch.Tensor, weight: torch.Tensor, g: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of x and weight from that of SwigluDown's result."""
     from nanomla.training.kernels import swiglu_gradient
+
     g = g.flatten(0, -2)
     h = g @ weight
     dx = swiglu_gradient(x.flatten(0, -2).contiguous(), h)
@@ -142,13 +165,22 @@ class SwigluMLP(MLP):
 def fuse_swiglu(mlp):
     """Makes `mlp` a SwigluMLP where it can be one and it pays."""
     from nanomla.core.triton_support import RUNS_ON
+
     down = getattr(mlp, 'c_proj', None)
-    if type(mlp) is MLP and mlp.act == 'swiglu' and type(down) is Linear and down.weight.requires_grad and down.bias is None and down.weight.device.type in RUNS_ON:
+    if (
+        type(mlp) is MLP
+        and mlp.act == 'swiglu'
+        and type(down) is Linear
+        and down.weight.requires_grad
+        and down.bias is None
+        and down.weight.device.type in RUNS_ON
+    ):
         mlp.__class__ = SwigluMLP
 
 
 # ---------------------------------------------------------------------------------------------------
 # what is kept and what is computed again
+
 
 @lru_cache
 def keeps(width):
@@ -161,9 +193,14 @@ def keeps(width):
     def policy(ctx, op, *args, **options):
         if 'scaled_dot_product' in str(op) or 'flex_attention' in str(op):
             return CheckpointPolicy.MUST_SAVE
-        if op in products and args[-1].shape[-1] <= width and 8 * args[-1].shape[0] > args[-1].shape[-1]:
+        if (
+            op in products
+            and args[-1].shape[-1] <= width
+            and 8 * args[-1].shape[0] > args[-1].shape[-1]
+        ):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
+
     return partial(create_selective_checkpoint_contexts, policy)
 
 
@@ -173,10 +210,27 @@ class KeepingBlock(Block):
     def forward(self, x, rope, cache=None):
         if not torch.is_grad_enabled():
             return super().forward(x, rope, cache)
-        return checkpoint(super().forward, x, rope, cache, use_reentrant=False, preserve_rng_state=self.random, context_fn=keeps(self.width))
+        return checkpoint(
+            super().forward,
+            x,
+            rope,
+            cache,
+            use_reentrant=False,
+            preserve_rng_state=self.random,
+            context_fn=keeps(self.width),
+        )
 
 
-def set_up(model, recompute='none', save_width=1.0, spared_layers=0, compile=False, documents=False, dropout=False, backend='inductor'):
+def set_up(
+    model,
+    recompute='none',
+    save_width=1.0,
+    spared_layers=0,
+    compile=False,
+    documents=False,
+    dropout=False,
+    backend='inductor',
+):
     """
     Lets each block of `model` recompute and compile as asked. `spared_layers`, the last ones, keep every product: what
     memory is left for. Returns in words what was really set up: where documents break the compiled graph, and in 4 bits,
@@ -186,32 +240,55 @@ def set_up(model, recompute='none', save_width=1.0, spared_layers=0, compile=Fal
         raise UserError(f"recompute='{recompute}' is not known: use {', '.join(RECOMPUTE)}")
     if recompute == 'selective' and compile and documents:
         recompute = 'full'
-    if recompute == 'none' and compile and getattr(model, 'is_loaded_in_4bit', False) and not documents:
+    if (
+        recompute == 'none'
+        and compile
+        and getattr(model, 'is_loaded_in_4bit', False)
+        and not documents
+    ):
         recompute, save_width = 'selective', math.inf  # by itself it would keep dequantised weights
     how = dict(dynamic=False, backend=backend)
     layers = list(model.transformer.h)
     for n, block in enumerate(layers):
         if recompute == 'selective':
             block.__class__, block.random = KeepingBlock, dropout
-            block.width = math.inf if n >= len(layers) - spared_layers else save_width * model.config.n_embd
+            block.width = (
+                math.inf if n >= len(layers) - spared_layers else save_width * model.config.n_embd
+            )
         if compile:
             fuse_swiglu(block.mlp)
         if compile and recompute != 'full':
             block.compile(**how)
         elif recompute == 'full':
             forward = torch.compile(block.forward, **how) if compile else block.forward
-            block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=dropout)
+            block.forward = partial(
+                checkpoint, forward, use_reentrant=False, preserve_rng_state=dropout
+            )
     if compile:
         model.embed = torch.compile(model.embed, **how)
     said = dict(none='nothing recomputed', full='blocks recomputed')
-    said['selective'] = 'elementwise work recomputed' if save_width == math.inf else f'recomputed but for attention and products up to {save_width:g} n_embd'
-    return said[recompute] + (f', {spared_layers} layers spared' if spared_layers and recompute == 'selective' and save_width < math.inf else '')
+    said['selective'] = (
+        'elementwise work recomputed'
+        if save_width == math.inf
+        else f'recomputed but for attention and products up to {save_width:g} n_embd'
+    )
+    return said[recompute] + (
+        f', {spared_layers} layers spared'
+        if spared_layers and recompute == 'selective' and save_width < math.inf
+        else ''
+    )
 
 
 def runs_here(params):
     """Whether all of `params` are in half precision, where Triton runs."""
     from nanomla.core.triton_support import RUNS_ON
-    return all(p.dtype in (torch.bfloat16, torch.float16) and p.is_contiguous() and p.device.type in RUNS_ON for p in params)
+
+    return all(
+        p.dtype in (torch.bfloat16, torch.float16)
+        and p.is_contiguous()
+        and p.device.type in RUNS_ON
+        for p in params
+    )
 
 
 class HalfAdamW(torch.optim.Optimizer):
@@ -220,6 +297,7 @@ class HalfAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         from nanomla.training.kernels import adamw
+
         for group in self.param_groups:
             alike = defaultdict(list)  # (dtype, step) -> its tensors
             for p in group['params']:
@@ -227,11 +305,17 @@ class HalfAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    state |= dict(
+                        step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                    )
                 state['step'] += 1
-                alike[p.dtype, state['step']].append((p, p.grad, state['exp_avg'], state['exp_avg_sq']))
+                alike[p.dtype, state['step']].append(
+                    (p, p.grad, state['exp_avg'], state['exp_avg_sq'])
+                )
             for (_, step), tensors in alike.items():
-                adamw(*zip(*tensors), step, group['lr'], group['betas'], decay=group['weight_decay'])
+                adamw(
+                    *zip(*tensors), step, group['lr'], group['betas'], decay=group['weight_decay']
+                )
 
 
 class Finetuner:
@@ -247,11 +331,15 @@ class Finetuner:
         if runs_here(self.params):
             self.optimizer = HalfAdamW(self.params, how)
         else:
-            self.optimizer = torch.optim.AdamW(self.params, **how, fused=self.params[0].is_cuda or None)
+            self.optimizer = torch.optim.AdamW(
+                self.params, **how, fused=self.params[0].is_cuda or None
+            )
 
     def step(self, batches):
         """One update on the micro-batches. Returns the mean loss over their targets, on the device, not waited for."""
-        count = torch.tensor(float(max(1, sum(batch.counted for batch in batches)))).to(batches[0].idx.device, non_blocking=True)
+        count = torch.tensor(float(max(1, sum(batch.counted for batch in batches)))).to(
+            batches[0].idx.device, non_blocking=True
+        )
         total = 0
         for batch in batches:
             loss = self.loss_of(self.model, batch, count)
@@ -280,13 +368,22 @@ def evaluate(model, loss_of, batches):
 # ---------------------------------------------------------------------------------------------------
 # physics
 
+
 def flops_per_token(model, T, kind):
     """
     FLOPs that one token of a sequence of T needs, without recomputation: 2 a weight forward, 2 for the input's gradient,
     2 more for the weight's own where it learns; attention over the past half only, and 5/2 of that backward. Adapters are left out.
     """
     from nanomla.adapters.lora import size
-    blocks = sum(size(p) for name, p in model.transformer.h.named_parameters() if p.ndim > 1 and 'lora_' not in name)
+
+    blocks = sum(
+        size(p)
+        for name, p in model.transformer.h.named_parameters()
+        if p.ndim > 1 and 'lora_' not in name
+    )
     weights = blocks + model.lm_head.weight.numel()
-    attention = sum(T * block.attn.n_head * (block.attn.qk_dim + block.attn.v_dim) for block in model.transformer.h)
+    attention = sum(
+        T * block.attn.n_head * (block.attn.qk_dim + block.attn.v_dim)
+        for block in model.transformer.h
+    )
     return (6 if kind == 'full' else 4) * weights + 3.5 * attention

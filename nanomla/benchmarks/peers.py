@@ -2,6 +2,7 @@
 Other people's GPT-2, measured in the same process: a checkout of nanoGPT and transformers' GPT2LMHeadModel.
 Both get the shape of ours and random weights, and each the arithmetic that its own users get.
 """
+
 import contextlib
 import importlib.util
 import sys
@@ -22,7 +23,10 @@ def nanogpt(folder, config, vocab_size, device):
     sys.modules['peer_model'] = theirs  # its dataclass looks itself up there
     with contextlib.redirect_stdout(None):
         spec.loader.exec_module(theirs)
-        shape = {key: config[key] for key in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}
+        shape = {
+            key: config[key]
+            for key in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+        }
         return theirs.GPT(theirs.GPTConfig(vocab_size=vocab_size, **shape)).to(device)
 
 
@@ -31,9 +35,18 @@ def transformers_gpt2(config, vocab_size, device, dtype):
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
-        raise UserError('--peer=transformers needs transformers, which is not installed: pip install transformers') from None
-    shape = GPT2Config(vocab_size=vocab_size, n_positions=config['block_size'], n_layer=config['n_layer'], n_head=config['n_head'], n_embd=config['n_embd'],
-                       bos_token_id=None, eos_token_id=None)  # nothing ends a text early
+        raise UserError(
+            '--peer=transformers needs transformers, which is not installed: pip install transformers'
+        ) from None
+    shape = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=config['block_size'],
+        n_layer=config['n_layer'],
+        n_head=config['n_head'],
+        n_embd=config['n_embd'],
+        bos_token_id=None,
+        eos_token_id=None,
+    )  # nothing ends a text early
     model = GPT2LMHeadModel(shape).to(device, dtype)
     model.generation_config.pad_token_id = 0
     return model
@@ -58,12 +71,24 @@ def generator(name, config, vocab_size, device, dtype):
 
         def generate(idx, n):
             with torch.no_grad():
-                return model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=False, use_cache=True)
+                return model.generate(
+                    idx,
+                    attention_mask=torch.ones_like(idx),
+                    max_new_tokens=n,
+                    do_sample=False,
+                    use_cache=True,
+                )
+
         return 'transformers', generate
     model = nanogpt(name, config, vocab_size, device).eval()
 
     def generate(idx, n):
-        half = torch.amp.autocast(device.type, dtype) if device.type == 'cuda' else contextlib.nullcontext()
+        half = (
+            torch.amp.autocast(device.type, dtype)
+            if device.type == 'cuda'
+            else contextlib.nullcontext()
+        )
         with torch.no_grad(), half:
             return model.generate(idx, n, **SAMPLING['nanoGPT'])
+
     return 'nanoGPT', generate

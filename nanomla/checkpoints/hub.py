@@ -1,12 +1,15 @@
 """Find and read the files of a Hugging Face model, in a folder or on the hub."""
-from pathlib import Path
-from nanomla.core.configurator import UserError
+
+import json
+import re
 import zipfile
 from contextlib import contextmanager
 from functools import partial
-import json
-import re
+from pathlib import Path
+
 import torch
+
+from nanomla.core.configurator import UserError
 
 
 def finder(name):
@@ -14,21 +17,30 @@ def finder(name):
     if Path(name).is_dir():
         return lambda file: Path(name, file) if Path(name, file).exists() else None
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-        raise UserError(f'{name} is neither a folder nor the name of a model on the Hugging Face hub')
+        raise UserError(
+            f'{name} is neither a folder nor the name of a model on the Hugging Face hub'
+        )
 
     def find(file):
         try:
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         except ImportError:
-            raise UserError(f"'{name}' is no folder, and models of the Hugging Face hub need pip install huggingface_hub") from None
+            raise UserError(
+                f"'{name}' is no folder, and models of the Hugging Face hub need pip install huggingface_hub"
+            ) from None
         try:
             return Path(hf_hub_download(name, file))
         except Exception as error:  # the hub's errors come in many classes
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            if isinstance(error, EntryNotFoundError) and not isinstance(
+                error, LocalEntryNotFoundError
+            ):
                 return None
-            raise UserError(f"'{name}' is no folder here, and {file} cannot be had from the Hugging Face hub ({type(error).__name__}): "
-                            'check the name, connect to the network, or name a local folder') from None
+            raise UserError(
+                f"'{name}' is no folder here, and {file} cannot be had from the Hugging Face hub ({type(error).__name__}): "
+                'check the name, connect to the network, or name a local folder'
+            ) from None
+
     return find
 
 
@@ -48,12 +60,16 @@ def weight_files(name, find):
             return [path]
         if path := find(f'{one}.index.json'):
             try:
-                shards = sorted({Path(shard).name for shard in read_json(path)['weight_map'].values()})
+                shards = sorted(
+                    {Path(shard).name for shard in read_json(path)['weight_map'].values()}
+                )
             except (KeyError, TypeError, AttributeError):
                 raise UserError(f'{path} cannot be used: it names no shards') from None
             paths = [find(shard) for shard in shards]
             if None in paths:
-                raise UserError(f'{name} lacks {shards[paths.index(None)]}, one of the {len(shards)} shards that its index names')
+                raise UserError(
+                    f'{name} lacks {shards[paths.index(None)]}, one of the {len(shards)} shards that its index names'
+                )
             return paths
         if one == 'model.safetensors' and (paths := sorted(Path(name).glob('*.safetensors'))):
             return paths
@@ -66,12 +82,22 @@ def tensors_in(path):
     try:
         if path.suffix == '.safetensors':
             from safetensors import safe_open
+
             file = safe_open(path, framework='pt')
         else:
-            file = torch.load(path, map_location='cpu', mmap=zipfile.is_zipfile(path), weights_only=True)
+            file = torch.load(
+                path, map_location='cpu', mmap=zipfile.is_zipfile(path), weights_only=True
+            )
         keys = list(file.keys())
     except ImportError:
-        raise UserError(f'{path} needs safetensors: pip install -r requirements-convert.txt') from None
+        raise UserError(
+            f'{path} needs safetensors: pip install -r requirements-convert.txt'
+        ) from None
     except Exception:  # damaged, foreign and malicious files fail in many ways
-        raise UserError(f'{path} cannot be read: it is damaged, or holds code, which is never run') from None
-    yield {key: partial(file.get_tensor if path.suffix == '.safetensors' else file.get, key) for key in keys}
+        raise UserError(
+            f'{path} cannot be read: it is damaged, or holds code, which is never run'
+        ) from None
+    yield {
+        key: partial(file.get_tensor if path.suffix == '.safetensors' else file.get, key)
+        for key in keys
+    }

@@ -8,6 +8,7 @@ and, in last.pt only, what a resumed run needs: optimizers, average, seconds. Fi
 a temporary name, synced and renamed, and read with weights_only=True, which runs no code from them.
 nanoGPT's ckpt.pt loads as it is.
 """
+
 import errno
 import os
 from contextlib import suppress
@@ -15,12 +16,18 @@ from pathlib import Path
 
 import torch
 
-from nanomla.core.configurator import UserError
 from model import GPT
 from model_mla import GPT_MLA
+from nanomla.core.configurator import UserError
 
 MODELS = dict(mha=GPT, mla=GPT_MLA)
-DERIVED = ('n_kv_head', 'head_dim', 'n_inner', 'qk_nope_head_dim', 'v_head_dim')  # settings of which 0 leaves the value to the model
+DERIVED = (
+    'n_kv_head',
+    'head_dim',
+    'n_inner',
+    'qk_nope_head_dim',
+    'v_head_dim',
+)  # settings of which 0 leaves the value to the model
 
 
 def save(path, content):
@@ -37,25 +44,38 @@ def save(path, content):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save hides the OSError of a full disk in a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch.save hides the OSError of a full disk in a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         with suppress(OSError):
             partial.unlink()
         if not isinstance(cause, OSError):
             raise
         what = 'no space left on the device' if cause.errno == errno.ENOSPC else cause.strerror
-        raise UserError(f'cannot write {path}: {what}; what was there before is untouched') from None
+        raise UserError(
+            f'cannot write {path}: {what}; what was there before is untouched'
+        ) from None
 
 
 def set_aside(out):
     """Moves the run in folder `out` to out/previous, in the place of an older one; nothing else is lost. Whether there was one."""
-    previous, found = out / 'previous', any((out / name).exists() for name in ('ckpt.pt', 'last.pt'))
-    for path in kept_in(previous if found else out):  # of the run that makes room; of one that never saved more
+    previous, found = (
+        out / 'previous',
+        any((out / name).exists() for name in ('ckpt.pt', 'last.pt')),
+    )
+    for path in kept_in(
+        previous if found else out
+    ):  # of the run that makes room; of one that never saved more
         path.unlink()
     if not found:
         return False
     previous.mkdir(exist_ok=True)
-    for path in [*(out / name for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png')), *kept_in(out)]:
+    for path in [
+        *(out / name for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png')),
+        *kept_in(out),
+    ]:
         if path.exists():
             os.replace(path, previous / path.name)
     return True
@@ -65,7 +85,9 @@ def steps_to_keep(count, last):
     """`count` steps of a run of `last`: 0, then evenly in log(step) from last / 100 on; fewer where they would coincide."""
     if count < 2:
         return {last} if count else set()
-    return {0, last} | {max(1, round(last * 100 ** (i / (count - 2) - 1))) for i in range(count - 2)}
+    return {0, last} | {
+        max(1, round(last * 100 ** (i / (count - 2) - 1))) for i in range(count - 2)
+    }
 
 
 def name_of(step):
@@ -74,7 +96,10 @@ def name_of(step):
 
 def kept_in(folder):
     """The checkpoints that train.py --keep_checkpoints left in `folder`, by step."""
-    return sorted(Path(folder).glob('step-*.pt'), key=lambda path: int(path.stem[5:]) if path.stem[5:].isdigit() else -1)
+    return sorted(
+        Path(folder).glob('step-*.pt'),
+        key=lambda path: int(path.stem[5:]) if path.stem[5:].isdigit() else -1,
+    )
 
 
 def load(path):
@@ -82,18 +107,30 @@ def load(path):
     path = Path(path)
     path = path / 'ckpt.pt' if os.path.isdir(path) else path
     if not os.path.exists(path):  # not Path.exists, which fails where it may not look
-        raise UserError(f'there is no checkpoint {path}: train one first, or name another file or folder')
+        raise UserError(
+            f'there is no checkpoint {path}: train one first, or name another file or folder'
+        )
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # truncated, foreign and malicious files fail in many ways
-        why = 'it holds code, which is never run' if 'GLOBAL' in str(error) else 'it is damaged or something else'
+        why = (
+            'it holds code, which is never run'
+            if 'GLOBAL' in str(error)
+            else 'it is damaged or something else'
+        )
         raise UserError(f'{path} is no checkpoint that can be loaded: {why}') from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ('model', 'model_args')):
-        raise UserError(f"{path} is no nanoMLA or nanoGPT checkpoint: it has no 'model' and 'model_args'")
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(k), dict) for k in ('model', 'model_args')
+    ):
+        raise UserError(
+            f"{path} is no nanoMLA or nanoGPT checkpoint: it has no 'model' and 'model_args'"
+        )
     content.setdefault('kind', 'mha')
     content.setdefault('step', content.get('iter_num', 0))
     if content['kind'] not in list(MODELS):  # a list, for kinds that have no hash
-        raise UserError(f"{path} holds a model of kind '{content['kind']}', known are {', '.join(MODELS)}")
+        raise UserError(
+            f"{path} holds a model of kind '{content['kind']}', known are {', '.join(MODELS)}"
+        )
     content['path'] = str(path)
     return content
 
@@ -103,14 +140,22 @@ def build(content, **changes):
     model_class = MODELS[content['kind']]
     args = content['model_args'] | changes
     if unknown := set(args) - set(model_class.Config.keys()):
-        raise UserError(f"{content['path']} has model settings that are not known here: {', '.join(sorted(map(str, unknown)))}")
-    state = {str(k).removeprefix('_orig_mod.'): v for k, v in content['model'].items()}  # torch.compile's prefix
-    state = {k: v for k, v in state.items() if not k.endswith('.attn.bias')}        # nanoGPT's causal masks
+        raise UserError(
+            f'{content["path"]} has model settings that are not known here: {", ".join(sorted(map(str, unknown)))}'
+        )
+    state = {
+        str(k).removeprefix('_orig_mod.'): v for k, v in content['model'].items()
+    }  # torch.compile's prefix
+    state = {
+        k: v for k, v in state.items() if not k.endswith('.attn.bias')
+    }  # nanoGPT's causal masks
     try:
         model = model_class(model_class.Config(**args))
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{content['path']}: the weights do not fit the model it describes: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(
+            f'{content["path"]}: the weights do not fit the model it describes: {" ".join(str(error).split())[:160]}'
+        ) from None
     return model
 
 
@@ -169,5 +214,3 @@ def kind_in(folder):
 
 # ---------------------------------------------------------------------------------------------------
 # OpenAI's GPT-2
-
-

@@ -7,6 +7,7 @@ what train.py said, `error.txt` why it failed. A lock on `lock` tells every proc
 machine or another one with the same file system, that a run is being trained; the lock is train.py's as
 well and ends with it, however it ends.
 """
+
 import contextlib
 import json
 import os
@@ -20,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import lock
-from nanomla.core.files import write
+from nanomla.core.files import lock, write
 
 HERE = Path(__file__).resolve().parents[2]
 PROMPT = '$ python train.py '
-TRACE = dict(PYTHONFAULTHANDLER='1')  # where Python is when SIGSEGV, SIGABRT or their like end it goes to standard error, which is output.txt
+TRACE = dict(
+    PYTHONFAULTHANDLER='1'
+)  # where Python is when SIGSEGV, SIGABRT or their like end it goes to standard error, which is output.txt
 DEATHS = 2  # so often a run goes on after its process was killed by a signal, or its device failed
 BROKEN = 'CUDA error:'  # what a device says then; whatever the process asks of it from then on fails, too
 STOPPED = 75  # exit code of a script that was told to stop and can go on later (EX_TEMPFAIL)
@@ -34,6 +36,7 @@ STOPPED = 75  # exit code of a script that was told to stop and can go on later 
 @dataclass
 class Run:
     """One run of train.py. `words` is its command line without out_dir and init_from, or None until all of `needs` are over."""
+
     contender: str
     role: str  # tune | seed
     seed: int
@@ -42,13 +45,18 @@ class Run:
     needs: list = field(default_factory=list)
     tuned: dict = field(default_factory=dict)  # the settings that were chosen, or are being tried
     over: str = ''  # '', done or failed: never looked up again
-    deaths: int = 0  # of processes that trained it, by a signal that nobody here sent or with their device
+    deaths: int = (
+        0  # of processes that trained it, by a signal that nobody here sent or with their device
+    )
     fault: str = ''  # why what is asked for now cannot begin, whatever its folder holds
 
     @property
     def name(self):
-        return f'{self.contender}, ' + (f'seed {self.seed}' if self.role == 'seed' else
-                                        'trying ' + ', '.join(f'{key}={value}' for key, value in self.tuned.items()))
+        return f'{self.contender}, ' + (
+            f'seed {self.seed}'
+            if self.role == 'seed'
+            else 'trying ' + ', '.join(f'{key}={value}' for key, value in self.tuned.items())
+        )
 
     def state(self):
         """'done' (the log has its end), 'failed', 'part' (some of it is saved) or 'new'."""
@@ -87,16 +95,24 @@ class Run:
             old = json.loads((self.folder / 'run.json').read_text())['words']
         except (OSError, ValueError, KeyError):
             if self.last_event().get('event') == 'end':
-                raise UserError(f'{self.folder} holds a complete run but no run.json that says of what: bring it there, or remove that folder') from None
+                raise UserError(
+                    f'{self.folder} holds a complete run but no run.json that says of what: bring it there, or remove that folder'
+                ) from None
             return []
-        return [word for word in [*words, *old] if (word in words) != (word in old) and word[2:].partition('=')[0] not in but]
+        return [
+            word
+            for word in [*words, *old]
+            if (word in words) != (word in old) and word[2:].partition('=')[0] not in but
+        ]
 
     def checked(self, words=None, but=()):
         """This run; UserError when the folder holds one with other settings than `words`, its own if they are known. Those in `but` do not count."""
         words = words or self.words
         if changed := words and self.changed(words, but):
-            raise UserError(f"{self.folder} was trained with other settings ({', '.join(changed[:4])}): "
-                            'name another --out_dir, or remove that folder')
+            raise UserError(
+                f'{self.folder} was trained with other settings ({", ".join(changed[:4])}): '
+                'name another --out_dir, or remove that folder'
+            )
         return self
 
     def choose(self, words, tuned):
@@ -106,7 +122,9 @@ class Run:
         """
         self.words, self.tuned = words, tuned
         if self.changed(words) and not self.changed(words, tuned):
-            self.folder = self.folder.with_name(','.join([self.folder.name, *(f'{key}={value}' for key, value in tuned.items())]))
+            self.folder = self.folder.with_name(
+                ','.join([self.folder.name, *(f'{key}={value}' for key, value in tuned.items())])
+            )
 
 
 @contextlib.contextmanager
@@ -120,9 +138,14 @@ def writing(path):
 # ---------------------------------------------------------------------------------------------------
 # one run
 
+
 def arguments(run):
-    again = ['--cuda_graph=False'] * (run.deaths > 0)  # the same steps; what has killed processes so far did it in a replayed graph
-    return [*run.words, f'--out_dir={run.folder}', *again] + ['--init_from=resume'] * ((run.folder / 'last.pt').exists())
+    again = ['--cuda_graph=False'] * (
+        run.deaths > 0
+    )  # the same steps; what has killed processes so far did it in a replayed graph
+    return [*run.words, f'--out_dir={run.folder}', *again] + ['--init_from=resume'] * (
+        (run.folder / 'last.pt').exists()
+    )
 
 
 def open_output(folder, words):
@@ -138,11 +161,26 @@ def reason(folder, code):
     Why a train.py failed, in one line: its message, the exception behind its last trace (an exception may have more lines,
     and a process may say more as it ends), or the last thing it said.
     """
-    said = (folder / 'output.txt').read_text(errors='replace').rpartition(PROMPT)[2].strip().splitlines()[1:] or ['']
-    told = next((line.removeprefix('error: ') for line in reversed(said) if line.startswith('error: ')), '')
-    traced = next((i for i in range(len(said) - 1, -1, -1) if said[i].startswith('Traceback (most recent call last)')), len(said))
-    raised = next((line for line in said[traced + 1:] if line and not line[0].isspace()), '')
-    return f'killed by {signal.Signals(-code).name}' if code < 0 else (told or raised or said[-1])[:300] or f'exit code {code}'
+    said = (folder / 'output.txt').read_text(errors='replace').rpartition(PROMPT)[
+        2
+    ].strip().splitlines()[1:] or ['']
+    told = next(
+        (line.removeprefix('error: ') for line in reversed(said) if line.startswith('error: ')), ''
+    )
+    traced = next(
+        (
+            i
+            for i in range(len(said) - 1, -1, -1)
+            if said[i].startswith('Traceback (most recent call last)')
+        ),
+        len(said),
+    )
+    raised = next((line for line in said[traced + 1 :] if line and not line[0].isspace()), '')
+    return (
+        f'killed by {signal.Signals(-code).name}'
+        if code < 0
+        else (told or raised or said[-1])[:300] or f'exit code {code}'
+    )
 
 
 class Process:
@@ -154,8 +192,15 @@ class Process:
     def start(self, run, held):
         words = arguments(run)
         with open_output(run.folder, words) as output:
-            self.process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *words], env=os.environ | TRACE | self.environment, stdin=subprocess.DEVNULL,
-                                            stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[held.fileno()] if os.name == 'posix' else ())
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / 'train.py'), *words],
+                env=os.environ | TRACE | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[held.fileno()] if os.name == 'posix' else (),
+            )
 
     def poll(self):
         return self.process.poll()
@@ -169,6 +214,7 @@ class Process:
 
 class Worker:
     """A process that trains run after run: Python, torch and the device start once, and a model that it knows is compiled already."""
+
     BUSY = 'busy'
 
     def __init__(self, environment):
@@ -177,10 +223,21 @@ class Worker:
     def start(self, run, held):
         held.close()  # the worker takes it
         if self.process is None:
-            self.process = subprocess.Popen([sys.executable, '-c', 'from nanomla.comparison import runs; runs.work()'], cwd=HERE, env=os.environ | TRACE | self.environment,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, '-c', 'from nanomla.comparison import runs; runs.work()'],
+                cwd=HERE,
+                env=os.environ | TRACE | self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
             os.set_blocking(self.process.stdout.fileno(), False)
-        task = dict(folder=str(run.folder.resolve()), words=arguments(run), like=run.contender, cwd=os.getcwd())
+        task = dict(
+            folder=str(run.folder.resolve()),
+            words=arguments(run),
+            like=run.contender,
+            cwd=os.getcwd(),
+        )
         with contextlib.suppress(BrokenPipeError):  # it has died: poll tells
             self.process.stdin.write((json.dumps(task) + '\n').encode())
             self.process.stdin.flush()
@@ -189,7 +246,11 @@ class Worker:
         """The exit code that a train.py of its own would have had, 'busy' when another process trains it, None while it runs."""
         line = self.process.stdout.readline()
         code = json.loads(line) if line else self.process.poll()
-        if code not in (None, 0, self.BUSY):  # what failed there may have spoilt the device for others
+        if code not in (
+            None,
+            0,
+            self.BUSY,
+        ):  # what failed there may have spoilt the device for others
             self.close()
         return code
 
@@ -213,7 +274,10 @@ def work():
 
     replies, own, like = os.fdopen(os.dup(1), 'w'), os.dup(2), None
     sys.path[0] = str(HERE)  # where -c looks is the folder that it stands in
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     for line in sys.stdin:
         task = json.loads(line)
         os.chdir(task['cwd'])
@@ -224,7 +288,10 @@ def work():
                 os.dup2(output.fileno(), 2)
                 sys.stdout = sys.stderr = output
                 import torch
-                if like != task['like'] and 'torch._dynamo' in sys.modules:  # what was compiled is of no more use
+
+                if (
+                    like != task['like'] and 'torch._dynamo' in sys.modules
+                ):  # what was compiled is of no more use
                     torch._dynamo.reset()
                 like = task['like']
                 if torch.cuda.is_initialized():
@@ -233,7 +300,13 @@ def work():
                 try:
                     runpy.run_path(str(HERE / 'train.py'), run_name='__main__')
                 except SystemExit as error:
-                    code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+                    code = (
+                        error.code
+                        if isinstance(error.code, int)
+                        else 0
+                        if error.code is None
+                        else 1
+                    )
                     print(error.code if isinstance(error.code, str) else '', file=output)
                 except UserError as error:
                     code = 2
@@ -248,7 +321,10 @@ def work():
                     if torch.cuda.is_initialized():
                         torch.cuda.empty_cache()
                 sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-                for number in (1, 2):  # what this process says from now on, when it ends above all, is not of that run
+                for number in (
+                    1,
+                    2,
+                ):  # what this process says from now on, when it ends above all, is not of that run
                     os.dup2(own, number)
         replies.write(json.dumps(code) + '\n')
         replies.flush()
@@ -257,6 +333,7 @@ def work():
 # ---------------------------------------------------------------------------------------------------
 # all of them
 
+
 def slots(device, jobs):
     """
     What the environment of each train.py says, for as many as may run at a time: `jobs` on each GPU that is
@@ -264,16 +341,25 @@ def slots(device, jobs):
     """
     if device.type == 'cuda' and device.index is None:
         import torch
+
         names = os.environ.get('CUDA_VISIBLE_DEVICES')
         gpus = names.split(',') if names else [str(i) for i in range(torch.cuda.device_count())]
-        return [dict(CUDA_VISIBLE_DEVICES=gpu) | shares(jobs * len(gpus)) for _ in range(jobs) for gpu in gpus]
+        return [
+            dict(CUDA_VISIBLE_DEVICES=gpu) | shares(jobs * len(gpus))
+            for _ in range(jobs)
+            for gpu in gpus
+        ]
     return [shares(jobs)] * jobs
 
 
 def shares(processes):
     """Each process's share of the cores, for those that would take them all."""
     cores = str(max(1, (os.cpu_count() or 1) // processes))
-    return {name: cores for name in ('OMP_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS') if processes > 1 and name not in os.environ}
+    return {
+        name: cores
+        for name in ('OMP_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS')
+        if processes > 1 and name not in os.environ
+    }
 
 
 class Stop:
@@ -339,11 +425,26 @@ def train(runs, prepare, environments, in_process, note, tell, look, minutes=0, 
                 elif time.monotonic() >= due:
                     due = time.monotonic() + 2
                     for run in runs:
-                        if not run.over and all(need.over for need in run.needs) and all(run is not other for other, _, _ in active):
+                        if (
+                            not run.over
+                            and all(need.over for need in run.needs)
+                            and all(run is not other for other, _, _ in active)
+                        ):
                             held = take(run, prepare, bool(idle))
                             if held:
-                                write(run.folder / 'run.json', json.dumps(note | dict(words=run.words, contender=run.contender, role=run.role,
-                                                                                      seed=run.seed, tuned=run.tuned)))
+                                write(
+                                    run.folder / 'run.json',
+                                    json.dumps(
+                                        note
+                                        | dict(
+                                            words=run.words,
+                                            contender=run.contender,
+                                            role=run.role,
+                                            seed=run.seed,
+                                            tuned=run.tuned,
+                                        )
+                                    ),
+                                )
                                 process = idle.pop(0)
                                 process.start(run, held)
                                 active.append((run, process, held))
@@ -351,7 +452,11 @@ def train(runs, prepare, environments, in_process, note, tell, look, minutes=0, 
                             told.add(id(run))
                             tell(run)
                     left = [run for run in runs if not run.over]
-                    if not active and (not left or not wait and all(need.over for run in left for need in run.needs)):
+                    if not active and (
+                        not left
+                        or not wait
+                        and all(need.over for run in left for need in run.needs)
+                    ):
                         return ''
                 look([run for run, _, _ in active])
                 time.sleep(0.1)
@@ -368,7 +473,10 @@ def take(run, prepare, free):
         prepare(run)
         run.checked()
     except UserError as error:
-        run.over, run.fault = 'failed', str(error)  # known again at once when it is asked for again: nothing to keep, least of all beside a run that is complete
+        run.over, run.fault = (
+            'failed',
+            str(error),
+        )  # known again at once when it is asked for again: nothing to keep, least of all beside a run that is complete
         return None
     if run.state() in ('done', 'failed') or not free or not (held := lock(run.folder)):
         return None
@@ -394,5 +502,7 @@ def finish(run, code, stopping):
     if died and run.deaths < DEATHS:
         run.deaths += 1
         return True
-    write(run.folder / 'error.txt', why + (f', {run.deaths + 1} times' if run.deaths and died else ''))
+    write(
+        run.folder / 'error.txt', why + (f', {run.deaths + 1} times' if run.deaths and died else '')
+    )
     return False

@@ -12,6 +12,7 @@ shows its comment. A config file holds `name = literal`, where arithmetic on lit
 settings is fine, and may hold `on_cpu = dict(name=literal, ...)`: values for a machine without a GPU.
 A setting whose default is a list or a table takes lists and tables of such values, in any depth.
 """
+
 import ast
 import difflib
 import glob
@@ -24,12 +25,31 @@ import textwrap
 import tokenize
 from collections import OrderedDict
 
-TAKES = {int: 'a whole number (int)', float: 'a number (float)', bool: 'True or False (bool)',
-         str: 'quoted text (str)', list: 'a list, [...]', dict: 'a table, dict(name=value, ...)'}
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-              ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
-UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what ast.parse makes of odd text
+TAKES = {
+    int: 'a whole number (int)',
+    float: 'a number (float)',
+    bool: 'True or False (bool)',
+    str: 'quoted text (str)',
+    list: 'a list, [...]',
+    dict: 'a table, dict(name=value, ...)',
+}
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+UNPARSABLE = (
+    SyntaxError,
+    ValueError,
+    RecursionError,
+    MemoryError,
+)  # what ast.parse makes of odd text
 
 
 class UserError(ValueError):
@@ -72,9 +92,14 @@ class Settings(dict):
 
     def echo(self):
         """The settings that differ from the script's defaults, one `name = value  (where)` a line."""
-        return '\n'.join(f'{name} = {self[name]!r}  ({_short(self.given.get(name, "the script"))})'
-                         for name, default in self._defaults.items()
-                         if self[name] != default) or '(every setting has its default value)'
+        return (
+            '\n'.join(
+                f'{name} = {self[name]!r}  ({_short(self.given.get(name, "the script"))})'
+                for name, default in self._defaults.items()
+                if self[name] != default
+            )
+            or '(every setting has its default value)'
+        )
 
 
 def configure(settings, argv=None, also=None):
@@ -87,12 +112,16 @@ def configure(settings, argv=None, also=None):
     Returns Settings. Raises UserError, and sees to it that one which reaches the top, from here or from
     anywhere later, ends the script with one line and exit code 2.
     """
-    assert '__file__' in settings, 'settings are read from the source of a script: pass its globals()'
+    assert '__file__' in settings, (
+        'settings are read from the source of a script: pass its globals()'
+    )
     sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else list(argv)
     page, purpose = _read_page(settings['__file__'])
     if also:
-        borrowed, _ = _read_page(os.path.join(os.path.dirname(os.path.abspath(settings['__file__'])), also))
+        borrowed, _ = _read_page(
+            os.path.join(os.path.dirname(os.path.abspath(settings['__file__'])), also)
+        )
         page |= {name: entry for name, entry in borrowed.items() if name not in page}
     config = Settings({name: default for name, (default, _, _) in page.items()}, settings)
     wants_help, problem = '-h' in argv or '--help' in argv, None
@@ -133,20 +162,27 @@ def _excepthook(kind, error, trace):
 
 # ---- the script's page of settings ----
 
+
 def _read_page(path):
     """-> {name: (default, comment, heading)} in the page's order, and the docstring's first paragraph."""
     with tokenize.open(path) as file:
         source = file.read()
     tree, lines = ast.parse(source), [''] + source.split('\n')  # lines[1] is the first
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip('#').strip() for t in tokens if t.type == tokenize.COMMENT}
+    comments = {
+        t.start[0]: t.string.lstrip('#').strip() for t in tokens if t.type == tokenize.COMMENT
+    }
     page, heading = {}, ''
     for node in tree.body:
         calls = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
         if calls & {'configure', 'configurator.configure'}:
             break
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1
-                and isinstance(node.targets[0], ast.Name) and node.targets[0].id[0] != '_'):
+        if not (
+            isinstance(node, ast.Assign)
+            and len(node.targets) == 1
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id[0] != '_'
+        ):
             continue
         try:
             default = _evaluate_nested(node.value, {})
@@ -169,7 +205,9 @@ def _read_page(path):
 
 def _print_help(config, page, purpose, problem):
     script = os.path.basename(config._script['__file__'])
-    print(f'usage: python {script} [config/x.py ...] [--key=value ...]    (left to right, later wins)')
+    print(
+        f'usage: python {script} [config/x.py ...] [--key=value ...]    (left to right, later wins)'
+    )
     if purpose:
         print('\n' + textwrap.fill(purpose, 100))
     keys = {name: f'  --{name}={default!r}' for name, (default, _, _) in page.items()}
@@ -181,7 +219,9 @@ def _print_help(config, page, purpose, problem):
             shown = heading
         notes = textwrap.wrap(comment, 100 - margin)
         if config[name] != default:
-            notes += textwrap.wrap(f'now {config[name]!r}  ({_short(config.given[name])})', 100 - margin)
+            notes += textwrap.wrap(
+                f'now {config[name]!r}  ({_short(config.given[name])})', 100 - margin
+            )
         if len(keys[name]) + 2 > margin:  # too long for its column: lines of its own
             print(textwrap.fill(keys[name], 100, subsequent_indent='    '))
         else:
@@ -193,6 +233,7 @@ def _print_help(config, page, purpose, problem):
 
 
 # ---- what a person gives ----
+
 
 def _read_argument(config, arg, following):
     """One --key=value; `following` is the argument after it, for when `--key value` was written."""
@@ -228,8 +269,13 @@ def _read_file(config, path):
     try:
         tree = ast.parse(source)
     except UNPARSABLE as error:
-        line, why = getattr(error, 'lineno', None) or 1, getattr(error, 'msg', None) or 'not Python text'
-        raise UserError(f'{path}:{line}: syntax error, {why}; write `name = literal` lines') from None
+        line, why = (
+            getattr(error, 'lineno', None) or 1,
+            getattr(error, 'msg', None) or 'not Python text',
+        )
+        raise UserError(
+            f'{path}:{line}: syntax error, {why}; write `name = literal` lines'
+        ) from None
     config.files.append(path)
     on_cpu = {}
     for node in tree.body:
@@ -248,8 +294,10 @@ def _read_file(config, path):
                 config.given[name] = where
                 config._on_cpu.pop(name, None)  # an earlier file's
             case _:
-                raise UserError(f'{where}: {_quote(source, node)} cannot stand in a config file; it is not '
-                                'executed and holds only `name = literal` lines')
+                raise UserError(
+                    f'{where}: {_quote(source, node)} cannot stand in a config file; it is not '
+                    'executed and holds only `name = literal` lines'
+                )
     config._on_cpu.update(on_cpu)
 
 
@@ -268,12 +316,16 @@ def _read_source(path, home):
         hint = 'check the path'
     except (OSError, ValueError) as error:
         why = getattr(error, 'strerror', None) or error
-        raise UserError(f'{_short(path)}: cannot be read as a config file: {why}; check the path') from None
+        raise UserError(
+            f'{_short(path)}: cannot be read as a config file: {why}; check the path'
+        ) from None
     if pair := re.fullmatch(r'-?([\w-]+)=(.*)', path, re.DOTALL):
         hint = f'to set a value write --{pair[1].replace("-", "_")}={_short(pair[2])}'
     else:
         folder = 'config' if os.path.isdir('config') else os.path.join(home, 'config')
-        files = {os.path.basename(p)[:-3]: p for p in sorted(glob.glob(glob.escape(folder) + '/*.py'))}
+        files = {
+            os.path.basename(p)[:-3]: p for p in sorted(glob.glob(glob.escape(folder) + '/*.py'))
+        }
         word = os.path.basename(path).removesuffix('.py')
         near = _nearest(word, files, 3) or [stem for stem in files if word and word in stem][:3]
         if near:
@@ -285,7 +337,9 @@ def _file_value(config, name, node, source, where):
     """-> the value of `name = node` in a config file, its name and type checked."""
     _check_name(config, name, where)
     try:
-        value = (_evaluate_nested if type(config[name]) in (list, dict) else _evaluate)(node, config)
+        value = (_evaluate_nested if type(config[name]) in (list, dict) else _evaluate)(
+            node, config
+        )
     except (ValueError, RecursionError) as error:
         raise UserError(f'{where}: {name} = {_quote(source, node)}: {error}') from None
     return _check_type(config, name, value, where)
@@ -346,7 +400,9 @@ def _pairs(table):
             return [(pair.arg, pair.value) for pair in pairs]
         case ast.Dict(keys=keys, values=values):
             keys = [getattr(key, 'value', None) for key in keys]
-            return [(key if isinstance(key, str) else None, value) for key, value in zip(keys, values)]
+            return [
+                (key if isinstance(key, str) else None, value) for key, value in zip(keys, values)
+            ]
 
 
 def _evaluate_nested(node, names):
@@ -362,6 +418,7 @@ def _evaluate_nested(node, names):
 
 # ---- words ----
 
+
 def _nearest(word, names, n=1):
     lower = {name.lower(): name for name in names}
     return [lower[match] for match in difflib.get_close_matches(word.lower(), lower, n)]
@@ -373,7 +430,7 @@ def _one_line(text):
 
 def _short(text, limit=80):
     text = _one_line(text)
-    return text if len(text) <= limit else text[:limit - 3] + '...'
+    return text if len(text) <= limit else text[: limit - 3] + '...'
 
 
 def _quote(source, node):

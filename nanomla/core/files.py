@@ -1,12 +1,14 @@
 """Writing files so that a kill leaves the old one or the new one; locks, rows and progress."""
-from pathlib import Path
-from nanomla.core.configurator import UserError
-from contextlib import contextmanager
+
 import csv
 import io
 import json
 import os
 import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanomla.core.configurator import UserError
 
 
 @contextmanager
@@ -30,7 +32,13 @@ def progress_bar(total, unit, done=0):
         from tqdm import tqdm
     except ImportError:
         raise UserError('the progress bar needs tqdm: pip install tqdm') from None
-    return tqdm(total=total, initial=done, unit=unit, unit_scale=True, mininterval=.2 if sys.stderr.isatty() else 30)
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )
 
 
 class Rows(list):
@@ -49,7 +57,9 @@ class Rows(list):
             try:
                 super().__init__(json.loads(line) for line in file.read_text().splitlines())
             except ValueError:
-                raise UserError(f'--keep=True: {file} holds no rows of JSON: name another --out_dir') from None
+                raise UserError(
+                    f'--keep=True: {file} holds no rows of JSON: name another --out_dir'
+                ) from None
 
     def add(self, **row):
         self.append(self.facts | row)
@@ -57,7 +67,10 @@ class Rows(list):
         writer = csv.DictWriter(table, list(dict.fromkeys(key for row in self for key in row)))
         writer.writeheader()
         writer.writerows(self)
-        for ending, text in (('jsonl', ''.join(json.dumps(row) + '\n' for row in self)), ('csv', table.getvalue())):
+        for ending, text in (
+            ('jsonl', ''.join(json.dumps(row) + '\n' for row in self)),
+            ('csv', table.getvalue()),
+        ):
             file = self.folder / f'{self.name}.{ending}'
             partial = file.with_name(file.name + '.partial')
             try:
@@ -69,7 +82,10 @@ class Rows(list):
 
     def find(self, **key):
         """The first row that says all of `key`, or None."""
-        return next((row for row in self if all(row.get(name) == value for name, value in key.items())), None)
+        return next(
+            (row for row in self if all(row.get(name) == value for name, value in key.items())),
+            None,
+        )
 
 
 def write(path, text):
@@ -96,7 +112,9 @@ def lock(folder, wait=False):
     except BlockingIOError:
         file.close()
     except OSError as error:
-        raise UserError(f'{folder} is on a file system without locks ({error.strerror}): name an --out_dir on another one') from None
+        raise UserError(
+            f'{folder} is on a file system without locks ({error.strerror}): name an --out_dir on another one'
+        ) from None
 
 
 def write_text(path, text):
@@ -114,8 +132,14 @@ def table(rows):
     """Dicts as CSV, nested ones with joined names."""
     if not rows:
         return ''
-    flat = [{f'{key}_{inner}' if inner else key: value for key, entry in row.items()
-             for inner, value in (entry.items() if isinstance(entry, dict) else [('', entry)])} for row in rows]
+    flat = [
+        {
+            f'{key}_{inner}' if inner else key: value
+            for key, entry in row.items()
+            for inner, value in (entry.items() if isinstance(entry, dict) else [('', entry)])
+        }
+        for row in rows
+    ]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for row in flat for key in row)))
     writer.writeheader()

@@ -1,12 +1,15 @@
 """Seconds and bytes: timing on a CPU and on a GPU, peak memory, rates of matrix products."""
-from pathlib import Path
-from nanomla.core.configurator import UserError
-from contextlib import contextmanager
+
 import gc
 import os
 import statistics
 import time
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
+
+from nanomla.core.configurator import UserError
 
 
 def peak_memory(device):
@@ -44,7 +47,11 @@ def seconds(device, run):
 
 def spread(name, times, scale=1.0):
     """{name, name_least, name_most}: the median, least and most of `times`, times `scale`."""
-    return {name: statistics.median(times) * scale, f'{name}_least': min(times) * scale, f'{name}_most': max(times) * scale}
+    return {
+        name: statistics.median(times) * scale,
+        f'{name}_least': min(times) * scale,
+        f'{name}_most': max(times) * scale,
+    }
 
 
 def attempt(run, device):
@@ -54,9 +61,16 @@ def attempt(run, device):
     except UserError as error:
         reason = str(error)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'memory' not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'memory' not in str(
+            error
+        ):
             raise
-        reason = 'out of memory: ' + (' '.join(str(error).split('. GPU')[0].rpartition('DefaultCPUAllocator: ')[2].split())[:120] or 'MemoryError')
+        reason = 'out of memory: ' + (
+            ' '.join(str(error).split('. GPU')[0].rpartition('DefaultCPUAllocator: ')[2].split())[
+                :120
+            ]
+            or 'MemoryError'
+        )
     release(device)  # not while the error still holds its frames, and these their tensors
     return dict(reason=reason)
 
@@ -128,7 +142,11 @@ def phase(name, memory, device, clean=True):
         torch.cuda.reset_peak_memory_stats(device)
     yield
     synchronize(device)
-    peak = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)] if device.type == 'cuda' else [peak_memory(device)] * 2
+    peak = (
+        [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
+        if device.type == 'cuda'
+        else [peak_memory(device)] * 2
+    )
     memory[name] = [max(a, b) for a, b in zip(peak, memory.get(name, (0, 0)))]
 
 
@@ -141,4 +159,4 @@ def matmul_rate(device, dtype):
     for _ in range(times):
         a @ b
     clock.tick()
-    return 2 * n ** 3 * times / sum(clock.seconds())
+    return 2 * n**3 * times / sum(clock.seconds())

@@ -11,6 +11,7 @@ micro-step read what 1 rank with 2 micro-steps reads.
 
 Legend: B sequences, T tokens in a sequence.
 """
+
 import hashlib
 import json
 import os
@@ -24,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from nanomla.core.configurator import UserError
-from nanomla.core.tokenizers import Tokenizer
 from nanomla.core.files import writing
+from nanomla.core.tokenizers import Tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / 'data'
 
@@ -37,8 +38,9 @@ DATA = Path(__file__).resolve().parents[2] / 'data'
 # ---------------------------------------------------------------------------------------------------
 # writing, for data/*/prepare.py
 
+
 def token_dtype(vocab_size):
-    return 'uint16' if vocab_size <= 2 ** 16 else 'uint32'
+    return 'uint16' if vocab_size <= 2**16 else 'uint32'
 
 
 def val_begin(length, val_fraction):
@@ -46,7 +48,9 @@ def val_begin(length, val_fraction):
     if not length:
         raise UserError('the text is empty')
     if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction is {val_fraction}: give the share of the text that validates, between 0 and 1')
+        raise UserError(
+            f'val_fraction is {val_fraction}: give the share of the text that validates, between 0 and 1'
+        )
     return int(length * (1 - val_fraction))
 
 
@@ -70,8 +74,10 @@ def write_text(folder, text, tokenizer, source, val_fraction=0.1):
 
 def summary(folder, meta):
     """The line with which a prepare.py ends."""
-    return (f'{folder}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} to validate, '
-            f'vocabulary {meta["vocab_size"]:,}; {meta["source"]}')
+    return (
+        f'{folder}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} to validate, '
+        f'vocabulary {meta["vocab_size"]:,}; {meta["source"]}'
+    )
 
 
 class TokenWriter:
@@ -113,16 +119,25 @@ class TokenWriter:
         Complete `meta`, write it and give all three files their names; train.bin gets its name last:
         a folder that has it is complete. UserError when a split is too short for one x and y.
         """
-        tokens = {split: size // np.dtype(self.dtype).itemsize for split, size in self.sync().items()}
+        tokens = {
+            split: size // np.dtype(self.dtype).itemsize for split, size in self.sync().items()
+        }
         for split, n in tokens.items():
             if n < 2:
                 raise UserError(f'the text is too short: {n} tokens for {split}.bin')
-        meta |= dict(vocab_size=self.vocab_size, dtype=self.dtype, train_tokens=tokens['train'], val_tokens=tokens['val'])
+        meta |= dict(
+            vocab_size=self.vocab_size,
+            dtype=self.dtype,
+            train_tokens=tokens['train'],
+            val_tokens=tokens['val'],
+        )
         meta_partial = self.folder / 'meta.json.partial'
         with writing(self.folder):
             for file in self.files.values():
                 file.close()
-            meta_partial.write_bytes((json.dumps(meta, indent=1, ensure_ascii=False) + '\n').encode())
+            meta_partial.write_bytes(
+                (json.dumps(meta, indent=1, ensure_ascii=False) + '\n').encode()
+            )
             (self.folder / 'train.bin').unlink(missing_ok=True)
             self.partial('val').replace(self.folder / 'val.bin')
             meta_partial.replace(self.folder / 'meta.json')
@@ -164,10 +179,15 @@ def in_order(function, items, num_proc):
 # ---------------------------------------------------------------------------------------------------
 # reading, for train.py
 
+
 def find(name):
     """The folder of a dataset: a path that holds one or can make one, or data/<name>."""
     folder = Path(name)
-    return folder if any(os.path.exists(folder / file) for file in ('train.bin', 'prepare.py')) else DATA / name
+    return (
+        folder
+        if any(os.path.exists(folder / file) for file in ('train.bin', 'prepare.py'))
+        else DATA / name
+    )
 
 
 def prepare_if_missing(name):
@@ -178,12 +198,17 @@ def prepare_if_missing(name):
     folder = find(name)
     own, made = folder / 'input.txt', folder / 'train.bin'
     if os.path.exists(made) and os.path.exists(folder / 'val.bin'):
-        if not own.exists() or (own.stat().st_mtime <= made.stat().st_mtime and 'stand-in' not in read_meta(folder)['source']):
+        if not own.exists() or (
+            own.stat().st_mtime <= made.stat().st_mtime
+            and 'stand-in' not in read_meta(folder)['source']
+        ):
             return
     script = folder / 'prepare.py'
     if not os.path.exists(script):
         known = ', '.join(sorted(p.parent.name for p in DATA.glob('*/prepare.py')))
-        raise UserError(f"there is no dataset '{name}': {folder} has no train.bin and val.bin and no prepare.py; known: {known}")
+        raise UserError(
+            f"there is no dataset '{name}': {folder} has no train.bin and val.bin and no prepare.py; known: {known}"
+        )
     if subprocess.run([sys.executable, str(script)]).returncode:
         raise UserError(f'{script} could not prepare the dataset (its message is above)')
 
@@ -192,19 +217,30 @@ def read_meta(folder):
     """meta.json; without one, what nanoGPT's own files mean: GPT-2 tokens as uint16."""
     path = Path(folder) / 'meta.json'
     if path.with_suffix('.pkl').exists() and not path.exists():
-        raise UserError(f'{path.with_suffix(".pkl")} is nanoGPT\'s and is never unpickled: run a prepare.py of this project')
+        raise UserError(
+            f"{path.with_suffix('.pkl')} is nanoGPT's and is never unpickled: run a prepare.py of this project"
+        )
     if not path.exists():
-        return dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16', source=f'{folder} (no meta.json: taken as GPT-2 tokens)')
+        return dict(
+            tokenizer='gpt2',
+            vocab_size=50257,
+            dtype='uint16',
+            source=f'{folder} (no meta.json: taken as GPT-2 tokens)',
+        )
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        needed = {name: meta[name] for name in ('tokenizer', 'source', 'dtype')} | dict(vocab_size=int(meta['vocab_size']))
+        needed = {name: meta[name] for name in ('tokenizer', 'source', 'dtype')} | dict(
+            vocab_size=int(meta['vocab_size'])
+        )
         if needed['dtype'] not in ('uint16', 'uint32'):
             raise ValueError(f'dtype {needed["dtype"]}')
         if needed['tokenizer'] == 'char' and len(meta['chars']) != needed['vocab_size']:
             raise ValueError(f'{len(meta["chars"])} chars')
         return meta | needed
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} cannot be used ({error!r}): run the prepare.py of this dataset again') from None
+        raise UserError(
+            f'{path} cannot be used ({error!r}): run the prepare.py of this dataset again'
+        ) from None
 
 
 def read_tokens(path, dtype):
@@ -213,8 +249,10 @@ def read_tokens(path, dtype):
         raise UserError(f'{path} is missing: run the prepare.py of this dataset')
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if size == 0 or size % width:
-        what = 'is empty' if size == 0 else f'has {size} bytes, which is no whole number of {dtype} tokens'
+        what = (
+            'is empty'
+            if size == 0
+            else f'has {size} bytes, which is no whole number of {dtype} tokens'
+        )
         raise UserError(f'{path} {what}: run the prepare.py of this dataset again')
     return np.memmap(path, dtype, mode='r')
-
-

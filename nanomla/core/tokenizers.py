@@ -1,7 +1,10 @@
 """Text to token ids and back: characters, bytes and GPT-2's byte pairs; and text as its tokens come."""
-from nanomla.core.configurator import UserError
+
 import codecs
+
 import numpy as np
+
+from nanomla.core.configurator import UserError
 
 
 class Tokenizer:
@@ -13,7 +16,9 @@ class Tokenizer:
             self.chars = meta['chars']
             self.vocab_size = len(self.chars)
             points = np.array([ord(c) for c in self.chars])
-            self.id_of = np.full(points.max() + 2, -1, np.int32)  # by code point; the last entry stands for all above
+            self.id_of = np.full(
+                points.max() + 2, -1, np.int32
+            )  # by code point; the last entry stands for all above
             self.id_of[points] = np.arange(len(points))
         elif self.name == 'bytes':
             self.vocab_size = 256
@@ -40,17 +45,23 @@ class Tokenizer:
         if self.name == 'gpt2':
             try:
                 return self.bpe.encode_to_numpy(text, disallowed_special=())
-            except ValueError:  # its regex has no stack for a run of a million blanks: half of the text, twice
+            except (
+                ValueError
+            ):  # its regex has no stack for a run of a million blanks: half of the text, twice
                 if len(text) < 1000:
                     raise
                 middle = len(text) // 2
-                return np.concatenate([self.encode_array(text[:middle]), self.encode_array(text[middle:])])
+                return np.concatenate(
+                    [self.encode_array(text[:middle]), self.encode_array(text[middle:])]
+                )
         points = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
         ids = self.id_of[np.minimum(points, len(self.id_of) - 1)]
         if (ids < 0).any():
             unknown = ''.join(sorted(set(text) - set(self.chars)))
-            raise UserError(f'the text has characters this model has never seen: {unknown[:40]!r}; '
-                            f'it knows {"".join(self.chars)[:200]!r}')
+            raise UserError(
+                f'the text has characters this model has never seen: {unknown[:40]!r}; '
+                f'it knows {"".join(self.chars)[:200]!r}'
+            )
         return ids
 
     def decode_bytes(self, ids):
@@ -75,8 +86,10 @@ def gpt2_bpe():
     try:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:  # requests' errors come in many classes
-        raise UserError('tiktoken could not load its GPT-2 vocabulary: connect to the network once, or set '
-                        f'TIKTOKEN_CACHE_DIR to a folder that has it ({type(error).__name__})') from None
+        raise UserError(
+            'tiktoken could not load its GPT-2 vocabulary: connect to the network once, or set '
+            f'TIKTOKEN_CACHE_DIR to a folder that has it ({type(error).__name__})'
+        ) from None
 
 
 class Teller:
@@ -103,10 +116,13 @@ class Teller:
         found = [at for at in map(text.find, self.stops) if at >= 0]
         if found:
             self.ended, self.waiting = True, ''
-            return text[:min(found)]
-        hold = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self.waiting = text[len(text) - hold:]
-        return text[:len(text) - hold]
+            return text[: min(found)]
+        hold = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self.waiting = text[len(text) - hold :]
+        return text[: len(text) - hold]
 
     def rest(self):
         """What still waits when no more tokens come."""

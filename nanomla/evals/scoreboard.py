@@ -5,6 +5,7 @@ A record is one cell: model, cache format and task, with `result` (what the task
 the cache's buffers) and `dequantised` (share of the attended tokens that came out of codes). A row is a model and
 cache format with all its tasks.
 """
+
 import io
 import json
 from pathlib import Path
@@ -44,10 +45,21 @@ def headline(record):
         if key in metrics:
             return f'{name} {key.split()[-1]}', metrics[key], True
     values = {key: value for key, value in metrics.items() if '_stderr' not in key}
-    if len({key.split()[0] for key in values}) > 1 and len({key.split()[-1] for key in values}) == 1:  # several tasks, one metric
-        return f'{name} {next(iter(values)).split()[-1]} (mean)', sum(values.values()) / len(values), True
+    if (
+        len({key.split()[0] for key in values}) > 1
+        and len({key.split()[-1] for key in values}) == 1
+    ):  # several tasks, one metric
+        return (
+            f'{name} {next(iter(values)).split()[-1]} (mean)',
+            sum(values.values()) / len(values),
+            True,
+        )
     key = next(iter(values), 'no metric')
-    return f'{name} {key}', values.get(key, float('nan')), 'perplexity' not in key and 'bits' not in key
+    return (
+        f'{name} {key}',
+        values.get(key, float('nan')),
+        'perplexity' not in key and 'bits' not in key,
+    )
 
 
 def rows(records):
@@ -55,15 +67,32 @@ def rows(records):
     found, first = {}, {}
     for record in records:
         held = record['cache_bytes']
-        row = found.setdefault((record['model'], record['cache']), dict(
-            model=record['label'], kind=record['kind'], params=record['params'], dtype=record['dtype'], cache=record['cache'],
-            bytes_per_token=held.get('bytes_per_token'), window_bytes=held.get('window_bytes')))
+        row = found.setdefault(
+            (record['model'], record['cache']),
+            dict(
+                model=record['label'],
+                kind=record['kind'],
+                params=record['params'],
+                dtype=record['dtype'],
+                cache=record['cache'],
+                bytes_per_token=held.get('bytes_per_token'),
+                window_bytes=held.get('window_bytes'),
+            ),
+        )
         if record['task'] == 'perplexity':
             base = first.setdefault(record['model'], record['result']['perplexity'])
-            row |= {'perplexity': record['result']['perplexity'], 'change': record['result']['perplexity'] / base - 1,
-                    'bits_per_byte': record['result']['bits_per_byte'], 'quantised': record['dequantised'], 'context': record['result']['context']}
+            row |= {
+                'perplexity': record['result']['perplexity'],
+                'change': record['result']['perplexity'] / base - 1,
+                'bits_per_byte': record['result']['bits_per_byte'],
+                'quantised': record['dequantised'],
+                'context': record['result']['context'],
+            }
         elif 'cells' in record['result']:
-            row |= {f"{record['task']} {name}": record['result'][name] for name in ('exact', 'ranked', 'pairwise')}
+            row |= {
+                f'{record["task"]} {name}': record['result'][name]
+                for name in ('exact', 'ranked', 'pairwise')
+            }
         else:
             name, value, _ = headline(record)
             row[name] = value
@@ -91,15 +120,24 @@ def columns(rows):
 def table(rows):
     """Text with a line for each row; `change` is of the perplexity against the model's first format."""
     names = columns(rows)
-    cells = [[name.replace('_', ' ') for name in names]] + [[shown(name, row.get(name)) for name in names] for row in rows]
+    cells = [[name.replace('_', ' ') for name in names]] + [
+        [shown(name, row.get(name)) for name in names] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
     left = {i for i, name in enumerate(names) if name in ('model', 'kind', 'dtype', 'cache')}
-    lines = ['  '.join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells]
+    lines = [
+        '  '.join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in cells
+    ]
     return '\n'.join(lines)
 
 
 def csv(rows):
     import csv as writer
+
     text = io.StringIO()
     out = writer.DictWriter(text, columns(rows), lineterminator='\n')
     out.writeheader()
@@ -109,8 +147,13 @@ def csv(rows):
 
 def footer(records, seed):
     """The line under the pictures: where the numbers come from."""
-    commits, devices, dates = (list(dict.fromkeys(record[name] for record in records)) for name in ('commit', 'device', 'date'))
-    return ' · '.join([f'commit {", ".join(commits[:3])}', f'seed {seed}', ', '.join(devices[:2]), dates[-1]])
+    commits, devices, dates = (
+        list(dict.fromkeys(record[name] for record in records))
+        for name in ('commit', 'device', 'date')
+    )
+    return ' · '.join(
+        [f'commit {", ".join(commits[:3])}', f'seed {seed}', ', '.join(devices[:2]), dates[-1]]
+    )
 
 
 def draw(figures, records, path, footer):
@@ -125,24 +168,49 @@ def draw(figures, records, path, footer):
         panels.insert(tasks.index('perplexity') + 1, ('perplexity', True))
     panels, cols = panels[:6], min(2, len(panels))
     height = -(-len(panels) // cols)
-    with figures.sheet(height, cols, size=(figures.WIDTH, 1.6 + 3.5 * height), title='Models and their caches',
-                       note='over the bytes that one token takes in the cache, measured on its buffers; w: window of full precision') as (fig, axes):
+    with figures.sheet(
+        height,
+        cols,
+        size=(figures.WIDTH, 1.6 + 3.5 * height),
+        title='Models and their caches',
+        note='over the bytes that one token takes in the cache, measured on its buffers; w: window of full precision',
+    ) as (fig, axes):
         from matplotlib.ticker import LogLocator
+
         axes = [axes] if len(panels) == 1 else list(axes.flat)
-        for ax in axes[len(panels):]:
+        for ax in axes[len(panels) :]:
             ax.set_axis_off()
         for ax, (task, relative) in zip(axes, panels):
             drawn = []
             for label in models:
-                mine = [record for record in records if (record['task'], record['label']) == (task, label)]
+                mine = [
+                    record
+                    for record in records
+                    if (record['task'], record['label']) == (task, label)
+                ]
                 values = [headline(record)[1] for record in mine]
                 if relative:
                     values = [100 * (value / values[0] - 1) for value in values]
-                drawn.append((label, [(record['cache_bytes'].get('bytes_per_token'), value, record['cache']) for record, value in zip(mine, values)]))
+                drawn.append(
+                    (
+                        label,
+                        [
+                            (record['cache_bytes'].get('bytes_per_token'), value, record['cache'])
+                            for record, value in zip(mine, values)
+                        ],
+                    )
+                )
             name, _, more = headline(next(record for record in records if record['task'] == task))
             ax.set_xscale('log')
             for label, points in drawn:
-                line(ax, figures, label, points, more and not relative, style_of(records, models, label, figures))
+                line(
+                    ax,
+                    figures,
+                    label,
+                    points,
+                    more and not relative,
+                    style_of(records, models, label, figures),
+                )
             ax.margins(x=0.14, y=0.3)
             if 'pairwise' in name:  # a share: its whole range, with what guessing gets
                 ax.set_ylim(0, 1.08)
@@ -163,12 +231,26 @@ def line(ax, figures, label, points, more, style):
     best = {}
     for x, y, held in points:
         if x is None:
-            ax.axhline(y, linewidth=1, color=style['color'], linestyle=(0, (2, 2)), label=figures.plain(f'{label}, no cache'))
+            ax.axhline(
+                y,
+                linewidth=1,
+                color=style['color'],
+                linestyle=(0, (2, 2)),
+                label=figures.plain(f'{label}, no cache'),
+            )
             continue
         best[x] = y if x not in best else (max if more else min)(best[x], y)
-        ax.plot([x], [y], marker=MARKS.get(held.split()[1], 'o'), markersize=6, color=style['color'])
+        ax.plot(
+            [x], [y], marker=MARKS.get(held.split()[1], 'o'), markersize=6, color=style['color']
+        )
     if best:
-        ax.plot(sorted(best), [best[x] for x in sorted(best)], label=figures.plain(label), linewidth=1.4, **style)
+        ax.plot(
+            sorted(best),
+            [best[x] for x in sorted(best)],
+            label=figures.plain(label),
+            linewidth=1.4,
+            **style,
+        )
 
 
 def name_points(ax, points):
@@ -183,12 +265,29 @@ def name_points(ax, points):
     for x, y, held in groups:
         stored = list(dict.fromkeys(' '.join(one.split()[1:2]) for one in held))
         kept = sorted({int(one.split()[3]) for one in held if 'window' in one})
-        text = ', '.join(stored) + (f' w {kept[0]}' if kept else '') + (f' to {kept[-1]}' if kept[1:] else '')
-        ax.annotate(text, (x, y), xytext=(2, 5), textcoords='offset points', ha='left', va='bottom', rotation=35, rotation_mode='anchor', fontsize=7.5)
+        text = (
+            ', '.join(stored)
+            + (f' w {kept[0]}' if kept else '')
+            + (f' to {kept[-1]}' if kept[1:] else '')
+        )
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(2, 5),
+            textcoords='offset points',
+            ha='left',
+            va='bottom',
+            rotation=35,
+            rotation_mode='anchor',
+            fontsize=7.5,
+        )
 
 
 def style_of(records, models, label, figures):
     """The colour of the model's kind, and another dash for each further model of that kind."""
     kinds = {record['label']: record['kind'] for record in records}
-    same = sum(kinds[other] == kinds[label] for other in models[:models.index(label)])
-    return dict(color=figures.COLORS.get(kinds[label], figures.COLORS['ink']), linestyle=['-', '--', ':', '-.'][same % 4])
+    same = sum(kinds[other] == kinds[label] for other in models[: models.index(label)])
+    return dict(
+        color=figures.COLORS.get(kinds[label], figures.COLORS['ink']),
+        linestyle=['-', '--', ':', '-.'][same % 4],
+    )

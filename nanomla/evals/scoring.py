@@ -9,14 +9,15 @@ chunk_size=1 this is decoding, token by token; a larger chunk is faster and lets
 
 Legend: B requests of a batch, T tokens, C channels, V vocabulary.
 """
+
 import math
 
 import torch
 
-from nanomla.inference.quantize import BITS
 from nanomla.inference.cache import Cache
+from nanomla.inference.quantize import BITS
 
-LOGITS = 2 ** 25  # at a time: 128 MiB in fp32
+LOGITS = 2**25  # at a time: 128 MiB in fp32
 
 
 class Scorer:
@@ -58,10 +59,17 @@ class Scorer:
         """What the last cache held, measured on its buffers: bytes of a token's place, of a sequence's window, of all."""
         if self.cache is None:
             return {}
-        places, window = (sum(b.nbytes for store in self.cache.stores for b in part(store))
-                          for part in (lambda s: s.places, lambda s: [] if s.recent is None else [s.recent]))
-        return dict(bytes_per_token=places / self.cache.places, window_bytes=window / self.cache.slots,
-                    nbytes=self.cache.nbytes, slots=self.cache.slots, size=self.cache.size)
+        places, window = (
+            sum(b.nbytes for store in self.cache.stores for b in part(store))
+            for part in (lambda s: s.places, lambda s: [] if s.recent is None else [s.recent])
+        )
+        return dict(
+            bytes_per_token=places / self.cache.places,
+            window_bytes=window / self.cache.slots,
+            nbytes=self.cache.nbytes,
+            slots=self.cache.slots,
+            size=self.cache.size,
+        )
 
     @torch.no_grad()
     def score(self, requests, tell=None):
@@ -72,10 +80,12 @@ class Scorer:
         What exceeds block_size is cut from the context's beginning. tell(n): n more requests are done.
         """
         fitting = [self.fit(context, continuations) for context, continuations in requests]
-        order = sorted(range(len(fitting)), key=lambda i: -self.length(fitting[i]))  # alike together, the largest first
+        order = sorted(
+            range(len(fitting)), key=lambda i: -self.length(fitting[i])
+        )  # alike together, the largest first
         results = [None] * len(fitting)
         for at in range(0, len(order), self.batch_size):
-            batch = order[at:at + self.batch_size]
+            batch = order[at : at + self.batch_size]
             score = self.score_whole if self.layout == 'none' else self.score_in_cache
             for i, result in zip(batch, score([fitting[i] for i in batch])):
                 results[i] = result
@@ -85,23 +95,32 @@ class Scorer:
 
     def fit(self, context, continuations):
         longest = max(map(len, continuations))
-        assert context and longest <= self.block_size, 'a context needs a token, and a continuation at most block_size'
-        return context[-(self.block_size + 1 - max(longest, 1)):], continuations
+        assert context and longest <= self.block_size, (
+            'a context needs a token, and a continuation at most block_size'
+        )
+        return context[-(self.block_size + 1 - max(longest, 1)) :], continuations
 
     @staticmethod
     def length(request):
-        return len(request[0]) + max(0, max(map(len, request[1])) - 1)  # tokens that are run: the last one is not
+        return len(request[0]) + max(
+            0, max(map(len, request[1])) - 1
+        )  # tokens that are run: the last one is not
 
     def score_whole(self, requests):
         """`score` of one batch without a cache: every context again with each continuation."""
         flat = [(context, one) for context, continuations in requests for one in continuations]
         judged = []
         for at in range(0, len(flat), self.batch_size):
-            part = flat[at:at + self.batch_size]
+            part = flat[at : at + self.batch_size]
             texts = [context + one[:-1] for context, one in part]
             x = self.model.hidden(self.padded(texts))
-            judged += self.judge([x[b, len(context) - 1:len(context) - 1 + len(one)] for b, (context, one) in enumerate(part)],
-                                 [one for _, one in part])
+            judged += self.judge(
+                [
+                    x[b, len(context) - 1 : len(context) - 1 + len(one)]
+                    for b, (context, one) in enumerate(part)
+                ],
+                [one for _, one in part],
+            )
             for context, one in part:
                 self.attended(range(len(context) - 1, len(context) - 1 + len(one)), 0, 0)
         judged = iter(judged)
@@ -111,7 +130,11 @@ class Scorer:
         """`score` of one batch: each context in a slot, its continuations in copies of that, the last one behind the context itself."""
         B, rounds = len(requests), max(len(continuations) for _, continuations in requests)
         cache = self.room(B * (1 + (rounds > 1)), max(map(self.length, requests)))
-        last = self.run([context for context, _ in requests], range(B), [len(context) - 1 for context, _ in requests])
+        last = self.run(
+            [context for context, _ in requests],
+            range(B),
+            [len(context) - 1 for context, _ in requests],
+        )
         results = [[] for _ in requests]
         for j in range(rounds):
             among = [b for b in range(B) if j < len(requests[b][1])]
@@ -123,7 +146,7 @@ class Scorer:
                     rows[-1] = B + b
             ones = [requests[b][1][j] for b in among]
             rest = self.run([one[:-1] for one in ones], rows, [0] * len(ones))
-            states = [torch.cat([last[b], x])[:len(one)] for b, x, one in zip(among, rest, ones)]
+            states = [torch.cat([last[b], x])[: len(one)] for b, x, one in zip(among, rest, ones)]
             for b, result in zip(among, self.judge(states, ones)):
                 results[b].append(result)
         return results
@@ -131,32 +154,48 @@ class Scorer:
     def run(self, texts, rows, first):
         """Runs texts (lists of ids, also empty) in slots `rows`, chunk by chunk. Returns what stands behind each token from `first` on, each (n, C)."""
         kept, cache = [[] for _ in texts], self.cache
-        for at in range(0, max(map(len, texts)), self.chunk_size or 2 ** 60):
-            parts = [(b, row, text[at:at + (self.chunk_size or len(text))]) for b, (text, row) in enumerate(zip(texts, rows)) if len(text) > at]
+        for at in range(0, max(map(len, texts)), self.chunk_size or 2**60):
+            parts = [
+                (b, row, text[at : at + (self.chunk_size or len(text))])
+                for b, (text, row) in enumerate(zip(texts, rows))
+                if len(text) > at
+            ]
             for b, row, part in parts:
                 begin, end = cache.used[row], cache.used[row] + len(part)
                 self.attended(range(begin + max(0, first[b] - at), end), begin, end)
             slots = [row for _, row, _ in parts]
-            cache.plan([len(part) for _, _, part in parts], None if slots == list(range(cache.slots)) else slots)
+            cache.plan(
+                [len(part) for _, _, part in parts],
+                None if slots == list(range(cache.slots)) else slots,
+            )
             x = self.model.hidden(self.padded([part for _, _, part in parts]), cache)
             for i, (b, _, part) in enumerate(parts):
                 if first[b] < at + len(part):
-                    kept[b].append(x[i, max(0, first[b] - at):len(part)])
-        nothing = torch.empty(0, self.model.config.n_embd, dtype=self.model.stream, device=self.device)
+                    kept[b].append(x[i, max(0, first[b] - at) : len(part)])
+        nothing = torch.empty(
+            0, self.model.config.n_embd, dtype=self.model.stream, device=self.device
+        )
         return [torch.cat([nothing, *states]) for states in kept]
 
     def padded(self, texts):
         longest = max(map(len, texts))
-        return torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=self.device)
+        return torch.tensor(
+            [text + [0] * (longest - len(text)) for text in texts], device=self.device
+        )
 
     def judge(self, states, targets):
         """states: (n, C) before each of `targets`, lists of n ids -> (log-probabilities, whether the likeliest) of each, as lists."""
-        x, ids = torch.cat(states), torch.tensor(sum(targets, []), dtype=torch.long, device=self.device)
+        x, ids = (
+            torch.cat(states),
+            torch.tensor(sum(targets, []), dtype=torch.long, device=self.device),
+        )
         logp, greedy = [], []
-        for part, wanted in zip(x.split(step := max(1, LOGITS // self.model.config.vocab_size)), ids.split(step)):
+        for part, wanted in zip(
+            x.split(step := max(1, LOGITS // self.model.config.vocab_size)), ids.split(step)
+        ):
             logits = self.model.lm_head(part).float()
             logp.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
-            greedy.append(logits[:, :self.vocab_size].argmax(-1) == wanted)
+            greedy.append(logits[:, : self.vocab_size].argmax(-1) == wanted)
         logp, greedy = torch.cat(logp).tolist(), torch.cat(greedy).tolist()
         ends = [sum(len(one) for one in targets[:i]) for i in range(len(targets) + 1)]
         return [(logp[a:b], greedy[a:b]) for a, b in zip(ends, ends[1:])]
@@ -180,15 +219,27 @@ def perplexity(scorer, ids, context, stride, n_bytes, bar=None):
     Perplexity of a text (array of ids; the first is never scored), in `windows`. n_bytes: UTF-8 bytes of all tokens but the
     first, for bits per byte = nats / (ln 2 · bytes).
     """
-    ids, nats, count = ids.tolist() if len(ids) < 2 ** 24 else ids, 0.0, 0
+    ids, nats, count = ids.tolist() if len(ids) < 2**24 else ids, 0.0, 0
     cut = list(windows(len(ids), context, stride))
     for at in range(0, len(cut), scorer.batch_size):
-        batch = [(list(map(int, ids[begin:end])), scored) for begin, end, scored in cut[at:at + scorer.batch_size]]
-        for (logp, _), in scorer.score([(text[:-scored], [text[-scored:]]) for text, scored in batch]):
+        batch = [
+            (list(map(int, ids[begin:end])), scored)
+            for begin, end, scored in cut[at : at + scorer.batch_size]
+        ]
+        for ((logp, _),) in scorer.score(
+            [(text[:-scored], [text[-scored:]]) for text, scored in batch]
+        ):
             nats -= math.fsum(logp)
             count += len(logp)
         if bar:
             bar.update(sum(scored for _, scored in batch))
     loss = nats / count
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=nats / math.log(2) / n_bytes, tokens=count, bytes=n_bytes,
-                context=context, stride=stride)
+    return dict(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700)),
+        bits_per_byte=nats / math.log(2) / n_bytes,
+        tokens=count,
+        bytes=n_bytes,
+        context=context,
+        stride=stride,
+    )

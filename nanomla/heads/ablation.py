@@ -16,12 +16,13 @@ layer it touches, and its cost is how much the loss over the second copy rises, 
 
 Legend: B sequences, T tokens, C channels, H heads, D width of a head's output.
 """
+
 import contextlib
 
 import torch
 
-from nanomla.heads import patterns
 from model import Norm, rope_tables
+from nanomla.heads import patterns
 
 WAYS = ('zero', 'mean', 'pattern', 'frozen')
 
@@ -29,13 +30,18 @@ WAYS = ('zero', 'mean', 'pattern', 'frozen')
 @contextlib.contextmanager
 def outputs_of(model, edit):
     """Inside, edit(layer, y) sees what each layer's heads put out, y (B, T, H, D) before W^O, and may return another."""
+
     def hook(layer, attention, given):
         y = given[0].unflatten(-1, (attention.n_head, attention.v_dim))
         edited = edit(layer, y)
         return None if edited is None else (edited.flatten(2),)
 
-    hooks = [block.attn.c_proj.register_forward_pre_hook(lambda module, given, layer=layer, a=block.attn: hook(layer, a, given))
-             for layer, block in enumerate(model.transformer.h)]
+    hooks = [
+        block.attn.c_proj.register_forward_pre_hook(
+            lambda module, given, layer=layer, a=block.attn: hook(layer, a, given)
+        )
+        for layer, block in enumerate(model.transformer.h)
+    ]
     try:
         yield
     finally:
@@ -46,12 +52,19 @@ def outputs_of(model, edit):
 @contextlib.contextmanager
 def norms_of(model, edit):
     """Inside, edit(norm, x) sees what each norm is about to divide, already centred where it centres, and may return the result of the division."""
+
     def hook(norm, given, out):
         x = given[0] if norm.rms else given[0] - given[0].mean(-1, keepdim=True)
         divided = edit(norm, x)
-        return None if divided is None else divided * norm.weight + (0 if norm.bias is None else norm.bias)
+        return (
+            None
+            if divided is None
+            else divided * norm.weight + (0 if norm.bias is None else norm.bias)
+        )
 
-    hooks = [module.register_forward_hook(hook) for module in model.modules() if isinstance(module, Norm)]
+    hooks = [
+        module.register_forward_hook(hook) for module in model.modules() if isinstance(module, Norm)
+    ]
     try:
         yield
     finally:
@@ -70,11 +83,23 @@ class Surgery:
         self.model, self.L, self.ids = model, L, ids.to(next(model.parameters()).device)
         self.rope = rope_tables(model.config, torch.arange(ids.size(1), device=self.ids.device))
         self.inputs, self.outputs, self.seen, self.scales = {}, {}, {}, {}
-        hooks = [block.register_forward_pre_hook(lambda module, given, layer=layer: self.inputs.update({layer: given[0]}))
-                 for layer, block in enumerate(model.transformer.h)]
+        hooks = [
+            block.register_forward_pre_hook(
+                lambda module, given, layer=layer: self.inputs.update({layer: given[0]})
+            )
+            for layer, block in enumerate(model.transformer.h)
+        ]
         try:
-            with (patterns.watched(model, lambda layer, a: self.seen.update({layer: a})), outputs_of(model, lambda layer, y: self.outputs.update({layer: y})),
-                  norms_of(model, lambda norm, x: self.scales.update({norm: (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()}))):
+            with (
+                patterns.watched(model, lambda layer, a: self.seen.update({layer: a})),
+                outputs_of(model, lambda layer, y: self.outputs.update({layer: y})),
+                norms_of(
+                    model,
+                    lambda norm, x: self.scales.update(
+                        {norm: (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()}
+                    ),
+                ),
+            ):
                 x = model.hidden(self.ids)
         finally:
             for hook in hooks:
@@ -83,7 +108,7 @@ class Surgery:
 
     def loss_of(self, x):
         """Of the last norm's output x (B, T, C)."""
-        x, targets = x[:, self.L + 1:2 * self.L], self.ids[:, self.L + 2:2 * self.L + 1]
+        x, targets = x[:, self.L + 1 : 2 * self.L], self.ids[:, self.L + 2 : 2 * self.L + 1]
         return patterns.token_losses(self.model, x, targets).mean().item()
 
     def loss_from(self, layer):
@@ -110,8 +135,16 @@ class Surgery:
             return y
 
         nothing = contextlib.nullcontext()
-        kept = patterns.watched(self.model, lambda layer, a: self.seen[layer]) if way in ('pattern', 'frozen') else nothing
-        sizes = norms_of(self.model, lambda norm, x: x * self.scales[norm]) if way == 'frozen' else nothing
+        kept = (
+            patterns.watched(self.model, lambda layer, a: self.seen[layer])
+            if way in ('pattern', 'frozen')
+            else nothing
+        )
+        sizes = (
+            norms_of(self.model, lambda norm, x: x * self.scales[norm])
+            if way == 'frozen'
+            else nothing
+        )
         with outputs_of(self.model, edit), kept, sizes:
             return self.loss_from(start) - self.loss
 
@@ -128,10 +161,14 @@ class Surgery:
             for l, head in senders:
                 if l < layer:
                     sender = self.model.transformer.h[l].attn
-                    columns = sender.c_proj.weight.unflatten(1, (sender.n_head, -1))[:, head]  # (C, D)
+                    columns = sender.c_proj.weight.unflatten(1, (sender.n_head, -1))[
+                        :, head
+                    ]  # (C, D)
                     without = without - self.outputs[l][:, :, head] @ columns.T.to(without.dtype)
             block = self.model.transformer.h[layer]
-            qkv, other = (block.attn.qkv(block.ln_1(x), self.rope) for x in (self.inputs[layer], without))
+            qkv, other = (
+                block.attn.qkv(block.ln_1(x), self.rope) for x in (self.inputs[layer], without)
+            )
             mixed = [b if name == reads else a for name, a, b in zip('QKV', qkv, other)]
             changed[layer] = mine, block.attn.attend(*mixed).transpose(1, 2)
 

@@ -12,6 +12,7 @@ circuit is that of distance 0). LayerNorm's centring is a projection and is fold
 
 Legend: C channels, H heads, D head dim, V vocabulary, N layers.
 """
+
 import torch
 
 from model import rope_tables
@@ -38,11 +39,16 @@ def of(block):
     H = attention.n_head
 
     def heads(weight):  # (heads * D, C) -> (heads, C, D)
-        return weight.float().unflatten(0, (H, -1)).mT if weight.size(0) else weight.new_zeros(H, weight.size(1), 0).float()
+        return (
+            weight.float().unflatten(0, (H, -1)).mT
+            if weight.size(0)
+            else weight.new_zeros(H, weight.size(1), 0).float()
+        )
 
     o = attention.c_proj.weight.float().T.unflatten(0, (H, -1))
     pe = {}
     if isinstance(attention, MultiHeadLatentAttention):
+
         def through(low, norm):  # W^D diag(g), (C, R)
             return low.float().T * (1 if gain(norm) is None else gain(norm).float())
 
@@ -50,14 +56,20 @@ def of(block):
         w_uk, w_uv = attention.kv_b_proj.weight.split(attention.b_widths)
         down = through(w_dkv, attention.kv_a_layernorm)
         if hasattr(attention, 'q_a_proj'):
-            q, q_pe = (through(attention.q_a_proj.weight, attention.q_a_layernorm) @ heads(w) for w in attention.q_b_proj.weight.split(attention.q_widths))
+            q, q_pe = (
+                through(attention.q_a_proj.weight, attention.q_a_layernorm) @ heads(w)
+                for w in attention.q_b_proj.weight.split(attention.q_widths)
+            )
         else:
             q, q_pe = (heads(w) for w in attention.q_proj.weight.split(attention.q_widths))
         k, v = down @ heads(w_uk), down @ heads(w_uv)
         if attention.pe:
             pe = dict(q_pe=q_pe, k_pe=w_kr.float().T.expand(H, -1, -1))
     else:
-        q, k, v = (w.float().unflatten(0, (-1, attention.v_dim)).mT for w in attention.c_attn.weight.split(attention.widths))
+        q, k, v = (
+            w.float().unflatten(0, (-1, attention.v_dim)).mT
+            for w in attention.c_attn.weight.split(attention.widths)
+        )
         k, v = (w.repeat_interleave(H // w.size(0), dim=0) for w in (k, v))
     g = gain(norm).float()[:, None]
     read = {name: centred(norm, w * g) for name, w in dict(q=q, k=k, v=v, **pe).items()}
@@ -91,13 +103,26 @@ def effective_copying(model, ids):
     and head are tied: W_E W_U then makes a token foretell itself, and early heads that look at it write its opposite. Then copying
     takes a negative OV circuit, and `copying` is near -1 (the "effective embedding" of McDougall et al. 2023 is after the same).
     """
-    t, values, rope = model.transformer, {}, rope_tables(model.config, torch.arange(ids.size(1), device=ids.device))
+    t, values, rope = (
+        model.transformer,
+        {},
+        rope_tables(model.config, torch.arange(ids.size(1), device=ids.device)),
+    )
 
     def see(layer, attention, x):
         v = attention.qkv(x, rope)[2].float()
-        values[layer] = v.repeat_interleave(attention.n_head // v.size(1), dim=1).transpose(1, 2)[:, 1:].flatten(0, 1)  # (B (T - 1), H, D)
+        values[layer] = (
+            v.repeat_interleave(attention.n_head // v.size(1), dim=1)
+            .transpose(1, 2)[:, 1:]
+            .flatten(0, 1)
+        )  # (B (T - 1), H, D)
 
-    hooks = [block.attn.register_forward_pre_hook(lambda attention, given, layer=layer: see(layer, attention, given[0])) for layer, block in enumerate(t.h)]
+    hooks = [
+        block.attn.register_forward_pre_hook(
+            lambda attention, given, layer=layer: see(layer, attention, given[0])
+        )
+        for layer, block in enumerate(t.h)
+    ]
     try:
         model.hidden(ids)
     finally:
@@ -109,27 +134,45 @@ def effective_copying(model, ids):
     w_u = w_u if t.ln_f.rms else w_u - w_u.mean(-1, keepdim=True)
     scores = []
     for layer, block in enumerate(t.h):
-        mean = torch.zeros(len(tokens), *values[layer].shape[1:], device=ids.device).index_add(0, which, values[layer]) / counts[:, None, None]
+        mean = (
+            torch.zeros(len(tokens), *values[layer].shape[1:], device=ids.device).index_add(
+                0, which, values[layer]
+            )
+            / counts[:, None, None]
+        )
         read = (mean - mean.mean(0)).transpose(0, 1)  # (H, V, D)
         o = block.attn.c_proj.weight.float().T.unflatten(0, (block.attn.n_head, -1))
-        found = torch.linalg.eigvals((o.double() @ (w_u.double().T @ read.double())).cpu())  # few tokens leave many eigenvalues zero
+        found = torch.linalg.eigvals(
+            (o.double() @ (w_u.double().T @ read.double())).cpu()
+        )  # few tokens leave many eigenvalues zero
         scores.append(found.real.sum(-1) / found.abs().sum(-1).clamp(min=1e-20))
     return torch.stack(scores).float()
 
 
 def norm_of_product(left, middle, right):
     """Frobenius norm of left middle rightᵀ without making it: left (..., C, a), middle (..., a, b), right (..., C, b)."""
-    return ((left.mT @ left) @ middle @ (right.mT @ right) * middle).sum((-2, -1)).clamp(min=0).sqrt()
+    return (
+        ((left.mT @ left) @ middle @ (right.mT @ right) * middle).sum((-2, -1)).clamp(min=0).sqrt()
+    )
 
 
 def strengths(early, late):
     """|late's circuit after early's| / (|late| |early|) by Frobenius norms, {kind: (H, H)} with [early's head, late's]."""
     v, o = early['v'][:, None], early['o'][:, None]  # OV = v o, C x C
-    size = {name: norm_of_product(late[a], torch.eye(late[a].size(-1), device=v.device), late[b])
-            for name, (a, b) in dict(QK=('q', 'k'), OV=('v', 'oT')).items()}
-    early_size = norm_of_product(early['v'], torch.eye(v.size(-1), device=v.device), early['oT'])[:, None]
-    return {kind: norm_of_product(v, o @ late[reads][None], late[other][None]) / (early_size * size[of_whom]).clamp(min=1e-20)
-            for kind, (reads, other, of_whom) in dict(Q=('q', 'k', 'QK'), K=('k', 'q', 'QK'), V=('v', 'oT', 'OV')).items()}
+    size = {
+        name: norm_of_product(late[a], torch.eye(late[a].size(-1), device=v.device), late[b])
+        for name, (a, b) in dict(QK=('q', 'k'), OV=('v', 'oT')).items()
+    }
+    early_size = norm_of_product(early['v'], torch.eye(v.size(-1), device=v.device), early['oT'])[
+        :, None
+    ]
+    return {
+        kind: norm_of_product(v, o @ late[reads][None], late[other][None])
+        / (early_size * size[of_whom]).clamp(min=1e-20)
+        for kind, (reads, other, of_whom) in dict(
+            Q=('q', 'k', 'QK'), K=('k', 'q', 'QK'), V=('v', 'oT', 'OV')
+        ).items()
+    }
 
 
 @torch.no_grad()
@@ -142,15 +185,29 @@ def composition(model):
     layers = [of(block) for block in model.transformer.h]
     layers = [c | dict(oT=c['o'].mT) for c in layers]
     generator = torch.Generator().manual_seed(0)
-    one, two = ({name: torch.randn(layers[0][name].shape, generator=generator) for name in ('q', 'k', 'v', 'oT')} for _ in range(2))
+    one, two = (
+        {
+            name: torch.randn(layers[0][name].shape, generator=generator)
+            for name in ('q', 'k', 'v', 'oT')
+        }
+        for _ in range(2)
+    )
     chance = strengths(one | dict(o=one['oT'].mT), two)
     chance = {kind: value.mean().item() for kind, value in chance.items()}
     found = []
     for b, late in enumerate(layers):
         for a, early in enumerate(layers[:b]):
             for kind, values in strengths(early, late).items():
-                found += [{'from': [a, i], 'to': [b, j], 'kind': kind, 'value': round(value - chance[kind], 5)}
-                          for i, row in enumerate(values.tolist()) for j, value in enumerate(row)]
+                found += [
+                    {
+                        'from': [a, i],
+                        'to': [b, j],
+                        'kind': kind,
+                        'value': round(value - chance[kind], 5),
+                    }
+                    for i, row in enumerate(values.tolist())
+                    for j, value in enumerate(row)
+                ]
     return found
 
 
@@ -169,14 +226,21 @@ def split_logits(model, ids, heads):
         q_nope, q_pe = attention.query(x, rope)
         c_kv, k_pe = attention.latent(x, rope)
         k_nope, _ = attention.heads(attention.kv_b_proj(c_kv), attention.b_widths)
-        parts[attention] = (torch.einsum('qhn,khn->hqk', q_nope[0], k_nope[0]) * attention.scale,
-                            torch.einsum('qhp,kp->hqk', q_pe[0], k_pe[0]) * attention.scale)
+        parts[attention] = (
+            torch.einsum('qhn,khn->hqk', q_nope[0], k_nope[0]) * attention.scale,
+            torch.einsum('qhp,kp->hqk', q_pe[0], k_pe[0]) * attention.scale,
+        )
 
     blocks = model.transformer.h
-    hooks = [blocks[layer].attn.register_forward_pre_hook(see) for layer in {layer for layer, _ in heads}]
+    hooks = [
+        blocks[layer].attn.register_forward_pre_hook(see) for layer in {layer for layer, _ in heads}
+    ]
     try:
         model.hidden(ids[None])
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(torch.stack([parts[blocks[layer].attn][part][head] for layer, head in heads]) for part in (0, 1))
+    return tuple(
+        torch.stack([parts[blocks[layer].attn][part][head] for layer, head in heads])
+        for part in (0, 1)
+    )

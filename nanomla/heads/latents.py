@@ -7,10 +7,11 @@ What MLA's latent keeps: the directions of c_kv that carry variance, and how ali
 
 Legend: N layers, R latent rank, T tokens (of all sequences together).
 """
+
 import torch
 
-from nanomla.core.configurator import UserError
 from model_mla import GPT_MLA
+from nanomla.core.configurator import UserError
 
 
 @torch.no_grad()
@@ -19,8 +20,12 @@ def read(model, ids, batch=8):
     if not isinstance(model, GPT_MLA):
         raise UserError('only MLA has a latent to compare: name an MLA model')
     seen = [[] for _ in model.transformer.h]
-    hooks = [block.attn.register_forward_pre_hook(lambda a, given, kept=kept: kept.append(a.latent(*given[:2])[0].flatten(0, 1).float()))
-             for block, kept in zip(model.transformer.h, seen)]
+    hooks = [
+        block.attn.register_forward_pre_hook(
+            lambda a, given, kept=kept: kept.append(a.latent(*given[:2])[0].flatten(0, 1).float())
+        )
+        for block, kept in zip(model.transformer.h, seen)
+    ]
     try:
         for part in ids.split(batch):
             model.hidden(part.to(next(model.parameters()).device))

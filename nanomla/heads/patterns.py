@@ -17,6 +17,7 @@ evenly scores the null, mean 1 / (q + 1), not zero.
 
 Legend: B sequences, T tokens, N layers, H heads of a layer, L length of S, G largest gap.
 """
+
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -38,9 +39,15 @@ def watched(model, see):
     tensor that it returns takes the pattern's place. The model must run eagerly: kernel='eager', eval mode.
     """
     attentions = [block.attn for block in model.transformer.h]
-    assert all(a.kernel == 'eager' and not a.training for a in attentions), "patterns pass by only with kernel='eager', in eval mode"
-    hooks = [a.attn_dropout.register_forward_hook(lambda module, given, pattern, layer=layer: see(layer, pattern))
-             for layer, a in enumerate(attentions)]
+    assert all(a.kernel == 'eager' and not a.training for a in attentions), (
+        "patterns pass by only with kernel='eager', in eval mode"
+    )
+    hooks = [
+        a.attn_dropout.register_forward_hook(
+            lambda module, given, pattern, layer=layer: see(layer, pattern)
+        )
+        for layer, a in enumerate(attentions)
+    ]
     try:
         yield
     finally:
@@ -76,7 +83,9 @@ def check(model, ids):
         finally:
             attention.kernel = 'eager'
         worst[0] = max(worst[0], (pattern.float().sum(-1) - 1).abs().max().item())
-        worst[1] = max(worst[1], ((rebuilt - other).abs().max() / other.abs().max().clamp(min=1e-9)).item())
+        worst[1] = max(
+            worst[1], ((rebuilt - other).abs().max() / other.abs().max().clamp(min=1e-9)).item()
+        )
 
     blocks = model.transformer.h
     hooks = [block.attn.register_forward_hook(compare) for block in blocks]
@@ -92,12 +101,15 @@ def check(model, ids):
 # ---------------------------------------------------------------------------------------------------
 # trials
 
+
 def lengths(block_size, usable, asked=50):
     """L and G that fit a block and a vocabulary: at most `asked`, BOS + 2 L + G in the block, L + G different tokens. UserError for too little."""
     L = min(asked, (block_size - 1) * 2 // 5, usable * 2 // 3)
     G = min(L, block_size - 1 - 2 * L, usable - L - 1)
     if L < 4 or G < 1:
-        raise UserError(f'a block of {block_size} tokens with {usable} different ones is too small to repeat anything in it')
+        raise UserError(
+            f'a block of {block_size} tokens with {usable} different ones is too small to repeat anything in it'
+        )
     return L, G
 
 
@@ -108,8 +120,14 @@ def copies(first, S, other, filler, gap):
     again = place - L - gap[:, None]  # 0 to L - 1 in the second copy; fillers before and behind it
     column = torch.where(again < 0, place, torch.where(again < L, again, L + place % G))
     gapped = torch.cat([S, filler], 1).gather(1, column)
-    return SimpleNamespace(L=L, gap=gap, **{name: torch.cat([first, *parts], 1) for name, parts in
-                                            dict(repeated=(S, S), control=(S, other), gapped=(gapped,)).items()})
+    return SimpleNamespace(
+        L=L,
+        gap=gap,
+        **{
+            name: torch.cat([first, *parts], 1)
+            for name, parts in dict(repeated=(S, S), control=(S, other), gapped=(gapped,)).items()
+        },
+    )
 
 
 def trials(usable, begin, n=32, L=50, G=25, seed=0):
@@ -120,11 +138,17 @@ def trials(usable, begin, n=32, L=50, G=25, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(columns):  # different tokens in each row
-        return usable[torch.stack([torch.randperm(len(usable), generator=generator)[:columns] for _ in range(n)])]
+        return usable[
+            torch.stack(
+                [torch.randperm(len(usable), generator=generator)[:columns] for _ in range(n)]
+            )
+        ]
 
     S, other = draw(L + G + 1), draw(L)
     first = S[:, -1:] if begin is None else torch.full((n, 1), begin)
-    return copies(first, S[:, :L], other, S[:, L:L + G], 1 + torch.randint(G, (n,), generator=generator))
+    return copies(
+        first, S[:, :L], other, S[:, L : L + G], 1 + torch.randint(G, (n,), generator=generator)
+    )
 
 
 def text_trials(tokens, begin, n=32, L=50, G=25, seed=0):
@@ -137,15 +161,23 @@ def text_trials(tokens, begin, n=32, L=50, G=25, seed=0):
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - L - G - 1, (3, n, 1), generator=generator)
     S, other, filler = tokens[starts + torch.arange(L + G)]
-    first = S[:, L:L + 1] if begin is None else torch.full((n, 1), begin)
-    return copies(first, S[:, :L], other[:, :L], filler[:, :G], 1 + torch.randint(G, (n,), generator=generator))
+    first = S[:, L : L + 1] if begin is None else torch.full((n, 1), begin)
+    return copies(
+        first,
+        S[:, :L],
+        other[:, :L],
+        filler[:, :G],
+        1 + torch.randint(G, (n,), generator=generator),
+    )
 
 
 def rows(L, gap):
     """Of every trial sequence: the rows of the second copy (B, L), and for each kind of head the keys (B, L) that it would look at."""
     i = torch.arange(L).expand(len(gap), -1)
     q = 1 + L + gap[:, None] + i
-    return q, dict(induction=i + 2, duplicate=i + 1, previous=q - 1, current=q, first=torch.zeros_like(q))
+    return q, dict(
+        induction=i + 2, duplicate=i + 1, previous=q - 1, current=q, first=torch.zeros_like(q)
+    )
 
 
 def nulls(L, gap):
@@ -156,11 +188,15 @@ def nulls(L, gap):
 # ---------------------------------------------------------------------------------------------------
 # scores
 
-def token_losses(model, x, targets, chunk=2 ** 25):
+
+def token_losses(model, x, targets, chunk=2**25):
     """Cross-entropy in nats of every token, (B, T): x (B, T, C) from model.hidden. The logits are made few at a time."""
     x, flat = x.flatten(0, 1), targets.flatten()
     n = max(1, chunk // model.config.vocab_size)
-    parts = [F.cross_entropy(model.lm_head(a).float(), b, reduction='none') for a, b in zip(x.split(n), flat.split(n))]
+    parts = [
+        F.cross_entropy(model.lm_head(a).float(), b, reduction='none')
+        for a, b in zip(x.split(n), flat.split(n))
+    ]
     return torch.cat(parts).view(targets.shape)
 
 
@@ -178,17 +214,34 @@ def run(model, ids, L, gap, batch=8):
         far = torch.arange(L + 1)
 
         def see(layer, pattern):
-            found[layer] = {kind: pattern[b, :, q, k].float().mean(1) for kind, k in keys.items()}  # (B, L, H) -> (B, H)
-            by_distance[layer] = torch.stack([pattern[b[..., None], :, q[..., None], start[..., None] + step * far].float().mean((0, 1)).T  # (B, L, far, H) -> (H, far)
-                                              for start, step in ((q, -1), (keys['duplicate'], 1))])
+            found[layer] = {
+                kind: pattern[b, :, q, k].float().mean(1) for kind, k in keys.items()
+            }  # (B, L, H) -> (B, H)
+            by_distance[layer] = torch.stack(
+                [
+                    pattern[b[..., None], :, q[..., None], start[..., None] + step * far]
+                    .float()
+                    .mean((0, 1))
+                    .T  # (B, L, far, H) -> (H, far)
+                    for start, step in ((q, -1), (keys['duplicate'], 1))
+                ]
+            )
 
         with watched(model, see):
             x = model.hidden(part.to(device))
         losses.append(token_losses(model, x[:, :-1], part[:, 1:].to(device)).cpu())
         layers = range(len(found))
-        scores.append({kind: torch.stack([found[l][kind].T for l in layers]).cpu() for kind in KINDS})  # (N, H, B)
-        offsets.append(torch.stack([by_distance[l] for l in layers], 1).cpu() * len(part) / len(ids))
-    return {kind: torch.cat([s[kind] for s in scores], -1) for kind in KINDS}, sum(offsets), torch.cat(losses)
+        scores.append(
+            {kind: torch.stack([found[l][kind].T for l in layers]).cpu() for kind in KINDS}
+        )  # (N, H, B)
+        offsets.append(
+            torch.stack([by_distance[l] for l in layers], 1).cpu() * len(part) / len(ids)
+        )
+    return (
+        {kind: torch.cat([s[kind] for s in scores], -1) for kind in KINDS},
+        sum(offsets),
+        torch.cat(losses),
+    )
 
 
 def interval(values, seed=0):
@@ -212,29 +265,46 @@ def score(model, trial, threshold=THRESHOLD, batch=8):
     when it attends at one fixed distance of 2 or more whether or not anything repeats. '' is none of these.
     """
     none = torch.zeros_like(trial.gap)
-    tests = dict(repeated=(trial.repeated, none), control=(trial.control, none), gap=(trial.gapped, trial.gap))
+    tests = dict(
+        repeated=(trial.repeated, none),
+        control=(trial.control, none),
+        gap=(trial.gapped, trial.gap),
+    )
     found = {name: run(model, ids, trial.L, gap, batch) for name, (ids, gap) in tests.items()}
     null, null_gap = nulls(trial.L, none), nulls(trial.L, trial.gap)
     of_kind, passes = {}, {}
     for kind in KINDS:
         values, control, gap = (found[name][0][kind] for name in TRIALS)
         low, high = interval(values)
-        of_kind[kind] = dict(score=values.mean(-1), low=low, high=high, control=control.mean(-1), gap=gap.mean(-1))
+        of_kind[kind] = dict(
+            score=values.mean(-1), low=low, high=high, control=control.mean(-1), gap=gap.mean(-1)
+        )
         passes[kind] = (low - null > threshold) & (interval(gap)[0] - null_gap > threshold)
         if kind in ('induction', 'duplicate'):
             passes[kind] &= interval(values - control)[0] > threshold
     fixed, distance = found['control'][1][0, ..., 2:].max(-1)
     stripes = {name: found[name][1][1, ..., 2:] for name in TRIALS}  # that of induction is 1
-    shifted, offset = torch.minimum(stripes['repeated'] - stripes['control'], stripes['gap']).max(-1, keepdim=True)
+    shifted, offset = torch.minimum(stripes['repeated'] - stripes['control'], stripes['gap']).max(
+        -1, keepdim=True
+    )
     stripes = {name: stripe.gather(-1, offset)[..., 0] for name, stripe in stripes.items()}
     passes['positional'] = fixed - null > threshold
     heads = []
     for l, h in torch.cartesian_prod(*map(torch.arange, fixed.shape)).tolist():
-        entry = {kind: {key: round(value[l, h].item(), 6) for key, value in of_kind[kind].items()} | dict(null=round(null, 6), null_gap=round(null_gap, 6))
-                 for kind in KINDS}
-        entry['positional'] = dict(score=round(fixed[l, h].item(), 6), distance=distance[l, h].item() + 2)
-        entry['shifted'] = dict(score=round(stripes['repeated'][l, h].item(), 6), control=round(stripes['control'][l, h].item(), 6),
-                                gap=round(stripes['gap'][l, h].item(), 6), offset=offset[l, h, 0].item() + 2)
+        entry = {
+            kind: {key: round(value[l, h].item(), 6) for key, value in of_kind[kind].items()}
+            | dict(null=round(null, 6), null_gap=round(null_gap, 6))
+            for kind in KINDS
+        }
+        entry['positional'] = dict(
+            score=round(fixed[l, h].item(), 6), distance=distance[l, h].item() + 2
+        )
+        entry['shifted'] = dict(
+            score=round(stripes['repeated'][l, h].item(), 6),
+            control=round(stripes['control'][l, h].item(), 6),
+            gap=round(stripes['gap'][l, h].item(), 6),
+            offset=offset[l, h, 0].item() + 2,
+        )
         fits = {kind: entry[kind]['score'] for kind in passes if passes[kind][l, h]}
         matched = [kind for kind in ('induction', 'duplicate') if kind in fits]
         entry['label'] = max(matched or fits, key=fits.get, default='')
@@ -244,7 +314,7 @@ def score(model, trial, threshold=THRESHOLD, batch=8):
 
 def repeat_loss(losses, L):
     """Mean loss in nats over the second copy, of those tokens that the first one foretells: losses (B, 2 L) as of `run`."""
-    return losses[:, L + 1:2 * L].mean().item()
+    return losses[:, L + 1 : 2 * L].mean().item()
 
 
 @torch.no_grad()
@@ -259,5 +329,10 @@ def in_context(model, tokens, n=64, batch=8, seed=0):
         return None
     starts = torch.linspace(0, len(tokens) - T - 1, n).long()
     windows = tokens[starts[:, None] + torch.arange(T + 1)].to(next(model.parameters()).device)
-    losses = torch.cat([token_losses(model, model.hidden(w[:, :-1]), w[:, 1:]) for w in windows.split(batch)]).mean(0)
-    return (losses[late - width:late + width + 1].mean() - losses[early - width:early + width + 1].mean()).item(), (early, late)
+    losses = torch.cat(
+        [token_losses(model, model.hidden(w[:, :-1]), w[:, 1:]) for w in windows.split(batch)]
+    ).mean(0)
+    return (
+        losses[late - width : late + width + 1].mean()
+        - losses[early - width : early + width + 1].mean()
+    ).item(), (early, late)

@@ -25,17 +25,13 @@ be captured in a CUDA graph and replayed after each `plan`.
 
 Legend: B sequences of a step, T new tokens of each, N places a step reads, W window, C width of a name.
 """
+
 from types import SimpleNamespace
 
 import torch
 
 from nanomla.core.configurator import UserError
-from nanomla.inference.quantize import BITS
-from nanomla.inference.quantize import FULL
-from nanomla.inference.quantize import NEVER_QUANTISED
-from nanomla.inference.quantize import dequantise
-from nanomla.inference.quantize import group_of
-from nanomla.inference.quantize import quantise
+from nanomla.inference.quantize import BITS, FULL, NEVER_QUANTISED, dequantise, group_of, quantise
 
 LAYOUTS, PAGE_SIZES = ('dense', 'paged'), (16, 64, 128)
 KERNELS = ('auto', 'triton', 'torch', 'flex', 'flashinfer', 'flashmla')
@@ -45,7 +41,9 @@ class OutOfPages(UserError):
     """`needed` pages were asked for and only `free` are left; nothing has changed."""
 
     def __init__(self, needed, free):
-        super().__init__(f'out of pages: {needed} needed, {free} free: end a sequence, or make the cache with more pages')
+        super().__init__(
+            f'out of pages: {needed} needed, {free} free: end a sequence, or make the cache with more pages'
+        )
         self.needed, self.free = needed, free
 
 
@@ -64,7 +62,10 @@ class Store:
 
         self.recent = None
         if bits:
-            self.places = [buffer(cache.places, -(-width * bits // 8), torch.uint8), buffer(cache.places, 2 * width // group_of(width), torch.float16)]
+            self.places = [
+                buffer(cache.places, -(-width * bits // 8), torch.uint8),
+                buffer(cache.places, 2 * width // group_of(width), torch.float16),
+            ]
             if cache.window:
                 self.recent = buffer(cache.slots * cache.window, width, cache.full)
         else:
@@ -92,7 +93,9 @@ class Store:
             seen = parts[0].to(x.dtype)
         else:
             seen = dequantise(*parts, self.width, self.bits).to(x.dtype)
-            recent = x if before is None else torch.cat([before, x.to(before.dtype)], dim=1).to(x.dtype)
+            recent = (
+                x if before is None else torch.cat([before, x.to(before.dtype)], dim=1).to(x.dtype)
+            )
             recent = recent.gather(1, now.place_in_recent[..., None].expand(-1, -1, self.width))
             seen = torch.where(now.is_recent[..., None], recent, seen)
         return torch.where(now.held[..., None], seen, 0)
@@ -118,7 +121,9 @@ class Layer:
         """MLA's two stores become columns of one buffer `joint` (places, R + P), which some kernels want."""
         c_kv, k_pe = self.stores.values()
         self.joint = torch.cat([c_kv.places[0], k_pe.places[0]], dim=-1)
-        c_kv.places, k_pe.places = ([part] for part in self.joint.split([c_kv.width, k_pe.width], dim=-1))
+        c_kv.places, k_pe.places = (
+            [part] for part in self.joint.split([c_kv.width, k_pe.width], dim=-1)
+        )
 
     @property
     def fresh(self):
@@ -127,12 +132,27 @@ class Layer:
 
     def keep(self, **new):
         """Takes what new tokens leave behind, name=(B, T, C)."""
-        assert new.keys() == self.stores.keys(), f'this cache holds {list(self.stores)}, not {list(new)}'
+        assert new.keys() == self.stores.keys(), (
+            f'this cache holds {list(self.stores)}, not {list(new)}'
+        )
         cache, now = self.cache, self.cache.now
         if cache.kernel == 'triton' and self.serves(now.position.size(1)):
             from nanomla.inference.attention_kernel import keep
-            keep([(x, store.held, store.bits, group_of(store.width)) for store, x in zip(self.stores.values(), new.values()) if store.width],
-                 now.lengths, now.counts, cache.size, cache.table, cache.page_size, now.rows, cache.window)
+
+            keep(
+                [
+                    (x, store.held, store.bits, group_of(store.width))
+                    for store, x in zip(self.stores.values(), new.values())
+                    if store.width
+                ],
+                now.lengths,
+                now.counts,
+                cache.size,
+                cache.table,
+                cache.page_size,
+                now.rows,
+                cache.window,
+            )
         else:
             for name, x in new.items():
                 self.stores[name].keep(x)
@@ -143,11 +163,27 @@ class Layer:
         decode_kernels.keep has it. Returns the query.
         """
         from nanomla.inference.attention_kernel import keep
+
         cache, now = self.cache, self.cache.now
         names = [name for name in new if self.stores[name].width]
-        new = [(new[name], (store := self.stores[name]).held, store.bits, group_of(store.width)) for name in names]
-        return keep(new, now.lengths, now.counts, cache.size, cache.table, cache.page_size, now.rows, cache.window, q if q.size(-1) else None, rope, turns,
-                    norm if hasattr(norm, 'weight') else None)
+        new = [
+            (new[name], (store := self.stores[name]).held, store.bits, group_of(store.width))
+            for name in names
+        ]
+        return keep(
+            new,
+            now.lengths,
+            now.counts,
+            cache.size,
+            cache.table,
+            cache.page_size,
+            now.rows,
+            cache.window,
+            q if q.size(-1) else None,
+            rope,
+            turns,
+            norm if hasattr(norm, 'weight') else None,
+        )
 
     def extend(self, **new):
         """
@@ -156,12 +192,18 @@ class Layer:
 
         A quantised cache shows the tokens of this very call in full precision, and so many before them as make W.
         """
-        assert new.keys() == self.stores.keys(), f'this cache holds {list(self.stores)}, not {list(new)}'
+        assert new.keys() == self.stores.keys(), (
+            f'this cache holds {list(self.stores)}, not {list(new)}'
+        )
         return [self.stores[name].extend(x) for name, x in new.items()], self.cache.view.mask
 
     def serves(self, T):
         """Whether `attend` can take T new tokens of a sequence; where not, there is `extend`."""
-        return T == 1 and (self.cache.kernel == 'triton' or self.cache.kernel != 'torch' and self.cache.now.rows is None)
+        return T == 1 and (
+            self.cache.kernel == 'triton'
+            or self.cache.kernel != 'torch'
+            and self.cache.now.rows is None
+        )
 
     def attend(self, q, scale, q_pe=None):
         """
@@ -170,19 +212,35 @@ class Layer:
         """
         if self.cache.kernel != 'triton':
             from nanomla.inference.backends import attend
+
             return attend(self.cache.kernel, self, q, scale, q_pe)
         from nanomla.inference.attention_kernel import decode
+
         cache, stores = self.cache, list(self.stores.values())
         latent = 'c_kv' in self.stores
         first = stores[0]
-        y = decode(q[:, :, 0].contiguous(), first.held, None if latent else stores[1].held, cache.now.lengths, scale, cache.size,
-                   None if q_pe is None else q_pe[:, :, 0].contiguous(), stores[1].places[0] if q_pe is not None else None,
-                   cache.table, cache.page_size, cache.now.rows, first.bits, group_of(first.width), cache.window)
+        y = decode(
+            q[:, :, 0].contiguous(),
+            first.held,
+            None if latent else stores[1].held,
+            cache.now.lengths,
+            scale,
+            cache.size,
+            None if q_pe is None else q_pe[:, :, 0].contiguous(),
+            stores[1].places[0] if q_pe is not None else None,
+            cache.table,
+            cache.page_size,
+            cache.now.rows,
+            first.bits,
+            group_of(first.width),
+            cache.window,
+        )
         return y[:, :, None]
 
 
 # ---------------------------------------------------------------------------------------------------
 # layout
+
 
 class Pages:
     """Which pages are free, and how many sequences hold each of the others."""
@@ -220,17 +278,36 @@ class Cache:
     UserError for a layout, dtype, kernel, page size or width of window that is not known, and a kernel that cannot read this cache.
     """
 
-    def __init__(self, dims, slots, size, layout='dense', dtype='auto', page_size=64, pages=0, window=128,
-                 full=torch.float32, device='cpu', static=False, kernel='auto', heads=1, fuse=True):
+    def __init__(
+        self,
+        dims,
+        slots,
+        size,
+        layout='dense',
+        dtype='auto',
+        page_size=64,
+        pages=0,
+        window=128,
+        full=torch.float32,
+        device='cpu',
+        static=False,
+        kernel='auto',
+        heads=1,
+        fuse=True,
+    ):
         known = ['auto', *FULL, *BITS]
         if layout not in LAYOUTS:
             raise UserError(f"cache='{layout}' is not known: use {' or '.join(LAYOUTS)}")
         if dtype not in known:
             raise UserError(f"cache_dtype='{dtype}' is not known: use {', '.join(known)}")
         if layout == 'paged' and page_size not in PAGE_SIZES:
-            raise UserError(f"page_size={page_size} is not supported: use {', '.join(map(str, PAGE_SIZES))}")
+            raise UserError(
+                f'page_size={page_size} is not supported: use {", ".join(map(str, PAGE_SIZES))}'
+            )
         if slots < 1 or size < 1 or window < 0 or pages < 0:
-            raise UserError(f'a cache needs room: slots={slots} and size={size} must be at least 1, window={window} and pages={pages} at least 0')
+            raise UserError(
+                f'a cache needs room: slots={slots} and size={size} must be at least 1, window={window} and pages={pages} at least 0'
+            )
         self.slots, self.size, self.layout, self.window = slots, size, layout, min(window, size)
         self.full, self.device, self.fuse = full, torch.device(device), fuse
         self.dtype = next(name for name in FULL if FULL[name] == full) if dtype == 'auto' else dtype
@@ -252,8 +329,18 @@ class Cache:
         self.counts_here = [1] * slots
         self.layers = []
         for widths in dims:
-            bits = {name: 0 if name in NEVER_QUANTISED else BITS.get(self.dtype, 0) for name in widths}
-            self.layers.append(Layer(self, {name: Store(self, width, bits[name], FULL.get(self.dtype, full)) for name, width in widths.items()}))
+            bits = {
+                name: 0 if name in NEVER_QUANTISED else BITS.get(self.dtype, 0) for name in widths
+            }
+            self.layers.append(
+                Layer(
+                    self,
+                    {
+                        name: Store(self, width, bits[name], FULL.get(self.dtype, full))
+                        for name, width in widths.items()
+                    },
+                )
+            )
         self.planned = self.now = self.aimed = self.looked = None
         self.kernel = self.pick_kernel(kernel, heads)
         self.static = static and self.kernel != 'flashinfer'
@@ -269,20 +356,31 @@ class Cache:
             reason = self.reason_for_torch(heads)
         else:
             from nanomla.inference.backends import reason_not_to_run
+
             reason = '' if kernel == 'torch' else reason_not_to_run(kernel, self)
         if reason and kernel != 'auto':
-            raise UserError(f'--decode_kernel={kernel} cannot run: {reason}. Use --decode_kernel=auto')
+            raise UserError(
+                f'--decode_kernel={kernel} cannot run: {reason}. Use --decode_kernel=auto'
+            )
         return ('torch' if reason else 'triton') if kernel == 'auto' else kernel
 
     def reason_for_torch(self, heads):
         """Why decode_kernels.py cannot serve this cache, '' if it can. heads: key/value heads of an attention that has no latent."""
         from nanomla.inference.attention_kernel import reason_not_to_run
+
         for layer in self.layers:
             names, first = list(layer.stores), next(iter(layer.stores.values()))
             if 'c_kv' not in names and first.width % heads:
                 return f'{first.width} channels are not {heads} heads'
             width = first.width if 'c_kv' in names else first.width // heads
-            if reason := reason_not_to_run(self.device, first.places[0].dtype if not first.bits else self.full, width, first.bits, group_of(first.width), 'c_kv' in names):
+            if reason := reason_not_to_run(
+                self.device,
+                first.places[0].dtype if not first.bits else self.full,
+                width,
+                first.bits,
+                group_of(first.width),
+                'c_kv' in names,
+            ):
                 return reason
         return ''
 
@@ -290,7 +388,15 @@ class Cache:
     def of(cls, model, slots, size, **how):
         """A cache for `model`, on its device and with its dtype as full precision."""
         dims = [block.attn.cache_dims() for block in model.transformer.h]
-        return cls(dims, slots, size, full=model.stream, device=model.lm_head.weight.device, heads=model.config.n_kv_head, **how)
+        return cls(
+            dims,
+            slots,
+            size,
+            full=model.stream,
+            device=model.lm_head.weight.device,
+            heads=model.config.n_kv_head,
+            **how,
+        )
 
     @property
     def stores(self):
@@ -326,24 +432,36 @@ class Cache:
         assert len(counts) == len(among) == len(set(among)) and max(counts) > 0 and min(counts) >= 0
         for row, count in zip(among, counts):
             if self.used[row] + count > self.size:
-                raise UserError(f'the cache is too small: it holds {self.size} tokens of a sequence and {self.used[row] + count} are needed')
+                raise UserError(
+                    f'the cache is too small: it holds {self.size} tokens of a sequence and {self.used[row] + count} are needed'
+                )
         if self.pages:
             self._take_pages(among, counts)
         fresh = not any(self.used[row] for row in among)
         for row, count in zip(among, counts):
             self.used[row] += count
         ragged = len(set(counts)) > 1
-        given = torch.tensor(counts).to(self.device, non_blocking=True) if rows is not None else None
+        given = (
+            torch.tensor(counts).to(self.device, non_blocking=True) if rows is not None else None
+        )
         if rows is None and counts != self.counts_here:
             self.counts.copy_(torch.tensor(counts), non_blocking=True)
             self.counts_here = counts
-        reach = self.size if self.static else min(self.size, -(-max(self.used[row] for row in among) // 64) * 64)
+        reach = (
+            self.size
+            if self.static
+            else min(self.size, -(-max(self.used[row] for row in among) // 64) * 64)
+        )
         where = None if rows is None else torch.tensor(among).to(self.device, non_blocking=True)
         self.planned = where, given, ragged or self.static, reach, max(counts), fresh
 
     def _take_pages(self, among, counts):
         """Pages for new tokens, and an own copy of each page that is shared and will be written."""
-        holders, copies, wanted = {}, [], []  # holders: as they will be once the copies before have been made
+        holders, copies, wanted = (
+            {},
+            [],
+            [],
+        )  # holders: as they will be once the copies before have been made
         for row, count in zip(among, counts):
             pages = self.held_by[row]
             last = self.used[row] // self.page_size  # the page that the next token goes to
@@ -409,7 +527,9 @@ class Cache:
             self.plan(T)
         (rows, counts, ragged, reach, most, fresh), self.planned = self.planned, None
         assert T == most, f'{most} tokens were planned, not {T}'
-        now = self.now = SimpleNamespace()  # what this pass has in common in all layers: where its tokens go, what they see
+        now = self.now = (
+            SimpleNamespace()
+        )  # what this pass has in common in all layers: where its tokens go, what they see
         now.rows, now.reach, now.fresh = rows, reach, fresh
         now.counts = self.counts if rows is None else counts
         now.start = start = self.lengths if rows is None else self.lengths[rows]
@@ -431,14 +551,19 @@ class Cache:
             row = (self.steps_of_slots if now.rows is None else now.rows)[:, None]
             aim.to = row * self.size + position
             if self.pages:
-                aim.to = self.table[row, position // self.page_size].long() * self.page_size + position % self.page_size
+                aim.to = (
+                    self.table[row, position // self.page_size].long() * self.page_size
+                    + position % self.page_size
+                )
             if now.ragged:
                 aim.source, aim.to = self._instead_of(now.real, aim.to)
             aim.to = aim.to.flatten()
             if self.dtype in BITS and W:
-                new = self.steps[:position.size(1)]
+                new = self.steps[: position.size(1)]
                 staying = (new < now.counts[:, None]) & (new >= now.counts[:, None] - W)
-                aim.source_of_recent, aim.to_recent = self._instead_of(staying, row * W + position % W)
+                aim.source_of_recent, aim.to_recent = self._instead_of(
+                    staying, row * W + position % W
+                )
         return self.aimed
 
     @property
@@ -447,15 +572,19 @@ class Cache:
         if self.looked is None:
             self.looked = look = SimpleNamespace()
             now, W, T = self.now, self.window, self.now.position.size(1)
-            place, start = self.steps[:now.reach], now.start[:, None]
+            place, start = self.steps[: now.reach], now.start[:, None]
             if self.pages:
-                table = (self.table if now.rows is None else self.table[now.rows])[:, :-(-now.reach // self.page_size)].long() * self.page_size
-                look.addresses = (table[..., None] + self.steps_of_page).flatten(1)[:, :now.reach]
+                table = (self.table if now.rows is None else self.table[now.rows])[
+                    :, : -(-now.reach // self.page_size)
+                ].long() * self.page_size
+                look.addresses = (table[..., None] + self.steps_of_page).flatten(1)[:, : now.reach]
             look.held = place < now.lengths[:, None]
             look.mask = (place <= now.position[..., None])[:, None]
             if self.dtype in BITS:
                 look.is_recent = place >= torch.minimum(start, now.lengths[:, None] - W)
-                look.place_in_recent = torch.where(place < start, place % max(W, 1), W + place - start).clamp(0, W + T - 1)
+                look.place_in_recent = torch.where(
+                    place < start, place % max(W, 1), W + place - start
+                ).clamp(0, W + T - 1)
         return self.looked
 
     @staticmethod
@@ -474,7 +603,7 @@ class Cache:
         now = self.now
         if self.pages:
             return buffer[self.view.addresses]
-        rows = buffer.unflatten(0, (self.slots, self.size))[:, :now.reach]
+        rows = buffer.unflatten(0, (self.slots, self.size))[:, : now.reach]
         return rows if now.rows is None else rows[now.rows]
 
     def end(self):

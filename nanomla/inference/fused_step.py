@@ -7,6 +7,7 @@ Each kernel stands beside its PyTorch reference. `block` is Block.forward put to
 
 Legend: B sequences, C channels in, N channels out, H heads, V vocabulary.
 """
+
 from __future__ import annotations  # `tl.constexpr` below is read by Triton, not by Python
 
 from functools import lru_cache
@@ -26,9 +27,16 @@ def kernels():
     global triton, tl, normed, order, ordered, reach, weigh
     import triton
     import triton.language as tl
+
     normed, order, ordered, reach, weigh = map(triton.jit, (normed, order, ordered, reach, weigh))
-    return SimpleNamespace(one=triton.jit(one_kernel), norm=triton.jit(norm_kernel),
-                           high=triton.jit(high_kernel), low=triton.jit(low_kernel), sum=triton.jit(sum_kernel), draw=triton.jit(draw_kernel))
+    return SimpleNamespace(
+        one=triton.jit(one_kernel),
+        norm=triton.jit(norm_kernel),
+        high=triton.jit(high_kernel),
+        low=triton.jit(low_kernel),
+        sum=triton.jit(sum_kernel),
+        draw=triton.jit(draw_kernel),
+    )
 
 
 def normed(row, gain, shift, eps, c, C: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr):
@@ -36,14 +44,39 @@ def normed(row, gain, shift, eps, c, C: tl.constexpr, NORM: tl.constexpr, SHIFT:
     x = row.to(tl.float32)
     mean = tl.sum(x, 0) / C if NORM == 'layernorm' else 0.0
     apart = tl.where(c < C, x - mean, 0.0)
-    y = apart * tl.rsqrt(tl.sum(apart * apart, 0) / C + eps) * tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
+    y = (
+        apart
+        * tl.rsqrt(tl.sum(apart * apart, 0) / C + eps)
+        * tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
+    )
     if SHIFT:
         y += tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)
     return y.to(row.dtype)
 
 
-def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_out, w_in, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr,
-               TILE: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
+def one_kernel(
+    x,
+    weight,
+    bias,
+    gain,
+    shift,
+    add,
+    out,
+    eps,
+    x_head,
+    w_head,
+    w_out,
+    w_in,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    N: tl.constexpr,
+    TILE: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ACT: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """Program (TILE outputs, head), one sequence: all that it needs is asked for at once."""
     head = tl.program_id(1)
     n, c = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, CP)
@@ -60,7 +93,11 @@ def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_ou
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if ACT == 'swiglu':
         up = tl.sum(v.to(tl.float32) * row[None, :], 1)
-        y = y * tl.sigmoid(y) * (up + (tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0))
+        y = (
+            y
+            * tl.sigmoid(y)
+            * (up + (tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0))
+        )
     elif ACT == 'gelu':
         y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     elif ACT == 'gelu_tanh':  # 1 + tanh(z) = 2 sigmoid(2 z)
@@ -72,7 +109,18 @@ def one_kernel(x, weight, bias, gain, shift, add, out, eps, x_head, w_head, w_ou
     tl.store(out + head * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
-def norm_kernel(x, gain, shift, out, eps, stride, C: tl.constexpr, CP: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr):
+def norm_kernel(
+    x,
+    gain,
+    shift,
+    out,
+    eps,
+    stride,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    NORM: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """One program a row of x (B, C)."""
     b, c = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
     row = tl.load(x + b * stride + c, mask=c < C, other=0.0)
@@ -93,8 +141,19 @@ def kind_of(norm):
 def norm_of(x, norm):
     """norm(x), a Norm of model.py, for x (B, C)."""
     (B, C), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels().norm[(B,)](x, norm.weight, norm.bias, out, norm.eps, x.stride(0), C, 1 << (C - 1).bit_length(), kind_of(norm), norm.bias is not None,
-                         num_warps=4)
+    kernels().norm[(B,)](
+        x,
+        norm.weight,
+        norm.bias,
+        out,
+        norm.eps,
+        x.stride(0),
+        C,
+        1 << (C - 1).bit_length(),
+        kind_of(norm),
+        norm.bias is not None,
+        num_warps=4,
+    )
     return out
 
 
@@ -111,11 +170,34 @@ def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
     N = weight.size(-2) // (2 if act == 'swiglu' else 1)
     out = x.new_empty(*x.shape[:-1], N)
     assert x.stride(-1) == 1
-    strides = x.stride(1) if x.ndim == 3 else 0, weight.stride(0) if weight.ndim == 3 else 0, *weight.stride()[-2:]
+    strides = (
+        x.stride(1) if x.ndim == 3 else 0,
+        weight.stride(0) if weight.ndim == 3 else 0,
+        *weight.stride()[-2:],
+    )
     gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     TILE, warps = sizes or sizes_of_one(C)
-    kernels().one[(-(-N // TILE), heads)](x, weight, bias, gain, shift, add, out, eps, *strides, C, 1 << (C - 1).bit_length(), N, TILE,
-                                          kind_of(norm), bias is not None, shift is not None, act, add is not None, num_warps=warps)
+    kernels().one[(-(-N // TILE), heads)](
+        x,
+        weight,
+        bias,
+        gain,
+        shift,
+        add,
+        out,
+        eps,
+        *strides,
+        C,
+        1 << (C - 1).bit_length(),
+        N,
+        TILE,
+        kind_of(norm),
+        bias is not None,
+        shift is not None,
+        act,
+        add is not None,
+        num_warps=warps,
+    )
     return out
 
 
@@ -155,23 +237,28 @@ def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
 # counts of the low bytes among those the rest. A row is cut into parts, a program each; four kernels, since each needs what all programs
 # before it found.
 
+
 def order(x):
     """Whole numbers from 0 to 65,535 in the order of x, 16-bit floats: their bits, with the negative ones turned over."""
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff
-    return tl.where(bits >= 0x8000, 0xffff - bits, bits + 0x8000)
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
 
 
 def ordered(logits, stride, V, PART: tl.constexpr):
     """This program's part: logits, -inf behind the last, and their order."""
     i = tl.program_id(0) * PART + tl.arange(0, PART)
-    x = tl.load(logits + tl.program_id(1).to(tl.int64) * stride + i, mask=i < V, other=float('-inf'))
+    x = tl.load(
+        logits + tl.program_id(1).to(tl.int64) * stride + i, mask=i < V, other=float('-inf')
+    )
     return x.to(tl.float32), order(x)
 
 
 def reach(counts, parts, k, SP: tl.constexpr):
     """The last of 256 bytes that k logits of a row reach or pass, and how many pass it."""
     s, n = tl.arange(0, SP), tl.arange(0, 256)
-    each = tl.sum(tl.load(counts + s[:, None] * 256 + n[None, :], mask=s[:, None] < parts, other=0), 0)
+    each = tl.sum(
+        tl.load(counts + s[:, None] * 256 + n[None, :], mask=s[:, None] < parts, other=0), 0
+    )
     byte = tl.sum((tl.sum(each, 0) - tl.cumsum(each, 0) + each >= k).to(tl.int32), 0) - 1
     return byte, tl.sum(tl.where(n > byte, each, 0), 0)
 
@@ -193,28 +280,63 @@ def low_kernel(logits, high, low, stride, V, k, PART: tl.constexpr, SP: tl.const
     parts, row = tl.num_programs(0), tl.program_id(1)
     byte, _ = reach(high + row * parts * 256, parts, k, SP)
     x, key = ordered(logits, stride, V, PART)
-    tl.store(low + (row * parts + tl.program_id(0)) * 256 + tl.arange(0, 256), tl.histogram(key & 255, 256, key >> 8 == byte))
+    tl.store(
+        low + (row * parts + tl.program_id(0)) * 256 + tl.arange(0, 256),
+        tl.histogram(key & 255, 256, key >> 8 == byte),
+    )
 
 
-def sum_kernel(logits, high, low, largest, leasts, sums, stride, V, k, inverse, PART: tl.constexpr, SP: tl.constexpr):
+def sum_kernel(
+    logits,
+    high,
+    low,
+    largest,
+    leasts,
+    sums,
+    stride,
+    V,
+    k,
+    inverse,
+    PART: tl.constexpr,
+    SP: tl.constexpr,
+):
     """The sum of its probabilities, times a factor that is the row's own; the first program notes the k-th largest."""
     parts, row, s = tl.num_programs(0), tl.program_id(1), tl.arange(0, SP)
     byte, passed = reach(high + row * parts * 256, parts, k, SP)
     rest, _ = reach(low + row * parts * 256, parts, k - passed, SP)
     most = tl.max(tl.load(largest + row * parts + s, mask=s < parts, other=float('-inf')), 0)
     x, key = ordered(logits, stride, V, PART)
-    tl.store(sums + row * parts + tl.program_id(0), tl.sum(weigh(x, key, most, byte * 256 + rest, inverse), 0))
+    tl.store(
+        sums + row * parts + tl.program_id(0),
+        tl.sum(weigh(x, key, most, byte * 256 + rest, inverse), 0),
+    )
     if tl.program_id(0) == 0:
         tl.store(leasts + row, byte * 256 + rest)
 
 
-def draw_kernel(logits, largest, leasts, sums, draws, tokens, stride, V, parts, inverse, PART: tl.constexpr, SP: tl.constexpr):
+def draw_kernel(
+    logits,
+    largest,
+    leasts,
+    sums,
+    draws,
+    tokens,
+    stride,
+    V,
+    parts,
+    inverse,
+    PART: tl.constexpr,
+    SP: tl.constexpr,
+):
     """One program a row: the first id that has more probability up to it than was drawn, in the part that it must be in."""
     row, s = tl.program_id(0), tl.arange(0, SP)
     each = tl.load(sums + row * parts + s, mask=s < parts, other=0.0)
     target = tl.sum(each, 0) * tl.load(draws + row)
     upto = tl.cumsum(each, 0)
-    part = tl.minimum(tl.min(tl.where((each > 0) & (upto > target), s, SP), 0), tl.max(tl.where(each > 0, s, 0), 0))
+    part = tl.minimum(
+        tl.min(tl.where((each > 0) & (upto > target), s, SP), 0),
+        tl.max(tl.where(each > 0, s, 0), 0),
+    )
     most = tl.max(tl.load(largest + row * parts + s, mask=s < parts, other=float('-inf')), 0)
     i = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row.to(tl.int64) * stride + i, mask=i < V, other=float('-inf'))
@@ -226,7 +348,12 @@ def draw_kernel(logits, largest, leasts, sums, draws, tokens, stride, V, parts, 
 
 def chooses(logits, temperature, top_p):
     """Whether `choose` can stand for decoding.choose."""
-    return logits.device.type in RUNS_ON and logits.dtype.itemsize == 2 and temperature >= 1e-5 and top_p == 1
+    return (
+        logits.device.type in RUNS_ON
+        and logits.dtype.itemsize == 2
+        and temperature >= 1e-5
+        and top_p == 1
+    )
 
 
 def choose(logits, draw, temperature, top_k, out=None, PART=2048):
@@ -237,36 +364,62 @@ def choose(logits, draw, temperature, top_k, out=None, PART=2048):
     high, low = torch.empty(2, B, parts, 256, dtype=torch.int32, device=logits.device)
     largest, sums = torch.empty(2, B, parts, device=logits.device)
     leasts = torch.empty(B, dtype=torch.int32, device=logits.device)
-    run, stride, SP, how = kernels(), logits.stride(0), max(2, 1 << (parts - 1).bit_length()), dict(num_warps=8 if B < 8 else 4)
+    run, stride, SP, how = (
+        kernels(),
+        logits.stride(0),
+        max(2, 1 << (parts - 1).bit_length()),
+        dict(num_warps=8 if B < 8 else 4),
+    )
     run.high[(parts, B)](logits, high, largest, stride, V, PART, **how)
     run.low[(parts, B)](logits, high, low, stride, V, k, PART, SP, **how)
-    run.sum[(parts, B)](logits, high, low, largest, leasts, sums, stride, V, k, inverse, PART, SP, **how)
-    run.draw[(B,)](logits, largest, leasts, sums, draw, tokens, stride, V, parts, inverse, PART, SP, **how)
+    run.sum[(parts, B)](
+        logits, high, low, largest, leasts, sums, stride, V, k, inverse, PART, SP, **how
+    )
+    run.draw[(B,)](
+        logits, largest, leasts, sums, draw, tokens, stride, V, parts, inverse, PART, SP, **how
+    )
     return tokens
 
 
 # ---------------------------------------------------------------------------------------------------
 # a block
 
+
 def serves(block, x, cache):
     """
     Whether `block` can stand for the Block's forward: one new token of each sequence, a cache read by Triton, plain weights in
     the dtype of x, no gradients, and nobody looking on.
     """
-    if not hasattr(cache, 'extend') or cache.fresh or cache.cache.kernel != 'triton' or not cache.cache.fuse:
+    if (
+        not hasattr(cache, 'extend')
+        or cache.fresh
+        or cache.cache.kernel != 'triton'
+        or not cache.cache.fuse
+    ):
         return False
     if x.size(1) > 1 or torch.is_grad_enabled():
         return False
     from model import Linear
+
     parts = list(block.modules())
-    return (not block.training and block.attn.kernel != 'eager' and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-            and all(type(part) is Linear and part.weight.dtype == x.dtype for part in parts if isinstance(part, torch.nn.Linear)))
+    return (
+        not block.training
+        and block.attn.kernel != 'eager'
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        and all(
+            type(part) is Linear and part.weight.dtype == x.dtype
+            for part in parts
+            if isinstance(part, torch.nn.Linear)
+        )
+    )
 
 
 def block(block, x, rope, cache):
     """Block.forward for x (B, 1, C), which may change -> (B, 1, C)."""
     attn, mlp, x = block.attn, block.mlp, x[:, 0]
-    y = (latent_attention if hasattr(attn, 'kv_b_proj') else attention)(attn, x, block.ln_1, rope, cache)
+    y = (latent_attention if hasattr(attn, 'kv_b_proj') else attention)(
+        attn, x, block.ln_1, rope, cache
+    )
     x = thin(y.flatten(1), attn.c_proj.weight, attn.c_proj.bias, add=x)
     if mlp is not None:
         y = thin(x, mlp.c_fc.weight, mlp.c_fc.bias, block.ln_2, mlp.act)
@@ -292,19 +445,29 @@ def latent_attention(attn, x, norm, rope, cache):
         x, norm = norm_of(x, norm), None
     if hasattr(attn, 'q_a_proj'):
         norm_a = attn.q_a_layernorm if hasattr(attn.q_a_layernorm, 'weight') else None
-        q = thin(thin(x, attn.q_a_proj.weight, attn.q_a_proj.bias, norm), attn.q_b_proj.weight, attn.q_b_proj.bias, norm_a)
+        q = thin(
+            thin(x, attn.q_a_proj.weight, attn.q_a_proj.bias, norm),
+            attn.q_b_proj.weight,
+            attn.q_b_proj.bias,
+            norm_a,
+        )
     else:
         q = thin(x, attn.q_proj.weight, attn.q_proj.bias, norm)
     new = thin(x, attn.kv_a_proj_with_mqa.weight, attn.kv_a_proj_with_mqa.bias, norm)
     q_nope, q_pe = q.split(attn.q_widths, dim=-1)
     c_kv, k_pe = new.split(attn.a_widths, dim=-1)
     if attn.qk_norm:
-        q_nope, q_pe = (t.flatten(1) for t in attn.normed_query(*(t.unflatten(-1, (H, -1)) for t in (q_nope, q_pe))))
+        q_nope, q_pe = (
+            t.flatten(1)
+            for t in attn.normed_query(*(t.unflatten(-1, (H, -1)) for t in (q_nope, q_pe)))
+        )
         k_pe = F.rms_norm(k_pe, (P,))
     if attn.rope_pairs is not None and rope is not None:
         rope = [t[..., attn.rope_pairs] for t in rope]
     q_pe = cache.settle(q_pe, rope, (P, 0, P), attn.kv_a_layernorm, c_kv=c_kv, k_pe=k_pe)
     w_uk, w_uv = (w.unflatten(0, (H, -1)) for w in attn.kv_b_proj.weight.split(attn.b_widths))
     q = thin(q_nope.unflatten(-1, (H, -1)), w_uk.transpose(1, 2))
-    y = cache.attend(q[:, :, None], attn.scale, q_pe.unflatten(-1, (H, P))[:, :, None] if P else None)[:, :, 0]
+    y = cache.attend(
+        q[:, :, None], attn.scale, q_pe.unflatten(-1, (H, P))[:, :, None] if P else None
+    )[:, :, 0]
     return thin(y, w_uv)

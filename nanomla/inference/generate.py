@@ -12,16 +12,18 @@ a UserError, as their users know them to end at block_size.
 
 Legend: B sequences, T tokens, C channels, V vocabulary.
 """
+
 from collections import deque
 from functools import lru_cache
 
 import torch
 
-from nanomla.inference import fused_step as step_kernels
 from nanomla.core.configurator import UserError
+from nanomla.inference import fused_step as step_kernels
 
-
-DRAWS = dict(temperature=1.0, top_k=0, top_p=1.0, vocab_size=0)  # how a token is drawn unless asked otherwise
+DRAWS = dict(
+    temperature=1.0, top_k=0, top_p=1.0, vocab_size=0
+)  # how a token is drawn unless asked otherwise
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, draw=None):
@@ -36,16 +38,22 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, draw=None)
         return logits.argmax(-1)
     ids = None
     if top_p < 1:
-        logits, ids = logits.topk(min(top_k, logits.size(-1))) if top_k else logits.sort(descending=True)
+        logits, ids = (
+            logits.topk(min(top_k, logits.size(-1))) if top_k else logits.sort(descending=True)
+        )
     elif top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = torch.where(logits < least, -torch.inf, logits)
     p = (logits / temperature).softmax(-1)
     if top_p < 1:
-        p = torch.where(p.cumsum(-1) - p >= top_p, 0, p)  # as much stands before it, among likelier tokens
+        p = torch.where(
+            p.cumsum(-1) - p >= top_p, 0, p
+        )  # as much stands before it, among likelier tokens
     upto = p.cumsum(-1)
     at = (upto <= draw[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
-    last = torch.where(p > 0, torch.arange(p.size(-1), device=p.device), 0).amax(-1, keepdim=True)  # rounding must not lead behind it
+    last = torch.where(p > 0, torch.arange(p.size(-1), device=p.device), 0).amax(
+        -1, keepdim=True
+    )  # rounding must not lead behind it
     at = torch.minimum(at, last)
     return (at if ids is None else ids.gather(-1, at))[:, 0]
 
@@ -60,11 +68,14 @@ def rolled(model, cache, row, text):
     if cache.used[row] < window:
         return text
     if model.config.pos == 'learned':
-        what = (f'block_size={window} and this model has learned positions: decode without a cache' if window == model.config.block_size
-                else f'the cache, which is too small: it holds {window} tokens of a sequence')
+        what = (
+            f'block_size={window} and this model has learned positions: decode without a cache'
+            if window == model.config.block_size
+            else f'the cache, which is too small: it holds {window} tokens of a sequence'
+        )
         raise UserError(f'the text outgrows {what}, or ask for fewer tokens')
     cache.free(row)
-    return text[-max(1, window // 2):]
+    return text[-max(1, window // 2) :]
 
 
 @lru_cache
@@ -81,7 +92,13 @@ class Step:
     """
 
     def __init__(self, model, cache, how):
-        self.model, self.cache, self.how, self.graph, self.times = model, cache, DRAWS | how, None, 0
+        self.model, self.cache, self.how, self.graph, self.times = (
+            model,
+            cache,
+            DRAWS | how,
+            None,
+            0,
+        )
         self.records = cache.static and cache.device.type == 'cuda'
         self.token = torch.zeros(cache.slots, dtype=torch.long, device=cache.device)
         self.draw = torch.zeros(cache.slots, device=cache.device)
@@ -99,9 +116,19 @@ class Step:
         x = self.model.hidden(self.token[:, None], self.cache)[:, -1]
         logits, how = self.model.lm_head(x), self.how
         if step_kernels.chooses(logits, how['temperature'], how['top_p']):
-            step_kernels.choose(logits[:, :how['vocab_size'] or None], self.draw, how['temperature'], how['top_k'], self.token)
+            step_kernels.choose(
+                logits[:, : how['vocab_size'] or None],
+                self.draw,
+                how['temperature'],
+                how['top_k'],
+                self.token,
+            )
         else:
-            self.token.copy_(choose(logits if how['temperature'] < 1e-5 else logits.float(), draw=self.draw, **how))
+            self.token.copy_(
+                choose(
+                    logits if how['temperature'] < 1e-5 else logits.float(), draw=self.draw, **how
+                )
+            )
 
     def __call__(self, rows):
         """Runs `self.token` in `rows`, a sorted list of slots; leaves what follows in `self.token`."""
@@ -132,16 +159,18 @@ def prefill(model, texts, cache, rows=None, chunk=0):
     Returns what stands behind each text's last token (B, C); `lm_head` makes its logits of it.
     """
     rows = list(range(len(texts))) if rows is None else list(rows)
-    left = [text[cache.used[row]:] for text, row in zip(texts, rows)]
+    left = [text[cache.used[row] :] for text, row in zip(texts, rows)]
     assert all(left), 'nothing new to run in one of the texts'
     most = max(map(len, left))
     chunk = chunk or most
     last = [None] * len(texts)
     everyone = rows == list(range(cache.slots))
     for at in range(0, most, chunk):
-        parts = [text[at:at + chunk] for text in left]
+        parts = [text[at : at + chunk] for text in left]
         counts = [len(part) for part in parts]
-        idx = torch.tensor([part + [0] * (max(counts) - len(part)) for part in parts], device=cache.device)
+        idx = torch.tensor(
+            [part + [0] * (max(counts) - len(part)) for part in parts], device=cache.device
+        )
         cache.plan(counts, None if everyone else rows)
         x = model.hidden(idx, cache)
         for b, part in enumerate(parts):
@@ -151,8 +180,19 @@ def prefill(model, texts, cache, rows=None, chunk=0):
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, generator=None,
-             cache=None, rows=None, prefill_chunk=0):
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    vocab_size=0,
+    generator=None,
+    cache=None,
+    rows=None,
+    prefill_chunk=0,
+):
     """
     Yields the next token ids (B,), max_new_tokens times, after the prompts idx: (B, T), or with a cache
     also a list of B lists of any lengths.
@@ -165,10 +205,12 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vo
     when a text with learned positions gets there.
     """
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size)
-    draws = torch.rand(max_new_tokens, len(idx), generator=generator, device=model.lm_head.weight.device)
+    draws = torch.rand(
+        max_new_tokens, len(idx), generator=generator, device=model.lm_head.weight.device
+    )
     if cache is None:
         for draw in draws:
-            x = model.hidden(idx[:, -model.config.block_size:])
+            x = model.hidden(idx[:, -model.config.block_size :])
             token = choose(model.lm_head(x[:, -1]).float(), draw=draw, **how)
             idx = torch.cat([idx, token[:, None]], dim=1)
             yield token
@@ -176,7 +218,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vo
     window = window_of(model, cache)
     texts = [list(text)[-window:] for text in (idx.tolist() if torch.is_tensor(idx) else idx)]
     rows = list(range(len(texts))) if rows is None else list(rows)
-    everyone, new = rows == list(range(cache.slots)), []  # new: tokens that are not in `texts` yet, as they wait for the device
+    everyone, new = (
+        rows == list(range(cache.slots)),
+        [],
+    )  # new: tokens that are not in `texts` yet, as they wait for the device
     step = Step.of(model, cache, **how)
     if not everyone:
         places = torch.tensor(rows, device=cache.device)
@@ -200,7 +245,19 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vo
 
 
 @torch.no_grad()
-def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0, top_p=1.0, vocab_size=0, seeds=None, prefill_chunk=0):
+def serve(
+    model,
+    prompts,
+    cache,
+    max_new_tokens,
+    tell,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    vocab_size=0,
+    seeds=None,
+    prefill_chunk=0,
+):
     """
     Continuous batching: every prompt (a list of token ids, at least one) is continued in one of the cache's
     slots, and when it ends the next one takes its place. Yields the number of each prompt as it ends.
@@ -210,7 +267,11 @@ def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0,
     """
     window = window_of(model, cache)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size)
-    waiting, idle, busy = deque(range(len(prompts))), deque(range(cache.slots)), {}  # busy: slot -> prompt, text, tokens told, its draws
+    waiting, idle, busy = (
+        deque(range(len(prompts))),
+        deque(range(cache.slots)),
+        {},
+    )  # busy: slot -> prompt, text, tokens told, its draws
     step, ended = Step.of(model, cache, **how), []
     for row in idle:
         cache.free(row)
@@ -219,7 +280,9 @@ def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0,
         return torch.tensor([busy[row][3][busy[row][2]] for row in rows], device=cache.device)
 
     def told(rows, tokens):
-        for row, token in zip(rows, tokens.tolist()):  # here, once a step, the host waits for the device
+        for row, token in zip(
+            rows, tokens.tolist()
+        ):  # here, once a step, the host waits for the device
             i, text, count, _ = busy[row]
             text.append(token)
             busy[row][2] = count + 1
@@ -244,7 +307,14 @@ def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0,
         while waiting and idle:
             i, row = waiting.popleft(), idle.popleft()
             generator = torch.Generator(cache.device).manual_seed(seeds[i] if seeds else i)
-            busy[row] = [i, list(prompts[i])[-window:], 0, torch.rand(max_new_tokens, 1, generator=generator, device=cache.device).flatten().tolist()]
+            busy[row] = [
+                i,
+                list(prompts[i])[-window:],
+                0,
+                torch.rand(max_new_tokens, 1, generator=generator, device=cache.device)
+                .flatten()
+                .tolist(),
+            ]
             longer.append(row)
         if longer:
             x = prefill(model, [busy[row][1] for row in longer], cache, longer, prefill_chunk)
@@ -252,5 +322,3 @@ def serve(model, prompts, cache, max_new_tokens, tell, temperature=1.0, top_k=0,
             step.token[torch.tensor(longer, device=cache.device)] = tokens
             told(longer, tokens)
         yield from ended
-
-

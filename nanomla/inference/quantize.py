@@ -1,6 +1,6 @@
 """Numbers in 8 or 4 bits, in groups of channels with a scale and a zero each."""
-import torch
 
+import torch
 
 FULL = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
@@ -24,9 +24,11 @@ def quantise(x, bits):
     step (scale / 2) away. With 4 bits an even channel is in the low half of a byte.
     """
     x = x.float().unflatten(-1, (-1, group_of(x.size(-1))))
-    low, high, top = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), 2 ** bits - 1
-    zero = (low - low.abs() * 2 ** -10 - 2 ** -24).half()
-    scale = ((high - zero.float()) / top * (1 + 2 ** -10)).clamp(min=2 ** -14).half()  # from fp16's least normal number on
+    low, high, top = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), 2**bits - 1
+    zero = (low - low.abs() * 2**-10 - 2**-24).half()
+    scale = (
+        ((high - zero.float()) / top * (1 + 2**-10)).clamp(min=2**-14).half()
+    )  # from fp16's least normal number on
     codes = ((x - zero.float()) / scale.float()).round().clamp(0, top).to(torch.uint8).flatten(-2)
     if bits == 4:
         codes = torch.nn.functional.pad(codes, (0, codes.size(-1) % 2))

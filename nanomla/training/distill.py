@@ -1,7 +1,8 @@
 """Learning from a teacher's predictions beside the text."""
-import torch.nn.functional as F
-import torch.nn as nn
+
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 
 class Distilled(nn.Module):
@@ -13,7 +14,12 @@ class Distilled(nn.Module):
 
     def __init__(self, model, teacher, share, hidden=0.0):
         super().__init__()
-        self.model, self.teacher, self.share, self.hidden = model, teacher.eval().requires_grad_(False), share, hidden
+        self.model, self.teacher, self.share, self.hidden = (
+            model,
+            teacher.eval().requires_grad_(False),
+            share,
+            hidden,
+        )
 
     def forward(self, idx, targets):
         x, ours = self.outputs(self.model, idx)
@@ -23,7 +29,9 @@ class Distilled(nn.Module):
         if self.share < 1:
             loss = loss + (1 - self.share) * self.model.loss(x, targets)
         if self.hidden:
-            loss = loss + self.hidden / len(ours) * sum(self.distance(a, b) for a, b in zip(ours, theirs))
+            loss = loss + self.hidden / len(ours) * sum(
+                self.distance(a, b) for a, b in zip(ours, theirs)
+            )
         return loss
 
     def outputs(self, model, idx):
@@ -41,5 +49,8 @@ class Distilled(nn.Module):
         return (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean()
 
     def divergence(self, x, theirs):
-        ours, theirs = (model.lm_head(h).float().log_softmax(-1).flatten(0, 1) for model, h in ((self.model, x), (self.teacher, theirs)))
+        ours, theirs = (
+            model.lm_head(h).float().log_softmax(-1).flatten(0, 1)
+            for model, h in ((self.model, x), (self.teacher, theirs))
+        )
         return F.kl_div(ours, theirs, reduction='batchmean', log_target=True)

@@ -5,12 +5,17 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the moment
 replaced by the nearest semi-orthogonal matrix, so that every direction moves by the same amount.
 Matrices of one shape are orthogonalised together, as one batch.
 """
+
 from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic that Muon's authors tuned for speed of convergence
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # the quintic that Muon's authors tuned for speed of convergence
 
 
 def orthogonalize(matrices, steps=5):
@@ -38,7 +43,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5, split=True):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps)
+        )
         self.split = split
 
     @torch.no_grad()
@@ -67,7 +74,9 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_sub_(list(weights), list(moves.unbind()))
 
 
-def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False, split=True, up=1.0):
+def optimizers(
+    model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False, split=True, up=1.0
+):
     """
     The optimizers for `model`, as a list: AdamW for all, or Muon for the blocks' matrices and AdamW
     for embeddings, head, norms and biases. Only matrices decay. Every group keeps its peak rate as
@@ -82,14 +91,34 @@ def optimizers(model, kind, learning_rate, muon_lr, weight_decay, betas, graph=F
     rest = [p for _, p in named if id(p) not in taken]
 
     def group(params, lr, decay):
-        return dict(params=params, weight_decay=decay, base_lr=lr, lr=torch.tensor(lr, device=device) if graph else lr)
+        return dict(
+            params=params,
+            weight_decay=decay,
+            base_lr=lr,
+            lr=torch.tensor(lr, device=device) if graph else lr,
+        )
 
-    adam = [group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
-            group([p for p in rest if p.ndim < 2], learning_rate, 0.0)]
-    adam = [g for g in adam if g['params']]  # none is left where only matrices of the blocks are trained
-    made = [torch.optim.AdamW(adam, betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph)] if adam else []
+    adam = [
+        group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
+        group([p for p in rest if p.ndim < 2], learning_rate, 0.0),
+    ]
+    adam = [
+        g for g in adam if g['params']
+    ]  # none is left where only matrices of the blocks are trained
+    made = (
+        [
+            torch.optim.AdamW(
+                adam, betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph
+            )
+        ]
+        if adam
+        else []
+    )
     if hidden:
-        groups = [group([p for n, p in hidden.items() if n not in behind], muon_lr, weight_decay), group([hidden[n] for n in behind], muon_lr * up, weight_decay)]
+        groups = [
+            group([p for n, p in hidden.items() if n not in behind], muon_lr, weight_decay),
+            group([hidden[n] for n in behind], muon_lr * up, weight_decay),
+        ]
         made.append(Muon([g for g in groups if g['params']], split=split))
     return made
 

@@ -1,15 +1,17 @@
 """Instructions as tokens to learn, and how answers are judged."""
+
 import json
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-
-from nanomla.adapters import metrics as answers
-from nanomla.adapters import instructions
-from nanomla.core.configurator import UserError
-from nanomla.adapters.instructions import Encoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_train import exit_code
+
+from nanomla.adapters import instructions
+from nanomla.adapters import metrics as answers
+from nanomla.adapters.instructions import Encoder
+from nanomla.core.configurator import UserError
 
 pytest.importorskip('rouge_score')
 ROW = dict(system='Be brief.', question='2 + 2?', response='It is 4.')
@@ -31,9 +33,18 @@ def test_scores_are_shares_and_f1_is_symmetric(a, b):
 
 def test_scores_by_hand():
     found = answers.scores(['the cat sat on the mat'], ['the cat lay on a mat'])
-    assert found['exact_match'] == 0 and found['token_f1'] == pytest.approx(4 / 6)  # the, cat, on, mat
-    assert found['rouge1'] == pytest.approx(4 / 6) and found['rouge2'] == pytest.approx(1 / 5) and found['rougeL'] == pytest.approx(4 / 6)
-    assert answers.exact_match('It is  4.', 'it is 4 .') == 1 and answers.exact_match('It is 4', 'It is 4.') == 0
+    assert found['exact_match'] == 0 and found['token_f1'] == pytest.approx(
+        4 / 6
+    )  # the, cat, on, mat
+    assert (
+        found['rouge1'] == pytest.approx(4 / 6)
+        and found['rouge2'] == pytest.approx(1 / 5)
+        and found['rougeL'] == pytest.approx(4 / 6)
+    )
+    assert (
+        answers.exact_match('It is  4.', 'it is 4 .') == 1
+        and answers.exact_match('It is 4', 'It is 4.') == 0
+    )
     assert answers.scores(['', 'x'], ['x', ''])['token_f1'] == 0
 
 
@@ -50,7 +61,9 @@ def test_a_copier_scores_chance_and_a_prophet_one():
             assert len(guess) == len(truth) == n - 1 and truth == ids[1:].tolist()
             found[who].append(sum(a == b for a, b in zip(guess, truth)) / len(truth))
             if who == 'prophet':
-                assert set(answers.scores([encoder.decode(guess)], [encoder.decode(truth)]).values()) == {1.0}
+                assert set(
+                    answers.scores([encoder.decode(guess)], [encoder.decode(truth)]).values()
+                ) == {1.0}
     assert set(found['prophet']) == {1.0} and sum(found['copier']) / 20 < 3 / (V // 2 - 6)
 
 
@@ -65,14 +78,25 @@ def test_targets_are_the_next_tokens_of_what_is_learned(template, completion_onl
     learned = [target for target in targets if target >= 0]
     assert learned == (response if completion_only else ids[1:])
     assert bytes(response).decode() == ROW['response'] + '\0' * (template == 'marked')
-    assert encoder.decode(response + [65]) == ROW['response'] + ('A' if template == 'joined' else '')
-    assert ('### Response:' in bytes(prompt).decode()) == (template == 'marked') and b'Be brief.' in bytes(prompt)
+    assert encoder.decode(response + [65]) == ROW['response'] + (
+        'A' if template == 'joined' else ''
+    )
+    assert ('### Response:' in bytes(prompt).decode()) == (
+        template == 'marked'
+    ) and b'Be brief.' in bytes(prompt)
 
 
-@pytest.mark.parametrize('line, words', [
-    ('{"question": "x"', 'not JSON'), ('[1]', 'no object'), ('{"question": "x"}', "'response' is missing or empty"),
-    ('{"question": "", "response": "y"}', "'question' is missing or empty"), ('{"question": "x", "response": 3}', "'response' is no text"),
-    ('{"question": "x", "response": "y", "system": 1}', "'system' is no text")])
+@pytest.mark.parametrize(
+    'line, words',
+    [
+        ('{"question": "x"', 'not JSON'),
+        ('[1]', 'no object'),
+        ('{"question": "x"}', "'response' is missing or empty"),
+        ('{"question": "", "response": "y"}', "'question' is missing or empty"),
+        ('{"question": "x", "response": 3}', "'response' is no text"),
+        ('{"question": "x", "response": "y", "system": 1}', "'system' is no text"),
+    ],
+)
 def test_a_malformed_line_is_named_by_its_number(tmp_path, line, words):
     path = tmp_path / 'train.jsonl'
     path.write_text(json.dumps(ROW) + '\n\n' + line + '\n')
@@ -84,7 +108,11 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path, line, words):
 def test_files_that_are_none(tmp_path):
     (tmp_path / 'empty.jsonl').write_text('\n')
     (tmp_path / 'latin.jsonl').write_bytes(b'\xe9')
-    for name, words in (('empty', 'has no examples'), ('latin', 'not UTF-8'), ('missing', 'cannot read .* make it with')):
+    for name, words in (
+        ('empty', 'has no examples'),
+        ('latin', 'not UTF-8'),
+        ('missing', 'cannot read .* make it with'),
+    ):
         with pytest.raises(UserError, match=words):
             instructions.examples(tmp_path / f'{name}.jsonl')
     with pytest.raises(UserError, match='no room for bytes'):
@@ -96,32 +124,46 @@ def test_files_that_are_none(tmp_path):
 @pytest.fixture
 def prepare(capsys):
     """prepare(arguments) -> exit code, stdout, stderr of data/openorca/prepare.py."""
+
     def run(*arguments):
         code = exit_code('data/openorca/prepare.py', arguments)
         return code, *capsys.readouterr()
+
     return run
 
 
 def test_instructions_by_rule(tmp_path, prepare):
     for folder in ('a', 'b'):
-        code, out, err = prepare('--input=rules', f'--out={tmp_path / folder}', '--train=30', '--val=5')
+        code, out, err = prepare(
+            '--input=rules', f'--out={tmp_path / folder}', '--train=30', '--val=5'
+        )
         assert code == 0 and 'made by rule' in out, err
     assert (tmp_path / 'a/train.jsonl').read_bytes() == (tmp_path / 'b/train.jsonl').read_bytes()
-    train, val = (instructions.examples(tmp_path / 'a' / f'{split}.jsonl') for split in ('train', 'val'))
-    assert (len(train), len(val)) == (30, 5) and not {row['question'] for row in train} & {row['question'] for row in val}
+    train, val = (
+        instructions.examples(tmp_path / 'a' / f'{split}.jsonl') for split in ('train', 'val')
+    )
+    assert (len(train), len(val)) == (30, 5) and not {row['question'] for row in train} & {
+        row['question'] for row in val
+    }
     assert 'made by rule' in json.loads((tmp_path / 'a/meta.json').read_text())['source']
     for row in train + val:  # each has its one right answer
         if row['question'].startswith('What is'):
             a, word, b = row['question'].removeprefix('What is ').rstrip('?').split()
-            assert row['response'].endswith(f' is {int(a) + int(b) if word == "plus" else int(a) * int(b)}.')
+            assert row['response'].endswith(
+                f' is {int(a) + int(b) if word == "plus" else int(a) * int(b)}.'
+            )
 
 
 def test_a_file_of_ones_own(tmp_path, prepare):
     path = tmp_path / 'own.jsonl'
-    path.write_text(''.join(json.dumps(dict(instruction=f'q{i}', output=f'a{i}')) + '\n' for i in range(8)))
+    path.write_text(
+        ''.join(json.dumps(dict(instruction=f'q{i}', output=f'a{i}')) + '\n' for i in range(8))
+    )
     code, out, err = prepare(f'--input={path}', f'--out={tmp_path}', '--train=5', '--val=3')
     assert code == 0 and 'your own file' in out, err
-    assert {row['question'][1:] for row in instructions.examples(tmp_path / 'train.jsonl')} <= set('01234567')
+    assert {row['question'][1:] for row in instructions.examples(tmp_path / 'train.jsonl')} <= set(
+        '01234567'
+    )
     path.write_text(path.read_text() + 'oops\n')
     code, out, err = prepare(f'--input={path}', f'--out={tmp_path}', '--train=5', '--val=3')
     assert code == 2 and f'{path}:9: not JSON' in err and err.count('\n') == 1

@@ -1,4 +1,5 @@
 """configurator.py: one test for each thing it promises."""
+
 import copy
 import json
 import keyword
@@ -8,11 +9,13 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings as hypothesis_settings, strategies as st
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from nanomla.core import configurator
 from nanomla.core.configurator import Settings, UserError, configure
@@ -55,7 +58,7 @@ if True:
 config = configure(globals())
 late = 3
 '''
-MAIN = '''
+MAIN = """
 if dataset == 'trouble':
     raise UserError('data/trouble: is missing;\\nrun prepare.py')
 if dataset == 'ctrl-c':
@@ -65,9 +68,18 @@ if dataset == 'bug':
 if min_lr == 8:
     config.apply_on_cpu()
 print(batch_size, learning_rate, compile, dataset, sorted(m for m in ('torch', 'numpy') if m in sys.modules))
-'''
-DEFAULTS = dict(dataset='shakespeare', batch_size=12, tokens=40960, learning_rate=6e-4, max_iters=600000,
-                lr_decay_iters=600000, min_lr=-0.5, compile=True, out_dir='out')
+"""
+DEFAULTS = dict(
+    dataset='shakespeare',
+    batch_size=12,
+    tokens=40960,
+    learning_rate=6e-4,
+    max_iters=600000,
+    lr_decay_iters=600000,
+    min_lr=-0.5,
+    compile=True,
+    out_dir='out',
+)
 
 
 @pytest.fixture(autouse=True)
@@ -102,29 +114,55 @@ def write(text, name='config/x.py'):
 
 def run(*argv):
     here = str(Path(configurator.__file__).resolve().parents[2])
-    return subprocess.run([sys.executable, 'toy.py', *argv], capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': here})
+    return subprocess.run(
+        [sys.executable, 'toy.py', *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': here},
+    )
 
 
 # ---- lists and tables ----
 
+
 @pytest.fixture
 def nested(lab):
     """nested(*argv) -> Settings of a script with settings that are a list and a table."""
-    (lab / 'nested.py').write_text("n = 3  # a number\nseeds = [1, 2]  # a list\nrunners = {}  # a table\nconfig = configure(globals())\n")
+    (lab / 'nested.py').write_text(
+        'n = 3  # a number\nseeds = [1, 2]  # a list\nrunners = {}  # a table\nconfig = configure(globals())\n'
+    )
     return lambda *argv: configure({'__file__': os.path.abspath('nested.py')}, list(argv))
 
 
 def test_lists_and_tables_have_values_of_any_depth(nested):
     assert nested() == dict(n=3, seeds=[1, 2], runners={})
-    write("n = 4\nseeds = [n, n ** 2, -1]\nrunners = dict(a=dict(rate=[1e-3, 2 * n], on=True), b={}, **{})\n".replace(', **{}', ''))
-    assert nested('config/x.py') == dict(n=4, seeds=[4, 16, -1], runners=dict(a=dict(rate=[1e-3, 8], on=True), b={}))
+    write(
+        'n = 4\nseeds = [n, n ** 2, -1]\nrunners = dict(a=dict(rate=[1e-3, 2 * n], on=True), b={}, **{})\n'.replace(
+            ', **{}', ''
+        )
+    )
+    assert nested('config/x.py') == dict(
+        n=4, seeds=[4, 16, -1], runners=dict(a=dict(rate=[1e-3, 8], on=True), b={})
+    )
     config = nested('--seeds=[3]', "--runners={'a': {'rate': [1, 2]}}")
-    assert config['seeds'] == [3] and config['runners'] == dict(a=dict(rate=[1, 2])) and config.given['seeds'] == '--seeds=[3]'
+    assert (
+        config['seeds'] == [3]
+        and config['runners'] == dict(a=dict(rate=[1, 2]))
+        and config.given['seeds'] == '--seeds=[3]'
+    )
     assert nested('--runners=dict(a=dict(b=(1, 2)))')['runners'] == dict(a=dict(b=[1, 2]))
 
 
-@pytest.mark.parametrize('text, value', [('a', ['a']), ('mha,mla_2', ['mha', 'mla_2']), ('[mha, mla]', ['mha', 'mla']), ("['mha','mla']", ['mha', 'mla']), ('1,2', [1, 2])])
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('a', ['a']),
+        ('mha,mla_2', ['mha', 'mla_2']),
+        ('[mha, mla]', ['mha', 'mla']),
+        ("['mha','mla']", ['mha', 'mla']),
+        ('1,2', [1, 2]),
+    ],
+)
 def test_a_list_on_the_command_line_may_be_words_without_quotes(nested, text, value):
     assert nested(f'--seeds={text}')['seeds'] == value
     for wrong in ('a+b', 'a,,b', '3', 'True', 'print()', 'a.b', '[a'):
@@ -136,23 +174,28 @@ def test_a_machine_without_a_gpu_has_its_own_lists_and_tables(nested):
     write('seeds = [1, 2, 3]\non_cpu = dict(seeds=[7], runners=dict(a=dict(b=1)))')
     config = nested('config/x.py')
     assert config['seeds'] == [1, 2, 3]
-    assert config.apply_on_cpu() == dict(seeds=[7], runners=dict(a=dict(b=1))) and config['seeds'] == [7]
+    assert config.apply_on_cpu() == dict(seeds=[7], runners=dict(a=dict(b=1))) and config[
+        'seeds'
+    ] == [7]
 
 
-@pytest.mark.parametrize('line, message', [
-    ('seeds = 3', 'seeds takes a list, [...], not 3 (int)'),
-    ('seeds = dict(a=1)', 'seeds takes a list'),
-    ('runners = [1]', 'runners takes a table, dict(name=value, ...), not [1] (list)'),
-    ('n = [1]', 'a value is a literal'),
-    ('seeds = [print()]', 'a value is a literal'),
-    ('seeds = [x for x in (1, 2)]', 'a value is a literal'),
-    ('runners = dict(a=open("x"))', 'a value is a literal'),
-    ('runners = {1: 2}', 'a table has texts as keys'),
-    ('runners = {"a": 1, "a": 2}', 'a table has texts as keys, each once'),
-    ('runners = dict(**{})', 'a table has texts as keys'),
-    ('runners = dict([("a", 1)])', 'a value is a literal'),
-    ('runners = dict(a=nn)', 'nn is not a setting; did you mean n?'),
-])
+@pytest.mark.parametrize(
+    'line, message',
+    [
+        ('seeds = 3', 'seeds takes a list, [...], not 3 (int)'),
+        ('seeds = dict(a=1)', 'seeds takes a list'),
+        ('runners = [1]', 'runners takes a table, dict(name=value, ...), not [1] (list)'),
+        ('n = [1]', 'a value is a literal'),
+        ('seeds = [print()]', 'a value is a literal'),
+        ('seeds = [x for x in (1, 2)]', 'a value is a literal'),
+        ('runners = dict(a=open("x"))', 'a value is a literal'),
+        ('runners = {1: 2}', 'a table has texts as keys'),
+        ('runners = {"a": 1, "a": 2}', 'a table has texts as keys, each once'),
+        ('runners = dict(**{})', 'a table has texts as keys'),
+        ('runners = dict([("a", 1)])', 'a value is a literal'),
+        ('runners = dict(a=nn)', 'nn is not a setting; did you mean n?'),
+    ],
+)
 def test_what_is_no_list_or_table_is_told(nested, line, message):
     write(line)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
@@ -163,17 +206,23 @@ def test_what_is_no_list_or_table_is_told(nested, line, message):
 def test_a_script_checks_values_inside_of_its_tables(nested):
     config = nested()
     assert config.checked('n', 5, 'here') == 5
-    for name, value, message in (('m', 5, "here: unknown setting 'm'"), ('n', 'five', 'here: n takes a whole number')):
+    for name, value, message in (
+        ('m', 5, "here: unknown setting 'm'"),
+        ('n', 'five', 'here: n takes a whole number'),
+    ):
         with pytest.raises(UserError, match=re.escape(message)):
             config.checked(name, value, 'here')
 
 
 # ---- what a setting is ----
 
+
 def test_settings_are_the_plain_literals_before_the_call():
     config, script = read()
     assert dict(config) == DEFAULTS
-    assert {name: type(value) for name, value in config.items()} == {n: type(v) for n, v in DEFAULTS.items()}
+    assert {name: type(value) for name, value in config.items()} == {
+        n: type(v) for n, v in DEFAULTS.items()
+    }
     assert list(config) == list(DEFAULTS)
     assert config.given == {} and config.files == []
 
@@ -201,6 +250,7 @@ def test_globals_without_a_file_are_a_programmers_mistake():
 
 # ---- command line ----
 
+
 def test_left_to_right_and_later_wins():
     write('batch_size = 20')
     write('batch_size = 30', 'y')
@@ -210,13 +260,28 @@ def test_left_to_right_and_later_wins():
     assert read('y', 'config/x.py', '--batch_size=1', '--batch_size=2')[0]['batch_size'] == 2
 
 
-@pytest.mark.parametrize('arg, value', [
-    ('--batch_size=32', 32), ('--batch_size=1_000', 1000), ('--batch_size=4*8', 32), ('--batch_size=-3', -3),
-    ('--batch_size= (7 // 2) % 2 + 2**3 ', 9), ('--learning_rate=1e-3', 1e-3), ('--learning_rate=1', 1.0),
-    ('--learning_rate=3/4', 0.75), ('--compile=True', True), ('--compile=False', False),
-    ('--compile=true', True), ('--compile=false', False), ('--dataset=a=b c', 'a=b c'), ('--dataset=', ''),
-    ('--dataset=3', '3'), ('--dataset="q"', '"q"'), ('--dataset=batch_size', 'batch_size'),
-])
+@pytest.mark.parametrize(
+    'arg, value',
+    [
+        ('--batch_size=32', 32),
+        ('--batch_size=1_000', 1000),
+        ('--batch_size=4*8', 32),
+        ('--batch_size=-3', -3),
+        ('--batch_size= (7 // 2) % 2 + 2**3 ', 9),
+        ('--learning_rate=1e-3', 1e-3),
+        ('--learning_rate=1', 1.0),
+        ('--learning_rate=3/4', 0.75),
+        ('--compile=True', True),
+        ('--compile=False', False),
+        ('--compile=true', True),
+        ('--compile=false', False),
+        ('--dataset=a=b c', 'a=b c'),
+        ('--dataset=', ''),
+        ('--dataset=3', '3'),
+        ('--dataset="q"', '"q"'),
+        ('--dataset=batch_size', 'batch_size'),
+    ],
+)
 def test_values_on_the_command_line(arg, value):
     name = arg[2:].partition('=')[0]
     config, _ = read(arg)
@@ -224,26 +289,60 @@ def test_values_on_the_command_line(arg, value):
     assert config.given == {name: arg}
 
 
-@pytest.mark.parametrize('arg', [
-    '--batch_size=abc', '--batch_size=1.0', '--batch_size=8/2', '--batch_size=True', '--batch_size=1e3',
-    '--batch_size=', '--batch_size="3"', '--batch_size=max_iters', '--batch_size=len("a")', '--batch_size=1/0',
-    '--batch_size=[3]', '--batch_size=None', '--batch_size=1 << 3', '--batch_size=True + 1', '--batch_size=\n',
-    '--learning_rate=True', '--learning_rate=fast', '--learning_rate=1j', '--learning_rate=(-1)**0.5',
-    '--learning_rate=10.0**999', '--learning_rate=1e999', '--learning_rate=' + '9' * 400, '--learning_rate=nan',
-    '--compile=1', '--compile=yes', '--compile=TRUE', '--compile=', '--batch_size=' + '-' * 9000 + '1',
-    '--batch_size=' + '(' * 9000, '--batch_size=\0', '--batch_size=' + '9' * 9000, '--batch_size=\ud800',
-])
+@pytest.mark.parametrize(
+    'arg',
+    [
+        '--batch_size=abc',
+        '--batch_size=1.0',
+        '--batch_size=8/2',
+        '--batch_size=True',
+        '--batch_size=1e3',
+        '--batch_size=',
+        '--batch_size="3"',
+        '--batch_size=max_iters',
+        '--batch_size=len("a")',
+        '--batch_size=1/0',
+        '--batch_size=[3]',
+        '--batch_size=None',
+        '--batch_size=1 << 3',
+        '--batch_size=True + 1',
+        '--batch_size=\n',
+        '--learning_rate=True',
+        '--learning_rate=fast',
+        '--learning_rate=1j',
+        '--learning_rate=(-1)**0.5',
+        '--learning_rate=10.0**999',
+        '--learning_rate=1e999',
+        '--learning_rate=' + '9' * 400,
+        '--learning_rate=nan',
+        '--compile=1',
+        '--compile=yes',
+        '--compile=TRUE',
+        '--compile=',
+        '--batch_size=' + '-' * 9000 + '1',
+        '--batch_size=' + '(' * 9000,
+        '--batch_size=\0',
+        '--batch_size=' + '9' * 9000,
+        '--batch_size=\ud800',
+    ],
+)
 def test_wrong_type_on_the_command_line(arg):
     message = error(arg)
     name, _, text = arg[2:].partition('=')
-    takes = {'batch_size': 'whole number (int)', 'learning_rate': 'number (float)', 'compile': 'True or False'}
+    takes = {
+        'batch_size': 'whole number (int)',
+        'learning_rate': 'number (float)',
+        'compile': 'True or False',
+    }
     assert f'{name} takes' in message and takes[name] in message
     assert message.startswith(f'--{name}=') and len(message) < 300
 
 
 def test_wrong_type_says_it_all():
-    assert error('--batch_size=1e3') == \
-        '--batch_size=1e3: batch_size takes a whole number (int), not 1000.0 (float)'
+    assert (
+        error('--batch_size=1e3')
+        == '--batch_size=1e3: batch_size takes a whole number (int), not 1000.0 (float)'
+    )
 
 
 def test_huge_powers_end_at_once():
@@ -273,6 +372,7 @@ def test_a_missing_equals_sign():
 
 # ---- config files ----
 
+
 def test_a_config_file():
     name = write('''\
         """A docstring,
@@ -290,11 +390,23 @@ def test_a_config_file():
         compile = False
         ''')
     config, _ = read(name)
-    assert config == dict(batch_size=11, learning_rate=1.0, max_iters=5000, lr_decay_iters=2500, tokens=27500,
-                          dataset='text', out_dir='text', compile=False, min_lr=-0.5)
+    assert config == dict(
+        batch_size=11,
+        learning_rate=1.0,
+        max_iters=5000,
+        lr_decay_iters=2500,
+        tokens=27500,
+        dataset='text',
+        out_dir='text',
+        compile=False,
+        min_lr=-0.5,
+    )
     assert type(config['learning_rate']) is float
     assert config.files == [name]
-    assert config.given['lr_decay_iters'] == 'config/x.py:8' and config.given['tokens'] == 'config/x.py:9'
+    assert (
+        config.given['lr_decay_iters'] == 'config/x.py:8'
+        and config.given['tokens'] == 'config/x.py:9'
+    )
 
 
 def test_names_not_set_in_the_file_have_their_current_value():
@@ -308,45 +420,51 @@ def test_windows_line_ends_and_byte_order_mark():
     assert config['batch_size'] == 3 and config.given['max_iters'] == 'config/x.py:3'
 
 
-@pytest.mark.parametrize('line, words', [
-    ('batch_sise = 3', "unknown setting 'batch_sise'; did you mean batch_size?"),
-    ('zzz = 3', "unknown setting 'zzz'; --help"),
-    ('late = 3', 'unknown setting'),
-    ("batch_size = '32'", "batch_size takes a whole number (int), not '32' (str)"),
-    ('batch_size = 1.5', 'not 1.5 (float)'),
-    ('batch_size = True', 'not True (bool)'),
-    ('dataset = 3', 'dataset takes quoted text (str), not 3 (int)'),
-    ('compile = 1', 'compile takes True or False (bool), not 1 (int)'),
-    ('learning_rate = False', 'learning_rate takes a number (float), not False (bool)'),
-    ('batch_size = learning_rate', 'not 0.0006 (float)'),
-    ('batch_size = max_itres', '`max_itres`: max_itres is not a setting; did you mean max_iters?'),
-    ('batch_size = None', 'a value is a literal or arithmetic on literals'),
-    ('batch_size = [1]', 'a value is a literal'),
-    ('batch_size = 1 / 0', 'division by zero'),
-    ('batch_size = "a" * 3', 'arithmetic takes numbers'),
-    ('dataset = f"{batch_size}"', 'a value is a literal'),
-    ('batch_size = len("abc")', '`len("abc")`: a value is a literal'),
-    ('import os', '`import os` cannot stand in a config file'),
-    ('print(1)', '`print(1)` cannot stand'),
-    ('if compile:\n    batch_size = 3', 'cannot stand'),
-    ('def f():\n    pass', 'cannot stand'),
-    ('batch_size += 1', 'cannot stand'),
-    ('batch_size: int = 1', 'cannot stand'),
-    ('batch_size = max_iters = 1', 'cannot stand'),
-    ('batch_size, max_iters = 1, 2', 'cannot stand'),
-    ('"a second docstring"', 'cannot stand'),
-    ('batch_size = ', 'syntax error'),
-    ('batch_size = "', 'syntax error'),
-    ('on_cpu = 3', 'write on_cpu = dict('),
-    ('on_cpu = dict(3)', 'write on_cpu = dict('),
-    ('on_cpu = dict(**{})', 'write on_cpu = dict('),
-    ('on_cpu = {3: 4}', 'write on_cpu = dict('),
-    ('on_cpu = {batch_size: 4}', 'write on_cpu = dict('),
-    ('on_cpu = {**{}}', 'write on_cpu = dict('),
-    ('on_cpu = dict(batch_sise=3)', 'did you mean batch_size?'),
-    ('on_cpu = {"batch_size": 3.5}', 'batch_size takes a whole number (int), not 3.5 (float)'),
-    ('on_cpu = dict(compile=print())', 'a value is a literal'),
-])
+@pytest.mark.parametrize(
+    'line, words',
+    [
+        ('batch_sise = 3', "unknown setting 'batch_sise'; did you mean batch_size?"),
+        ('zzz = 3', "unknown setting 'zzz'; --help"),
+        ('late = 3', 'unknown setting'),
+        ("batch_size = '32'", "batch_size takes a whole number (int), not '32' (str)"),
+        ('batch_size = 1.5', 'not 1.5 (float)'),
+        ('batch_size = True', 'not True (bool)'),
+        ('dataset = 3', 'dataset takes quoted text (str), not 3 (int)'),
+        ('compile = 1', 'compile takes True or False (bool), not 1 (int)'),
+        ('learning_rate = False', 'learning_rate takes a number (float), not False (bool)'),
+        ('batch_size = learning_rate', 'not 0.0006 (float)'),
+        (
+            'batch_size = max_itres',
+            '`max_itres`: max_itres is not a setting; did you mean max_iters?',
+        ),
+        ('batch_size = None', 'a value is a literal or arithmetic on literals'),
+        ('batch_size = [1]', 'a value is a literal'),
+        ('batch_size = 1 / 0', 'division by zero'),
+        ('batch_size = "a" * 3', 'arithmetic takes numbers'),
+        ('dataset = f"{batch_size}"', 'a value is a literal'),
+        ('batch_size = len("abc")', '`len("abc")`: a value is a literal'),
+        ('import os', '`import os` cannot stand in a config file'),
+        ('print(1)', '`print(1)` cannot stand'),
+        ('if compile:\n    batch_size = 3', 'cannot stand'),
+        ('def f():\n    pass', 'cannot stand'),
+        ('batch_size += 1', 'cannot stand'),
+        ('batch_size: int = 1', 'cannot stand'),
+        ('batch_size = max_iters = 1', 'cannot stand'),
+        ('batch_size, max_iters = 1, 2', 'cannot stand'),
+        ('"a second docstring"', 'cannot stand'),
+        ('batch_size = ', 'syntax error'),
+        ('batch_size = "', 'syntax error'),
+        ('on_cpu = 3', 'write on_cpu = dict('),
+        ('on_cpu = dict(3)', 'write on_cpu = dict('),
+        ('on_cpu = dict(**{})', 'write on_cpu = dict('),
+        ('on_cpu = {3: 4}', 'write on_cpu = dict('),
+        ('on_cpu = {batch_size: 4}', 'write on_cpu = dict('),
+        ('on_cpu = {**{}}', 'write on_cpu = dict('),
+        ('on_cpu = dict(batch_sise=3)', 'did you mean batch_size?'),
+        ('on_cpu = {"batch_size": 3.5}', 'batch_size takes a whole number (int), not 3.5 (float)'),
+        ('on_cpu = dict(compile=print())', 'a value is a literal'),
+    ],
+)
 def test_wrong_lines_in_a_config_file(line, words):
     write(f'"""Doc."""\n\n{line}\n')
     message = error('config/x.py')
@@ -359,7 +477,9 @@ def test_a_long_on_cpu_names_the_line_inside_it():
 
 
 def test_odd_files():
-    assert error(write(b'# \xc3\xa9\nbatch_size = 1\n# \xe9\n')).startswith('config/x.py:3: not UTF-8')
+    assert error(write(b'# \xc3\xa9\nbatch_size = 1\n# \xe9\n')).startswith(
+        'config/x.py:3: not UTF-8'
+    )
     assert error(write(b'batch_size = 1\0')).startswith('config/x.py:1: ')
     assert error(write('batch_size = ' + '-' * 20000 + '1')).startswith('config/x.py:1: ')
     assert error(write('batch_size = ' + '1+' * 2000 + '1')).startswith('config/x.py:1: ')
@@ -392,9 +512,18 @@ def test_a_setting_without_its_dashes():
 def test_a_malicious_config_is_refused_and_not_executed():
     evil = "__import__('os').system('touch pwned')"
     open_it = "open('pwned', 'w')"
-    for text in (evil, f'batch_size = {evil}', f'on_cpu = dict(batch_size={evil})', f'on_cpu = {{{evil}: 1}}',
-                 f'batch_size = 3 + {open_it}', f'dataset = f"{{{open_it}}}"', f'batch_size = (lambda: {open_it})()',
-                 f'batch_size = [{open_it} for _ in "a"][0]', f'[{open_it}]', f'class A({open_it}): pass'):
+    for text in (
+        evil,
+        f'batch_size = {evil}',
+        f'on_cpu = dict(batch_size={evil})',
+        f'on_cpu = {{{evil}: 1}}',
+        f'batch_size = 3 + {open_it}',
+        f'dataset = f"{{{open_it}}}"',
+        f'batch_size = (lambda: {open_it})()',
+        f'batch_size = [{open_it} for _ in "a"][0]',
+        f'[{open_it}]',
+        f'class A({open_it}): pass',
+    ):
         assert 'config/x.py:1: ' in error(write(text))
     assert 'takes a whole number' in error(f'--batch_size={evil}')
     assert read(f'--dataset={evil}')[0]['dataset'] == evil
@@ -402,6 +531,7 @@ def test_a_malicious_config_is_refused_and_not_executed():
 
 
 # ---- on_cpu ----
+
 
 def test_on_cpu_waits_for_the_cpu():
     write('on_cpu = dict(batch_size=3, learning_rate=1)\nbatch_size = 64\n')
@@ -441,22 +571,31 @@ def test_on_cpu_precedence():
 
 # ---- what comes back ----
 
+
 def test_echo():
     assert 'default' in read()[0].echo()
     write('\nlearning_rate = 1e-3\ndataset = "shakespeare"\n')
     config, _ = read('config/x.py', '--batch_size=8', '--out_dir=a\nb')
-    assert config.echo() == ("batch_size = 8  (--batch_size=8)\n"
-                             "learning_rate = 0.001  (config/x.py:2)\n"
-                             "out_dir = 'a\\nb'  (--out_dir=a b)")
+    assert config.echo() == (
+        'batch_size = 8  (--batch_size=8)\n'
+        'learning_rate = 0.001  (config/x.py:2)\n'
+        "out_dir = 'a\\nb'  (--out_dir=a b)"
+    )
     assert config.given['dataset'] == 'config/x.py:3'
 
 
 def test_settings_travel_as_a_plain_dict():
     config, _ = read('--batch_size=8')
     assert isinstance(config, Settings) and isinstance(config, dict)
-    for plain in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), json.loads(json.dumps(config))):
+    for plain in (
+        pickle.loads(pickle.dumps(config)),
+        copy.deepcopy(config),
+        json.loads(json.dumps(config)),
+    ):
         assert plain == config and type(plain) in (dict, OrderedDict)
-    assert b'configurator' not in pickle.dumps(config)  # torch.load(weights_only=True) would refuse it
+    assert b'configurator' not in pickle.dumps(
+        config
+    )  # torch.load(weights_only=True) would refuse it
 
 
 def test_a_user_error_is_one_line():
@@ -465,6 +604,7 @@ def test_a_user_error_is_one_line():
 
 
 # ---- help ----
+
 
 def printed_help(capsys, *argv):
     with pytest.raises(SystemExit) as caught:
@@ -480,17 +620,33 @@ def test_help(capsys):
     assert text == printed_help(capsys, '-h') == printed_help(capsys, '--batch_size=12', '-h')
     assert 'usage: python toy.py [config/x.py ...] [--key=value ...]' in text
     assert '\nTrains a toy, for tests, in two lines.\n' in text and 'second paragraph' not in text
-    assert [line.strip() for line in text.splitlines() if line and line[0] not in ' uT'] == ['data', 'optimizer']
-    lines = {line.split('=')[0].strip(): line for line in text.splitlines() if line.startswith('  --')}
+    assert [line.strip() for line in text.splitlines() if line and line[0] not in ' uT'] == [
+        'data',
+        'optimizer',
+    ]
+    lines = {
+        line.split('=')[0].strip(): line for line in text.splitlines() if line.startswith('  --')
+    }
     assert list(lines) == [f'--{name}' for name in DEFAULTS]
     assert lines['--dataset'].split() == ["--dataset='shakespeare'", 'a', 'folder', 'of', 'data/']
     assert lines['--max_iters'] == '  --max_iters=600000'
     assert lines['--out_dir'].endswith('where results go')
     assert 'usually max_iters, as in Chinchilla' in lines['--lr_decay_iters']
     column = lines['--batch_size'].index('sequences')
-    assert lines['--compile'].index('torch.compile') == lines['--learning_rate'].index('at the peak') == column
-    assert ' ' * column + 'then decays' in text or ' ' * column + 'which' in text  # the wrapped comment
-    assert text.index('\ndata') < text.index('--batch_size') < text.index('\noptimizer') < text.index('--min_lr')
+    assert (
+        lines['--compile'].index('torch.compile')
+        == lines['--learning_rate'].index('at the peak')
+        == column
+    )
+    assert (
+        ' ' * column + 'then decays' in text or ' ' * column + 'which' in text
+    )  # the wrapped comment
+    assert (
+        text.index('\ndata')
+        < text.index('--batch_size')
+        < text.index('\noptimizer')
+        < text.index('--min_lr')
+    )
 
 
 def test_help_shows_the_value_that_files_and_arguments_give(capsys):
@@ -506,12 +662,16 @@ def test_help_comes_even_with_a_mistake(capsys):
 
 
 def test_help_stays_readable_with_long_defaults(capsys):
-    write(f"# a\n# b\nlong = {'word ' * 60!r}  # its comment\nx = 1\nconfig = configure(globals())\n", 'toy.py')
+    write(
+        f'# a\n# b\nlong = {"word " * 60!r}  # its comment\nx = 1\nconfig = configure(globals())\n',
+        'toy.py',
+    )
     text = printed_help(capsys, '-h', '--long=' + 'z' * 300)
     assert '\na\nb\n' in text and 'its comment' in text
 
 
 # ---- how a script ends ----
+
 
 def test_a_run():
     write('batch_size = 64\non_cpu = dict(learning_rate=0.25)')
@@ -526,17 +686,28 @@ def test_help_in_a_run_exits_with_0_and_imports_nothing_heavy():
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     here = str(Path(configurator.__file__).resolve().parents[2])
-    done = subprocess.Popen([sys.executable, '-u', 'toy.py', '--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, 'PYTHONPATH': here})
+    done = subprocess.Popen(
+        [sys.executable, '-u', 'toy.py', '--help'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'PYTHONPATH': here},
+    )
     done.stdout.close()  # before anything is written
     assert done.stderr.read() == b'' and done.wait() == 0
 
 
-@pytest.mark.parametrize('arg, code, stderr', [
-    ('--batch_sise=3', 2, "error: --batch_sise=3: unknown setting 'batch_sise'; did you mean --batch_size?\n"),
-    ('--dataset=trouble', 2, 'error: data/trouble: is missing; run prepare.py\n'),
-    ('--dataset=ctrl-c', 130, 'interrupted\n'),
-])
+@pytest.mark.parametrize(
+    'arg, code, stderr',
+    [
+        (
+            '--batch_sise=3',
+            2,
+            "error: --batch_sise=3: unknown setting 'batch_sise'; did you mean --batch_size?\n",
+        ),
+        ('--dataset=trouble', 2, 'error: data/trouble: is missing; run prepare.py\n'),
+        ('--dataset=ctrl-c', 130, 'interrupted\n'),
+    ],
+)
 def test_exit_codes(arg, code, stderr):
     done = run(arg)
     assert (done.returncode, done.stderr, done.stdout) == (code, stderr, '')
@@ -545,21 +716,32 @@ def test_exit_codes(arg, code, stderr):
 def test_any_other_error_keeps_its_traceback():
     done = run('--dataset=bug')
     assert done.returncode == 1
-    assert done.stderr.startswith('Traceback') and done.stderr.endswith('ZeroDivisionError: division by zero\n')
+    assert done.stderr.startswith('Traceback') and done.stderr.endswith(
+        'ZeroDivisionError: division by zero\n'
+    )
 
 
 def test_only_the_standard_library_is_imported():
     with open(configurator.__file__) as file:
-        names = {line.split()[1].partition('.')[0] for line in file if line.startswith(('import ', 'from '))}
+        names = {
+            line.split()[1].partition('.')[0]
+            for line in file
+            if line.startswith(('import ', 'from '))
+        }
     assert names <= sys.stdlib_module_names
 
 
 # ---- properties ----
 
 NAMES = st.from_regex(r'[a-z][a-z0-9_]{0,9}', fullmatch=True).filter(
-    lambda name: not keyword.iskeyword(name) and name != 'on_cpu')
-KINDS = {int: st.integers(-2**70, 2**70), float: st.floats(allow_nan=False, allow_infinity=False),
-         bool: st.booleans(), str: st.text()}
+    lambda name: not keyword.iskeyword(name) and name != 'on_cpu'
+)
+KINDS = {
+    int: st.integers(-(2**70), 2**70),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    bool: st.booleans(),
+    str: st.text(),
+}
 
 
 @st.composite
@@ -573,7 +755,11 @@ def pages(draw):
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(pages())
 def test_file_and_command_line_give_the_same(page):
-    write(''.join(f'{name} = {old!r}  # c\n' for name, old, _ in page) + 'config = configure(globals())\n', 'toy.py')
+    write(
+        ''.join(f'{name} = {old!r}  # c\n' for name, old, _ in page)
+        + 'config = configure(globals())\n',
+        'toy.py',
+    )
     write(''.join(f'{name} = {new!r}\n' for name, _, new in page))
     assert read()[0] == {name: old for name, old, _ in page}
     from_file, globals_file = read('config/x.py')
@@ -584,15 +770,28 @@ def test_file_and_command_line_give_the_same(page):
         assert type(from_file[name]) is type(from_line[name]) is type(old)
 
 
-WILD = st.text(st.characters(exclude_categories=()))  # lone surrogates too, as os.fsdecode makes them
+WILD = st.text(
+    st.characters(exclude_categories=())
+)  # lone surrogates too, as os.fsdecode makes them
 SUMS = st.text('0123456789+-*/%()._e \'"\n#,jTrue', max_size=30)
-ARGUMENTS = st.one_of(WILD, WILD.map('--{}'.format), st.sampled_from(['-h', '--help', 'config', 'config/x.py']),
-                      st.builds('--{}={}'.format, st.sampled_from(sorted(DEFAULTS)), st.one_of(SUMS, WILD)),
-                      st.builds('{}={}'.format, WILD, WILD))
-FILES = st.one_of(st.binary(), WILD.map(lambda text: text.encode(errors='replace')),
-                  st.lists(st.builds('{} = {}'.format, st.sampled_from([*DEFAULTS, 'on_cpu', 'x']),
-                                     st.one_of(SUMS, st.builds('dict(batch_size={})'.format, SUMS))))
-                  .map(lambda lines: '\n'.join(lines).encode()))
+ARGUMENTS = st.one_of(
+    WILD,
+    WILD.map('--{}'.format),
+    st.sampled_from(['-h', '--help', 'config', 'config/x.py']),
+    st.builds('--{}={}'.format, st.sampled_from(sorted(DEFAULTS)), st.one_of(SUMS, WILD)),
+    st.builds('{}={}'.format, WILD, WILD),
+)
+FILES = st.one_of(
+    st.binary(),
+    WILD.map(lambda text: text.encode(errors='replace')),
+    st.lists(
+        st.builds(
+            '{} = {}'.format,
+            st.sampled_from([*DEFAULTS, 'on_cpu', 'x']),
+            st.one_of(SUMS, st.builds('dict(batch_size={})'.format, SUMS)),
+        )
+    ).map(lambda lines: '\n'.join(lines).encode()),
+)
 
 
 @hypothesis_settings(max_examples=250, deadline=None)
@@ -609,6 +808,8 @@ def test_no_text_gives_anything_but_success_or_a_user_error(argv, file):
         assert end.code == 0 and ('-h' in argv or '--help' in argv)
     else:
         config.apply_on_cpu()
-        assert {name: type(value) for name, value in config.items()} == {n: type(v) for n, v in DEFAULTS.items()}
+        assert {name: type(value) for name, value in config.items()} == {
+            n: type(v) for n, v in DEFAULTS.items()
+        }
         assert all(script[name] == value for name, value in config.items())
         assert config.echo()

@@ -1,17 +1,19 @@
 """dataset.py: one test for each thing it promises."""
+
 import json
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
+from nanomla.core.token_files import TokenWriter, in_order, read_meta, write_text
+from nanomla.core.tokenizers import Tokenizer
 from nanomla.training import batches
 from nanomla.training.batches import Dataset
-from nanomla.core.tokenizers import Tokenizer
-from nanomla.core.token_files import TokenWriter, in_order, read_meta, write_text
 
 
 def make(folder, train=500, val=120, vocab_size=1000):
@@ -29,6 +31,7 @@ def equal(one, other):
 
 # ---- batches ----
 
+
 def test_y_is_one_token_ahead(tmp_path):
     x, y = Dataset(make(tmp_path), 8).train_batch(0, 0, 5)
     assert x.shape == y.shape == (5, 8) and x.dtype == y.dtype == torch.int64
@@ -42,8 +45,12 @@ def test_a_batch_is_a_function_of_seed_step_micro_and_rank(tmp_path):
     data.train_batch(8, 0, 4), list(data.val_batches(4))  # what was read in between changes nothing
     assert equal(first, data.train_batch(7, 1, 4))
     assert equal(first, Dataset(tmp_path, 8, seed=3).train_batch(7, 1, 4))
-    others = [data.train_batch(7, 0, 4), data.train_batch(6, 1, 4), Dataset(tmp_path, 8, seed=4).train_batch(7, 1, 4),
-              Dataset(tmp_path, 8, seed=3, rank=1, world=2).train_batch(7, 1, 4)]
+    others = [
+        data.train_batch(7, 0, 4),
+        data.train_batch(6, 1, 4),
+        Dataset(tmp_path, 8, seed=4).train_batch(7, 1, 4),
+        Dataset(tmp_path, 8, seed=3, rank=1, world=2).train_batch(7, 1, 4),
+    ]
     assert not any(equal(first, other) for other in others)
 
 
@@ -53,7 +60,9 @@ def test_ranks_read_what_one_rank_reads_in_more_micro_steps(tmp_path, world):
     alone = Dataset(tmp_path, 8)
     ranks = [Dataset(tmp_path, 8, rank=rank, world=world) for rank in range(world)]
     for step in range(3):
-        together = [ranks[rank].train_batch(step, micro, 4) for micro in range(2) for rank in range(world)]
+        together = [
+            ranks[rank].train_batch(step, micro, 4) for micro in range(2) for rank in range(world)
+        ]
         assert all(equal(alone.train_batch(step, k, 4), batch) for k, batch in enumerate(together))
 
 
@@ -76,7 +85,9 @@ def test_resident_and_memmap_give_the_same_batches(tmp_path, monkeypatch):
 
 # ---- validation ----
 
-sizes = st.tuples(st.integers(1, 12), st.integers(1, 90)).map(lambda t: (t[0], t[0] + t[1]))  # T, and n > T
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 90)).map(
+    lambda t: (t[0], t[0] + t[1])
+)  # T, and n > T
 
 
 @pytest.fixture(scope='module')
@@ -110,7 +121,9 @@ def test_validation_counts_each_target_exactly_once(long_folder, size, B, world)
 
 @given(sizes, st.integers(1, 5), st.integers(1, 4), st.integers(1, 20))
 @settings(max_examples=150, deadline=None)
-def test_a_sample_of_the_validation_has_whole_windows_evenly_spread(long_folder, size, B, world, most):
+def test_a_sample_of_the_validation_has_whole_windows_evenly_spread(
+    long_folder, size, B, world, most
+):
     T, n = size
     targets = val_targets(long_folder, T, n, B, world, most)
     assert len(set(targets)) == len(targets)
@@ -127,27 +140,42 @@ def test_a_sample_of_the_validation_has_whole_windows_evenly_spread(long_folder,
 
 # ---- what a person can get wrong ----
 
+
 def break_meta(folder, **changes):
     meta = json.loads((folder / 'meta.json').read_text()) | changes
-    (folder / 'meta.json').write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    (folder / 'meta.json').write_text(
+        json.dumps({key: value for key, value in meta.items() if value is not None})
+    )
 
 
-@pytest.mark.parametrize('spoil, message', [
-    (lambda d: (d / 'val.bin').unlink(), 'val.bin is missing'),
-    (lambda d: (d / 'train.bin').write_bytes(b''), 'train.bin is empty'),
-    (lambda d: (d / 'train.bin').write_bytes(b'abc'), 'train.bin has 3 bytes, which is no whole number of uint16 tokens'),
-    (lambda d: (d / 'val.bin').write_bytes(bytes(16)), 'val.bin has 8 tokens, too few for one block of 8'),
-    (lambda d: (d / 'val.bin').write_bytes(b'\xe8\x03' * 20), 'val.bin holds token 1000, but its vocabulary has 1000'),
-    (lambda d: (d / 'meta.json').write_text('{'), 'meta.json cannot be used'),
-    (lambda d: (d / 'meta.json').write_text('[]'), 'meta.json cannot be used'),
-    (lambda d: (d / 'meta.json').write_bytes(b'\xff'), 'meta.json cannot be used'),
-    (lambda d: break_meta(d, dtype='float32'), 'meta.json cannot be used'),
-    (lambda d: break_meta(d, dtype=None), 'meta.json cannot be used'),
-    (lambda d: break_meta(d, tokenizer=None), 'meta.json cannot be used'),
-    (lambda d: break_meta(d, vocab_size='many'), 'meta.json cannot be used'),
-    (lambda d: break_meta(d, tokenizer='char', chars='ab'), 'meta.json cannot be used'),
-    (lambda d: (d / 'meta.json').rename(d / 'meta.pkl'), 'never unpickled'),
-])
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (lambda d: (d / 'val.bin').unlink(), 'val.bin is missing'),
+        (lambda d: (d / 'train.bin').write_bytes(b''), 'train.bin is empty'),
+        (
+            lambda d: (d / 'train.bin').write_bytes(b'abc'),
+            'train.bin has 3 bytes, which is no whole number of uint16 tokens',
+        ),
+        (
+            lambda d: (d / 'val.bin').write_bytes(bytes(16)),
+            'val.bin has 8 tokens, too few for one block of 8',
+        ),
+        (
+            lambda d: (d / 'val.bin').write_bytes(b'\xe8\x03' * 20),
+            'val.bin holds token 1000, but its vocabulary has 1000',
+        ),
+        (lambda d: (d / 'meta.json').write_text('{'), 'meta.json cannot be used'),
+        (lambda d: (d / 'meta.json').write_text('[]'), 'meta.json cannot be used'),
+        (lambda d: (d / 'meta.json').write_bytes(b'\xff'), 'meta.json cannot be used'),
+        (lambda d: break_meta(d, dtype='float32'), 'meta.json cannot be used'),
+        (lambda d: break_meta(d, dtype=None), 'meta.json cannot be used'),
+        (lambda d: break_meta(d, tokenizer=None), 'meta.json cannot be used'),
+        (lambda d: break_meta(d, vocab_size='many'), 'meta.json cannot be used'),
+        (lambda d: break_meta(d, tokenizer='char', chars='ab'), 'meta.json cannot be used'),
+        (lambda d: (d / 'meta.json').rename(d / 'meta.pkl'), 'never unpickled'),
+    ],
+)
 def test_a_spoilt_dataset_says_what_is_wrong(tmp_path, spoil, message):
     spoil(make(tmp_path))
     with pytest.raises(UserError) as error:
@@ -164,6 +192,7 @@ def test_bins_without_meta_are_nanogpts_gpt2_tokens(tmp_path):
 
 # ---- prepare it if it is missing ----
 
+
 def test_find_takes_a_path_or_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, 'DATA', tmp_path / 'data')
     assert dataset.find('nothing') == tmp_path / 'data/nothing'
@@ -174,8 +203,10 @@ def test_prepare_if_missing(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(dataset, 'DATA', tmp_path)
     good, bad = tmp_path / 'good', tmp_path / 'bad'
     good.mkdir(), bad.mkdir()
-    (good / 'prepare.py').write_text('from pathlib import Path\nprint("making it")\nfor name in "train.bin", "val.bin":\n'
-                                     '    (Path(__file__).parent / name).write_bytes(bytes(40))\n')
+    (good / 'prepare.py').write_text(
+        'from pathlib import Path\nprint("making it")\nfor name in "train.bin", "val.bin":\n'
+        '    (Path(__file__).parent / name).write_bytes(bytes(40))\n'
+    )
     (bad / 'prepare.py').write_text('raise SystemExit(2)\n')
     dataset.prepare_if_missing('good')
     assert (good / 'train.bin').stat().st_size == 40 and capfd.readouterr().out == 'making it\n'
@@ -190,14 +221,22 @@ def test_prepare_if_missing(tmp_path, monkeypatch, capfd):
 
 # ---- tokenizers ----
 
+
 @given(st.text(min_size=1))
 @settings(deadline=None)
 def test_char_and_bytes_round_trip(text):
-    for codec in Tokenizer(dict(tokenizer='char', chars=''.join(sorted(set(text))))), Tokenizer(dict(tokenizer='bytes')):
+    for codec in (
+        Tokenizer(dict(tokenizer='char', chars=''.join(sorted(set(text))))),
+        Tokenizer(dict(tokenizer='bytes')),
+    ):
         ids = codec.encode(text)
-        assert codec.decode(ids) == text and all(type(i) is int and 0 <= i < codec.vocab_size for i in ids)
+        assert codec.decode(ids) == text and all(
+            type(i) is int and 0 <= i < codec.vocab_size for i in ids
+        )
         assert codec.encode_array(text).tolist() == ids
-        assert codec.decode(ids + [codec.vocab_size + 5]) == text  # padding ids of a wider model give nothing
+        assert (
+            codec.decode(ids + [codec.vocab_size + 5]) == text
+        )  # padding ids of a wider model give nothing
 
 
 def test_char_ids_are_places_in_the_vocabulary():
@@ -205,15 +244,22 @@ def test_char_ids_are_places_in_the_vocabulary():
     assert codec.encode('b日\na') == [2, 3, 0, 1] and codec.encode('') == []
 
 
-@pytest.mark.parametrize('text, unknown', [('abc', 'c'), ('a日', '日'), ('a\U0010ffff', r'\U0010ffff'), ('\udcff', r'\udcff')])
+@pytest.mark.parametrize(
+    'text, unknown',
+    [('abc', 'c'), ('a日', '日'), ('a\U0010ffff', r'\U0010ffff'), ('\udcff', r'\udcff')],
+)
 def test_char_names_what_it_does_not_know(text, unknown):
     with pytest.raises(UserError) as error:
         Tokenizer(dict(tokenizer='char', chars='ab')).encode(text)
-    assert f'never seen: {unknown!r}'.replace('\\\\', '\\') in str(error.value) and "it knows 'ab'" in str(error.value)
+    assert f'never seen: {unknown!r}'.replace('\\\\', '\\') in str(
+        error.value
+    ) and "it knows 'ab'" in str(error.value)
 
 
 def test_bytes_of_a_broken_argument_survive():
-    assert Tokenizer(dict(tokenizer='bytes')).encode('\udcff') == [255]  # as Python hands over a stray byte in argv
+    assert Tokenizer(dict(tokenizer='bytes')).encode('\udcff') == [
+        255
+    ]  # as Python hands over a stray byte in argv
 
 
 def test_unknown_tokenizer():
@@ -226,6 +272,7 @@ def test_gpt2_without_vocabulary_or_tiktoken(monkeypatch):
 
     def no_network(name):
         raise ConnectionError('unreachable')
+
     monkeypatch.setattr(tiktoken, 'get_encoding', no_network)
     with pytest.raises(UserError, match='connect to the network once, or set TIKTOKEN_CACHE_DIR'):
         Tokenizer(dict(tokenizer='gpt2'))
@@ -236,18 +283,31 @@ def test_gpt2_without_vocabulary_or_tiktoken(monkeypatch):
 
 # ---- writing ----
 
+
 def test_write_text(tmp_path):
     text = 'hello world\n' * 10
-    meta = write_text(tmp_path, text, 'char', 'greetings', val_fraction=.25)
+    meta = write_text(tmp_path, text, 'char', 'greetings', val_fraction=0.25)
     assert meta == read_meta(tmp_path)
-    assert (meta['train_tokens'], meta['val_tokens'], meta['vocab_size'], meta['dtype']) == (90, 30, 9, 'uint16')
+    assert (meta['train_tokens'], meta['val_tokens'], meta['vocab_size'], meta['dtype']) == (
+        90,
+        30,
+        9,
+        'uint16',
+    )
     data, codec = Dataset(tmp_path, 4), Tokenizer(meta)
     assert ''.join(codec.decode(data.tokens[split].tolist()) for split in ('train', 'val')) == text
     assert sorted(p.name for p in tmp_path.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
 
 
-@pytest.mark.parametrize('text, fraction, message', [('', .1, 'empty'), ('abc', .1, 'too short'), ('a' * 99, 0., 'val_fraction is 0.0'),
-                                                     ('a' * 99, 1., 'between 0 and 1')])
+@pytest.mark.parametrize(
+    'text, fraction, message',
+    [
+        ('', 0.1, 'empty'),
+        ('abc', 0.1, 'too short'),
+        ('a' * 99, 0.0, 'val_fraction is 0.0'),
+        ('a' * 99, 1.0, 'between 0 and 1'),
+    ],
+)
 def test_text_that_cannot_be_split_changes_nothing(tmp_path, text, fraction, message):
     write_text(tmp_path, 'an older text' * 9, 'char', 'old')
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -275,7 +335,12 @@ def test_a_writer_goes_on_where_it_was(tmp_path):
     with TokenWriter(tmp_path, 70000, sizes) as files:
         files.add('train', [69999]), files.add('val', [5, 6])
         meta = files.publish(dict(tokenizer='bytes', source='numbers'))
-    assert meta['dtype'] == 'uint32' and np.fromfile(tmp_path / 'train.bin', 'uint32').tolist() == [1, 2, 3, 69999]
+    assert meta['dtype'] == 'uint32' and np.fromfile(tmp_path / 'train.bin', 'uint32').tolist() == [
+        1,
+        2,
+        3,
+        69999,
+    ]
     assert np.fromfile(tmp_path / 'val.bin', 'uint32').tolist() == [4, 5, 6]
 
 
@@ -288,6 +353,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(dataset.os, 'fsync', full)
     with pytest.raises(UserError, match='cannot write .*: No space left on device'):
         write_text(tmp_path, 'some text ' * 9, 'char', 'x')

@@ -1,4 +1,5 @@
 """data/*/prepare.py, in copies under tmp_path, without a network and without GPT-2's vocabulary."""
+
 import bz2
 import gzip
 import hashlib
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
-from nanomla.core.tokenizers import Tokenizer
 from nanomla.core.token_files import read_meta, read_tokens
+from nanomla.core.tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 END = 50256
@@ -30,10 +32,17 @@ def tiny_bpe(*_):
     """GPT-2's pattern and its <|endoftext|>, with bytes and a handful of merges: what a chunk could get wrong shows."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
-    merges = b'th he|the| t| the|in|ing| a|an|  |    |\n\n|\n\n\n| \n|\t\t|..|...|12|\xc3\xa9|\xe6\x97|\xe6\x97\xa5'.split(b'|')
+
+    merges = b'th he|the| t| the|in|ing| a|an|  |    |\n\n|\n\n\n| \n|\t\t|..|...|12|\xc3\xa9|\xe6\x97|\xe6\x97\xa5'.split(
+        b'|'
+    )
     pieces = [bytes([i]) for i in range(256)] + merges
-    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks={piece: i for i, piece in enumerate(pieces)},
-                             special_tokens={'<|endoftext|>': END})
+    return tiktoken.Encoding(
+        'gpt2',
+        pat_str=r50k_pat_str,
+        mergeable_ranks={piece: i for i, piece in enumerate(pieces)},
+        special_tokens={'<|endoftext|>': END},
+    )
 
 
 @pytest.fixture
@@ -46,7 +55,11 @@ def bpe(monkeypatch):
 def project(tmp_path):
     """A copy of the scripts, so that the real data/ stays as it is."""
     root = tmp_path / 'project'
-    for path in [*ROOT.glob('nanomla/core/*.py'), *ROOT.glob('data/*.py'), *ROOT.glob('data/*/prepare.py')]:
+    for path in [
+        *ROOT.glob('nanomla/core/*.py'),
+        *ROOT.glob('data/*.py'),
+        *ROOT.glob('data/*/prepare.py'),
+    ]:
         (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, root / path.relative_to(ROOT))
     return root
@@ -63,6 +76,7 @@ def prepare(project, monkeypatch):
         monkeypatch.setattr(sys, 'path', sys.path[:])
         runpy.run_path(str(script), run_name='__main__')
         return project / 'data' / name
+
     return run
 
 
@@ -72,6 +86,7 @@ def shakespeare(project, monkeypatch):
     monkeypatch.syspath_prepend(str(project / 'data'))
     sys.modules.pop('tiny_shakespeare', None)
     import tiny_shakespeare
+
     assert tiny_shakespeare.INPUT == project / 'data/shakespeare_char/input.txt'
     monkeypatch.setattr(tiny_shakespeare, 'URL', (project / 'nothing').as_uri())
     yield tiny_shakespeare
@@ -80,22 +95,36 @@ def shakespeare(project, monkeypatch):
 
 def text_of(folder):
     codec, meta = Tokenizer(read_meta(folder)), read_meta(folder)
-    return b''.join(codec.decode_bytes(read_tokens(Path(folder) / f'{split}.bin', meta['dtype']).tolist())
-                    for split in ('train', 'val'))
+    return b''.join(
+        codec.decode_bytes(read_tokens(Path(folder) / f'{split}.bin', meta['dtype']).tolist())
+        for split in ('train', 'val')
+    )
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()} if Path(folder).exists() else {}
+    return (
+        {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+        if Path(folder).exists()
+        else {}
+    )
 
 
 def python(cwd, *args, **env):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONDONTWRITEBYTECODE='1') | env)
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHONDONTWRITEBYTECODE='1') | env,
+    )
 
 
 # ---- tiny Shakespeare ----
 
-def test_shakespeare_is_downloaded_once_and_checked(shakespeare, prepare, project, monkeypatch, capsys):
+
+def test_shakespeare_is_downloaded_once_and_checked(
+    shakespeare, prepare, project, monkeypatch, capsys
+):
     text = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\n' * 30
     served = project / 'served.txt'
     served.write_text(text)
@@ -114,9 +143,15 @@ def test_without_a_network_a_stand_in_says_so(shakespeare, prepare, project, mon
     monkeypatch.setattr(shakespeare, 'reference_text', lambda: 'Some reference text.\n' * 20)
     folder = prepare('shakespeare_char')
     version = f'Python {sys.version_info.major}.{sys.version_info.minor}'
-    assert read_meta(folder)['source'] == f'{version} reference text (stand-in: no network for tiny Shakespeare)'
+    assert (
+        read_meta(folder)['source']
+        == f'{version} reference text (stand-in: no network for tiny Shakespeare)'
+    )
     printed = capsys.readouterr()
-    assert printed.err.startswith('no network for tiny Shakespeare: taking the') and printed.err.count('\n') == 1
+    assert (
+        printed.err.startswith('no network for tiny Shakespeare: taking the')
+        and printed.err.count('\n') == 1
+    )
     assert 'stand-in' in printed.out and not (folder / 'input.txt').exists()
 
     served = project / 'served.txt'  # a network, but not the text we know
@@ -127,7 +162,10 @@ def test_without_a_network_a_stand_in_says_so(shakespeare, prepare, project, mon
 
     (folder / 'input.txt').write_text('my words ' * 30)  # and a later run replaces the stand-in
     prepare('shakespeare_char')
-    assert read_meta(folder)['source'] == 'input.txt (your own text)' and text_of(folder) == b'my words ' * 30
+    assert (
+        read_meta(folder)['source'] == 'input.txt (your own text)'
+        and text_of(folder) == b'my words ' * 30
+    )
 
 
 def test_shakespeare_in_gpt2_tokens_is_the_same_text(shakespeare, prepare, bpe):
@@ -136,20 +174,32 @@ def test_shakespeare_in_gpt2_tokens_is_the_same_text(shakespeare, prepare, bpe):
     meta = read_meta(folder)
     assert (meta['tokenizer'], meta['dtype'], meta['vocab_size']) == ('gpt2', 'uint16', 50257)
     assert text_of(folder) == shakespeare.INPUT.read_bytes() and not (folder / 'input.txt').exists()
-    assert prepare('shakespeare_char') and text_of(folder) == text_of(folder.parent / 'shakespeare_char')
+    assert prepare('shakespeare_char') and text_of(folder) == text_of(
+        folder.parent / 'shakespeare_char'
+    )
 
 
 def test_the_split_of_tiny_shakespeare(shakespeare):
-    assert dataset.val_begin(shakespeare.SIZE, .1) == 1_003_854
+    assert dataset.val_begin(shakespeare.SIZE, 0.1) == 1_003_854
 
 
-@pytest.mark.parametrize('content, message', [(None, 'cannot read .*own.txt'), (b'', 'the text is empty'), (b'ab', 'too short'),
-                                              (b'caf\xe9', r'own.txt is not UTF-8 text \(byte 3\)')])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (None, 'cannot read .*own.txt'),
+        (b'', 'the text is empty'),
+        (b'ab', 'too short'),
+        (b'caf\xe9', r'own.txt is not UTF-8 text \(byte 3\)'),
+    ],
+)
 def test_a_text_of_ones_own_for_shakespeare(shakespeare, prepare, project, content, message):
     own = project / 'own.txt'
     own.write_bytes(b'my own words, ' * 20)
     folder = prepare('shakespeare_char', f'--input={own}')
-    assert read_meta(folder)['source'] == 'own.txt (your own text)' and text_of(folder) == own.read_bytes()
+    assert (
+        read_meta(folder)['source'] == 'own.txt (your own text)'
+        and text_of(folder) == own.read_bytes()
+    )
     before = contents(folder)
     own.unlink() if content is None else own.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -164,15 +214,21 @@ def test_the_stand_in_is_good_english(shakespeare):
     assert set(text) <= {chr(i) for i in range(32, 127)} | {'\n'}
     paragraphs = text.split('\n\n')
     assert len(set(paragraphs)) == len(paragraphs)
-    assert sum(c.islower() or c == ' ' for c in text) > .85 * len(text)
-    assert not {'antigravity', 'pydoc_data.topics', 'this', 'turtle'} & (set(sys.modules) - imported)  # it parses, and imports nothing
+    assert sum(c.islower() or c == ' ' for c in text) > 0.85 * len(text)
+    assert not {'antigravity', 'pydoc_data.topics', 'this', 'turtle'} & (
+        set(sys.modules) - imported
+    )  # it parses, and imports nothing
 
 
 def test_the_stand_in_is_the_same_each_time(shakespeare, monkeypatch):
-    monkeypatch.setattr(sys, 'stdlib_module_names', frozenset({'argparse', 'json', 'pydoc_data', 'test', 'sys'}))
+    monkeypatch.setattr(
+        sys, 'stdlib_module_names', frozenset({'argparse', 'json', 'pydoc_data', 'test', 'sys'})
+    )
     documents = list(shakespeare.reference_documents())
     assert any('JavaScript Object Notation' in text for text in documents)
-    assert any(text.startswith('The "assert" statement') for text in documents)  # a topic of pydoc_data
+    assert any(
+        text.startswith('The "assert" statement') for text in documents
+    )  # a topic of pydoc_data
     assert shakespeare.reference_text() == shakespeare.reference_text()
 
 
@@ -184,30 +240,67 @@ def test_a_python_without_sources_cannot_stand_in(shakespeare, monkeypatch):
 
 def test_prose_is_told_from_code(shakespeare):
     assert shakespeare.is_prose('Return the number of sentences that a reader finds in the text.')
-    for other in ('Too short.', '>>> print("the quick brown fox jumps over the lazy dog again")', 'a heading of many words ' * 3,
-                  'x = f(a[1]) + 2 * g(b[2]) / 3 - h(c[3]) ** 4 % i(d[4]) + 5.', 'Return the café where a reader finds all of the text.'):
+    for other in (
+        'Too short.',
+        '>>> print("the quick brown fox jumps over the lazy dog again")',
+        'a heading of many words ' * 3,
+        'x = f(a[1]) + 2 * g(b[2]) / 3 - h(c[3]) ** 4 % i(d[4]) + 5.',
+        'Return the café where a reader finds all of the text.',
+    ):
         assert not shakespeare.is_prose(other)
 
 
 # ---- your own text ----
 
-WORDS = st.sampled_from(['the', 'thing', "he's", 'é', '日', '12', '...', '<|endoftext|>', 'in', '\u200b', "'", 'a-b'])
-BLANKS = st.sampled_from([' ', '  ', '\n', '\n\n', '\n\n\n', ' \n', '\n ', '\t\t', '\x1c', '\u3000', '\x85 ', '     \n\n  ', '\r\n'])
+WORDS = st.sampled_from(
+    ['the', 'thing', "he's", 'é', '日', '12', '...', '<|endoftext|>', 'in', '\u200b', "'", 'a-b']
+)
+BLANKS = st.sampled_from(
+    [
+        ' ',
+        '  ',
+        '\n',
+        '\n\n',
+        '\n\n\n',
+        ' \n',
+        '\n ',
+        '\t\t',
+        '\x1c',
+        '\u3000',
+        '\x85 ',
+        '     \n\n  ',
+        '\r\n',
+    ]
+)
 
 
-@given(st.lists(st.tuples(BLANKS, WORDS, st.booleans()), min_size=40, max_size=120), st.floats(.05, .95))
-@example([('\n\n', 'the', True)] * 60, .5)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(BLANKS, WORDS, st.booleans()), min_size=40, max_size=120),
+    st.floats(0.05, 0.95),
+)
+@example([('\n\n', 'the', True)] * 60, 0.5)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_chunks_have_the_tokens_of_the_whole(project, prepare, bpe, pieces, val_fraction):
     script = project / 'data/text/prepare.py'
-    source = script.read_text().replace('BLOCK = 2 ** 20', 'BLOCK = 7').replace('CHUNK = 2 ** 18', 'CHUNK = 64')
+    source = (
+        script.read_text()
+        .replace('BLOCK = 2 ** 20', 'BLOCK = 7')
+        .replace('CHUNK = 2 ** 18', 'CHUNK = 64')
+    )
     assert 'BLOCK = 7 ' in source and 'CHUNK = 64 ' in source
     script.write_text(source)
     # ' so' after every second piece: each 64 characters have a place to cut, without which tokens are only valid, not equal
-    text = ''.join((blank + word if pair else word + ' ') + ' so' * (i % 2) for i, (blank, word, pair) in enumerate(pieces))
+    text = ''.join(
+        (blank + word if pair else word + ' ') + ' so' * (i % 2)
+        for i, (blank, word, pair) in enumerate(pieces)
+    )
     file = project / 'own.txt'
     file.write_bytes(text.encode())
-    folder = prepare('text', file, '--tokenizer=gpt2', f'--val_fraction={val_fraction!r}', '--num_proc=2')
+    folder = prepare(
+        'text', file, '--tokenizer=gpt2', f'--val_fraction={val_fraction!r}', '--num_proc=2'
+    )
     cut = int(len(text) * (1 - val_fraction))
     for split, part in ('train', text[:cut]), ('val', text[cut:]):
         assert np.fromfile(folder / f'{split}.bin', 'uint16').tolist() == bpe.encode_ordinary(part)
@@ -230,12 +323,17 @@ def test_blanks_that_tiktoken_gives_up_on_are_halved(monkeypatch, bpe):
         if len(part) > 900:
             raise ValueError('stack')
         return bpe.encode_to_numpy(part)
+
     monkeypatch.setattr(codec, 'bpe', type('Weak', (), dict(encode_to_numpy=staticmethod(weak)))())
     assert bpe.decode(codec.encode_array(text).tolist()) == text
 
 
-@pytest.mark.parametrize('tokenizer, joint', [('char', b'\n'), ('bytes', b'\n'), ('gpt2', b'<|endoftext|>')])
-def test_packed_files_and_standard_input_are_joined_in_order(prepare, project, bpe, monkeypatch, tokenizer, joint):
+@pytest.mark.parametrize(
+    'tokenizer, joint', [('char', b'\n'), ('bytes', b'\n'), ('gpt2', b'<|endoftext|>')]
+)
+def test_packed_files_and_standard_input_are_joined_in_order(
+    prepare, project, bpe, monkeypatch, tokenizer, joint
+):
     parts = ['the first é\n' * 9, 'the second 日' * 9, 'third\n' * 9, 'and the last' * 9]
     parts = [part.encode() for part in parts]
     monkeypatch.chdir(project)
@@ -250,7 +348,7 @@ def test_packed_files_and_standard_input_are_joined_in_order(prepare, project, b
     assert meta['sha256'] == hashlib.sha256(b'\n'.join(parts)).hexdigest()
     length = [len(b'\n'.join(parts)), len('\n'.join(map(bytes.decode, parts)))]
     if tokenizer != 'gpt2':
-        assert meta['train_tokens'] == int(length[tokenizer == 'char'] * .9)
+        assert meta['train_tokens'] == int(length[tokenizer == 'char'] * 0.9)
     assert not (project / 'data/text/train.bin').exists()
 
 
@@ -261,26 +359,45 @@ def test_a_vocabulary_beyond_uint16(prepare, project):
     assert read_meta(folder)['dtype'] == 'uint32' and text_of(folder).decode() == text
 
 
-@pytest.mark.parametrize('files, options, message', [
-    ([], [], 'which text'),
-    (['none.txt'], [], 'cannot read none.txt: No such file'),
-    (['good.txt', 'none.txt'], [], 'cannot read none.txt'),
-    (['.'], [], 'cannot read .: Is a directory'),
-    (['latin.txt'], [], 'latin.txt is not UTF-8 text: byte 1200003 is 0xe9; .* use --tokenizer=bytes'),
-    (['cut.txt'], [], 'cut.txt is not UTF-8 text: byte 4 is 0xe6'),
-    (['broken.xz'], [], 'cannot read broken.xz'),
-    (['broken.gz'], [], 'cannot read broken.gz'),
-    (['short.gz'], [], 'cannot read short.gz'),
-    (['empty.txt'], [], 'the text is empty'),
-    (['tiny.txt'], [], 'the text is too short: 1 tokens for train.bin'),
-    (['good.txt'], ['--tokenizer=words'], '--tokenizer=words is not known: use char, bytes or gpt2'),
-    (['good.txt'], ['--tokeniser=char'], 'did you mean --tokenizer'),
-    (['good.txt'], ['--val_fraction=1.5'], 'val_fraction is 1.5'),
-    (['good.txt'], ['--num_proc=-1'], 'num_proc is -1'),
-])
-def test_what_can_be_wrong_with_a_text_leaves_the_dataset_as_it_was(prepare, project, monkeypatch, files, options, message):
+@pytest.mark.parametrize(
+    'files, options, message',
+    [
+        ([], [], 'which text'),
+        (['none.txt'], [], 'cannot read none.txt: No such file'),
+        (['good.txt', 'none.txt'], [], 'cannot read none.txt'),
+        (['.'], [], 'cannot read .: Is a directory'),
+        (
+            ['latin.txt'],
+            [],
+            'latin.txt is not UTF-8 text: byte 1200003 is 0xe9; .* use --tokenizer=bytes',
+        ),
+        (['cut.txt'], [], 'cut.txt is not UTF-8 text: byte 4 is 0xe6'),
+        (['broken.xz'], [], 'cannot read broken.xz'),
+        (['broken.gz'], [], 'cannot read broken.gz'),
+        (['short.gz'], [], 'cannot read short.gz'),
+        (['empty.txt'], [], 'the text is empty'),
+        (['tiny.txt'], [], 'the text is too short: 1 tokens for train.bin'),
+        (
+            ['good.txt'],
+            ['--tokenizer=words'],
+            '--tokenizer=words is not known: use char, bytes or gpt2',
+        ),
+        (['good.txt'], ['--tokeniser=char'], 'did you mean --tokenizer'),
+        (['good.txt'], ['--val_fraction=1.5'], 'val_fraction is 1.5'),
+        (['good.txt'], ['--num_proc=-1'], 'num_proc is -1'),
+    ],
+)
+def test_what_can_be_wrong_with_a_text_leaves_the_dataset_as_it_was(
+    prepare, project, monkeypatch, files, options, message
+):
     monkeypatch.chdir(project)
-    made = dict(good=b'good words ' * 20, latin=b'caf ' * 300_000 + b'caf\xe9 ', cut=b'abcd\xe6\x97', empty=b'', tiny=b'ab')
+    made = dict(
+        good=b'good words ' * 20,
+        latin=b'caf ' * 300_000 + b'caf\xe9 ',
+        cut=b'abcd\xe6\x97',
+        empty=b'',
+        tiny=b'ab',
+    )
     for name, content in made.items():
         Path(f'{name}.txt').write_bytes(content)
     for name in 'broken.xz', 'broken.gz':
@@ -303,10 +420,16 @@ def test_from_any_folder_with_one_line_and_code_2(project, tmp_path):
     (tmp_path / 'own.txt').write_text('words of my own\n' * 20)
     done = python(tmp_path, project / 'data/text/prepare.py', 'own.txt')
     assert done.returncode == 0 and read_meta(project / 'data/text')['train_tokens'] == 288
-    assert done.stdout.endswith('; own.txt (your own text)\n') and len(done.stdout.splitlines()) == 1
+    assert (
+        done.stdout.endswith('; own.txt (your own text)\n') and len(done.stdout.splitlines()) == 1
+    )
     before = contents(project / 'data/text')
     done = python(project / 'data/text', 'prepare.py', 'own.txt')
-    assert (done.returncode, done.stdout, done.stderr) == (2, '', 'error: cannot read own.txt: No such file or directory\n')
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        '',
+        'error: cannot read own.txt: No such file or directory\n',
+    )
     assert contents(project / 'data/text') == before
 
 
@@ -319,21 +442,35 @@ def test_help(prepare, capsys, name):
 
 # ---- OpenWebText ----
 
+
 @pytest.fixture
 def owt(prepare, project, bpe, monkeypatch, tmp_path):
     """owt('--limit=3') runs it on its local documents, in batches of 7; `owt.documents` are their texts."""
     datasets = pytest.importorskip('datasets')
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')  # nobody answers there
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')  # the script sets it too late for a library that is loaded already
+    monkeypatch.setenv(
+        'HF_HUB_OFFLINE', '1'
+    )  # the script sets it too late for a library that is loaded already
     monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     documents = [f'{i}: the thing in document {i} <|endoftext|>\n' * (i % 5) for i in range(100)]
     file = project / 'documents.jsonl'
-    file.write_text(''.join(json.dumps(dict(text=text, number=i)) + '\n' for i, text in enumerate(documents)))
+    file.write_text(
+        ''.join(json.dumps(dict(text=text, number=i)) + '\n' for i, text in enumerate(documents))
+    )
 
     def run(*args, input=file):
-        return prepare('openwebtext', f'--input={input}', '--batch=7', '--val_fraction=0.05', '--save_every=0', '--num_proc=2', *args)
+        return prepare(
+            'openwebtext',
+            f'--input={input}',
+            '--batch=7',
+            '--val_fraction=0.05',
+            '--save_every=0',
+            '--num_proc=2',
+            *args,
+        )
+
     run.documents, run.file = documents, file
     return run
 
@@ -356,7 +493,9 @@ def test_each_document_is_in_one_split_and_ends(owt):
     assert sorted(found['train'] + found['val']) == sorted(texts)
     assert found['train'] == [text for text in texts if text not in found['val']]  # in their order
     val = [owt.documents.index(text) // 20 for text in found['val']]
-    assert len(set(val)) == len(val) and 3 <= len(val) <= 5  # one of each 20, unless that one is empty
+    assert (
+        len(set(val)) == len(val) and 3 <= len(val) <= 5
+    )  # one of each 20, unless that one is empty
     folder = owt.file.parent / 'again'
     owt(f'--out={folder}')
     assert documents_of(folder) == found
@@ -371,7 +510,9 @@ def test_each_document_is_in_one_split_and_ends(owt):
 def test_limit_and_other_kinds_of_files(owt, project, capsys):
     folder = owt('--limit=30')
     found = documents_of(folder)
-    assert sorted(found['train'] + found['val']) == sorted(text for text in owt.documents[:30] if text)
+    assert sorted(found['train'] + found['val']) == sorted(
+        text for text in owt.documents[:30] if text
+    )
     assert read_meta(folder)['source'] == 'documents.jsonl (your own text), the first 30 documents'
     with pytest.raises(SystemExit):
         owt('--limit=30')
@@ -385,6 +526,7 @@ def test_limit_and_other_kinds_of_files(owt, project, capsys):
 
     import pyarrow
     import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.table(dict(body=lines)), project / 'x.parquet')
     found = documents_of(owt('--column=body', input=project / 'x.parquet'))
     assert sorted(found['train'] + found['val']) == sorted(lines)
@@ -406,6 +548,7 @@ def test_an_interrupted_run_goes_on(owt, project, monkeypatch, capsys, last):
             raise Killed
         added.append(split)
         add(self, split, ids)
+
     monkeypatch.setattr(dataset.TokenWriter, 'add', dying_add)
     out = project / 'killed'
     with pytest.raises(Killed):
@@ -421,8 +564,14 @@ def test_an_interrupted_run_goes_on(owt, project, monkeypatch, capsys, last):
 
 def test_a_killed_process_goes_on_and_another_plan_does_not(owt, project, tmp_path):
     out, whole = project / 'killed', project / 'whole'
-    arguments = [f'--input={owt.file}', '--batch=7', '--val_fraction=0.05', '--save_every=0', '--num_proc=2']
-    driver = f'''
+    arguments = [
+        f'--input={owt.file}',
+        '--batch=7',
+        '--val_fraction=0.05',
+        '--save_every=0',
+        '--num_proc=2',
+    ]
+    driver = f"""
 import os, runpy, signal, sys
 import tiktoken
 from nanomla.core import token_files as dataset
@@ -437,8 +586,14 @@ def last_sync(self):
 dataset.TokenWriter.sync = last_sync
 sys.argv = ['prepare.py'] + {arguments + [f'--out={out}']!r}
 runpy.run_path({str(project / 'data/openwebtext/prepare.py')!r}, run_name='__main__')
-'''
-    done = python(tmp_path, '-c', driver, PYTHONPATH=f'{project}{os.pathsep}{ROOT / "tests" / "data"}', HF_HOME=str(tmp_path / 'hf'))
+"""
+    done = python(
+        tmp_path,
+        '-c',
+        driver,
+        PYTHONPATH=f'{project}{os.pathsep}{ROOT / "tests" / "data"}',
+        HF_HOME=str(tmp_path / 'hf'),
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert json.loads((out / 'progress.json').read_text())['documents'] == 35
     shutil.copytree(out, project / 'other')
@@ -452,6 +607,7 @@ runpy.run_path({str(project / 'data/openwebtext/prepare.py')!r}, run_name='__mai
 
 def test_from_the_hub_with_a_limit_rows_are_streamed(owt, prepare, monkeypatch):
     import datasets
+
     asked = []
 
     def load_dataset(**what):
@@ -460,25 +616,38 @@ def test_from_the_hub_with_a_limit_rows_are_streamed(owt, prepare, monkeypatch):
             raise RuntimeError('Dataset scripts are no longer supported, but found openwebtext.py')
         rows = datasets.Dataset.from_dict(dict(text=owt.documents))
         return rows.to_iterable_dataset() if what.get('streaming') else rows
+
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     folder = prepare('openwebtext', '--limit=50', '--val_fraction=0.05', '--batch=7')
-    assert asked[1] == dict(path='Skylion007/openwebtext', split='train', streaming=True, revision='refs/convert/parquet')
+    assert asked[1] == dict(
+        path='Skylion007/openwebtext',
+        split='train',
+        streaming=True,
+        revision='refs/convert/parquet',
+    )
     found = documents_of(folder)
-    assert sorted(found['train'] + found['val']) == sorted(text for text in owt.documents[:50] if text)
+    assert sorted(found['train'] + found['val']) == sorted(
+        text for text in owt.documents[:50] if text
+    )
     assert read_meta(folder)['source'] == 'Skylion007/openwebtext, the first 50 documents'
     prepare('openwebtext', '--val_fraction=0.05')
     assert read_meta(folder)['documents'] == 100 and 'streaming' not in asked[2]
 
 
 def test_what_can_be_wrong_with_openwebtext(owt, prepare, project, monkeypatch):
-    for args, message in [((), 'cannot load Skylion007/openwebtext: check the name and the network'),
-                          (('--input=none.jsonl',), 'none.jsonl: there is no such file'),
-                          ((f'--input={ROOT / "nanomla" / "core" / "token_files.py"}',), 'give files of one kind'),
-                          ((f'--input={owt.file}', '--column=body'), "has no column 'body': give --column= one of text, number"),
-                          ((f'--input={owt.file}', '--column=number'), "column 'number' holds int"),
-                          ((f'--input={owt.file}', '--limit=1'), 'the text is too short'),
-                          ((f'--input={owt.file}', '--limit=-1'), '--limit counts'),
-                          ((f'--input={owt.file}', '--val_fraction=0.0'), '--val_fraction is between')]:
+    for args, message in [
+        ((), 'cannot load Skylion007/openwebtext: check the name and the network'),
+        (('--input=none.jsonl',), 'none.jsonl: there is no such file'),
+        ((f'--input={ROOT / "nanomla" / "core" / "token_files.py"}',), 'give files of one kind'),
+        (
+            (f'--input={owt.file}', '--column=body'),
+            "has no column 'body': give --column= one of text, number",
+        ),
+        ((f'--input={owt.file}', '--column=number'), "column 'number' holds int"),
+        ((f'--input={owt.file}', '--limit=1'), 'the text is too short'),
+        ((f'--input={owt.file}', '--limit=-1'), '--limit counts'),
+        ((f'--input={owt.file}', '--val_fraction=0.0'), '--val_fraction is between'),
+    ]:
         with pytest.raises(UserError, match=message):
             prepare('openwebtext', *args)
     (project / 'broken.jsonl').write_text('{"text": "unfinished')

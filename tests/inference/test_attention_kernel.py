@@ -4,16 +4,17 @@ decode_kernels.py against attention in float64 over what the cache says it holds
 As in test_kernels.py the kernels run here under Triton's interpreter, in a child process that one test starts; the tests
 marked gpu hold the same promises on a GPU.
 """
+
 import random
 
 import pytest
 import torch
+from interpreter import ROOT, interpreted, needs_triton, python, run_interpreted
 
 from nanomla.inference import attention_kernel as d
 from nanomla.inference.cache import Cache
-from nanomla.inference.quantize import dequantise, group_of
 from nanomla.inference.generate import Step
-from interpreter import ROOT, interpreted, needs_triton, python, run_interpreted
+from nanomla.inference.quantize import dequantise, group_of
 
 
 @needs_triton
@@ -33,7 +34,12 @@ def filled(dims, lengths, size, device='cpu', full=torch.float32, **how):
         random.Random(0).shuffle(cache.pages.free)
     cache.plan(lengths)
     cache.begin(max(lengths))
-    cache.layers[0].extend(**{name: torch.randn(len(lengths), max(lengths), width, device=device, dtype=full) for name, width in dims.items()})
+    cache.layers[0].extend(
+        **{
+            name: torch.randn(len(lengths), max(lengths), width, device=device, dtype=full)
+            for name, width in dims.items()
+        }
+    )
     cache.end()
     return cache
 
@@ -41,8 +47,16 @@ def filled(dims, lengths, size, device='cpu', full=torch.float32, **how):
 def held(cache, name):
     """What a name of the cache means, (B, size, C) in fp32, by its addresses, its codes and its window."""
     store = cache.layers[0].stores[name]
-    row, place = torch.arange(cache.slots, device=cache.device)[:, None], torch.arange(cache.size, device=cache.device)[None]
-    at = (cache.table[row, place // cache.page_size].long() * cache.page_size + place % cache.page_size if cache.pages else row * cache.size + place)
+    row, place = (
+        torch.arange(cache.slots, device=cache.device)[:, None],
+        torch.arange(cache.size, device=cache.device)[None],
+    )
+    at = (
+        cache.table[row, place // cache.page_size].long() * cache.page_size
+        + place % cache.page_size
+        if cache.pages
+        else row * cache.size + place
+    )
     parts = [buffer[at] for buffer in store.places]
     if not store.bits:
         return parts[0].float()
@@ -50,7 +64,9 @@ def held(cache, name):
     if store.recent is None:
         return x
     recent = (place < cache.lengths[:, None]) & (place >= cache.lengths[:, None] - cache.window)
-    return torch.where(recent[..., None], store.recent[row * cache.window + place % cache.window].float(), x)
+    return torch.where(
+        recent[..., None], store.recent[row * cache.window + place % cache.window].float(), x
+    )
 
 
 def error(H, K, C, P, lengths, size, **how):
@@ -61,9 +77,26 @@ def error(H, K, C, P, lengths, size, **how):
     B, full = len(lengths), cache.full
     q = torch.randn(B, H, C, device=cache.device, dtype=full)
     q_pe = torch.randn(B, H, P, device=cache.device, dtype=full) if latent and P else None
-    got = d.decode(q, first.held, None if latent else second.held, cache.lengths, 0.2, cache.size, q_pe, second.places[0] if q_pe is not None else None,
-                   cache.table, cache.page_size, None, first.bits, group_of(first.width), cache.window)
-    k, v = (held(cache, name).double().unflatten(-1, (K, -1)) for name in (('c_kv', 'c_kv') if latent else ('k', 'v')))
+    got = d.decode(
+        q,
+        first.held,
+        None if latent else second.held,
+        cache.lengths,
+        0.2,
+        cache.size,
+        q_pe,
+        second.places[0] if q_pe is not None else None,
+        cache.table,
+        cache.page_size,
+        None,
+        first.bits,
+        group_of(first.width),
+        cache.window,
+    )
+    k, v = (
+        held(cache, name).double().unflatten(-1, (K, -1))
+        for name in (('c_kv', 'c_kv') if latent else ('k', 'v'))
+    )
     worst = 0
     for b, length in enumerate(lengths):
         keys, values = (t[b, :length].repeat_interleave(H // K, dim=1) for t in (k, v))
@@ -75,27 +108,59 @@ def error(H, K, C, P, lengths, size, **how):
     return worst
 
 
-SHAPES = dict(mla=(4, 1, 32, 8), mla_many_heads=(20, 1, 64, 4), mla_without_rope=(4, 1, 64, 0), mha=(2, 2, 64, None), gqa=(6, 2, 64, None), mqa=(3, 1, 32, None))
-LAYOUTS = dict(dense=dict(), pages=dict(layout='paged', page_size=64), small_pages=dict(layout='paged', page_size=16))
+SHAPES = dict(
+    mla=(4, 1, 32, 8),
+    mla_many_heads=(20, 1, 64, 4),
+    mla_without_rope=(4, 1, 64, 0),
+    mha=(2, 2, 64, None),
+    gqa=(6, 2, 64, None),
+    mqa=(3, 1, 32, None),
+)
+LAYOUTS = dict(
+    dense=dict(),
+    pages=dict(layout='paged', page_size=64),
+    small_pages=dict(layout='paged', page_size=16),
+)
 
 
-DECODED = [pytest.param(shape, layout, dtype, marks=pytest.mark.slow if (s + l + d) % 3 else ())
-           for s, shape in enumerate(SHAPES) for l, layout in enumerate(LAYOUTS) for d, dtype in enumerate(['auto', 'int8', 'int4'])]
+DECODED = [
+    pytest.param(shape, layout, dtype, marks=pytest.mark.slow if (s + l + d) % 3 else ())
+    for s, shape in enumerate(SHAPES)
+    for l, layout in enumerate(LAYOUTS)
+    for d, dtype in enumerate(['auto', 'int8', 'int4'])
+]
 
 
 @interpreted
 @pytest.mark.parametrize('shape, layout, dtype', DECODED)
 def test_interpreted_decode(shape, layout, dtype):
-    assert error(*SHAPES[shape], [150, 1, 64, 129], 160, dtype=dtype, window=24, **LAYOUTS[layout]) < 2e-6
+    assert (
+        error(*SHAPES[shape], [150, 1, 64, 129], 160, dtype=dtype, window=24, **LAYOUTS[layout])
+        < 2e-6
+    )
 
 
 @interpreted
-@pytest.mark.parametrize('tiles, layout', [([64, 2, 0, 1], 'dense'), ([128, 3, 0, 1], 'pages'), pytest.param([64, 2, 0, 1], 'small_pages', marks=pytest.mark.slow),
-                                           pytest.param([128, 3, 0, 1], 'small_pages', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'tiles, layout',
+    [
+        ([64, 2, 0, 1], 'dense'),
+        ([128, 3, 0, 1], 'pages'),
+        pytest.param([64, 2, 0, 1], 'small_pages', marks=pytest.mark.slow),
+        pytest.param([128, 3, 0, 1], 'small_pages', marks=pytest.mark.slow),
+    ],
+)
 def test_interpreted_other_tiles_and_splits(tiles, layout, monkeypatch):
-    monkeypatch.setattr(d, 'tiles_of_shapes', lambda: {d.shape_key(4, 32, 8, True, bits, 704): tiles for bits in (0, 4)})
+    monkeypatch.setattr(
+        d,
+        'tiles_of_shapes',
+        lambda: {d.shape_key(4, 32, 8, True, bits, 704): tiles for bits in (0, 4)},
+    )
     for dtype in ('auto', 'int4'):
-        assert error(4, 1, 32, 8, [700, 300, 513], 704, dtype=dtype, window=0, **LAYOUTS[layout]) < 2e-6
+        assert (
+            error(4, 1, 32, 8, [700, 300, 513], 704, dtype=dtype, window=0, **LAYOUTS[layout])
+            < 2e-6
+        )
 
 
 @interpreted
@@ -121,31 +186,92 @@ def test_interpreted_some_rows_only(layout, dtype):
     cache.plan(1, rows.tolist())
     cache.begin(1)
     first, second = cache.stores
-    d.keep([(x, store.held, store.bits, group_of(store.width)) for x, store in zip(new.values(), cache.stores)],
-           cache.now.lengths, cache.now.counts, cache.size, cache.table, cache.page_size, rows, cache.window)
+    d.keep(
+        [
+            (x, store.held, store.bits, group_of(store.width))
+            for x, store in zip(new.values(), cache.stores)
+        ],
+        cache.now.lengths,
+        cache.now.counts,
+        cache.size,
+        cache.table,
+        cache.page_size,
+        rows,
+        cache.window,
+    )
     q, q_pe = torch.randn(2, 4, 64), torch.randn(2, 4, 8)
-    got = d.decode(q, first.held, None, cache.now.lengths, 0.2, cache.size, q_pe, second.places[0], cache.table, cache.page_size, rows,
-                   first.bits, 64, cache.window)
+    got = d.decode(
+        q,
+        first.held,
+        None,
+        cache.now.lengths,
+        0.2,
+        cache.size,
+        q_pe,
+        second.places[0],
+        cache.table,
+        cache.page_size,
+        rows,
+        first.bits,
+        64,
+        cache.window,
+    )
     cache.end()
     for b, row in enumerate(rows.tolist()):
-        c_kv, k_pe = (held(cache, name)[row, :cache.used[row]].double() for name in dims)
-        assert torch.equal(c_kv[-1].float(), new['c_kv'][b, 0]) and torch.equal(k_pe[-1].float(), new['k_pe'][b, 0])
+        c_kv, k_pe = (held(cache, name)[row, : cache.used[row]].double() for name in dims)
+        assert torch.equal(c_kv[-1].float(), new['c_kv'][b, 0]) and torch.equal(
+            k_pe[-1].float(), new['k_pe'][b, 0]
+        )
         p = (0.2 * (q[b].double() @ c_kv.T + q_pe[b].double() @ k_pe.T)).softmax(-1)
         torch.testing.assert_close(got[b].double(), p @ c_kv, rtol=0, atol=2e-6)
 
 
 def kept(device, full, dims, dtype, layout):
     """Twice the same tokens into a cache, by cache.py and by the kernel; the (store, store) of each name."""
-    caches = [Cache([dims], 3, 40, dtype=dtype, window=8, full=full, device=device, kernel='torch', static=True, **LAYOUTS[layout]) for _ in range(2)]
+    caches = [
+        Cache(
+            [dims],
+            3,
+            40,
+            dtype=dtype,
+            window=8,
+            full=full,
+            device=device,
+            kernel='torch',
+            static=True,
+            **LAYOUTS[layout],
+        )
+        for _ in range(2)
+    ]
     for step in range(14):
-        new = {name: torch.randn(3, 1, width, device=device, dtype=full) for name, width in dims.items()}
+        new = {
+            name: torch.randn(3, 1, width, device=device, dtype=full)
+            for name, width in dims.items()
+        }
         for by_kernel, cache in enumerate(caches):
             cache.plan([1, int(step % 3 != 0), int(step < 5)])
             cache.begin(1)
             layer, now = cache.layers[0], cache.now
             if by_kernel:
-                d.keep([(x, layer.stores[n].held, layer.stores[n].bits, group_of(layer.stores[n].width)) for n, x in new.items() if dims[n]],
-                       now.lengths, now.counts, cache.size, cache.table, cache.page_size, None, cache.window)
+                d.keep(
+                    [
+                        (
+                            x,
+                            layer.stores[n].held,
+                            layer.stores[n].bits,
+                            group_of(layer.stores[n].width),
+                        )
+                        for n, x in new.items()
+                        if dims[n]
+                    ],
+                    now.lengths,
+                    now.counts,
+                    cache.size,
+                    cache.table,
+                    cache.page_size,
+                    None,
+                    cache.window,
+                )
             else:
                 for name, x in new.items():
                     layer.stores[name].keep(x)
@@ -165,8 +291,19 @@ def test_interpreted_keep_writes_what_the_cache_writes(layout, dtype, dims):
         assert all(map(torch.equal, want.buffers, got.buffers))
 
 
-WIDE = [(1, 16, 512, 64, True), (1, 128, 512, 64, True), (1, 16, 256, 32, True), (1, 16, 128, 32, True), (12, 1, 64, 0, False), (2, 4, 128, 0, False), (8, 2, 256, 0, False), (1, 12, 64, 0, False)]
-GPUS = dict(h200=(132, 228, 227), a100=(108, 164, 163), l40=(142, 100, 99), t4=(40, 64, 64))  # multiprocessors, KB of shared memory of one, and of a program
+WIDE = [
+    (1, 16, 512, 64, True),
+    (1, 128, 512, 64, True),
+    (1, 16, 256, 32, True),
+    (1, 16, 128, 32, True),
+    (12, 1, 64, 0, False),
+    (2, 4, 128, 0, False),
+    (8, 2, 256, 0, False),
+    (1, 12, 64, 0, False),
+]
+GPUS = dict(
+    h200=(132, 228, 227), a100=(108, 164, 163), l40=(142, 100, 99), t4=(40, 64, 64)
+)  # multiprocessors, KB of shared memory of one, and of a program
 
 
 @pytest.mark.parametrize('bits', [0, 8, 4])
@@ -176,13 +313,20 @@ def test_tiles_fit_the_gpu_and_programs_fill_it(shape, bits, monkeypatch):
     for count, shared, most in GPUS.values():
         monkeypatch.setattr(d, 'card', lambda _: (count, shared * 1024, most * 1024))
         for B, size in ((1, 64), (1, 100_000), (64, 8192)):
-            G, N, stages, ahead, turn, splits, warps, registers = d.plan(B, K, heads, C, P, latent, bits, size, torch.device('cuda'))
-            assert d.shared_bytes(G, N, stages, C, P, latent, bits) <= most * 1024 and stages > 1 and N >= 16 and G >= 16
+            G, N, stages, ahead, turn, splits, warps, registers = d.plan(
+                B, K, heads, C, P, latent, bits, size, torch.device('cuda')
+            )
+            assert (
+                d.shared_bytes(G, N, stages, C, P, latent, bits) <= most * 1024
+                and stages > 1
+                and N >= 16
+                and G >= 16
+            )
             assert splits == 1 or splits <= size // N
             assert B * K * -(-heads // G) * splits >= 0.8 * count or size == 64
 
 
-COMPILE = '''
+COMPILE = """
 import sys, torch, triton, decode_kernels as d
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
@@ -199,7 +343,7 @@ values |= {name: None for name in names if types.get(name) is None and name not 
 source = ASTSource(f, {name: types.get(name) or 'constexpr' for name in names}, {(names.index(name),): value for name, value in values.items()},
                    {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names) if (types.get(name) or '').startswith('*')})
 print(triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(num_warps=warps)).metadata.shared)
-'''
+"""
 
 
 @pytest.mark.slow
@@ -212,7 +356,9 @@ def test_what_a_program_takes_is_what_the_plan_expects(shape, bits, gpu, arch, m
     K, heads, C, P, latent = shape
     count, shared, most = GPUS[gpu]
     monkeypatch.setattr(d, 'card', lambda _: (count, shared * 1024, most * 1024))
-    G, N, stages, _, _, _, warps, _ = d.plan(64, K, heads, C, P, latent, bits, 8192, torch.device('cuda'))
+    G, N, stages, _, _, _, warps, _ = d.plan(
+        64, K, heads, C, P, latent, bits, 8192, torch.device('cuda')
+    )
     for window, page in ((128 * bool(bits), 16), (0, 0)):
         shape = (arch, K * heads, K, C, P, int(latent), bits, window, page, G, N, stages, warps)
         child = python('-c', COMPILE, *map(str, shape), PYTHONPATH=str(ROOT))
@@ -222,16 +368,31 @@ def test_what_a_program_takes_is_what_the_plan_expects(shape, bits, gpu, arch, m
 
 def test_what_it_refuses():
     gpu = torch.device('cuda')
-    said = [d.reason_not_to_run(torch.device('mps'), torch.bfloat16, 64, 0, 64, False), d.reason_not_to_run(gpu, torch.float32, 64, 0, 64, False),
-            d.reason_not_to_run(gpu, torch.bfloat16, 1024, 0, 64, True), d.reason_not_to_run(gpu, torch.bfloat16, 16, 4, 32, False),
-            d.reason_not_to_run(gpu, torch.bfloat16, 96, 8, 48, False)]
-    assert all(said) and (d.RUNS_ON == () or not d.reason_not_to_run(gpu, torch.float16, 512, 8, 64, True))
+    said = [
+        d.reason_not_to_run(torch.device('mps'), torch.bfloat16, 64, 0, 64, False),
+        d.reason_not_to_run(gpu, torch.float32, 64, 0, 64, False),
+        d.reason_not_to_run(gpu, torch.bfloat16, 1024, 0, 64, True),
+        d.reason_not_to_run(gpu, torch.bfloat16, 16, 4, 32, False),
+        d.reason_not_to_run(gpu, torch.bfloat16, 96, 8, 48, False),
+    ]
+    assert all(said) and (
+        d.RUNS_ON == () or not d.reason_not_to_run(gpu, torch.float16, 512, 8, 64, True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 
-REAL = dict(SHAPES, mla=(16, 1, 512, 64), mla_small=(6, 1, 256, 32), mla_odd=(12, 1, 384, 32), mla_128=(16, 1, 128, 32), mha=(12, 12, 64, None), gqa=(12, 4, 64, None),
-            mqa=(12, 1, 64, None), llama=(8, 2, 128, None))
+REAL = dict(
+    SHAPES,
+    mla=(16, 1, 512, 64),
+    mla_small=(6, 1, 256, 32),
+    mla_odd=(12, 1, 384, 32),
+    mla_128=(16, 1, 128, 32),
+    mha=(12, 12, 64, None),
+    gqa=(12, 4, 64, None),
+    mqa=(12, 1, 64, None),
+    llama=(8, 2, 128, None),
+)
 
 
 @pytest.mark.gpu
@@ -240,10 +401,33 @@ REAL = dict(SHAPES, mla=(16, 1, 512, 64), mla_small=(6, 1, 256, 32), mla_odd=(12
 @pytest.mark.parametrize('shape', REAL)
 def test_gpu_decode(shape, layout, dtype):
     H, K, C, P = REAL[shape]
-    if reason := d.reason_not_to_run(torch.device('cuda'), torch.bfloat16, C, 8 * (dtype == 'int8') + 4 * (dtype == 'int4'), group_of(K * C), P is not None):
+    if reason := d.reason_not_to_run(
+        torch.device('cuda'),
+        torch.bfloat16,
+        C,
+        8 * (dtype == 'int8') + 4 * (dtype == 'int4'),
+        group_of(K * C),
+        P is not None,
+    ):
         pytest.skip(reason)
-    most = 3e-2 if dtype == 'int4' else 2e-2  # the zero of 4 bits is rounded once more on its way (`unpack`)
-    assert error(H, K, C, P, [1500, 1, 64, 1029], 1536, dtype=dtype, device='cuda', full=torch.bfloat16, **LAYOUTS[layout]) < most
+    most = (
+        3e-2 if dtype == 'int4' else 2e-2
+    )  # the zero of 4 bits is rounded once more on its way (`unpack`)
+    assert (
+        error(
+            H,
+            K,
+            C,
+            P,
+            [1500, 1, 64, 1029],
+            1536,
+            dtype=dtype,
+            device='cuda',
+            full=torch.bfloat16,
+            **LAYOUTS[layout],
+        )
+        < most
+    )
 
 
 @pytest.mark.gpu
@@ -256,8 +440,13 @@ def test_gpu_keep_writes_what_the_cache_writes(layout, dtype):
                 assert all(map(torch.equal, want.buffers, got.buffers))
             else:  # the GPU divides a little differently, so what lies between two codes may become either
                 a, b = (dequantise(*store.places, store.width, store.bits) for store in (want, got))
-                step = want.places[1][:, ::2].float().repeat_interleave(group_of(want.width), dim=-1)
-                assert torch.equal(want.recent, got.recent) and ((a - b).abs() <= 1.02 * step + 1e-6).all()
+                step = (
+                    want.places[1][:, ::2].float().repeat_interleave(group_of(want.width), dim=-1)
+                )
+                assert (
+                    torch.equal(want.recent, got.recent)
+                    and ((a - b).abs() <= 1.02 * step + 1e-6).all()
+                )
                 assert ((a - b).abs() > 0.5 * step).float().mean() < 0.02
 
 
@@ -275,7 +464,12 @@ def told_what_to_say(model, texts, size, **how):
         step.token.copy_(torch.tensor([text[t] for text in texts]))
         step(rows)
         said.append(step.token.clone())
-        best = model(torch.tensor([text[:t + 1] for text in texts], device=cache.device))[:, -1].float().topk(2).values
+        best = (
+            model(torch.tensor([text[: t + 1] for text in texts], device=cache.device))[:, -1]
+            .float()
+            .topk(2)
+            .values
+        )
         margins.append(best[:, 0] - best[:, 1])
     return torch.stack(said), torch.stack(margins)
 
@@ -284,23 +478,45 @@ def told_what_to_say(model, texts, size, **how):
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_recorded_steps_say_what_the_model_says(device, kind, layout, tiny):
-    shape = dict(block_size=256, n_embd=128, n_head=2, pos='rope', vocab_size=50) | (dict(kv_lora_rank=64, qk_rope_head_dim=16) if kind == 'mla' else {})
+    shape = dict(block_size=256, n_embd=128, n_head=2, pos='rope', vocab_size=50) | (
+        dict(kv_lora_rank=64, qk_rope_head_dim=16) if kind == 'mla' else {}
+    )
     model = tiny(kind, **shape).to(device)
     if device == 'cuda':
         model.bfloat16().stream = torch.bfloat16
-    texts = torch.randint(50, (3, 90 if device == 'cuda' else 12), generator=torch.Generator().manual_seed(1)).tolist()
-    said, margins = told_what_to_say(model, texts, 200, static=True, kernel='triton' if device == 'cuda' else 'torch', **LAYOUTS[layout])
-    want = torch.stack([model(torch.tensor([text[:t + 1] for text in texts], device=device))[:, -1].argmax(-1) for t in range(3, len(texts[0]))])
-    clear = margins > (0.1 if device == 'cuda' else 1e-3)  # in bf16 the best two may lie too close to tell
+    texts = torch.randint(
+        50, (3, 90 if device == 'cuda' else 12), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    said, margins = told_what_to_say(
+        model,
+        texts,
+        200,
+        static=True,
+        kernel='triton' if device == 'cuda' else 'torch',
+        **LAYOUTS[layout],
+    )
+    want = torch.stack(
+        [
+            model(torch.tensor([text[: t + 1] for text in texts], device=device))[:, -1].argmax(-1)
+            for t in range(3, len(texts[0]))
+        ]
+    )
+    clear = margins > (
+        0.1 if device == 'cuda' else 1e-3
+    )  # in bf16 the best two may lie too close to tell
     assert clear.float().mean() > 0.5 and torch.equal(said[clear], want[clear])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('sampling', [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    'sampling', [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(top_p=0.9)], ids=str
+)
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_gpu_steps_never_wait_and_compile_nothing(kind, layout, sampling, tiny, monkeypatch):
-    shape = dict(block_size=256, n_embd=128, n_head=2, pos='rope', vocab_size=50) | (dict(kv_lora_rank=64, qk_rope_head_dim=16) if kind == 'mla' else {})
+    shape = dict(block_size=256, n_embd=128, n_head=2, pos='rope', vocab_size=50) | (
+        dict(kv_lora_rank=64, qk_rope_head_dim=16) if kind == 'mla' else {}
+    )
     model = tiny(kind, **shape).cuda().bfloat16()
     model.stream = torch.bfloat16
     cache = Cache.of(model, 3, 200, static=True, **LAYOUTS[layout])
@@ -308,7 +524,9 @@ def test_gpu_steps_never_wait_and_compile_nothing(kind, layout, sampling, tiny, 
     for _ in range(6):  # compiles, records
         next(steps)
     assert cache.step.graph is not None
-    monkeypatch.setattr(cache.step, 'run', lambda: 1 / 0)  # from here on no Python runs the model, so nothing can be compiled
+    monkeypatch.setattr(
+        cache.step, 'run', lambda: 1 / 0
+    )  # from here on no Python runs the model, so nothing can be compiled
     torch.cuda.set_sync_debug_mode('error')
     try:
         for _ in range(64):

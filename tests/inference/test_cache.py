@@ -1,4 +1,5 @@
 """cache.py and decoding.py: what is remembered is what would be computed again, to the byte, and many texts at a time are each alone."""
+
 import io
 import json
 import math
@@ -11,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanomla.checkpoints import native as checkpoint
-from nanomla.inference.cache import Cache, OutOfPages, Pages
-from nanomla.inference.quantize import dequantise, group_of, quantise
 from nanomla.checkpoints.native import MODELS
 from nanomla.core.configurator import UserError
 from nanomla.core.tokenizers import Teller
+from nanomla.inference.cache import Cache, OutOfPages, Pages
 from nanomla.inference.generate import serve
+from nanomla.inference.quantize import dequantise, group_of, quantise
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
@@ -30,7 +32,10 @@ VARIANTS = {
     'mla': ('mla', {}),
     'mla_q_latent': ('mla', dict(q_lora_rank=9, qk_norm=True, qk_norm_latent=True, v_head_dim=6)),
     'mla_no_norm': ('mla', dict(latent_norm=False, absorb=True, kernel='eager')),
-    'mla_early': ('mla', dict(qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned')),
+    'mla_early': (
+        'mla',
+        dict(qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned'),
+    ),
     'mla_nowhere': ('mla', dict(qk_rope_head_dim=0, pos='none', q_lora_rank=9)),
 }
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
@@ -52,7 +57,9 @@ def plain_steps():
 def worst_place(cache):
     """Pages in any order, and NaN wherever nothing is held."""
     if cache.pages:
-        order = torch.randperm(len(cache.pages.free), generator=torch.Generator().manual_seed(1)).tolist()
+        order = torch.randperm(
+            len(cache.pages.free), generator=torch.Generator().manual_seed(1)
+        ).tolist()
         cache.pages.free = [cache.pages.free[i] for i in order]
     for store in cache.stores:
         for buffer in store.buffers:
@@ -67,9 +74,12 @@ def greedy(model, idx, n, **how):
 # ---------------------------------------------------------------------------------------------------
 # nothing is lost
 
+
 @every_layout
 @every_variant
-@pytest.mark.parametrize('chunks', [[20], [1] * 20, [7, 1, 9, 3]], ids=['at_once', 'token_by_token', 'in_chunks'])
+@pytest.mark.parametrize(
+    'chunks', [[20], [1] * 20, [7, 1, 9, 3]], ids=['at_once', 'token_by_token', 'in_chunks']
+)
 def test_logits_are_those_without_a_cache(variant, layout, chunks, tiny, tokens):
     kind, shape = VARIANTS[variant]
     model, idx = tiny(kind, **shape), tokens(20)
@@ -99,7 +109,7 @@ def test_an_idle_slot_may_stand_in_a_step_of_all(kind, layout, tiny, tokens):
     cache = worst_place(Cache.of(model, 3, 16, static=True, **LAYOUTS[layout]))
     for t in range(9):
         cache.plan([1, 0, 1])
-        logits = model(idx[:, t:t + 1], cache=cache)
+        logits = model(idx[:, t : t + 1], cache=cache)
     torch.testing.assert_close(logits[[0, 2], 0], model(idx)[[0, 2], -1], rtol=0, atol=1e-4)
     assert cache.lengths.tolist() == cache.used == [9, 0, 9]
 
@@ -114,7 +124,7 @@ def test_other_storage_comes_near(kind, layout, dtype, tiny, tokens):
         cache = worst_place(Cache.of(model, 3, 24, dtype=dtype, window=window, **LAYOUTS[layout]))
         logits = torch.cat([model(part, cache=cache) for part in idx.split(3, dim=1)], dim=1)
         error = (logits - expected).norm() / expected.norm()
-        assert error < dict(bfloat16=.02, float16=.003, int8=.02, int4=.2)[dtype]
+        assert error < dict(bfloat16=0.02, float16=0.003, int8=0.02, int4=0.2)[dtype]
         if window == 128 and dtype.startswith('int'):  # all of it is at full precision
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
@@ -132,7 +142,11 @@ def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens)
     """What a CUDA graph needs: the same storage in each step, and no shape that follows the lengths."""
     model = tiny('mla')
     cache = Cache.of(model, 2, 24, dtype=dtype, static=True, window=4, **LAYOUTS[layout])
-    tensors = [b for s in cache.stores for b in s.buffers] + [cache.lengths, cache.counts] + [cache.table] * (cache.table is not None)
+    tensors = (
+        [b for s in cache.stores for b in s.buffers]
+        + [cache.lengths, cache.counts]
+        + [cache.table] * (cache.table is not None)
+    )
     before, shapes = [t.data_ptr() for t in tensors], set()
     for t in range(20):
         model(tokens(1), cache=cache)
@@ -143,12 +157,13 @@ def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens)
 # ---------------------------------------------------------------------------------------------------
 # the window
 
+
 def by_definition(model, text, n, window):
     """Greedy text with the rolling window that decoding.py defines."""
     text, told, held = text[-window:], [], 0
     for _ in range(n):
         if held == window:
-            text = text[-max(1, window // 2):]
+            text = text[-max(1, window // 2) :]
         token = model(torch.tensor([text]))[0, -1].argmax().item()
         held = len(text)
         text = text + [token]
@@ -157,7 +172,9 @@ def by_definition(model, text, n, window):
 
 
 @pytest.mark.parametrize('layout, dtype', [('dense', 'float32'), ('paged', 'float32')])
-@pytest.mark.parametrize('kind, shape', [('mha', dict(pos='rope')), ('mla', {}), ('mha', dict(pos='none'))], ids=str)
+@pytest.mark.parametrize(
+    'kind, shape', [('mha', dict(pos='rope')), ('mla', {}), ('mha', dict(pos='none'))], ids=str
+)
 def test_a_text_rolls_beyond_the_window(kind, shape, layout, dtype, tiny, tokens):
     model = tiny(kind, **shape)
     prompts = RAGGED + [tokens(40, B=1)[0].tolist()]
@@ -172,32 +189,62 @@ def test_learned_positions_end(tiny):
     model = tiny()
     told = model.generate([[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 24))
     assert len([next(told) for _ in range(22)]) == 22  # 24 places: the last token need not be held
-    with pytest.raises(UserError, match='the text outgrows block_size=24 and this model has learned positions: decode without a cache'):
+    with pytest.raises(
+        UserError,
+        match='the text outgrows block_size=24 and this model has learned positions: decode without a cache',
+    ):
         next(told)
-    with pytest.raises(UserError, match='the cache, which is too small: it holds 9 tokens of a sequence'):
+    with pytest.raises(
+        UserError, match='the cache, which is too small: it holds 9 tokens of a sequence'
+    ):
         list(model.generate([[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 9)))
 
 
 # ---------------------------------------------------------------------------------------------------
 # quantised
 
+
 @settings(max_examples=150, deadline=None)
-@given(width=st.integers(1, 200), bits=st.sampled_from([4, 8]), scale=st.floats(1e-6, 1e3), shift=st.floats(-100, 100), seed=st.integers(0, 99))
+@given(
+    width=st.integers(1, 200),
+    bits=st.sampled_from([4, 8]),
+    scale=st.floats(1e-6, 1e3),
+    shift=st.floats(-100, 100),
+    seed=st.integers(0, 99),
+)
 def test_a_round_trip_is_off_by_half_a_step_at_most(width, bits, scale, shift, seed):
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)) * scale + shift
     codes, scales = quantise(x, bits)
-    assert codes.shape == (3, math.ceil(width * bits / 8)) and scales.shape == (3, 2 * (width // group_of(width)))
+    assert codes.shape == (3, math.ceil(width * bits / 8)) and scales.shape == (
+        3,
+        2 * (width // group_of(width)),
+    )
     steps = scales[:, ::2]
     error = (dequantise(codes, scales, width, bits) - x).abs().unflatten(-1, (-1, group_of(width)))
-    assert (error <= steps.float()[..., None] / 2 + 1e-6 * x.abs().max()).all()  # fp32's own rounding
+    assert (
+        error <= steps.float()[..., None] / 2 + 1e-6 * x.abs().max()
+    ).all()  # fp32's own rounding
     x = x.unflatten(-1, (-1, group_of(width)))
-    spread = (x.amax(-1) - x.amin(-1)) / (2 ** bits - 1)
-    coarse = spread * 1.01 + x.abs().amax(-1) * 2 ** -9 / (2 ** bits - 1) + 2 ** -13  # no wider than fp16 needs
+    spread = (x.amax(-1) - x.amin(-1)) / (2**bits - 1)
+    coarse = (
+        spread * 1.01 + x.abs().amax(-1) * 2**-9 / (2**bits - 1) + 2**-13
+    )  # no wider than fp16 needs
     assert (steps.float() <= coarse).all()
 
 
 def test_groups():
-    assert [group_of(width) for width in (1, 8, 64, 96, 128, 192, 512, 320, 97, 768)] == [1, 8, 64, 48, 64, 64, 64, 64, 1, 64]
+    assert [group_of(width) for width in (1, 8, 64, 96, 128, 192, 512, 320, 97, 768)] == [
+        1,
+        8,
+        64,
+        48,
+        64,
+        64,
+        64,
+        64,
+        1,
+        64,
+    ]
 
 
 def test_k_pe_is_never_quantised(tiny, tokens):
@@ -206,7 +253,10 @@ def test_k_pe_is_never_quantised(tiny, tokens):
     for c in (cache, exact):
         model(tokens(20), cache=c)
     (k_pe,), (expected,) = (c.layers[0].stores['k_pe'].places for c in (cache, exact))
-    assert torch.equal(k_pe, expected) and cache.layers[0].stores['c_kv'].places[0].dtype == torch.uint8
+    assert (
+        torch.equal(k_pe, expected)
+        and cache.layers[0].stores['c_kv'].places[0].dtype == torch.uint8
+    )
 
 
 def bytes_by_hand(model, places, slots, dtype, window, full):
@@ -218,7 +268,9 @@ def bytes_by_hand(model, places, slots, dtype, window, full):
                 total += places * (width if dtype == 'int8' else (width + 1) // 2)
                 total += places * width // group * 2 * 2 + slots * window * width * full
             else:
-                total += places * width * {'float32': 4, 'bfloat16': 2, 'float16': 2}.get(dtype, full)
+                total += (
+                    places * width * {'float32': 4, 'bfloat16': 2, 'float16': 2}.get(dtype, full)
+                )
     return total
 
 
@@ -229,33 +281,58 @@ def test_nbytes_is_the_formula(variant, dtype, tiny):
     model = tiny(kind, **shape)
     for slots, size, window in ((1, 24, 0), (3, 100, 7), (2, 130, 128)):
         cache = Cache.of(model, slots, size, dtype=dtype, window=window)
-        assert cache.nbytes == bytes_by_hand(model, slots * size, slots, dtype, window, 4) == cache.bytes_per_token * slots * size
+        assert (
+            cache.nbytes
+            == bytes_by_hand(model, slots * size, slots, dtype, window, 4)
+            == cache.bytes_per_token * slots * size
+        )
         for page_size in (16, 64, 128):
-            cache = Cache.of(model, slots, size, layout='paged', page_size=page_size, dtype=dtype, window=window)
+            cache = Cache.of(
+                model, slots, size, layout='paged', page_size=page_size, dtype=dtype, window=window
+            )
             places = slots * math.ceil(size / page_size) * page_size
             assert cache.nbytes == bytes_by_hand(model, places, slots, dtype, window, 4)
-        assert Cache.of(model, slots, size, layout='paged', pages=9, dtype=dtype, window=0).nbytes == bytes_by_hand(model, 9 * 64, slots, dtype, 0, 4)
+        assert Cache.of(
+            model, slots, size, layout='paged', pages=9, dtype=dtype, window=0
+        ).nbytes == bytes_by_hand(model, 9 * 64, slots, dtype, 0, 4)
 
 
 def test_the_figures_of_the_papers():
     """An element takes 1.0625 bytes as int8 and 0.5625 as int4 in groups of 64; MLA 512 + 64 in bf16 takes 1152 bytes a layer."""
     dims = [dict(c_kv=512, k_pe=64)]
     assert Cache(dims, 1, 100, full=torch.bfloat16).bytes_per_token == 1152
-    for dtype, each in (('int8', 1.0625), ('int4', .5625)):
-        assert Cache(dims, 1, 100, dtype=dtype, window=0, full=torch.bfloat16).bytes_per_token == 512 * each + 128
+    for dtype, each in (('int8', 1.0625), ('int4', 0.5625)):
+        assert (
+            Cache(dims, 1, 100, dtype=dtype, window=0, full=torch.bfloat16).bytes_per_token
+            == 512 * each + 128
+        )
 
 
 @pytest.fixture(scope='module')
 def trained():
     """Two small models, trained for seconds on the words of Python's licence, and the part of it that they have not seen."""
     import pydoc_data.topics
+
     text = pydoc_data.topics.topics['class'] + ''.join(list(pydoc_data.topics.topics.values())[:40])
     ids = torch.tensor(list(text.encode(errors='ignore')[:120_000])).clamp(max=127)
     models = {}
     with torch.enable_grad():
-        for kind, shape in dict(mha=dict(pos='rope'), mla=dict(kv_lora_rank=64, qk_rope_head_dim=16)).items():
+        for kind, shape in dict(
+            mha=dict(pos='rope'), mla=dict(kv_lora_rank=64, qk_rope_head_dim=16)
+        ).items():
             torch.manual_seed(0)
-            model = models[kind] = MODELS[kind](MODELS[kind].Config(block_size=128, vocab_size=128, n_layer=2, n_head=2, n_embd=64, bias=False, init='fan_in', **shape))
+            model = models[kind] = MODELS[kind](
+                MODELS[kind].Config(
+                    block_size=128,
+                    vocab_size=128,
+                    n_layer=2,
+                    n_head=2,
+                    n_embd=64,
+                    bias=False,
+                    init='fan_in',
+                    **shape,
+                )
+            )
             optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
             for _ in range(150):
                 starts = torch.randint(len(ids) - 20_129, (8,))
@@ -264,7 +341,7 @@ def trained():
                 model(batch[:, :-1], batch[:, 1:]).backward()
                 optimizer.step()
             model.eval()
-    return models, ids[-32 * 129:].view(32, 129)
+    return models, ids[-32 * 129 :].view(32, 129)
 
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
@@ -273,26 +350,36 @@ def test_perplexity_of_quantised_caches(kind, trained):
 
     def perplexity(dtype, window):
         cache = Cache.of(models[kind], len(text), 128, dtype=dtype, window=window)
-        logits = torch.cat([models[kind](part, cache=cache) for part in text[:, :-1].split(4, dim=1)], dim=1)
+        logits = torch.cat(
+            [models[kind](part, cache=cache) for part in text[:, :-1].split(4, dim=1)], dim=1
+        )
         return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).exp().item()
 
     exact = perplexity('float32', 0)
     assert exact < 30  # it has learned something (128 at the start)
-    change = {(dtype, window): perplexity(dtype, window) / exact - 1 for dtype in ('int8', 'int4') for window in (0, 32)}
-    print(f'{kind}: perplexity {exact:.3f};', ', '.join(f'{dtype} window {window} {x:+.4%}' for (dtype, window), x in change.items()))
-    assert abs(change['int8', 0]) < .001 and abs(change['int8', 32]) < .001
-    assert abs(change['int4', 32]) < .02
+    change = {
+        (dtype, window): perplexity(dtype, window) / exact - 1
+        for dtype in ('int8', 'int4')
+        for window in (0, 32)
+    }
+    print(
+        f'{kind}: perplexity {exact:.3f};',
+        ', '.join(f'{dtype} window {window} {x:+.4%}' for (dtype, window), x in change.items()),
+    )
+    assert abs(change['int8', 0]) < 0.001 and abs(change['int8', 32]) < 0.001
+    assert abs(change['int4', 32]) < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------
 # pages
+
 
 def check(cache):
     """No page is lost or owned by chance."""
     holders = [0] * len(cache.pages.holders)
     for row, pages in enumerate(cache.held_by):
         assert len(pages) == len(set(pages)) == math.ceil(cache.used[row] / cache.page_size)
-        assert cache.table[row, :len(pages)].tolist() == pages
+        assert cache.table[row, : len(pages)].tolist() == pages
         for page in pages:
             holders[page] += 1
     assert holders == cache.pages.holders
@@ -300,11 +387,29 @@ def check(cache):
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(['plan', 'fork', 'free']), st.integers(0, 3), st.integers(0, 3), st.integers(0, 40), st.integers(0, 40)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(['plan', 'fork', 'free']),
+            st.integers(0, 3),
+            st.integers(0, 3),
+            st.integers(0, 40),
+            st.integers(0, 40),
+        ),
+        max_size=40,
+    )
+)
 def test_pages_under_any_load(load):
     cache = Cache([dict(k=1)], 4, 96, layout='paged', page_size=16, pages=11)
     for what, a, b, n, m in load:
-        state = [cache.used[:], [p[:] for p in cache.held_by], cache.pages.free[:], cache.pages.holders[:], cache.table.clone(), cache.table_here.clone()]
+        state = [
+            cache.used[:],
+            [p[:] for p in cache.held_by],
+            cache.pages.free[:],
+            cache.pages.holders[:],
+            cache.table.clone(),
+            cache.table_here.clone(),
+        ]
         if what == 'free':
             cache.free(a)
         elif a != b and what == 'fork':
@@ -317,8 +422,15 @@ def test_pages_under_any_load(load):
             except UserError as error:
                 if isinstance(error, OutOfPages):
                     assert error.needed > error.free == len(cache.pages.free)
-                assert state[:4] == [cache.used, cache.held_by, cache.pages.free, cache.pages.holders]
-                assert torch.equal(cache.table, state[4]) and torch.equal(cache.table_here, state[5])
+                assert state[:4] == [
+                    cache.used,
+                    cache.held_by,
+                    cache.pages.free,
+                    cache.pages.holders,
+                ]
+                assert torch.equal(cache.table, state[4]) and torch.equal(
+                    cache.table_here, state[5]
+                )
         assert cache.lengths.tolist() == cache.used
         check(cache)
     for row in range(4):
@@ -335,7 +447,10 @@ def test_out_of_pages_says_how_many():
 
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
-@pytest.mark.parametrize('layout, dtype', [('dense', 'float32'), ('paged', 'float32'), ('paged', 'int4'), ('dense', 'int8')])
+@pytest.mark.parametrize(
+    'layout, dtype',
+    [('dense', 'float32'), ('paged', 'float32'), ('paged', 'int4'), ('dense', 'int8')],
+)
 def test_copies_share_a_prefix_and_nothing_else(kind, layout, dtype, tiny, tokens):
     model, prompt, ends = tiny(kind, pos='rope'), tokens(18, B=1), tokens(5, B=3)
     cache = worst_place(Cache.of(model, 4, 24, dtype=dtype, window=128, **LAYOUTS[layout]))
@@ -347,19 +462,30 @@ def test_copies_share_a_prefix_and_nothing_else(kind, layout, dtype, tiny, token
         assert len(cache.pages.free) == free and len({tuple(pages) for pages in cache.held_by}) == 1
     for t in range(5):  # all three grow side by side, and slot 0 stays
         cache.plan(1, [1, 2, 3])
-        logits = model(ends[:, t:t + 1], cache=cache)
+        logits = model(ends[:, t : t + 1], cache=cache)
     if cache.pages:
-        assert len(cache.pages.free) == free - 3  # the full page is still shared, the one that was begun is everyone's own
-        assert len({pages[0] for pages in cache.held_by}) == 1 and len({pages[1] for pages in cache.held_by}) == 4
+        assert (
+            len(cache.pages.free) == free - 3
+        )  # the full page is still shared, the one that was begun is everyone's own
+        assert (
+            len({pages[0] for pages in cache.held_by}) == 1
+            and len({pages[1] for pages in cache.held_by}) == 4
+        )
         check(cache)
     expected = model(torch.cat([prompt.expand(3, -1), ends], dim=1))[:, -1]
     torch.testing.assert_close(logits[:, 0], expected, rtol=0, atol=1e-4)
     cache.plan(1, [0])
-    torch.testing.assert_close(model(ends[:1, :1], cache=cache)[0, 0], model(torch.cat([prompt, ends[:1, :1]], 1))[0, -1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        model(ends[:1, :1], cache=cache)[0, 0],
+        model(torch.cat([prompt, ends[:1, :1]], 1))[0, -1],
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 # many prompts
+
 
 def served(model, prompts, n, slots, stops=(), **how):
     cache, told, order = worst_place(Cache.of(model, slots, 24, **how)), [[] for _ in prompts], []
@@ -368,7 +494,9 @@ def served(model, prompts, n, slots, stops=(), **how):
         told[i].append(token)
         return token in stops
 
-    for i in serve(model, prompts, cache, n, tell, temperature=1.0, prefill_chunk=how.pop('prefill_chunk', 0)):
+    for i in serve(
+        model, prompts, cache, n, tell, temperature=1.0, prefill_chunk=how.pop('prefill_chunk', 0)
+    ):
         order.append(i)
     assert sorted(order) == list(range(len(prompts))) and cache.used == [0] * slots
     if cache.pages:
@@ -385,7 +513,9 @@ def test_continuous_batching_gives_each_prompt_its_own_text(kind, layout, tiny, 
     alone = []
     for i, prompt in enumerate(prompts):
         generator, text = torch.Generator().manual_seed(i), []
-        for token in model.generate([prompt], 40, generator=generator, cache=Cache.of(model, 1, 24)):
+        for token in model.generate(
+            [prompt], 40, generator=generator, cache=Cache.of(model, 1, 24)
+        ):
             text.append(token.item())
             if text[-1] in stops:
                 break
@@ -398,9 +528,20 @@ def test_continuous_batching_gives_each_prompt_its_own_text(kind, layout, tiny, 
 # ---------------------------------------------------------------------------------------------------
 # text
 
-@pytest.mark.parametrize('stops, said, told', [
-    (['END'], 'the END of it', 'the '), (['END'], 'the EN', 'the EN'), (['END'], 'the EEND', 'the E'), (['\n\n'], 'a\nb\n\nc', 'a\nb'),
-    (['bc', 'abcd'], 'xabcd', 'xa'), (['é'], 'caf\u00e9s', 'caf'), ([], 'all of it', 'all of it'), (['aab'], 'aaab', 'a')])
+
+@pytest.mark.parametrize(
+    'stops, said, told',
+    [
+        (['END'], 'the END of it', 'the '),
+        (['END'], 'the EN', 'the EN'),
+        (['END'], 'the EEND', 'the E'),
+        (['\n\n'], 'a\nb\n\nc', 'a\nb'),
+        (['bc', 'abcd'], 'xabcd', 'xa'),
+        (['é'], 'caf\u00e9s', 'caf'),
+        ([], 'all of it', 'all of it'),
+        (['aab'], 'aaab', 'a'),
+    ],
+)
 def test_stop_strings(stops, said, told):
     teller, heard = Teller(bytes, stops, ends={300}), ''
     for token in said.encode():
@@ -412,7 +553,11 @@ def test_stop_strings(stops, said, told):
 
 def test_the_end_of_a_text_is_not_told():
     teller = Teller(bytes, ['xyz'], ends={300})
-    assert [teller.tell(token) for token in (*b'ax', 300, *b'b')] == ['a', '', 'x', ''] and teller.ended and teller.rest() == ''
+    assert (
+        [teller.tell(token) for token in (*b'ax', 300, *b'b')] == ['a', '', 'x', '']
+        and teller.ended
+        and teller.rest() == ''
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -427,24 +572,58 @@ def sample(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     for name, (kind, settings_) in dict(mla=('mla', {}), gpt2=('mha', {})).items():
         model = tiny(kind, vocab_size=len(CHARS), **settings_)
-        checkpoint.save(f'{name}.pt', dict(kind=kind, model_args=checkpoint.model_args(model), model=model.state_dict(), step=7, best_val_loss=1.5,
-                                           meta=dict(tokenizer='char', chars=CHARS, vocab_size=len(CHARS), source='A tale', dtype='uint16'), config={}))
+        checkpoint.save(
+            f'{name}.pt',
+            dict(
+                kind=kind,
+                model_args=checkpoint.model_args(model),
+                model=model.state_dict(),
+                step=7,
+                best_val_loss=1.5,
+                meta=dict(
+                    tokenizer='char',
+                    chars=CHARS,
+                    vocab_size=len(CHARS),
+                    source='A tale',
+                    dtype='uint16',
+                ),
+                config={},
+            ),
+        )
 
     def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', '--init_from=mla.pt', '--num_samples=1', '--max_new_tokens=15', *arguments])
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            [
+                'sample.py',
+                '--device=cpu',
+                '--init_from=mla.pt',
+                '--num_samples=1',
+                '--max_new_tokens=15',
+                *arguments,
+            ],
+        )
         capsys.readouterr()
         with torch.enable_grad():
             runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
         return capsys.readouterr()
+
     return run
 
 
 def test_every_cache_writes_the_same(sample):
     plain, err = sample('--start=once', '--cache=none', '--num_samples=3')
     assert err.endswith('A tale; no cache\n')
-    for words in (['--cache=dense'], ['--cache=paged'], ['--cache=paged', '--page_size=16', '--prefill_chunk=2']):
+    for words in (
+        ['--cache=dense'],
+        ['--cache=paged'],
+        ['--cache=paged', '--page_size=16', '--prefill_chunk=2'],
+    ):
         out, err = sample('--start=once', '--num_samples=3', *words)
-        assert out == plain and re.search(r' (dense|paged) float32 cache, 128 bytes a token\n$', err)  # 2 layers of (12 + 4) fp32
+        assert out == plain and re.search(
+            r' (dense|paged) float32 cache, 128 bytes a token\n$', err
+        )  # 2 layers of (12 + 4) fp32
     for dtype, each in (('float16', 64), ('int8', None), ('int4', None)):
         out, err = sample('--start=once', f'--cache_dtype={dtype}')
         assert len(out) == 20 and (each is None or f'dense {dtype} cache, {each} bytes' in err)
@@ -456,10 +635,14 @@ def test_prompts_in_their_order(sample, monkeypatch):
     Path('p.txt').write_text('\n'.join(lines) + '\n')
     out, err = sample('--prompts=p.txt', '--batch_size=2', '--jsonl=True')
     answers = [json.loads(line) for line in out.splitlines()]
-    assert [answer['prompt'] for answer in answers] == lines and all(len(answer['text']) == 15 for answer in answers)
+    assert [answer['prompt'] for answer in answers] == lines and all(
+        len(answer['text']) == 15 for answer in answers
+    )
     assert err.endswith('1 prompts have up to 42 tokens: only the last 24 are read (block_size)\n')
     assert sample('--prompts=p.txt', '--batch_size=16', '--cache=paged', '--jsonl=True')[0] == out
-    shown = '---------------\n'.join((line or '\n') + answer['text'] + '\n' for line, answer in zip(lines, answers))
+    shown = '---------------\n'.join(
+        (line or '\n') + answer['text'] + '\n' for line, answer in zip(lines, answers)
+    )
     assert sample('--prompts=p.txt')[0] == shown
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO('\r\n'.join(lines).encode())))
     assert sample('--prompts=-')[0] == shown
@@ -469,34 +652,67 @@ def test_prompts_in_their_order(sample, monkeypatch):
 def test_a_stop_ends_a_sample(sample):
     whole = sample('--start=once')[0].removesuffix('\n')
     stop = whole[9:11]
-    cut = whole[:4 + whole[4:].index(stop)]
-    assert sample('--start=once', f'--stop={stop}')[0] == sample('--start=once', f'--stop={json.dumps(["qqqq", stop])}')[0] == cut + '\n'
+    cut = whole[: 4 + whole[4:].index(stop)]
+    assert (
+        sample('--start=once', f'--stop={stop}')[0]
+        == sample('--start=once', f'--stop={json.dumps(["qqqq", stop])}')[0]
+        == cut + '\n'
+    )
     Path('p.txt').write_text('once')
     assert sample('--prompts=p.txt', f'--stop={stop}')[0] == cut + '\n'
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--cache=big'], '--cache=big is not known: use none, dense or paged'),
-    (['--cache_dtype=int2'], "cache_dtype='int2' is not known: use auto, float32"),
-    (['--cache=paged', '--page_size=17'], 'page_size=17 is not supported: use 16, 64, 128'),
-    (['--decode_kernel=fast'], "decode_kernel='fast' is not known: use auto, triton, torch, flex, flashinfer, flashmla"),
-    (['--decode_kernel=flex', '--cache_dtype=int8'], '--decode_kernel=flex cannot run: it reads caches of full precision, not int8. Use --decode_kernel=auto'),
-    (['--decode_kernel=flashinfer'], '--decode_kernel=flashinfer cannot run: flashinfer is not installed (pip install flashinfer-python)'),
-    (['--decode_kernel=flashmla', '--cache=paged'], '--decode_kernel=flashmla cannot run: flash_mla is not installed (see github.com/deepseek-ai/FlashMLA)'),
-    (['--decode_kernel=triton', '--cache=paged'], '--decode_kernel=triton cannot run: Triton and a CUDA GPU are needed'),
-    (['--decode_kernel=triton'], '--decode_kernel=triton cannot run: Triton and a CUDA GPU are needed'),
-    (['--batch_size=0'], 'batch_size=0 must be at least 1'),
-    (['--prefill_chunk=-1'], 'prefill_chunk=-1 must be at least 0'),
-    (['--prompts=none.txt'], '--prompts=none.txt cannot be read: No such file'),
-    (['--prompts=empty.txt'], '--prompts=empty.txt holds no prompt'),
-    (['--prompts=p.txt', '--start=a'], 'give one of --start and --prompts'),
-    (['--prompts=p.txt', '--cache=none'], '--prompts are decoded together, which needs a cache'),
-    (['--prompts=wrong.txt'], 'wrong.txt:2: the text has characters this model has never seen'),
-    (['--stop=["a", ""]'], 'must be a text, or a JSON list of texts'),
-    (['--init_from=gpt2.pt', '--cache=dense', '--max_new_tokens=99', '--start=abc'],
-     '--start: 3 tokens and max_new_tokens=99 outgrow block_size=24, where learned positions end: use --cache=none, or --max_new_tokens=22'),
-    (['--init_from=gpt2.pt', '--prompts=p.txt', '--max_new_tokens=99'], 'p.txt:2: 5 tokens and max_new_tokens=99 outgrow block_size=24'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--cache=big'], '--cache=big is not known: use none, dense or paged'),
+        (['--cache_dtype=int2'], "cache_dtype='int2' is not known: use auto, float32"),
+        (['--cache=paged', '--page_size=17'], 'page_size=17 is not supported: use 16, 64, 128'),
+        (
+            ['--decode_kernel=fast'],
+            "decode_kernel='fast' is not known: use auto, triton, torch, flex, flashinfer, flashmla",
+        ),
+        (
+            ['--decode_kernel=flex', '--cache_dtype=int8'],
+            '--decode_kernel=flex cannot run: it reads caches of full precision, not int8. Use --decode_kernel=auto',
+        ),
+        (
+            ['--decode_kernel=flashinfer'],
+            '--decode_kernel=flashinfer cannot run: flashinfer is not installed (pip install flashinfer-python)',
+        ),
+        (
+            ['--decode_kernel=flashmla', '--cache=paged'],
+            '--decode_kernel=flashmla cannot run: flash_mla is not installed (see github.com/deepseek-ai/FlashMLA)',
+        ),
+        (
+            ['--decode_kernel=triton', '--cache=paged'],
+            '--decode_kernel=triton cannot run: Triton and a CUDA GPU are needed',
+        ),
+        (
+            ['--decode_kernel=triton'],
+            '--decode_kernel=triton cannot run: Triton and a CUDA GPU are needed',
+        ),
+        (['--batch_size=0'], 'batch_size=0 must be at least 1'),
+        (['--prefill_chunk=-1'], 'prefill_chunk=-1 must be at least 0'),
+        (['--prompts=none.txt'], '--prompts=none.txt cannot be read: No such file'),
+        (['--prompts=empty.txt'], '--prompts=empty.txt holds no prompt'),
+        (['--prompts=p.txt', '--start=a'], 'give one of --start and --prompts'),
+        (
+            ['--prompts=p.txt', '--cache=none'],
+            '--prompts are decoded together, which needs a cache',
+        ),
+        (['--prompts=wrong.txt'], 'wrong.txt:2: the text has characters this model has never seen'),
+        (['--stop=["a", ""]'], 'must be a text, or a JSON list of texts'),
+        (
+            ['--init_from=gpt2.pt', '--cache=dense', '--max_new_tokens=99', '--start=abc'],
+            '--start: 3 tokens and max_new_tokens=99 outgrow block_size=24, where learned positions end: use --cache=none, or --max_new_tokens=22',
+        ),
+        (
+            ['--init_from=gpt2.pt', '--prompts=p.txt', '--max_new_tokens=99'],
+            'p.txt:2: 5 tokens and max_new_tokens=99 outgrow block_size=24',
+        ),
+    ],
+)
 def test_it_says_what_is_wrong_in_one_line(arguments, message, sample):
     Path('empty.txt').touch()
     Path('p.txt').write_text('abc\nabcde\n')
@@ -508,22 +724,45 @@ def test_it_says_what_is_wrong_in_one_line(arguments, message, sample):
 
 def test_learned_positions_fall_back_to_no_cache(sample):
     out, err = sample('--init_from=gpt2.pt', '--max_new_tokens=60', '--start=abc')
-    assert len(out) == 64 and err.endswith('no cache (the text may outgrow block_size=24, where learned positions end)\n')
+    assert len(out) == 64 and err.endswith(
+        'no cache (the text may outgrow block_size=24, where learned positions end)\n'
+    )
 
 
 def test_the_window_of_a_quantised_cache_is_told_apart(sample):
     _, err = sample('--cache_dtype=int8')
-    assert re.search(r' dense int8 cache, [0-9,]+ bytes a token and [0-9,]+ KiB for the last \d+\n$', err)
+    assert re.search(
+        r' dense int8 cache, [0-9,]+ bytes a token and [0-9,]+ KiB for the last \d+\n$', err
+    )
 
 
 def test_a_wrong_setting_ends_with_code_2(sample):
-    done = subprocess.run([sys.executable, str(ROOT / 'sample.py'), '--device=cpu', '--init_from=mla.pt', '--cache_dtype=int2'], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, '') and re.fullmatch(r"error: cache_dtype='int2' is not known.*\n", done.stderr)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / 'sample.py'),
+            '--device=cpu',
+            '--init_from=mla.pt',
+            '--cache_dtype=int2',
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, '') and re.fullmatch(
+        r"error: cache_dtype='int2' is not known.*\n", done.stderr
+    )
 
 
-@pytest.mark.parametrize('how, message', [
-    (dict(layout='round'), "cache='round' is not known"), (dict(dtype='fp8'), "cache_dtype='fp8' is not known"),
-    (dict(size=0), 'a cache needs room'), (dict(window=-1), 'a cache needs room'), (dict(slots=0), 'a cache needs room')])
+@pytest.mark.parametrize(
+    'how, message',
+    [
+        (dict(layout='round'), "cache='round' is not known"),
+        (dict(dtype='fp8'), "cache_dtype='fp8' is not known"),
+        (dict(size=0), 'a cache needs room'),
+        (dict(window=-1), 'a cache needs room'),
+        (dict(slots=0), 'a cache needs room'),
+    ],
+)
 def test_a_cache_that_cannot_be(how, message):
     with pytest.raises(UserError, match=message):
         Cache([dict(k=4)], **(dict(slots=1, size=8) | how))
@@ -532,9 +771,15 @@ def test_a_cache_that_cannot_be(how, message):
 def test_a_cache_that_is_too_small_stays_as_it_was(tiny, tokens):
     model, cache = tiny(pos='rope'), Cache([dict(k=32, v=32)] * 2, 2, 12)
     model(tokens(10), cache=cache)
-    with pytest.raises(UserError, match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed'):
+    with pytest.raises(
+        UserError,
+        match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed',
+    ):
         model(tokens(3), cache=cache)
     assert cache.used == cache.lengths.tolist() == [10, 10]
     model(tokens(2), cache=cache)
-    with pytest.raises(UserError, match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed'):
+    with pytest.raises(
+        UserError,
+        match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed',
+    ):
         model.prefill([[1] * 13], Cache([dict(k=32, v=32)] * 2, 2, 12))

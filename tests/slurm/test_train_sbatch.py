@@ -3,6 +3,7 @@ slurm/train.sbatch without SLURM: shims stand in for its commands and for torchr
 without torch keeps train.py's promise: when one of its processes gets SIGUSR1 they all end with exit
 code 0, after the first has saved last.pt and logged that it was stopped.
 """
+
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'slurm' / 'train.sbatch'
-pytestmark = pytest.mark.skipif(not (shutil.which('bash') and shutil.which('pkill')), reason='needs bash and pkill')
+pytestmark = pytest.mark.skipif(
+    not (shutil.which('bash') and shutil.which('pkill')), reason='needs bash and pkill'
+)
 
 SHIMS = dict(
     # One task a node. A task starts with signals at their default, as slurmstepd starts it, whatever srun ignores.
-    srun='''
+    srun="""
 import os, signal, subprocess, sys
 command, tasks = sys.argv[sys.argv.index('bash'):], []
 for node in range(int(os.environ['SLURM_JOB_NUM_NODES'])):
@@ -29,9 +32,9 @@ for node in range(int(os.environ['SLURM_JOB_NUM_NODES'])):
 open('tasks', 'w').write(' '.join(str(task.pid) for task in tasks))
 open('srun', 'w').write(' '.join(sys.argv[1:sys.argv.index('bash')]))
 sys.exit(max(task.wait() for task in tasks))
-''',
+""",
     # Signals the tasks, as proctrack/cgroup does, or all their descendants too, as proctrack/linuxproc does.
-    scancel='''
+    scancel="""
 import os, signal, subprocess, sys
 assert sys.argv[1:] == ['--signal=USR1', '4711'], sys.argv
 pids = open('tasks').read().split()
@@ -40,16 +43,16 @@ if os.environ['TRACKING'] == 'linuxproc':
         pids += subprocess.run(['pgrep', '-P', pid], capture_output=True, text=True).stdout.split()
 for pid in pids:
     os.kill(int(pid), signal.SIGUSR1)
-''',
-    scontrol='''
+""",
+    scontrol="""
 import os, sys
 if sys.argv[1:3] == ['show', 'hostnames']:
     print('\\n'.join(f'node{n:02d}' for n in range(int(os.environ['SLURM_JOB_NUM_NODES']))))
 else:
     open('scontrol', 'a').write(' '.join(sys.argv[1:]))
-''',
+""",
     # Like the real one: workers in sessions of their own, SIGTERM goes on to them, SIGUSR1 is not known to it.
-    torchrun='''
+    torchrun="""
 import os, signal, subprocess, sys
 at, node = sys.argv.index('train.py'), os.environ['SLURM_NODEID']
 open('torchrun.' + node, 'w').write(' '.join(sys.argv[1:at]))
@@ -62,9 +65,10 @@ signal.signal(signal.SIGTERM, end)
 for rank in range(n):
     workers.append(subprocess.Popen(['python', *sys.argv[at:]], env=os.environ | dict(LOCAL_RANK=str(rank)), start_new_session=True))
 sys.exit(max(abs(worker.wait()) for worker in workers))
-''')
+""",
+)
 
-TRAIN = '''
+TRAIN = """
 out_dir = 'out'
 init_from = 'scratch'  # scratch | resume
 ends = 'when asked'  # when asked | soon | badly | complete: asked or not, in one second
@@ -93,7 +97,7 @@ if name == '00':
     open(out_dir + '/last.pt', 'w').write('saved')
     why = 'stopped by a signal' if os.path.exists('stop') and ends != 'complete' else 'max_iters reached'
     open(out_dir + '/log.jsonl', 'a').write(json.dumps(dict(event='end', step=7, why=why, best_val_loss=1.5)) + chr(10))
-'''
+"""
 
 
 @pytest.fixture
@@ -111,12 +115,33 @@ def job(tmp_path):
     shutil.copy(ROOT / 'nanomla' / 'core' / 'configurator.py', tmp_path / 'nanomla' / 'core')
 
     def start(*arguments, nodes=1, cwd=tmp_path, **environment):
-        environment = dict(SLURM_JOB_ID='4711', SLURM_JOB_NODELIST='node[00-07]', SLURM_JOB_NUM_NODES=str(nodes), SLURM_GPUS_ON_NODE='2',
-                           SLURM_CPUS_PER_TASK='3', TRACKING='cgroup') | environment
-        environment = {k: v for k, v in os.environ.items() if not k.startswith('SLURM')} | environment
-        started.append(subprocess.Popen(['bash', SCRIPT, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                        env=environment | dict(PATH=f'{commands}:{os.environ["PATH"]}'), start_new_session=True))
+        environment = (
+            dict(
+                SLURM_JOB_ID='4711',
+                SLURM_JOB_NODELIST='node[00-07]',
+                SLURM_JOB_NUM_NODES=str(nodes),
+                SLURM_GPUS_ON_NODE='2',
+                SLURM_CPUS_PER_TASK='3',
+                TRACKING='cgroup',
+            )
+            | environment
+        )
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith('SLURM')
+        } | environment
+        started.append(
+            subprocess.Popen(
+                ['bash', SCRIPT, *arguments],
+                cwd=cwd,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment | dict(PATH=f'{commands}:{os.environ["PATH"]}'),
+                start_new_session=True,
+            )
+        )
         return started[-1]
+
     yield start
     for process in started:
         if process.poll() is None:
@@ -126,7 +151,9 @@ def job(tmp_path):
 def wait_for(folder, pattern, number):
     until = time.time() + 20
     while len(list(folder.glob(pattern))) < number:
-        assert time.time() < until, f'no {number} {pattern}: {sorted(p.name for p in folder.iterdir())}'
+        assert time.time() < until, (
+            f'no {number} {pattern}: {sorted(p.name for p in folder.iterdir())}'
+        )
         time.sleep(0.01)
 
 
@@ -157,24 +184,41 @@ def test_when_the_time_is_up_it_saves_and_goes_back_into_the_queue(nodes, tracki
 
 def test_the_nodes_meet_at_the_first_one(job, tmp_path):
     assert ended(job('--ends=soon', nodes=3))[0] == 0
-    assert (tmp_path / 'srun').read_text() == '--ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1'
+    assert (
+        tmp_path / 'srun'
+    ).read_text() == '--ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1'
     calls = [(tmp_path / f'torchrun.{node}').read_text().split() for node in range(3)]
     for node, call in enumerate(calls):
         assert f'--rdzv_conf=is_host={"true" if node == 0 else "false"}' in call
-        assert {'--nnodes=3', '--nproc_per_node=2', '--rdzv_backend=c10d', '--rdzv_endpoint=node00:24711', '--rdzv_id=4711'} < set(call)
+        assert {
+            '--nnodes=3',
+            '--nproc_per_node=2',
+            '--rdzv_backend=c10d',
+            '--rdzv_endpoint=node00:24711',
+            '--rdzv_id=4711',
+        } < set(call)
     assert not (tmp_path / 'scontrol').exists()  # it came to its end by itself
 
 
-@pytest.mark.parametrize('restarts, saved, resumes', [('0', True, False), ('1', False, False), ('1', True, True)])
+@pytest.mark.parametrize(
+    'restarts, saved, resumes', [('0', True, False), ('1', False, False), ('1', True, True)]
+)
 def test_a_restarted_job_resumes_what_is_there(restarts, saved, resumes, job, tmp_path):
     (tmp_path / 'own.py').write_text("out_dir = 'of the config'\n")
     if saved:
         (tmp_path / 'of the config').mkdir()
         (tmp_path / 'of the config' / 'last.pt').touch()
-    code, out, err = ended(job('own.py', '--init_from=gpt2', '--ends=soon', SLURM_RESTART_COUNT=restarts))
+    code, out, err = ended(
+        job('own.py', '--init_from=gpt2', '--ends=soon', SLURM_RESTART_COUNT=restarts)
+    )
     assert (code, err) == (0, '')
-    assert out.splitlines()[0].endswith('train.py own.py --init_from=gpt2 --ends=soon' + ' --init_from=resume' * resumes)
-    assert json.loads((tmp_path / 'of the config' / 'log.jsonl').read_text())['why'] == 'max_iters reached'
+    assert out.splitlines()[0].endswith(
+        'train.py own.py --init_from=gpt2 --ends=soon' + ' --init_from=resume' * resumes
+    )
+    assert (
+        json.loads((tmp_path / 'of the config' / 'log.jsonl').read_text())['why']
+        == 'max_iters reached'
+    )
 
 
 def test_a_run_that_completes_in_the_last_minutes_stays_ended(job, tmp_path):
@@ -205,7 +249,10 @@ def test_a_cancelled_run_is_told(job, tmp_path):
 
 def test_what_is_wrong_is_told_before_anything_starts(job, tmp_path):
     code, out, err = ended(job('--out_dri=x'))
-    assert (code, err) == (2, "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n")
+    assert (code, err) == (
+        2,
+        "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n",
+    )
     code, out, err = ended(job(cwd=tmp_path / 'bin'))
     assert code == 2 and err.startswith('error: there is no train.py in ') and err.count('\n') == 1
     assert not (tmp_path / 'srun').exists()
@@ -213,7 +260,10 @@ def test_what_is_wrong_is_told_before_anything_starts(job, tmp_path):
 
 def test_it_reads_the_real_settings(job, tmp_path):
     code, out, err = ended(job('--out_dri=x', cwd=ROOT))
-    assert (code, err) == (2, "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n")
+    assert (code, err) == (
+        2,
+        "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n",
+    )
 
 
 def test_what_sbatch_reads():
@@ -221,5 +271,11 @@ def test_what_sbatch_reads():
     lines = SCRIPT.read_text().splitlines()
     directives = [number for number, line in enumerate(lines) if line.startswith('#SBATCH ')]
     first_command = next(number for number, line in enumerate(lines) if line and line[0] != '#')
-    assert lines[0] == '#!/bin/bash' and max(directives) < first_command  # sbatch stops reading at the first command
-    assert {'#SBATCH --signal=B:USR1@180', '#SBATCH --requeue', '#SBATCH --ntasks-per-node=1'} < set(lines)
+    assert (
+        lines[0] == '#!/bin/bash' and max(directives) < first_command
+    )  # sbatch stops reading at the first command
+    assert {
+        '#SBATCH --signal=B:USR1@180',
+        '#SBATCH --requeue',
+        '#SBATCH --ntasks-per-node=1',
+    } < set(lines)

@@ -9,9 +9,9 @@ marked gpu hold the same promises to real shapes.
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import CHILD, interpreted, needs_triton, python, run_interpreted
 
 from nanomla.training import kernels as k
-from interpreter import CHILD, interpreted, needs_triton, python, run_interpreted
 
 
 @needs_triton
@@ -22,10 +22,11 @@ def test_under_the_interpreter():
 # ---------------------------------------------------------------------------------------------------
 # softmax, row by row
 
+
 def problem(N, C, V, dtype, ignored=True, device='cpu'):
     """x (N, C) in dtype, weight (V, C) in fp32 and targets (N,); logits of standard deviation about 1."""
     x = torch.randn(N, C, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(V, C, device=device) * C ** -0.5).requires_grad_()
+    weight = (torch.randn(V, C, device=device) * C**-0.5).requires_grad_()
     targets = torch.randint(V, (N,), device=device)
     if ignored:
         targets[1::3] = -1
@@ -55,7 +56,11 @@ ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 def test_interpreted_loss_and_gradients(N, C, V, dtype):
     x, weight, targets = problem(N, C, V, dtype)
     loss = k.linear_cross_entropy(x, weight, targets)
-    assert loss.dtype == torch.float32 and loss.shape == () and loss.grad_fn.name() == 'LinearCrossEntropyBackward'
+    assert (
+        loss.dtype == torch.float32
+        and loss.shape == ()
+        and loss.grad_fn.name() == 'LinearCrossEntropyBackward'
+    )
     grads = torch.autograd.grad(loss * 3, (x, weight))
     assert [g.dtype for g in grads] == [dtype, torch.float32]
     want, *want_grads = exact(x, weight, targets, 3)
@@ -76,21 +81,32 @@ def test_interpreted_extreme_logits(V, dtype):
     mine, theirs = logits.clone(), logits.double()
     loss, lse = k.softmax_rows(mine, targets, True)
     want, want_lse = k.softmax_rows_reference(theirs, targets, True)
-    torch.testing.assert_close(loss, want, rtol=1e-6, atol=2e-3)  # the interpreter rounds x log2(e), 1.4e4; a GPU's FMA does not
+    torch.testing.assert_close(
+        loss, want, rtol=1e-6, atol=2e-3
+    )  # the interpreter rounds x log2(e), 1.4e4; a GPU's FMA does not
     torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(mine.double(), theirs, rtol=8e-3 if dtype == torch.bfloat16 else 2e-3, atol=1e-6)
+    torch.testing.assert_close(
+        mine.double(), theirs, rtol=8e-3 if dtype == torch.bfloat16 else 2e-3, atol=1e-6
+    )
 
 
 @interpreted
 def test_interpreted_reference_is_the_gradient_of_cross_entropy():
     logits, targets = torch.randn(9, 50, requires_grad=True), torch.randint(50, (9,))
     targets[4] = -1
-    want, = torch.autograd.grad(F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum'), logits)
+    (want,) = torch.autograd.grad(
+        F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum'), logits
+    )
     for rows in (k.softmax_rows, k.softmax_rows_reference):
         mine = logits.detach().clone()
         loss, lse = rows(mine, targets, True)
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(loss, F.cross_entropy(logits, targets, ignore_index=-1, reduction='none'), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            loss,
+            F.cross_entropy(logits, targets, ignore_index=-1, reduction='none'),
+            rtol=1e-5,
+            atol=1e-6,
+        )
         assert lse[4] == torch.inf and lse[3].isfinite()
 
 
@@ -99,10 +115,18 @@ def test_interpreted_nothing_is_written_without_a_gradient(monkeypatch):
     logits, targets = torch.randn(4, 100), torch.randint(100, (4,))
     before = logits.clone()
     loss = k.softmax_rows(logits, targets, False)[0]
-    assert logits.equal(before) and loss.equal(k.softmax_rows(logits, targets, True)[0]) and not logits.equal(before)
+    assert (
+        logits.equal(before)
+        and loss.equal(k.softmax_rows(logits, targets, True)[0])
+        and not logits.equal(before)
+    )
 
     asked, rows = [], k.softmax_rows
-    monkeypatch.setattr(k, 'softmax_rows', lambda logits, targets, gradient: asked.append(gradient) or rows(logits, targets, gradient))
+    monkeypatch.setattr(
+        k,
+        'softmax_rows',
+        lambda logits, targets, gradient: asked.append(gradient) or rows(logits, targets, gradient),
+    )
     x, weight, targets = problem(4, 8, 30, torch.float32)
     with torch.no_grad():
         assert not k.linear_cross_entropy(x, weight, targets).requires_grad
@@ -122,14 +146,19 @@ def test_interpreted_one_gradient_of_two_and_shapes():
         torch.testing.assert_close(grad, both[i])
         assert grad.equal(torch.autograd.grad(loss, inputs[i])[0])  # a second time
     strided = torch.stack([targets, targets], 1)[:, 0]
-    torch.testing.assert_close(k.linear_cross_entropy(x, weight, strided), k.linear_cross_entropy(x, weight, targets))
+    torch.testing.assert_close(
+        k.linear_cross_entropy(x, weight, strided), k.linear_cross_entropy(x, weight, targets)
+    )
 
 
 @interpreted
 def test_interpreted_no_target_and_a_wrong_target():
     x, weight, targets = problem(4, 8, 30, torch.float32)
     loss = k.linear_cross_entropy(x, weight, torch.full_like(targets, -1))
-    assert loss.isnan() and k.linear_cross_entropy_reference(x, weight, torch.full_like(targets, -1)).isnan()
+    assert (
+        loss.isnan()
+        and k.linear_cross_entropy_reference(x, weight, torch.full_like(targets, -1)).isnan()
+    )
     assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, weight)))
     targets[2] = 30
     assert k.linear_cross_entropy(x, weight, targets).isnan()
@@ -144,7 +173,9 @@ def test_interpreted_inside_a_compiled_caller():
     got = torch.compile(caller, backend='aot_eager')(x, weight, targets)
     want = caller(x, weight, targets)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, (x, weight)), torch.autograd.grad(want, (x, weight)))
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (x, weight)), torch.autograd.grad(want, (x, weight))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -178,7 +209,9 @@ def test_interpreted_fp8_tiles(N, V, source):
         assert got_t.equal(got.T)
         got, got_t = k.fp8_tiles(logits, *args, dtype)
         assert got.dtype == dtype and got_t.float().equal(got.float().T) and got_t.is_contiguous()
-        assert differences(got, k.fp8_tiles_reference(logits, *args, dtype)[0]) <= 2  # a last bit of 2^x
+        assert (
+            differences(got, k.fp8_tiles_reference(logits, *args, dtype)[0]) <= 2
+        )  # a last bit of 2^x
         assert k.fp8_tiles(logits, *args, dtype, transposed=False)[1] is None
 
 
@@ -194,7 +227,9 @@ def test_interpreted_quantize():
 @interpreted
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_interpreted_fp8_loss_and_gradients(monkeypatch, dtype):
-    monkeypatch.setattr(k, 'fp8_tiles', k.fp8_tiles_reference)  # rounds as a GPU does, see `differences`
+    monkeypatch.setattr(
+        k, 'fp8_tiles', k.fp8_tiles_reference
+    )  # rounds as a GPU does, see `differences`
     x, weight, targets = problem(64, 64, 512, dtype)
     loss = k.linear_cross_entropy(x, weight, targets, fp8=True)
     grads = torch.autograd.grad(loss * 0.5, (x, weight))
@@ -202,13 +237,16 @@ def test_interpreted_fp8_loss_and_gradients(monkeypatch, dtype):
     want, *want_grads = exact(x, weight, targets, 0.5)
     torch.testing.assert_close(loss.double(), want, rtol=2e-3, atol=0)
     for g, w in zip(grads, want_grads):
-        assert close(g, w, 0.1) and F.cosine_similarity(g.double().flatten(), w.flatten(), 0) > 0.995
+        assert (
+            close(g, w, 0.1) and F.cosine_similarity(g.double().flatten(), w.flatten(), 0) > 0.995
+        )
     with pytest.raises(AssertionError, match='multiples of 16'):
         k.linear_cross_entropy(x[:5], weight, targets[:5], fp8=True)
 
 
 # ---------------------------------------------------------------------------------------------------
 # without Triton, and GELU
+
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('fp8', [False, True])
@@ -220,11 +258,16 @@ def test_on_a_cpu_it_is_cross_entropy(dtype, fp8):
     assert loss.equal(want)
     for g, w in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(want, (x, weight))):
         assert g.equal(w)
-    torch.testing.assert_close(torch.compile(k.linear_cross_entropy, backend='eager', fullgraph=True)(x, weight, targets), want)
+    torch.testing.assert_close(
+        torch.compile(k.linear_cross_entropy, backend='eager', fullgraph=True)(x, weight, targets),
+        want,
+    )
 
 
 def test_imports_without_triton_and_does_not_import_it():
-    child = python('-c', """
+    child = python(
+        '-c',
+        """
 import importlib, sys, torch
 from nanomla.core import triton_support
 from nanomla.training import kernels as k
@@ -235,12 +278,16 @@ for installed in (True, False):
     importlib.reload(triton_support)
     importlib.reload(k)
 assert k.RUNS_ON == ()
-""", TRITON_INTERPRET='0')
+""",
+        TRITON_INTERPRET='0',
+    )
     assert child.returncode == 0, child.stderr
 
 
 def grid(dtype=torch.float32):
-    return torch.cat([torch.linspace(-12, 12, 200001), torch.tensor([0.0, 1e-30, 1e4, -1e4, 3e38, -3e38])]).to(dtype)
+    return torch.cat(
+        [torch.linspace(-12, 12, 200001), torch.tensor([0.0, 1e-30, 1e4, -1e4, 3e38, -3e38])]
+    ).to(dtype)
 
 
 def test_normal_cdf_against_float64():
@@ -263,19 +310,27 @@ def test_gelu_in_bf16_is_the_rounded_gelu():
     y = x.detach().double().requires_grad_()
     got, want = k.gelu(x), F.gelu(y)
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), want, rtol=2 ** -8, atol=1e-7)
-    torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0].double(), torch.autograd.grad(want.sum(), y)[0], rtol=2 ** -8, atol=1e-7)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-7)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), x)[0].double(),
+        torch.autograd.grad(want.sum(), y)[0],
+        rtol=2**-8,
+        atol=1e-7,
+    )
 
 
 def test_gelu_compiles_without_a_graph_break():
     x = torch.randn(64, requires_grad=True)
     compiled = torch.compile(k.gelu, backend='aot_eager', fullgraph=True)
     torch.testing.assert_close(compiled(x), k.gelu(x))
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(k.gelu(x).sum(), x))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(k.gelu(x).sum(), x)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 # on a GPU, at GPT-2's size
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('fp8', [False, True])
@@ -288,7 +343,9 @@ def test_gpu_loss_and_gradients(fp8):
     want, *want_grads = exact(x, weight, targets, 0.2)
     assert abs(loss - want) < (1e-3 if fp8 else 1e-4) * want
     for g, w in zip(grads, want_grads):
-        assert close(g, w, 0.1 if fp8 else 0.01) and F.cosine_similarity(g.double().flatten(), w.flatten(), 0) > (0.995 if fp8 else 0.9999)
+        assert close(g, w, 0.1 if fp8 else 0.01) and F.cosine_similarity(
+            g.double().flatten(), w.flatten(), 0
+        ) > (0.995 if fp8 else 0.9999)
     assert grads[0][1::3].eq(0).all()
 
 
@@ -344,16 +401,23 @@ def test_gpu_gelu_compiled():
     x = grid(torch.bfloat16).cuda().requires_grad_()
     y = x.detach().double().requires_grad_()
     got, want = torch.compile(k.gelu, fullgraph=True)(x), F.gelu(y)
-    torch.testing.assert_close(got.double(), want, rtol=2 ** -8, atol=3e-7)
-    torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0].double(), torch.autograd.grad(want.sum(), y)[0], rtol=2 ** -8, atol=3e-7)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=3e-7)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), x)[0].double(),
+        torch.autograd.grad(want.sum(), y)[0],
+        rtol=2**-8,
+        atol=3e-7,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 # AdamW
 
+
 def ten_updates(sizes, dtype, device, decay):
     """How far weights and states are from torch's AdamW after ten updates: norms of differences, in norms times the dtype's rounding."""
     from nanomla.adapters.step import HalfAdamW, runs_here
+
     torch.manual_seed(0)
     mine = [torch.randn(n, device=device).to(dtype).requires_grad_() for n in sizes]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
@@ -362,27 +426,53 @@ def ten_updates(sizes, dtype, device, decay):
     ours, torchs = HalfAdamW(mine, how), torch.optim.AdamW(theirs, **how, fused=True)
     for update in range(10):
         for n, (p, q) in enumerate(zip(mine, theirs)):
-            late = n == 1 and update < 2  # a tensor without a gradient is left as it is, and counts its own updates
-            p.grad = None if late else (torch.randn(len(p), device=device) * torch.logspace(-1, 1, len(p), device=device)).to(dtype)
+            late = (
+                n == 1 and update < 2
+            )  # a tensor without a gradient is left as it is, and counts its own updates
+            p.grad = (
+                None
+                if late
+                else (
+                    torch.randn(len(p), device=device)
+                    * torch.logspace(-1, 1, len(p), device=device)
+                ).to(dtype)
+            )
             q.grad = None if late else p.grad.clone()
         ours.step()
         torchs.step()
-    pairs = list(zip(mine, theirs)) + [(ours.state[p][name], torchs.state[q][name]) for p, q in zip(mine, theirs) for name in ('exp_avg', 'exp_avg_sq')]
-    return [((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm() / torch.finfo(dtype).eps).item() for a, b in pairs if len(a)]
+    pairs = list(zip(mine, theirs)) + [
+        (ours.state[p][name], torchs.state[q][name])
+        for p, q in zip(mine, theirs)
+        for name in ('exp_avg', 'exp_avg_sq')
+    ]
+    return [
+        (
+            (a.detach().float() - b.detach().float()).norm()
+            / b.detach().float().norm()
+            / torch.finfo(dtype).eps
+        ).item()
+        for a, b in pairs
+        if len(a)
+    ]
 
 
 @interpreted
 @pytest.mark.parametrize('sizes', [[7], [5000, 3], [2048, 2049, 4096, 0, 1]], ids=str)
 @pytest.mark.parametrize('decay', [0.0, 0.1])
 def test_interpreted_adamw_is_torchs(sizes, decay):
-    found = ten_updates(sizes, torch.float16, 'cpu', decay)  # the interpreter cuts bf16 off, where a GPU rounds
+    found = ten_updates(
+        sizes, torch.float16, 'cpu', decay
+    )  # the interpreter cuts bf16 off, where a GPU rounds
     assert max(found) <= 0.5, found
 
 
 @interpreted
 def test_interpreted_adamw_takes_tensors_that_begin_anywhere():
     room = [torch.randn(2 * 2048 + 1).half() for _ in range(4)]
-    aligned, shifted = [[part[at:at + 2 * 2048].clone() if at == 0 else part[at:] for part in room] for at in (0, 1)]
+    aligned, shifted = [
+        [part[at : at + 2 * 2048].clone() if at == 0 else part[at:] for part in room]
+        for at in (0, 1)
+    ]
     room[3].abs_()
     for whole, part in zip(aligned, shifted):
         whole.copy_(part)
@@ -392,7 +482,9 @@ def test_interpreted_adamw_takes_tensors_that_begin_anywhere():
     assert shifted[0].data_ptr() % 16
     for whole, part in zip(aligned, shifted):
         assert torch.equal(whole, part)
-    assert before == [part[0].item() if n != 3 else before[3] for n, part in enumerate(room)]  # and nothing beside them is touched
+    assert before == [
+        part[0].item() if n != 3 else before[3] for n, part in enumerate(room)
+    ]  # and nothing beside them is touched
 
 
 @pytest.mark.gpu
@@ -406,6 +498,7 @@ def test_adamw_is_torchs_on_a_gpu(dtype, sizes):
 # ---------------------------------------------------------------------------------------------------
 # SwiGLU
 
+
 def swiglu_errors(N, C, dtype, device, reference=False):
     """The norms of what swiglu_gradient's two results are away from float64's, in norms times the dtype's rounding."""
     torch.manual_seed(0)
@@ -415,7 +508,10 @@ def swiglu_errors(N, C, dtype, device, reference=False):
     act = F.silu(gate) * up
     want = torch.autograd.grad(act, exact, g.double())[0], act.detach()
     got = (k.swiglu_gradient_reference if reference else k.swiglu_gradient)(x, g), g
-    return [((a.double() - b).norm() / b.norm() / torch.finfo(dtype).eps).item() for a, b in zip(got, want)]
+    return [
+        ((a.double() - b).norm() / b.norm() / torch.finfo(dtype).eps).item()
+        for a, b in zip(got, want)
+    ]
 
 
 SHAPES = [(1, 1), (3, 8), (5, 300), (7, 1376), (2, 2048)]

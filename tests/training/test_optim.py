@@ -1,19 +1,31 @@
 """muon.py: one test for each thing it promises."""
+
 import copy
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nanomla.training.optim import NEWTON_SCHULZ, MovingAverage, Muon, optimizers, orthogonalize, set_rate
+from nanomla.training.optim import (
+    NEWTON_SCHULZ,
+    MovingAverage,
+    Muon,
+    optimizers,
+    orthogonalize,
+    set_rate,
+)
 
 
 def matrix(rows, cols, low=0.05, seed=0):
     """A matrix with known singular values between `low` and 1, and random singular vectors; float64."""
     g = torch.Generator().manual_seed(seed)
     n = min(rows, cols)
-    u, v = (torch.linalg.qr(torch.randn(size, n, generator=g, dtype=torch.float64)).Q for size in (rows, cols))
+    u, v = (
+        torch.linalg.qr(torch.randn(size, n, generator=g, dtype=torch.float64)).Q
+        for size in (rows, cols)
+    )
     return u * torch.linspace(low, 1, n, dtype=torch.float64) @ v.T
 
 
@@ -23,7 +35,7 @@ def polynomial_of_singular_values(m, steps=5):
     s = s / s.norm()
     a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
-        s = a * s + b * s ** 3 + c * s ** 5
+        s = a * s + b * s**3 + c * s**5
     return u * s @ vt
 
 
@@ -38,13 +50,17 @@ def test_singular_values_end_near_one(rows, cols):
     values = torch.linalg.svdvals(out)
     assert values.min() > 0.5 and values.max() < 1.5
     for given_, got in zip(batch, out):  # singular vectors stay: U Vᵀ within the same spread
-        torch.testing.assert_close(got.double(), polynomial_of_singular_values(given_), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            got.double(), polynomial_of_singular_values(given_), rtol=0, atol=1e-4
+        )
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), st.floats(1e-3, 1e3))
 def test_a_batch_is_orthogonalised_as_each_alone_whatever_its_size(rows, cols, n, size):
-    batch = torch.stack([matrix(rows, cols, low=0.2, seed=seed) * size ** (seed % 3 - 1) for seed in range(n)])
+    batch = torch.stack(
+        [matrix(rows, cols, low=0.2, seed=seed) * size ** (seed % 3 - 1) for seed in range(n)]
+    )
     together, alone = orthogonalize(batch), torch.cat([orthogonalize(m[None]) for m in batch])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
     torch.testing.assert_close(together, orthogonalize(batch * size), rtol=0, atol=1e-3)
@@ -55,6 +71,7 @@ def test_zero_gradients_move_nothing():
 
 
 # ---------------------------------------------------------------------------------------------------
+
 
 def params_and_grads(steps=4, shapes=SHAPES):
     torch.manual_seed(0)
@@ -90,7 +107,9 @@ def test_muon_goes_where_torchs_goes():
     start, grads = params_and_grads(steps=1)
     ours, theirs = (copy.deepcopy(start) for _ in range(2))
     moved = run(Muon(ours, lr=0.02, momentum=0.95), ours, grads)
-    expected = run(torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.0), theirs, grads)
+    expected = run(
+        torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.0), theirs, grads
+    )
     for p, a, b in zip(start, moved, expected):
         a, b = (a - p).detach().flatten(), (b - p).detach().flatten()
         assert torch.cosine_similarity(a, b, dim=0) > 0.99
@@ -102,10 +121,16 @@ def test_stacked_matrices_move_as_if_apart():
     whole = torch.nn.Parameter(torch.randn(20, 12))
     whole.splits = splits
     parts = [torch.nn.Parameter(t.detach().clone()) for t in whole.split(splits) if len(t)]
-    other = torch.nn.Parameter(torch.randn(6, 12))  # alike in shape, so it shares a batch with the first part
+    other = torch.nn.Parameter(
+        torch.randn(6, 12)
+    )  # alike in shape, so it shares a batch with the first part
     grads = [torch.randn(20, 12) for _ in range(3)]
     run(Muon([whole, other], lr=0.1, weight_decay=0.1), [whole, other], [[g, g[:6]] for g in grads])
-    run(Muon(parts, lr=0.1, weight_decay=0.1), parts, [[t for t in g.split(splits) if len(t)] for g in grads])
+    run(
+        Muon(parts, lr=0.1, weight_decay=0.1),
+        parts,
+        [[t for t in g.split(splits) if len(t)] for g in grads],
+    )
     torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-5)
 
 
@@ -125,7 +150,9 @@ def test_parameters_without_gradient_stay():
     params[0].grad = grads[0][0]
     before = [p.detach().clone() for p in params]
     optimizer.step()
-    assert [torch.equal(p, b) for p, b in zip(params, before)] == [False] + [True] * (len(params) - 1)
+    assert [torch.equal(p, b) for p, b in zip(params, before)] == [False] + [True] * (
+        len(params) - 1
+    )
 
 
 def test_muon_resumes_where_it_was_saved():
@@ -142,12 +169,15 @@ def test_muon_resumes_where_it_was_saved():
 
 # ---------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 @pytest.mark.parametrize('which', ['adamw', 'muon'])
 @pytest.mark.parametrize('tie', [True, False])
 def test_optimizers_cover_every_parameter_once(kind, which, tie, tiny, tokens):
     model = tiny(kind, tie_weights=tie)
-    made = optimizers(model, which, learning_rate=1e-3, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
+    made = optimizers(
+        model, which, learning_rate=1e-3, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95)
+    )
     covered = [id(p) for o in made for g in o.param_groups for p in g['params']]
     assert sorted(covered) == sorted(id(p) for p in model.parameters())
     names = {id(p): n for n, p in model.named_parameters()}
@@ -156,7 +186,9 @@ def test_optimizers_cover_every_parameter_once(kind, which, tie, tiny, tokens):
             assert g['lr'] == g['base_lr'] == (0.02 if isinstance(o, Muon) else 1e-3)
             for p in g['params']:
                 assert g['weight_decay'] == (0.1 if p.ndim == 2 else 0.0)
-                assert isinstance(o, Muon) == (which == 'muon' and p.ndim == 2 and '.h.' in names[id(p)])
+                assert isinstance(o, Muon) == (
+                    which == 'muon' and p.ndim == 2 and '.h.' in names[id(p)]
+                )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model(tokens(13), tokens(13).roll(-1)).backward()
     for o in made:
@@ -168,7 +200,12 @@ def test_frozen_parameters_are_left_out(tiny):
     model = tiny()
     model.transformer.wpe.weight.requires_grad_(False)
     made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95))
-    assert all(p is not model.transformer.wpe.weight for o in made for g in o.param_groups for p in g['params'])
+    assert all(
+        p is not model.transformer.wpe.weight
+        for o in made
+        for g in o.param_groups
+        for p in g['params']
+    )
 
 
 def test_muon_may_be_alone(tiny):
@@ -176,7 +213,9 @@ def test_muon_may_be_alone(tiny):
     for name, p in model.named_parameters():
         p.requires_grad_('kv_b_proj' in name)
     made = optimizers(model, 'muon', 1e-3, 0.02, 0.0, (0.9, 0.95))
-    assert [type(o) for o in made] == [Muon] and len(made[0].param_groups[0]['params']) == model.config.n_layer
+    assert [type(o) for o in made] == [Muon] and len(
+        made[0].param_groups[0]['params']
+    ) == model.config.n_layer
 
 
 @pytest.mark.parametrize('as_tensors', [False, True])
@@ -188,8 +227,12 @@ def test_set_rate_is_a_share_of_the_peak(as_tensors, tiny):
     kept = [g['lr'] for o in made for g in o.param_groups]
     for share in (0.5, 0.0, 1.0, 0.25):
         set_rate(made, share)
-        for (g, peak), old in zip([(g, 0.02 if isinstance(o, Muon) else 1e-3) for o in made for g in o.param_groups], kept):
-            assert float(g['lr']) == pytest.approx(share * peak) and (not as_tensors or g['lr'] is old)  # the graph's tensor
+        for (g, peak), old in zip(
+            [(g, 0.02 if isinstance(o, Muon) else 1e-3) for o in made for g in o.param_groups], kept
+        ):
+            assert float(g['lr']) == pytest.approx(share * peak) and (
+                not as_tensors or g['lr'] is old
+            )  # the graph's tensor
 
 
 @pytest.mark.gpu
@@ -207,15 +250,21 @@ def test_tensor_rates_on_the_gpu_move_as_plain_ones(kind, tiny, tokens):
                 o.step()
                 o.zero_grad()
         moved.append([p.detach().clone() for p in model.parameters()])
-    for a, b, was in zip(*moved, start):  # Muon's products are bf16: all that moves must agree, but not each element
+    for a, b, was in zip(
+        *moved, start
+    ):  # Muon's products are bf16: all that moves must agree, but not each element
         assert (a - b).norm() <= 0.05 * (a - was).norm()
 
 
 # ---------------------------------------------------------------------------------------------------
 
+
 def test_the_average_follows_its_formula(tiny):
     model = tiny()
-    average, expected = MovingAverage(model, 0.6), [p.detach().double().clone() for p in model.parameters()]
+    average, expected = (
+        MovingAverage(model, 0.6),
+        [p.detach().double().clone() for p in model.parameters()],
+    )
     for step in range(12):
         for p, e in zip(model.parameters(), expected):
             p.data.normal_()
@@ -238,7 +287,9 @@ def test_swapped_in_restores_bit_for_bit(tiny, tokens):
             assert all(torch.equal(p, a) for p, a in zip(model.parameters(), average.average))
             assert not torch.equal(model.lm_head.weight, own[0])
             raise KeyError
-    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own)) and ids == [id(p) for p in model.parameters()]
+    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own)) and ids == [
+        id(p) for p in model.parameters()
+    ]
     with average.swapped_in():
         pass
     assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own))
@@ -258,13 +309,20 @@ def test_stacked_matrices_may_be_taken_whole():
     one = torch.nn.Parameter(stacked.clone())
     one.grad = update.clone()
     Muon([one], lr=1.0, momentum=0.0).step()
-    assert torch.equal(moves[False], stacked - one.detach()) and not torch.allclose(moves[False], moves[True], atol=0.05)
-    assert (torch.linalg.svdvals(moves[True][16:]) > 0.5).all()  # each of its parts is orthogonal by itself
+    assert torch.equal(moves[False], stacked - one.detach()) and not torch.allclose(
+        moves[False], moves[True], atol=0.05
+    )
+    assert (
+        torch.linalg.svdvals(moves[True][16:]) > 0.5
+    ).all()  # each of its parts is orthogonal by itself
 
 
 def test_the_setting_reaches_muon(tiny):
     for split in (True, False):
-        assert optimizers(tiny('mla'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), split=split)[1].split is split
+        assert (
+            optimizers(tiny('mla'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), split=split)[1].split
+            is split
+        )
 
 
 @pytest.mark.parametrize('up', [0.25, 0.0])
@@ -281,5 +339,10 @@ def test_what_reads_a_latent_moves_by_a_share_of_the_rate(up, tiny, tokens):
             o.step()
     for (name, fast), p in zip(whole.named_parameters(), slow.parameters()):
         behind = '.h.' in name and name.endswith(('q_b_proj.weight', 'kv_b_proj.weight'))
-        torch.testing.assert_close(p - before[name], (up if behind else 1.0) * (fast - before[name]), rtol=1e-3, atol=1e-7)
-    assert len(optimizers(tiny('mha'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=up)[1].param_groups) == 1
+        torch.testing.assert_close(
+            p - before[name], (up if behind else 1.0) * (fast - before[name]), rtol=1e-3, atol=1e-7
+        )
+    assert (
+        len(optimizers(tiny('mha'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=up)[1].param_groups)
+        == 1
+    )

@@ -36,10 +36,10 @@ from nanomla.core.configurator import UserError
 from nanomla.core.figures import COLORS
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-KINDS = ("mha", "gqa", "mqa", "mla")
+KINDS = ('mha', 'gqa', 'mqa', 'mla')
 # Words that a reader may search for to see that nothing is loaded. Where a token, a path or a stretch of base64
 # spells one, its marked letter is written as JSON's \uXXXX: neither letter can end or begin an escape of its own.
-MARKED = re.compile(r"(?P<before>ht(?=tp)|src(?==)|fe(?=tch))(?P<letter>.)", re.IGNORECASE)
+MARKED = re.compile(r'(?P<before>ht(?=tp)|src(?==)|fe(?=tch))(?P<letter>.)', re.IGNORECASE)
 
 
 def pack_patterns(patterns):
@@ -50,13 +50,17 @@ def pack_patterns(patterns):
     import numpy as np
 
     rows = _triangles(patterns)
-    assert rows.size == 0 or (rows.min() >= -1e-3 and rows.max() <= 1 + 1e-3), "attention lies in [0, 1]"
-    return base64.b64encode(np.rint(255 * rows.clip(0, 1)).astype(np.uint8).tobytes()).decode("ascii")
+    assert rows.size == 0 or (rows.min() >= -1e-3 and rows.max() <= 1 + 1e-3), (
+        'attention lies in [0, 1]'
+    )
+    return base64.b64encode(np.rint(255 * rows.clip(0, 1)).astype(np.uint8).tobytes()).decode(
+        'ascii'
+    )
 
 
 def pack_logits(logits):
     """Logits (H, T, T) as base64 of little-endian float16, in pack_patterns' order."""
-    return base64.b64encode(_triangles(logits).astype("<f2").tobytes()).decode("ascii")
+    return base64.b64encode(_triangles(logits).astype('<f2').tobytes()).decode('ascii')
 
 
 def _triangles(values):
@@ -64,19 +68,23 @@ def _triangles(values):
     import numpy as np
 
     values = np.asarray(values, dtype=np.float32)
-    assert values.ndim == 3 and values.shape[1] == values.shape[2], f"(H, T, T), not {values.shape}"
+    assert values.ndim == 3 and values.shape[1] == values.shape[2], f'(H, T, T), not {values.shape}'
     return values[:, *np.tril_indices(values.shape[1])]
 
 
 def _check(model):
     """A model's sizes agree. Only a programmer can get this wrong."""
-    triangle = len(model["tokens_text"]) * (len(model["tokens_text"]) + 1) // 2
-    split = model.get("mla_split")
-    packed = [("patterns_u8", model["patterns_u8"], model["layers"] * model["heads"])]
-    packed += [(key, split[key], 2 * len(split["heads"])) for key in ("content_f16", "rope_f16") if split]
+    triangle = len(model['tokens_text']) * (len(model['tokens_text']) + 1) // 2
+    split = model.get('mla_split')
+    packed = [('patterns_u8', model['patterns_u8'], model['layers'] * model['heads'])]
+    packed += [
+        (key, split[key], 2 * len(split['heads'])) for key in ('content_f16', 'rope_f16') if split
+    ]
     for key, text, count in packed:
-        size = len(text) // 4 * 3 - text[-2:].count("=")
-        assert size == count * triangle, f"{model['name']}: {key} holds {size} bytes, not {count * triangle}"
+        size = len(text) // 4 * 3 - text[-2:].count('=')
+        assert size == count * triangle, (
+            f'{model["name"]}: {key} holds {size} bytes, not {count * triangle}'
+        )
 
 
 def _plain(value):
@@ -86,8 +94,8 @@ def _plain(value):
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+        return float(f'{value:.6g}') if math.isfinite(value) else None
+    return _plain(value.tolist()) if hasattr(value, 'tolist') else value
 
 
 def embed(report):
@@ -96,31 +104,33 @@ def embed(report):
     that would look like a page that loads something. JSON.parse and json.loads give back the same
     values, floats to six digits.
     """
-    text = json.dumps(_plain(report), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for letter in "<>&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return MARKED.sub(lambda found: f"{found['before']}\\u{ord(found['letter']):04x}", text)
+    text = json.dumps(_plain(report), ensure_ascii=True, allow_nan=False, separators=(',', ':'))
+    for letter in '<>&':
+        text = text.replace(letter, f'\\u{ord(letter):04x}')
+    return MARKED.sub(lambda found: f'{found["before"]}\\u{ord(found["letter"]):04x}', text)
 
 
 def page(report):
     """The whole page as text: page/heads.html with every {{name}} replaced, once, by what it names."""
-    for model in report["models"]:
+    for model in report['models']:
         _check(model)
 
     def part(found):
         name = found[1]
-        if name == "report":
+        if name == 'report':
             return embed(report)
-        if name == "colors":  # one source for the colours of the attention kinds
-            return ":root { " + " ".join(f"--{kind}: {COLORS[kind]};" for kind in KINDS) + " }"
-        with open(os.path.join(FOLDER, name), encoding="utf-8") as file:
+        if name == 'colors':  # one source for the colours of the attention kinds
+            return ':root { ' + ' '.join(f'--{kind}: {COLORS[kind]};' for kind in KINDS) + ' }'
+        with open(os.path.join(FOLDER, name), encoding='utf-8') as file:
             return file.read().rstrip()
 
     try:
-        with open(os.path.join(FOLDER, "heads.html"), encoding="utf-8") as file:
-            return re.sub(r"\{\{([\w.]+)\}\}", part, file.read())
+        with open(os.path.join(FOLDER, 'heads.html'), encoding='utf-8') as file:
+            return re.sub(r'\{\{([\w.]+)\}\}', part, file.read())
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot read this part of the page ({error.strerror}); is the checkout whole?") from error
+        raise UserError(
+            f'{error.filename}: cannot read this part of the page ({error.strerror}); is the checkout whole?'
+        ) from error
 
 
 def write(path, report):
@@ -130,13 +140,13 @@ def write(path, report):
     """
     path = os.fspath(path)
     text = page(report)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, 'w', encoding='utf-8', newline='\n') as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the page ({error.strerror or error})") from error
+        raise UserError(f'{path}: cannot write the page ({error.strerror or error})') from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
