@@ -512,10 +512,10 @@ def decode():
     from nanomla.benchmarks import decode as decode_meter
     from nanomla.benchmarks import figures as decode_figures
     from nanomla.benchmarks import text as text_meter
-    from nanomla.core.files import Rows
+    from nanomla.core.files import ResultsTable
 
     plan, chosen = decode_meter.Plan(config, device), attention_meter.named(candidates)
-    rows = Rows(
+    rows = ResultsTable(
         out_dir,
         'attention' if attention_only else 'texts' if peer else 'decode',
         decode_meter.facts(device, stream),

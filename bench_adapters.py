@@ -158,7 +158,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from nanomla.adapters import report as adapter_table
-from nanomla.core.files import progress_bar, write_atomically
+from nanomla.core.files import progress_bar, write_file
 
 MODEL, OUT = words[0], Path(words[2])
 NOT_OF_A_CELL = (
@@ -222,7 +222,7 @@ def keep(name, **row):
     path = place(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     row = dict(cell=name, adapter=kind, kernel=kernel, peer=bool(theirs), model=MODEL) | row
-    write_atomically(path, (json.dumps(row, indent=1) + '\n').encode())
+    write_file(path, (json.dumps(row, indent=1) + '\n').encode())
     return row
 
 

@@ -36,6 +36,7 @@ results = ''  # the file to draw; '' = out_dir/results.jsonl; several with comma
 figure = ''  # where to draw; '' = out_dir/compare.png. The table stands beside it, as .md and .json
 
 from nanomla.core.configurator import UserError, configure
+from nanomla.inference.generate import generate
 
 own = set(globals())
 config = configure(globals(), also='train.py')
@@ -54,9 +55,9 @@ from pathlib import Path
 
 from nanomla.comparison import figures as comparison_figures
 from nanomla.comparison import table as comparison
-from nanomla.comparison.runs import STOPPED, Run, slots, train
+from nanomla.comparison.runs import STOPPED, Run, lock, slots, train
 from nanomla.core import figures
-from nanomla.core.files import lock, write
+from nanomla.core.files import write_file
 
 out, picture = Path(out_dir), Path(figure or f'{out_dir}/compare.png')
 if picture.suffix != '.png':
@@ -85,8 +86,10 @@ OF_THE_RUN = (
 def show(found):
     """Table and pictures of what results.jsonl files hold, printed and written."""
     if len(found) == 1:
-        write(picture.with_suffix('.md'), text := comparison.table(*found[0]))
-        write(picture.with_suffix('.json'), json.dumps(comparison.rows(*found[0]), indent=1) + '\n')
+        write_file(picture.with_suffix('.md'), text := comparison.table(*found[0]))
+        write_file(
+            picture.with_suffix('.json'), json.dumps(comparison.rows(*found[0]), indent=1) + '\n'
+        )
         comparison_figures.draw(*found[0], picture)
         print('\n' + text)
     second = picture.with_name(picture.stem + '_front.png') if len(found) == 1 else picture
@@ -472,10 +475,11 @@ def decode(contender):
         run := next((run for run in done if (run.folder / 'ckpt.pt').exists()), None)
     ):  # a log without weights is a complete run all the same
         return None
-    kept, (model, content) = (
+    kept, loaded = (
         run.folder / 'decode.json',
         load.load_model(run.folder, dropout=0.0, kernel='sdpa'),
     )
+    model = loaded.model
     model.stream = machine.pick_dtype(config['dtype'], device)
     model.to(device, model.stream).eval()
     prompt, times = torch.zeros(decode_batch, 1, dtype=torch.long, device=device), []
@@ -483,15 +487,18 @@ def decode(contender):
     for _ in range(1 + decode_repeats if asked['tokens'] > 1 else 0):
         for row in range(decode_batch):
             memory.free(row)
-        for i, _ in enumerate(model.generate(prompt, asked['tokens'], temperature=0, cache=memory)):
+        for i, _ in enumerate(
+            generate(model, prompt, asked['tokens'], temperature=0, cache=memory)
+        ):
             if i == 0:  # the prompt is in the cache
                 timing.synchronize(device)
                 begin = time.perf_counter()
         timing.synchronize(device)
         times.append((time.perf_counter() - begin) / (asked['tokens'] - 1))
-    codec, long = tokenizers.Tokenizer(content['meta']), config['sample_tokens']
+    codec, long = tokenizers.Tokenizer(loaded.meta), config['sample_tokens']
     fits = contender.shape.pos != 'learned' or long < contender.shape.block_size
-    tokens = model.generate(
+    tokens = generate(
+        model,
         torch.tensor([codec.encode('\n')], device=device),
         long,
         0.8,
@@ -507,7 +514,7 @@ def decode(contender):
         cache_bytes=memory.nbytes,
         sample=codec.decode([token.item() for token in tokens]).strip(),
     )
-    write(kept, json.dumps(found))
+    write_file(kept, json.dumps(found))
     return found
 
 
@@ -603,7 +610,7 @@ def conclude():
         )
         for one in field.values()
     ]
-    write(results, ''.join(json.dumps(one) + '\n' for one in [head, *about, *lines]))
+    write_file(results, ''.join(json.dumps(one) + '\n' for one in [head, *about, *lines]))
     return [one for one in lines if 'error' in one and one['role'] == 'seed']
 
 

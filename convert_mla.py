@@ -40,6 +40,7 @@ dtype = 'float32'  # of the arithmetic on text: float32 | auto | bfloat16
 import sys
 
 from nanomla.core.configurator import UserError, configure
+from nanomla.inference.generate import prefill
 
 source = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith('-') else ''
 config = configure(globals())
@@ -82,7 +83,8 @@ if not 0 <= saving < 1 or saving and kv_lora_rank:
 if cache_dtype not in ('', *BITS):
     raise UserError(f"cache_dtype='{cache_dtype}' is not known: use {' or '.join(BITS)}")
 device = machine.pick_device(device)
-model, content = load.load_model(source)
+loaded = load.load_model(source)
+model, content = loaded.model, loaded.checkpoint
 c = model.config
 if saving and isinstance(model, checkpoint.MODELS['mha']):
     rope_pairs, kv_lora_rank = conversion.for_saving(c, saving, rope_heads, low_rank, rope_pairs)
@@ -130,7 +132,7 @@ conversion.check(c, named or None, **settings)  # before anything takes long
 windows = held_out = None
 if named:
     T = min(c.block_size, block_size or 1024)  # tokens in a window
-    train, val, text_source = text.tokens_of(named, content, c.vocab_size)
+    train, val, text_source = text.tokens_of(named, c.vocab_size, loaded.meta, loaded.tokenizer)
     windows = text.windows_of(
         train, calibration_tokens, T, c.n_embd + 1, f'calibration={named}'
     ).to(device)
@@ -160,7 +162,7 @@ def tell(name, model, storage='bfloat16'):
         device=device,
         kernel='torch',
     )
-    model.prefill([[0] * 8], held)
+    prefill(model, [[0] * 8], held)
     how = {}
     if (
         storage != 'bfloat16'
@@ -228,7 +230,7 @@ print(
     )
 )
 
-codec, run = content.get('codec'), content.get('config') or {}
+codec, run = loaded.tokenizer, loaded.settings
 history = dict(
     source=str(source),
     settings=how

@@ -63,12 +63,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanomla.checkpoints import gpt2, load, tokenizer
+from nanomla.checkpoints import gpt2, load
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import devices as machine
 from nanomla.core import figures
 from nanomla.core import token_files as datasets
-from nanomla.core.files import progress_bar, write_atomically, writing
+from nanomla.core.files import progress_bar, write_file, writing
 from nanomla.evals import harness, retrieval, scoreboard
 from nanomla.evals.scoring import Scorer, perplexity
 from nanomla.inference.cache import LAYOUTS
@@ -146,11 +146,12 @@ class Subject:
     def load(self):
         if self.model is not None:
             return
-        self.model, content = load.load_model(self.path, dropout=0.0, kernel=kernel)
-        self.meta, self.codec, self.begin, self.ends = tokenizer.codec_of(
-            content, self.model.config.vocab_size, self.path
-        )
-        self.trained_on = content.get('config', {}).get('dataset', '')
+        loaded = load.load_model(self.path, dropout=0.0, kernel=kernel)
+        self.model = loaded.model
+        self.meta = load.meta_of(loaded) if loaded.tokenizer is None else {}
+        codec = load.codec_of(loaded)
+        self.codec, self.begin, self.ends = codec.tokenizer, codec.begin, codec.ends
+        self.trained_on = loaded.settings.get('dataset', '')
         self.model.stream = machine.pick_dtype(dtype, device)
         self.model.to(device, self.model.stream).eval()
         self.model.check_kernel(device)
@@ -397,8 +398,8 @@ for record in records:
             'full precision or in one chunk: use a smaller --window and --chunk_size, or longer texts',
             file=sys.stderr,
         )
-write_atomically(store.with_suffix('.json'), json.dumps(records, indent=1).encode())
-write_atomically(store.with_suffix('.csv'), scoreboard.csv(rows).encode())
+write_file(store.with_suffix('.json'), json.dumps(records, indent=1).encode())
+write_file(store.with_suffix('.csv'), scoreboard.csv(rows).encode())
 footer = scoreboard.footer(records, seed)
 scoreboard.draw(figures, records, store.with_suffix('.png'), footer)
 for task in retrieval.TASKS:

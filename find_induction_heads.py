@@ -50,7 +50,7 @@ from pathlib import Path
 
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import devices as machine
-from nanomla.core.files import write_text
+from nanomla.core.files import write_file
 from nanomla.heads import ioi as indirect_object
 from nanomla.heads import report as head_report
 from nanomla.heads.latents import likeness, plane, shares
@@ -244,7 +244,7 @@ for variant, folder in folders:
     runs.append(dict(name=folder.name) | run | (dict(variant=variant) if variant else {}))
 if study:
     variants = head_report.summary(runs)
-    write_text(
+    write_file(
         Path(out) / 'study.jsonl',
         ''.join(
             json.dumps(line) + '\n'

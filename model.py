@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanomla.core.configurator import UserError
 from nanomla.inference import fused_step as step_kernels
-from nanomla.inference.generate import generate, prefill
 from nanomla.training.kernels import gelu
 
 CHOICES = dict(
@@ -386,7 +385,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     Config, Attention = GPTConfig, MultiHeadAttention
-    generate, prefill = generate, prefill  # decoding.py
 
     def __init__(self, config):
         super().__init__()

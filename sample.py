@@ -50,13 +50,13 @@ from pathlib import Path
 
 import torch
 
-from nanomla.checkpoints import load, tokenizer
+from nanomla.checkpoints import load
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import devices as machine
 from nanomla.core import files
 from nanomla.core.tokenizers import Teller
 from nanomla.inference.cache import Cache
-from nanomla.inference.generate import serve
+from nanomla.inference.generate import generate, prefill, serve
 
 device = machine.pick_device(device)
 if device.type == 'cpu' and config.apply_on_cpu():
@@ -126,8 +126,10 @@ def read_stops():
 
 
 # ---------------------------------------------------------------------------------------------------
-model, content = load.load_model(path, dropout=0.0, kernel=kernel)
-meta, codec, begin, ends = tokenizer.codec_of(content, model.config.vocab_size, path)
+loaded = load.load_model(path, dropout=0.0, kernel=kernel)
+model, content, meta = loaded.model, loaded.checkpoint, loaded.meta
+text_codec = load.codec_of(loaded)
+codec, begin, ends = text_codec.tokenizer, text_codec.begin, text_codec.ends
 nothing = (
     '' if codec.name == 'hf' else '<|endoftext|>' if ends else '\n'
 )  # what a text without a prompt begins with
@@ -225,13 +227,14 @@ def tell_samples():
     prompt, generator = torch.tensor(read_of, device=device), torch.Generator(device)
     how = dict(cache=held, rows=[held.slots - 1], prefill_chunk=prefill_chunk) if held else {}
     if held and held.slots > 1 and longest > 1:
-        model.prefill([read_of[0][:-1]], held, [0], prefill_chunk)  # once for all samples
+        prefill(model, [read_of[0][:-1]], held, [0], prefill_chunk)  # once for all samples
     for i in range(num_samples):
         write('\n---------------\n' * bool(i) + echo(texts[0]))
         if held and held.slots > 1:
             held.fork(0, 1)
         teller = Teller(codec.decode_bytes, stops, ends)
-        for token in model.generate(
+        for token in generate(
+            model,
             prompt,
             max_new_tokens,
             temperature,

@@ -99,6 +99,7 @@ cuda_graph = False  # record a whole step and replay it: for small models on one
 backend = 'auto'  # torch.distributed: auto | nccl | gloo
 
 from nanomla.core.configurator import UserError, configure
+from nanomla.inference.generate import generate
 
 config = configure(globals())
 
@@ -188,10 +189,9 @@ elif init_from == 'resume':
         seconds=old['seconds'],
     )
 else:
-    model, source = load.load_model(
-        init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel
-    )
-    if 'codec' in source:
+    loaded = load.load_model(init_from, dropout=dropout, dropout_in=dropout_in, kernel=kernel)
+    model, source, tokenizer = loaded.model, loaded.checkpoint, loaded.tokenizer
+    if tokenizer:
         say(
             f"{init_from} has its own tokenizer.json, {dataset} holds tokens of '{meta['tokenizer']}': unless they are the same, it starts from nonsense"
         )
@@ -224,7 +224,7 @@ trainer = Trainer(
     config,
     model,
     data,
-    load.load_model(teacher, dropout=0.0, kernel=kernel)[0] if teacher else None,
+    load.load_model(teacher, dropout=0.0, kernel=kernel).model if teacher else None,
 )
 if old:
     trainer.load_state(old)
@@ -311,7 +311,7 @@ if main:
             init_from == 'resume' and (out / 'log.jsonl').exists()
         ):  # a crash may have cut its last line short
             os.truncate(out / 'log.jsonl', (out / 'log.jsonl').read_bytes().rfind(b'\n') + 1)
-        for file in source['codec'].files if 'codec' in source else ():
+        for file in tokenizer.files if tokenizer else ():
             shutil.copyfile(file, out / file.name) if not (out / file.name).exists() else None
         log = open(out / 'log.jsonl', 'a' if init_from == 'resume' else 'w')
     except OSError as error:
@@ -460,7 +460,8 @@ if main:
             )
             with torch.compiler.set_stance('force_eager'), trainer.averaged():
                 most = min(sample_tokens, block_size) if learned else sample_tokens
-                tokens = model.generate(
+                tokens = generate(
+                    model,
                     [codec.encode('\n')],
                     most,
                     temperature=0.8,

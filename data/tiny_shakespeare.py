@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import write_atomically
+from nanomla.core.files import write_file
 
 INPUT = Path(__file__).resolve().parent / 'shakespeare_char' / 'input.txt'
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -62,7 +62,7 @@ def download(path):
         return 'no network for tiny Shakespeare'
     if not is_tiny_shakespeare(raw):
         return 'the download of tiny Shakespeare has a wrong checksum'
-    write_atomically(path, raw)
+    write_file(path, raw)
     return ''
 
 

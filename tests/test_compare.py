@@ -503,7 +503,8 @@ def test_a_comparison_from_end_to_end(capfd):
         and not contenders['mha']['tuned']
     )
     for name in ('mha', 'mla'):
-        model, content = load.load_model(f'cmp/{name}/seed-2')
+        source = load.load_model(f'cmp/{name}/seed-2')
+        model, content = source.model, source.checkpoint
         assert (content['config']['seed'], content['config']['learning_rate']) == (
             2,
             best[name],

@@ -88,7 +88,8 @@ def test_from_a_run_to_a_healed_model(source, tokens, capsys):
         'ckpt.pt',
         'conversion.png',
     ]
-    mla, content = load.load_model('mla')
+    source = load.load_model('mla')
+    mla, content = source.model, source.checkpoint
     history = content['conversion']
     assert (
         history['source'] == 'src'
@@ -126,7 +127,8 @@ def test_from_a_run_to_a_healed_model(source, tokens, capsys):
         '--out_dir=healed',
         '--train_only=kv_a_proj,kv_b_proj',
     )
-    healed, after = load.load_model('healed')
+    source = load.load_model('healed')
+    healed, after = source.model, source.checkpoint
     assert after['conversion'] == history
     changed = {
         name
@@ -216,7 +218,7 @@ def test_a_foreign_source_keeps_its_tokenizer(source, tmp_path, capsys):
     assert {'tokenizer.json', 'ckpt.pt'} <= set(
         os.listdir('mla')
     ) and 'tokenizer.json' in os.listdir('hf')
-    codec = load.load_model('mla')[1]['codec']
+    codec = load.load_model('mla').tokenizer
     assert codec.decode(codec.encode(WORDS)) == WORDS
     done = subprocess.run(
         [

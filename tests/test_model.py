@@ -14,7 +14,7 @@ from model import CHOICES, GPT, GPTConfig, rope_tables
 from model_mla import GPT_MLA, MLAConfig
 from nanomla.checkpoints.gpt2 import from_pretrained
 from nanomla.core.configurator import UserError
-from nanomla.inference.generate import choose
+from nanomla.inference.generate import choose, generate
 
 EARLY = dict(
     kv_lora_rank=12, qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned'
@@ -684,7 +684,9 @@ def test_generate_yields_tokens_and_repeats_itself(kind, tiny, tokens):
 
     def text(seed, **how):
         return torch.stack(
-            list(model.generate(tokens(5), 8, generator=torch.Generator().manual_seed(seed), **how))
+            list(
+                generate(model, tokens(5), 8, generator=torch.Generator().manual_seed(seed), **how)
+            )
         )
 
     assert (
@@ -693,7 +695,7 @@ def test_generate_yields_tokens_and_repeats_itself(kind, tiny, tokens):
         and not torch.equal(text(1), text(2))
     )
     assert text(1, vocab_size=7).max() < 7
-    assert list(model.generate(tokens(5), 0)) == []
+    assert list(generate(model, tokens(5), 0)) == []
     idx = tokens(5)
     for token in text(1, temperature=0):  # greedy: each is the argmax of the whole context
         assert torch.equal(token, model(idx)[:, -1].argmax(-1))
@@ -705,7 +707,7 @@ def test_generate_keeps_to_the_last_block(kind, tiny, tokens):
     model = tiny(kind)
     long = tokens(60)
     text, cropped = (
-        torch.stack(list(model.generate(idx, 6, temperature=0))) for idx in (long, long[:, -24:])
+        torch.stack(list(generate(model, idx, 6, temperature=0))) for idx in (long, long[:, -24:])
     )
     assert torch.equal(text, cropped)
 

@@ -17,6 +17,7 @@ from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
 from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
+from nanomla.inference.generate import generate
 
 ROOT = Path(__file__).parent.parent
 CHARS = '\n abcdefghijklmnopqrstuvwxyz,.é'
@@ -127,7 +128,7 @@ def test_it_writes_the_prompt_and_goes_on(kind, saved, sample):
     model = saved(kind=kind)
     out, err = sample('--start=once', '--temperature=0')
     idx = torch.tensor([[CHARS.index(c) for c in 'once']])
-    told = ''.join(CHARS[token.item()] for token in model.generate(idx, 20, temperature=0))
+    told = ''.join(CHARS[token.item()] for token in generate(model, idx, 20, temperature=0))
     assert out == f'once{told}\n'
     assert HELD.fullmatch(err.replace('MLA', 'MHA')) and err.startswith(kind.upper())
 

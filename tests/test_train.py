@@ -712,7 +712,7 @@ def test_other_models_are_evaluated_and_go_on_where_they_are(source, monkeypatch
         for key, value in TINY.items()
         if key not in ('n_layer', 'n_head', 'n_embd', 'block_size')
     } | dict(init_from=init_from)
-    model, _ = load.load_model(init_from)
+    model = load.load_model(init_from).model
     T = model.config.block_size
     evaluate, found = Trainer.evaluate, []
     monkeypatch.setattr(Trainer, 'evaluate', lambda self: found.append(evaluate(self)) or found[-1])
@@ -753,7 +753,7 @@ def test_a_model_may_go_on_with_shorter_blocks():
 @every_kind
 def test_an_evaluation_scores_the_whole_split_once(kind):
     train(eval_iters=10**6, max_iters=4, **MODELS[kind])
-    model, _ = load.load_model('out')
+    model = load.load_model('out').model
     assert val_losses()[4] == pytest.approx(loss_by_hand(model, val_tokens(), 16), abs=1e-6)
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
 from nanomla.adapters.instructions import KEYS, checked, examples
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.files import write_atomically
+from nanomla.core.files import write_file
 
 dataset = 'Open-Orca/OpenOrca'  # its name on huggingface.co
 input = ''  # instead: a local .jsonl or .parquet file, or 'rules' for the set made by rule
@@ -82,7 +82,7 @@ def hugging_face(path, **files):
 
 
 def from_hub():
-    """Rows of the hub, or None when it cannot be reached."""
+    """ResultsTable of the hub, or None when it cannot be reached."""
     try:
         urllib.request.urlopen(
             os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=10
@@ -197,7 +197,7 @@ if __name__ == '__main__':
     folder = Path(out) if out else HERE
     folder.mkdir(parents=True, exist_ok=True)
     for split, part in (('train', rows[:train]), ('val', rows[train:])):
-        write_atomically(
+        write_file(
             folder / f'{split}.jsonl',
             ''.join(
                 json.dumps({key: row[key] for key in KEYS}, ensure_ascii=False) + '\n'
@@ -205,7 +205,7 @@ if __name__ == '__main__':
             ).encode(),
         )
         examples(folder / f'{split}.jsonl')
-    write_atomically(
+    write_file(
         folder / 'meta.json',
         (
             json.dumps(dict(source=source, train=train, val=val, seed=seed), indent=1) + '\n'

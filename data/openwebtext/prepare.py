@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.files import progress_bar, write_atomically
+from nanomla.core.files import progress_bar, write_file
 from nanomla.core.token_files import TokenWriter, in_order, summary
 from nanomla.core.tokenizers import Tokenizer
 
@@ -217,7 +217,7 @@ with (
         bar.update(n)
         if time.monotonic() - last >= save_every:
             state = dict(plan=plan, documents=done, sizes=files.sync())
-            write_atomically(progress, json.dumps(state).encode())
+            write_file(progress, json.dumps(state).encode())
             last = time.monotonic()
     files.sync()
     digest = hashlib.sha256()  # of the tokens, train then val: the text is nowhere in one piece

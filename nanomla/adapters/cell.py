@@ -30,6 +30,7 @@ from nanomla.core import devices as machine
 from nanomla.core import timing
 from nanomla.core.configurator import UserError
 from nanomla.core.timing import Clock, matmul_rate, phase, tidy
+from nanomla.inference import generate as decoding
 from nanomla.inference.cache import Cache
 
 KERNELS = {  # what a cell may ask for -> the kernel of the attention modules
@@ -216,7 +217,9 @@ class Ours:
                             cache.free(row)
                     yield torch.stack(
                         list(
-                            self.model.generate(prompts, n, temperature=0, cache=cache, rows=rows)
+                            decoding.generate(
+                                self.model, prompts, n, temperature=0, cache=cache, rows=rows
+                            )
                         ),
                         dim=1,
                     )

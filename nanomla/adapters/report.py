@@ -1,11 +1,11 @@
-"""Rows of the adapter benchmark as JSON, CSV, a Markdown table and a picture. A row is a dict: see cells.measure."""
+"""ResultsTable of the adapter benchmark as JSON, CSV, a Markdown table and a picture. A row is a dict: see cells.measure."""
 
 import csv
 import json
 import os
 
 from nanomla.core import figures
-from nanomla.core.files import write_atomically, writing
+from nanomla.core.files import write_file, writing
 
 COLUMNS = (  # heading, of a row, format
     ('train tok/s', 'train_tok_per_s', ',.0f'),
@@ -37,7 +37,7 @@ def write(rows, folder, about, draw=True):
             row['speedup'] = row['train_tok_per_s'] / peers[row['adapter']]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
+    write_file(
         folder / 'results.json', (json.dumps(about | dict(rows=rows), indent=1) + '\n').encode()
     )
     flat = [
@@ -50,7 +50,7 @@ def write(rows, folder, about, draw=True):
             writer.writeheader()
             writer.writerows(flat)
         os.replace(folder / 'results.csv.partial', folder / 'results.csv')
-    write_atomically(folder / 'results.md', table(rows).encode())
+    write_file(folder / 'results.md', table(rows).encode())
     if draw and any(row['status'] == 'ok' for row in rows):
         picture([row for row in rows if row['status'] == 'ok'], folder / 'results.png')
 

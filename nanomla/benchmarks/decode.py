@@ -22,6 +22,7 @@ from nanomla.core import timing
 from nanomla.core.configurator import UserError
 from nanomla.core.timing import attempt, peaks, release, spread, watch_memory
 from nanomla.inference.cache import LAYOUTS, PAGE_SIZES, Cache
+from nanomla.inference.generate import generate
 from nanomla.inference.quantize import BITS, FULL, NEVER_QUANTISED, group_of
 
 PREFILL_TOKENS = 32768  # in one pass, where --prefill_chunk does not say it: the mask of a pass is T x N a sequence
@@ -207,7 +208,7 @@ class Plan:
         """
         config, described = self.config, self.describe(name)
         if described is None:
-            model, _ = load.load_model(name, dropout=0.0)
+            model = load.load_model(name, dropout=0.0).model
         else:
             kind, changed = described
             settings = dict(config) | changed | dict(dropout=0.0)
@@ -318,7 +319,7 @@ def cell(plan, model, cache, dtype, batch, context):
             return model.lm_head(model.hidden(idx)[:, -1])
 
         tokens, counts = (
-            model.generate(idx[:, : context - n], n + 1, temperature=0),
+            generate(model, idx[:, : context - n], n + 1, temperature=0),
             (0, UNCACHED_STEPS, plan.repeats),
         )
     else:
@@ -328,9 +329,10 @@ def cell(plan, model, cache, dtype, batch, context):
         )
 
         def prefill():
-            return model.lm_head(model.prefill(texts, held, chunk=chunk))
+            return model.lm_head(prefill(model, texts, held, chunk=chunk))
 
-        tokens = model.generate(
+        tokens = generate(
+            model,
             [text[: context - n] for text in texts],
             n + 1,
             temperature=0,

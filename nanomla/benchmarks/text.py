@@ -12,6 +12,7 @@ from nanomla.benchmarks.decode import shape_of
 from nanomla.core import timing
 from nanomla.core.configurator import UserError
 from nanomla.core.timing import attempt, peaks, release, spread, watch_memory
+from nanomla.inference.generate import generate
 
 
 def ratio(theirs, ours):
@@ -80,7 +81,8 @@ def texts(plan, rows, tell=print):
                         for _ in range(1 + plan.repeats):
                             for slot in range(batch):
                                 held.free(slot)
-                            tokens = model.generate(
+                            tokens = generate(
+                                model,
                                 idx,
                                 n,
                                 vocab_size=config['vocabulary'],

@@ -9,9 +9,7 @@ a temporary name, synced and renamed, and read with weights_only=True, which run
 nanoGPT's ckpt.pt loads as it is.
 """
 
-import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ import torch
 from model import GPT
 from model_mla import GPT_MLA
 from nanomla.core.configurator import UserError
+from nanomla.core.files import replacing
 
 MODELS = dict(mha=GPT, mla=GPT_MLA)
 DERIVED = (
@@ -32,31 +31,16 @@ DERIVED = (
 
 def save(path, content):
     """Write `content` to `path`, all of it or nothing: a kill at any moment leaves the old file or the new one."""
-    path = Path(path)
-    partial = path.with_name(f'{path.name}.partial')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch.save hides the OSError of a full disk in a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        with suppress(OSError):
-            partial.unlink()
-        if not isinstance(cause, OSError):
-            raise
-        what = 'no space left on the device' if cause.errno == errno.ENOSPC else cause.strerror
-        raise UserError(
-            f'cannot write {path}: {what}; what was there before is untouched'
-        ) from None
+        with replacing(path, 'wb') as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch.save hides the OSError of a full disk in it
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+    except UserError as error:
+        raise UserError(f'{error}; what was there before is untouched') from None
 
 
 def set_aside(out):

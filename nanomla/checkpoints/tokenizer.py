@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import find, read_meta
-from nanomla.core.tokenizers import Tokenizer
 
 FILES = (
     'tokenizer.json',
@@ -143,42 +141,3 @@ def of_pieces(token):
         if re.fullmatch('<0x[0-9A-F]{2}>', token)
         else token.replace('\u2581', ' ').encode()
     )
-
-
-def vocabulary(content, size, path):
-    """The meta of the `size` tokens of a model from `path`: the checkpoint's own, or its dataset's (nanoGPT's holds none), or GPT-2's."""
-    if 'tokenizer' in content.get('meta', {}):
-        return content['meta']
-    name = content.get('config', {}).get('dataset')
-    if name and (find(name) / 'meta.json').exists():
-        meta = read_meta(find(name))
-        if size in (
-            meta['vocab_size'],
-            -(-meta['vocab_size'] // 64) * 64,
-        ):  # as it is, or rounded up
-            return meta
-    if size in (50257, 50304):
-        return dict(tokenizer='gpt2')
-    hint = (
-        f"run the prepare.py of the dataset '{name}' that it was trained on"
-        if name
-        else 'GPT-2 has 50257'
-    )
-    raise UserError(f'{path} does not say what its {size} tokens are: {hint}')
-
-
-def codec_of(content, size, path):
-    """
-    What the `size` token ids of a model mean, by its checkpoint dict (checkpoint.load_model): meta, tokenizer,
-    the id that begins a text (or None) and the set of ids that end one.
-    """
-    if 'codec' in content:  # another's model and its own tokenizer.json
-        return {}, content['codec'], content['codec'].bos, content['codec'].eos
-    meta = vocabulary(content, size, path)
-    codec = Tokenizer(meta)
-    return (
-        meta,
-        codec,
-        None,
-        {codec.bpe.eot_token} if codec.name == 'gpt2' else set(),
-    )  # <|endoftext|>, between documents

@@ -262,7 +262,7 @@ def figures_of(model, cache=''):
 
 
 def load(path):
-    return load.load_model(path)[0].to(device).eval()
+    return load.load_model(path).model.to(device).eval()
 
 
 def study(kind, seed):
@@ -672,7 +672,7 @@ if not (folder / 'train.bin').exists():
         raise UserError(f'--text={text} could not be prepared (the message is above)')
 data = folder.resolve()
 results.parent.mkdir(parents=True, exist_ok=True)
-known, val, _ = calibration.tokens_of(str(folder), {}, 256)
+known, val, _ = calibration.tokens_of(str(folder), 256)
 windows = calibration.windows_of(known, calibration_tokens, block_size, n_embd + 1).to(device)
 held_out = calibration.windows_of(val, eval_tokens, block_size + 1, what='the held-out part').to(
     device

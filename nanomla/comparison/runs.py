@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import lock, write
+from nanomla.core.files import write_file, writing
 
 HERE = Path(__file__).resolve().parents[2]
 PROMPT = '$ python train.py '
@@ -127,12 +127,24 @@ class Run:
             )
 
 
-@contextlib.contextmanager
-def writing(path):
+def lock(folder, wait=False):
+    """A file that keeps everybody else out of `folder` while it is open (by this process or one that inherits it); None when somebody has it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / 'lock', 'a')
     try:
-        yield
+        import fcntl
+    except ImportError:  # Windows: nobody else may look
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return file
+    except BlockingIOError:
+        file.close()
     except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror or error}') from None
+        raise UserError(
+            f'{folder} is on a file system without locks ({error.strerror}): name an --out_dir on another one'
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -432,7 +444,7 @@ def train(runs, prepare, environments, in_process, note, tell, look, minutes=0, 
                         ):
                             held = take(run, prepare, bool(idle))
                             if held:
-                                write(
+                                write_file(
                                     run.folder / 'run.json',
                                     json.dumps(
                                         note
@@ -502,7 +514,7 @@ def finish(run, code, stopping):
     if died and run.deaths < DEATHS:
         run.deaths += 1
         return True
-    write(
+    write_file(
         run.folder / 'error.txt', why + (f', {run.deaths + 1} times' if run.deaths and died else '')
     )
     return False

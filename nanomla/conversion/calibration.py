@@ -89,13 +89,13 @@ def mean_loss(model, windows, batch_size=8, cache=None, chunk=64, tick=lambda: N
     return (total / windows[:, 1:].numel()).item()
 
 
-def tokens_of(name, content, vocab_size):
+def tokens_of(name, vocab_size, meta=None, tokenizer=None):
     """
     (tokens to calibrate on, held-out tokens, where they are from) as 1-D arrays: the train and val splits of a dataset
-    (a folder, or a name in data/), or the first 90 % and the rest of a text file. `content` is the checkpoint of the
-    model that reads them. UserError when they are other tokens than the model's.
+    (a folder, or a name in data/), or the first 90 % and the rest of a text file. The model that reads them has
+    `vocab_size` tokens, which the dataset's `meta` or its own `tokenizer` tells. UserError when they are other tokens than the model's.
     """
-    meta, codec = content.get('meta') or {}, content.get('codec')
+    meta, codec = meta or {}, tokenizer
     if Path(name).is_file():
         if codec is None and not meta and vocab_size not in (50257, 50304):
             raise UserError(

@@ -12,7 +12,7 @@ import os
 from nanomla.core.configurator import UserError
 from nanomla.core.tokenizers import Teller
 from nanomla.evals.scoring import windows
-from nanomla.inference.generate import serve
+from nanomla.inference.generate import generate, serve
 
 GROUPS = dict(
     commonsense='mmlu,arc_easy,arc_challenge,piqa,hellaswag,openbookqa,winogrande'
@@ -279,8 +279,8 @@ def alone(model, prompts, most, tell, **how):
     device = model.lm_head.weight.device
     for i, prompt in enumerate(prompts):
         generator = torch.Generator(device).manual_seed(i)
-        for token in model.generate(
-            torch.tensor([prompt], device=device), most, generator=generator, **how
+        for token in generate(
+            model, torch.tensor([prompt], device=device), most, generator=generator, **how
         ):
             if tell(i, token.item()):
                 break

@@ -9,7 +9,7 @@ import time
 import torch
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import table, write_text
+from nanomla.core.files import csv_table, write_file
 from nanomla.heads import ablation, circuits, patterns
 
 EXACT = 1e-3  # a pattern that does not rebuild its attention's output this well is not what the model used
@@ -324,7 +324,7 @@ def write(folder, report):
         for m in report['models']
     ]
     head_page.write(folder / 'heads.html', report | dict(models=brief))
-    write_text(
+    write_file(
         folder / 'heads.json', json.dumps(report, allow_nan=False, ensure_ascii=False) + '\n'
     )
     models, runs, written = (
@@ -332,13 +332,13 @@ def write(folder, report):
         report['checkpoints'],
         ['heads.html', 'heads.json', 'heads.csv', 'composition.csv'],
     )
-    write_text(
+    write_file(
         folder / 'heads.csv',
-        table([dict(model=m['name']) | entry for m in models for entry in m['scores']]),
+        csv_table([dict(model=m['name']) | entry for m in models for entry in m['scores']]),
     )
-    write_text(
+    write_file(
         folder / 'composition.csv',
-        table(
+        csv_table(
             [
                 dict(
                     model=m['name'],
@@ -357,9 +357,9 @@ def write(folder, report):
         or 'no pairs\n',
     )
     if runs:
-        write_text(
+        write_file(
             folder / 'checkpoints.csv',
-            table(
+            csv_table(
                 [
                     dict(model=run['name'])
                     | {

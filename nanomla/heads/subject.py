@@ -45,8 +45,9 @@ class Subject:
     """
 
     def __init__(self, path, device='cpu', untrained=False, dataset='', often=1):
-        self.source, content_of = str(path), load.load_model(path, kernel='eager', dropout=0.0)
-        self.model, self.content = content_of
+        self.source = str(path)
+        self.loaded = load.load_model(path, kernel='eager', dropout=0.0)
+        self.model, self.content = self.loaded.model, self.loaded.checkpoint
         self.step = self.content.get('step')
         self.trained = not (str(path).startswith('random:') or self.step == 0)
         if not self.trained and not untrained:
@@ -91,7 +92,7 @@ class Subject:
     def read_vocabulary(self, dataset, given, often):
         V, self.codec, self.begin, self.held, found = (
             self.model.config.vocab_size,
-            self.content.get('codec'),
+            self.loaded.tokenizer,
             None,
             None,
             None,

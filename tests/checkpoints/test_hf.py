@@ -17,6 +17,7 @@ from nanomla.checkpoints import export, load
 from nanomla.checkpoints import hf as deepseek
 from nanomla.checkpoints.tokenizer import PROBES
 from nanomla.core.configurator import UserError
+from nanomla.inference.generate import generate
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44, norm_eps=1e-5)
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +198,7 @@ def test_random_models():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.config.dropout == 0.1
     assert (
         torch.get_default_dtype() == torch.float32
-        and load.load_model('random:tiny')[0].config.rope_scaling == 4
+        and load.load_model('random:tiny').model.config.rope_scaling == 4
     )
     refused(deepseek.load, 'random:huge', match='random:tiny')
 
@@ -293,7 +294,7 @@ def test_exports_load_in_stock_transformers_and_come_back(variant, shard, tiny, 
         and theirs.num_parameters() == ours.num_params()
     )
     torch.testing.assert_close(ours(idx), theirs.eval()(idx).logits, rtol=0, atol=1e-5)
-    text = torch.stack(list(ours.generate(idx[:, :4], 20, temperature=0)), dim=1)
+    text = torch.stack(list(generate(ours, idx[:, :4], 20, temperature=0)), dim=1)
     assert torch.equal(theirs.generate(idx[:, :4], max_new_tokens=20, do_sample=False)[:, 4:], text)
 
     back, _ = deepseek.load(folder)
@@ -533,7 +534,8 @@ def test_the_hub(tmp_path, monkeypatch, tokens):
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
-    model, content = load.load_model('someone/a-model', kernel='eager', dropout=0.2)
+    source = load.load_model('someone/a-model', kernel='eager', dropout=0.2)
+    model, content = source.model, source.checkpoint
     torch.testing.assert_close(model.eval()(idx), theirs(idx).logits, rtol=0, atol=1e-5)
     assert content == {} and model.config.kernel == 'eager' and model.config.dropout == 0.2
     refused(deepseek.load, 'someone/other', match='ConnectionError.*connect to the network')
@@ -720,7 +722,7 @@ def test_the_scripts_take_such_folders(bpes, tmp_path):
         '--eval_iters=1',
     )
     assert 'llama has its own tokenizer.json' in out
-    model, _ = load.load_model(tmp_path / 'out')
+    model = load.load_model(tmp_path / 'out').model
     assert (
         {p.dtype for p in model.parameters()} == {torch.float32}
         and model.config.act == 'swiglu'

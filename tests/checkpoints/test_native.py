@@ -88,9 +88,8 @@ def test_a_saved_model_comes_back_bit_for_bit(variant, tiny, tokens, tmp_path):
 def test_changes_leave_the_weights_alone(tiny, tokens, tmp_path):
     model = tiny('mla')
     checkpoint.save(tmp_path / 'x.pt', content_of(model, 'mla'))
-    back, content = load.load_model(
-        str(tmp_path / 'x.pt'), kernel='eager', dropout=0.3, absorb=True
-    )
+    source = load.load_model(str(tmp_path / 'x.pt'), kernel='eager', dropout=0.3, absorb=True)
+    back, content = source.model, source.checkpoint
     assert (
         back.config.kernel == 'eager'
         and back.config.dropout == 0.3
@@ -217,7 +216,8 @@ def nanogpt_checkpoint(bias, compiled):
 def test_nanogpts_own_checkpoint_loads_as_it_is(bias, compiled, tmp_path):
     content, logits = nanogpt_checkpoint(bias, compiled)
     torch.save(content, tmp_path / 'ckpt.pt')
-    model, loaded = load.load_model(str(tmp_path))
+    source = load.load_model(str(tmp_path))
+    model, loaded = source.model, source.checkpoint
     idx = torch.randint(30, (2, 16))
     torch.testing.assert_close(model.eval()(idx), logits(idx), rtol=0, atol=1e-4)
     assert (
@@ -397,7 +397,8 @@ def gpt2_folder(tmp_path):
 
 
 def test_from_pretrained_takes_changes(gpt2_folder):
-    model, content = load.load_model(str(gpt2_folder), dropout=0.25, kernel='eager')
+    source = load.load_model(str(gpt2_folder), dropout=0.25, kernel='eager')
+    model, content = source.model, source.checkpoint
     assert (
         model.config.dropout == 0.25
         and model.transformer.h[0].attn.kernel == 'eager'

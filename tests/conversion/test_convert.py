@@ -16,6 +16,7 @@ from nanomla.conversion import convert as conversion
 from nanomla.conversion.convert import HEADS, LOW_RANKS, ROPES, convert
 from nanomla.core.configurator import UserError
 from nanomla.inference.cache import Cache
+from nanomla.inference.generate import generate
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44, norm_eps=1e-5)
 SOURCES = dict(
@@ -481,7 +482,7 @@ def test_ranks_by_layer(source, tokens, tmp_path):
         tmp_path / 'ckpt.pt',
         dict(kind='mla', model_args=checkpoint.model_args(mla), model=mla.state_dict()),
     )
-    close(load.load_model(tmp_path)[0].eval(), mla, tokens(24), atol=0)
+    close(load.load_model(tmp_path).model.eval(), mla, tokens(24), atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -497,22 +498,22 @@ def test_caches_hold_what_was_promised(name, heads, source, tokens):
     mla, layers = convert(model, moments, 10, rope_pairs=1 if rope else 0, rope_heads=heads)
     pe = 0 if not rope else 2 * (model.config.n_kv_head if heads == 'own' else 1)
     prompt = tokens(24)[:, :5]
-    plain = torch.stack(list(mla.generate(prompt, 12, temperature=0)))
+    plain = torch.stack(list(generate(mla, prompt, 12, temperature=0)))
     for layout in ('dense', 'paged'):
         cache = Cache.of(mla, 2, 24, layout=layout, page_size=16)
         assert torch.equal(
-            torch.stack(list(mla.generate(prompt, 12, temperature=0, cache=cache))), plain
+            torch.stack(list(generate(mla, prompt, 12, temperature=0, cache=cache))), plain
         )
         assert cache.nbytes == 2 * (10 + pe) * 4 * cache.places
     cache = Cache.of(mla, 2, 24, dtype='int4')
-    assert len(list(mla.generate(prompt, 12, temperature=0, cache=cache))) == 12
+    assert len(list(generate(mla, prompt, 12, temperature=0, cache=cache))) == 12
     mla, layers = convert(
         model, moments, 12, rope_pairs=1 if rope else 0, rope_heads=heads, ranks='spectrum'
     )
     cache = Cache.of(mla, 2, 24)
     assert torch.equal(
-        torch.stack(list(mla.generate(prompt, 12, temperature=0, cache=cache))),
-        torch.stack(list(mla.generate(prompt, 12, temperature=0))),
+        torch.stack(list(generate(mla, prompt, 12, temperature=0, cache=cache))),
+        torch.stack(list(generate(mla, prompt, 12, temperature=0))),
     )
     assert cache.nbytes == sum(layer['rank'] + pe for layer in layers) * 4 * cache.places
 
@@ -563,7 +564,7 @@ def test_exports_load_in_stock_transformers(name, how, source, tokens, tmp_path)
     assert type(theirs).__name__ == 'DeepseekV3ForCausalLM'
     idx = tokens(24)
     torch.testing.assert_close(theirs.eval()(idx).logits, mla(idx), rtol=0, atol=1e-4)
-    text = torch.stack(list(mla.generate(idx[:, :4], 15, temperature=0)), dim=1)
+    text = torch.stack(list(generate(mla, idx[:, :4], 15, temperature=0)), dim=1)
     assert torch.equal(theirs.generate(idx[:, :4], max_new_tokens=15, do_sample=False)[:, 4:], text)
     usual = theirs.config.rope_parameters['rope_type'] != 'longrope'
     assert usual == (
@@ -674,22 +675,21 @@ def test_texts_too_short_are_refused(tmp_path):
     ]
     (tmp_path / 'x.txt').write_text('abc' * 10)
     tokens, held_out, _ = calibration.tokens_of(
-        str(tmp_path / 'x.txt'), dict(meta=dict(tokenizer='char', chars='abc')), 3
+        str(tmp_path / 'x.txt'), 3, dict(tokenizer='char', chars='abc')
     )
     assert len(tokens) == 27 and held_out.tolist() == [0, 1, 2]
     refused(
         'never seen',
         calibration.tokens_of,
         str(tmp_path / 'x.txt'),
-        dict(meta=dict(tokenizer='char', chars='ab')),
         2,
+        dict(tokenizer='char', chars='ab'),
     )
     refused(
         'does not say what its 77 tokens are',
         calibration.tokens_of,
         str(tmp_path / 'x.txt'),
-        {},
         77,
     )
-    refused('no such file, and no dataset', calibration.tokens_of, 'nowhere', {}, 77)
+    refused('no such file, and no dataset', calibration.tokens_of, 'nowhere', 77)
     assert calibration.perplexity(math.log(5)) == pytest.approx(5)

@@ -14,6 +14,7 @@ from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
 from nanomla.evals import harness
 from nanomla.evals.scoring import Scorer
+from nanomla.inference.generate import generate
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARS = '\n abcdefghijklmnopqrstuvwxyz.?'
@@ -81,7 +82,7 @@ def test_log_likelihoods(how, model):
     ]
     greedy = ''.join(
         CHARS[t.item()]
-        for t in model.generate(torch.tensor([CODEC.encode('so')]), 5, temperature=0)
+        for t in generate(model, torch.tensor([CODEC.encode('so')]), 5, temperature=0)
     )
     pairs.append(('so', greedy))
     got = adapter(model, **how).loglikelihood(ask(*pairs))
@@ -139,8 +140,8 @@ def test_written_texts(how, model):
     plain = [
         ''.join(
             CHARS[t.item()]
-            for t in model.generate(
-                torch.tensor([CODEC.encode(c)[-(49 - 20) :]]), 20, temperature=0
+            for t in generate(
+                model, torch.tensor([CODEC.encode(c)[-(49 - 20) :]]), 20, temperature=0
             )
         )
         for c in contexts
@@ -155,7 +156,7 @@ def test_written_texts(how, model):
     short = [
         ''.join(
             CHARS[t.item()]
-            for t in model.generate(torch.tensor([CODEC.encode(c)[-(49 - 7) :]]), 7, temperature=0)
+            for t in generate(model, torch.tensor([CODEC.encode(c)[-(49 - 7) :]]), 7, temperature=0)
         )
         for c in contexts
     ]

@@ -15,7 +15,7 @@ from nanomla.core import tokenizers
 from nanomla.evals import retrieval
 from nanomla.evals.scoring import Scorer, perplexity, windows
 from nanomla.inference.cache import Cache
-from nanomla.inference.generate import prefill
+from nanomla.inference.generate import generate, prefill
 from nanomla.training import batches
 
 MODELS = dict(
@@ -136,7 +136,7 @@ def test_padding_ids_are_never_the_likeliest(tiny):
 def test_greedy_text_is_greedy(kind, tiny):
     model = tiny(kind, pos='rope')
     context = [1, 2, 3]
-    said = [token.item() for token in model.generate(torch.tensor([context]), 8, temperature=0)]
+    said = [token.item() for token in generate(model, torch.tensor([context]), 8, temperature=0)]
     other = said[:4] + [(said[4] + 1) % 40] + said[5:]
     right, wrong = Scorer(model, 40, chunk_size=1).score([(context, [said, other])])[0]
     assert all(right[1]) and wrong[1][:4] == [True] * 4 and not wrong[1][4]
@@ -411,7 +411,7 @@ def test_retrieval_is_what_a_real_model_does_with_it(tiny):
     context, answers = retrieval.needle(codec, 150, 0.3, 3, random.Random(1))
     said = [
         token.item()
-        for token in model.generate(torch.tensor([context]), len(answers[0]), temperature=0)
+        for token in generate(model, torch.tensor([context]), len(answers[0]), temperature=0)
     ]
     judged = Scorer(model, codec.vocab_size).score([(context, [*answers, said])])[0]
     assert all(judged[-1][1]) and [all(greedy) for _, greedy in judged[:-1]] == [

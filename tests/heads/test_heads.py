@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import exit_code, run, words
 
 from model import Norm
+from test_train import exit_code, run, words  # noqa: F401
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core.configurator import UserError
 from nanomla.heads import ablation, circuits, latents, patterns

@@ -13,7 +13,7 @@ from interpreter import ROOT, interpreted, needs_triton, python, run_interpreted
 
 from nanomla.inference import attention_kernel as d
 from nanomla.inference.cache import Cache
-from nanomla.inference.generate import Step
+from nanomla.inference.generate import Step, generate, prefill
 from nanomla.inference.quantize import dequantise, group_of
 
 
@@ -458,7 +458,7 @@ def told_what_to_say(model, texts, size, **how):
     """
     cache, said, margins = Cache.of(model, len(texts), size, **how), [], []
     step = Step.of(model, cache, temperature=0)
-    model.prefill([text[:3] for text in texts], cache)
+    prefill(model, [text[:3] for text in texts], cache)
     rows = list(range(len(texts)))
     for t in range(3, min(map(len, texts))):
         step.token.copy_(torch.tensor([text[t] for text in texts]))
@@ -520,7 +520,7 @@ def test_gpu_steps_never_wait_and_compile_nothing(kind, layout, sampling, tiny, 
     model = tiny(kind, **shape).cuda().bfloat16()
     model.stream = torch.bfloat16
     cache = Cache.of(model, 3, 200, static=True, **LAYOUTS[layout])
-    steps = model.generate([[1, 2, 3], list(range(40)), [7] * 9], 80, cache=cache, **sampling)
+    steps = generate(model, [[1, 2, 3], list(range(40)), [7] * 9], 80, cache=cache, **sampling)
     for _ in range(6):  # compiles, records
         next(steps)
     assert cache.step.graph is not None

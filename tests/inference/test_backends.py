@@ -10,6 +10,7 @@ import torch
 from nanomla.core.configurator import UserError
 from nanomla.inference import backends as decode_libraries
 from nanomla.inference.cache import Cache
+from nanomla.inference.generate import prefill
 
 MODELS = dict(
     mha=('mha', dict(pos='rope')),
@@ -26,7 +27,7 @@ def off(model, cache, texts, steps):
     """The largest difference of logits, decoding `steps` tokens of texts (equally long or not) by the cache, from those without one."""
     if cache.pages:
         cache.pages.free = cache.pages.free[::2] + cache.pages.free[1::2]
-    model.prefill([text[:-steps] for text in texts], cache)
+    prefill(model, [text[:-steps] for text in texts], cache)
     worst = 0
     for step in range(steps):
         x = torch.tensor([[text[len(text) - steps + step]] for text in texts])
@@ -71,7 +72,7 @@ def test_flex_shares_pages_and_leaves_empty_slots_alone(tiny):
     model = tiny('mla')
     cache = Cache.of(model, 3, 24, layout='paged', page_size=16, kernel='flex')
     with torch.no_grad():
-        model.prefill([TEXTS[0][:18]], cache, [1])
+        prefill(model, [TEXTS[0][:18]], cache, [1])
         cache.fork(1, 2)
         cache.plan([0, 1, 1])
         got = model(torch.tensor([[0], [5], [6]]), cache=cache)

@@ -20,7 +20,7 @@ from nanomla.checkpoints.native import MODELS
 from nanomla.core.configurator import UserError
 from nanomla.core.tokenizers import Teller
 from nanomla.inference.cache import Cache, OutOfPages, Pages
-from nanomla.inference.generate import serve
+from nanomla.inference.generate import generate, prefill, serve
 from nanomla.inference.quantize import dequantise, group_of, quantise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def worst_place(cache):
 
 
 def greedy(model, idx, n, **how):
-    return torch.stack(list(model.generate(idx, n, temperature=0, **how)), dim=1).tolist()
+    return torch.stack(list(generate(model, idx, n, temperature=0, **how)), dim=1).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_a_text_rolls_beyond_the_window(kind, shape, layout, dtype, tiny, tokens
 
 def test_learned_positions_end(tiny):
     model = tiny()
-    told = model.generate([[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 24))
+    told = generate(model, [[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 24))
     assert len([next(told) for _ in range(22)]) == 22  # 24 places: the last token need not be held
     with pytest.raises(
         UserError,
@@ -197,7 +197,7 @@ def test_learned_positions_end(tiny):
     with pytest.raises(
         UserError, match='the cache, which is too small: it holds 9 tokens of a sequence'
     ):
-        list(model.generate([[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 9)))
+        list(generate(model, [[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 9)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_out_of_pages_says_how_many():
 def test_copies_share_a_prefix_and_nothing_else(kind, layout, dtype, tiny, tokens):
     model, prompt, ends = tiny(kind, pos='rope'), tokens(18, B=1), tokens(5, B=3)
     cache = worst_place(Cache.of(model, 4, 24, dtype=dtype, window=128, **LAYOUTS[layout]))
-    model.prefill(prompt.tolist(), cache, [0])
+    prefill(model, prompt.tolist(), cache, [0])
     free = cache.pages and len(cache.pages.free)
     for row in (1, 2, 3):
         cache.fork(0, row)
@@ -513,8 +513,8 @@ def test_continuous_batching_gives_each_prompt_its_own_text(kind, layout, tiny, 
     alone = []
     for i, prompt in enumerate(prompts):
         generator, text = torch.Generator().manual_seed(i), []
-        for token in model.generate(
-            [prompt], 40, generator=generator, cache=Cache.of(model, 1, 24)
+        for token in generate(
+            model, [prompt], 40, generator=generator, cache=Cache.of(model, 1, 24)
         ):
             text.append(token.item())
             if text[-1] in stops:
@@ -782,4 +782,4 @@ def test_a_cache_that_is_too_small_stays_as_it_was(tiny, tokens):
         UserError,
         match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed',
     ):
-        model.prefill([[1] * 13], Cache([dict(k=32, v=32)] * 2, 2, 12))
+        prefill(model, [[1] * 13], Cache([dict(k=32, v=32)] * 2, 2, 12))

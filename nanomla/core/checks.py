@@ -1,0 +1,63 @@
+"""Checks of what a person asked for: known words, numbers in their range, lists with commas."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+
+from nanomla.core.configurator import UserError
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a UserError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f"{name}='{value}' is not known: use {', '.join(choices)}")
+
+
+def check_range(
+    name: str,
+    value: float,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise a UserError unless least <= value <= most and above < value < below. A nan never fits."""
+    if least <= value <= most and (value > above or above == -math.inf):
+        if value < below or below == math.inf:
+            return
+    rules = []
+    if least > -math.inf:
+        rules.append(f'at least {least:g}')
+    if above > -math.inf:
+        rules.append(f'more than {above:g}')
+    if most < math.inf:
+        rules.append(f'at most {most:g}')
+    if below < math.inf:
+        rules.append(f'less than {below:g}')
+    raise UserError(f'{name}={value} must be {" and ".join(rules)}')
+
+
+def split_list(text: str) -> list[str]:
+    """Return the words of a list with commas, without blanks around them and without empty ones."""
+    return [word.strip() for word in text.split(',') if word.strip()]
+
+
+def split_numbers(name: str, text: str, kind: Callable = int) -> list:
+    """Return the numbers of a list with commas, each made by `kind` (int or float)."""
+    try:
+        return [kind(word) for word in split_list(text)]
+    except ValueError:
+        example = '1,4' if kind is int else '0,0.5'
+        raise UserError(f'{name}={text}: write numbers with commas, like {example}') from None
+
+
+@contextmanager
+def settings_errors():
+    """Turn a ValueError of the models, which know no UserError, into one: settings that do not fit."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(error) from None
