@@ -54,7 +54,7 @@ from nanomla.checkpoints import load
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import devices as machine
 from nanomla.core import files
-from nanomla.core.tokenizers import Teller
+from nanomla.core.tokenizers import StreamDecoder
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate, prefill, serve
 
@@ -232,7 +232,7 @@ def tell_samples():
         write('\n---------------\n' * bool(i) + echo(texts[0]))
         if held and held.slots > 1:
             held.fork(0, 1)
-        teller = Teller(codec.decode_bytes, stops, ends)
+        decoder = StreamDecoder(codec.decode_bytes, stops, ends)
         for token in generate(
             model,
             prompt,
@@ -244,21 +244,21 @@ def tell_samples():
             generator.manual_seed(seed_of(i)),
             **how,
         ):
-            write(teller.tell(token.item()))
-            if teller.ended:
+            write(decoder.add(token.item()))
+            if decoder.stopped:
                 break
-        write(teller.rest())
+        write(decoder.finish())
     write('\n')
 
 
 def tell_prompts():
-    tellers = [Teller(codec.decode_bytes, stops, ends) for _ in texts]
+    decoders = [StreamDecoder(codec.decode_bytes, stops, ends) for _ in texts]
     said, done, next_one = [[] for _ in texts], set(), 0
     bar = files.progress_bar(len(texts), 'prompt') if sys.stderr.isatty() else None
 
     def tell(i, token):
-        said[i].append(tellers[i].tell(token))
-        return tellers[i].ended
+        said[i].append(decoders[i].add(token))
+        return decoders[i].stopped
 
     seeds = [seed_of(i) for i in range(len(texts))]
     for i in serve(
@@ -278,7 +278,7 @@ def tell_prompts():
         if bar:
             bar.update()
         while next_one in done:  # in the order of the file
-            text = ''.join(said[next_one]) + tellers[next_one].rest()
+            text = ''.join(said[next_one]) + decoders[next_one].finish()
             line = json.dumps(dict(prompt=asked[next_one][0], text=text), ensure_ascii=False)
             write(
                 (

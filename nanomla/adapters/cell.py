@@ -29,7 +29,7 @@ from nanomla.checkpoints import hub
 from nanomla.core import devices as machine
 from nanomla.core import timing
 from nanomla.core.configurator import UserError
-from nanomla.core.timing import Clock, matmul_rate, phase, tidy
+from nanomla.core.timing import Clock, free_memory, matmul_rate, record_peak_memory
 from nanomla.inference import generate as decoding
 from nanomla.inference.cache import Cache
 
@@ -291,7 +291,7 @@ def measure(s, kind, kernel, peer, folder, trace, tell=lambda text: None):
     for number, seed in enumerate(range(s.seed, s.seed + s.seeds)):
         tell(f'seed {seed}')
         torch.manual_seed(seed)
-        with phase('load', memory, device):
+        with record_peak_memory('load', memory, device):
             rows = None
             if kernel == 'mla' and s.data != 'random':
                 rows = calibration_rows(s, folder, device)
@@ -371,13 +371,13 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
         [train.batch(rows, device) for rows in islice(order, s.accumulation)] for _ in range(steps)
     ]  # before the clock starts
     losses = []
-    tidy(device)
+    free_memory(device, workspaces=True)
     gc.freeze()  # the garbage collector has only the steps' own objects to look through
     clock = Clock(device)
     for step in range(steps):
         tell(f'seed {seed}, step {step + 1} of {steps}')
         if step == s.warmup_steps:  # what compiles and allocates has done so
-            measured = phase('train', memory, device, clean=False)
+            measured = record_peak_memory('train', memory, device, clean=False)
             measured.__enter__()
         losses.append(tuner.step(batches[step]))
         clock.tick()
@@ -399,7 +399,7 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
         steps=steps,
     )
     del tuner
-    with phase('eval', memory, device):
+    with record_peak_memory('eval', memory, device):
         finetuning.evaluate(cell.model, cell.loss_of, val_batches[:1])  # warm
         clock = Clock(device)
         found['val_loss'] = finetuning.evaluate(cell.model, cell.loss_of, val_batches)
@@ -408,7 +408,7 @@ def one_seed(s, cell, train, val, texts, encoder, seed, memory, device, tell):
             eval_tok_per_s=sum(b.tokens for b in val_batches) / sum(clock.seconds()),
             perplexity=math.exp(min(found['val_loss'], 700)),
         )
-    with phase('generate', memory, device), torch.no_grad():
+    with record_peak_memory('generate', memory, device), torch.no_grad():
         cell.model.eval()
         found |= generate(s, cell, val, texts, encoder, device)
         if texts:

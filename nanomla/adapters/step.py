@@ -94,7 +94,7 @@ class HeadLoss(torch.autograd.Function):
 def softmax_minus_onehot(logits, targets, gradient):
     """Cross-entropy summed over targets >= 0, in fp32; with `gradient` the logits (N, V) become softmax - onehot, 0 where the target is -1."""
     if logits.is_cuda:
-        from nanomla.core.triton_support import RUNS_ON
+        from nanomla.core.devices import RUNS_ON
         from nanomla.training.kernels import softmax_rows
 
         if 'cuda' in RUNS_ON:
@@ -164,7 +164,7 @@ class SwigluMLP(MLP):
 
 def fuse_swiglu(mlp):
     """Makes `mlp` a SwigluMLP where it can be one and it pays."""
-    from nanomla.core.triton_support import RUNS_ON
+    from nanomla.core.devices import RUNS_ON
 
     down = getattr(mlp, 'c_proj', None)
     if (
@@ -281,7 +281,7 @@ def set_up(
 
 def runs_here(params):
     """Whether all of `params` are in half precision, where Triton runs."""
-    from nanomla.core.triton_support import RUNS_ON
+    from nanomla.core.devices import RUNS_ON
 
     return all(
         p.dtype in (torch.bfloat16, torch.float16)

@@ -30,7 +30,7 @@ from nanomla.benchmarks.decode import numbers, read_shape
 from nanomla.core import devices as machine
 from nanomla.core import timing
 from nanomla.core.configurator import UserError
-from nanomla.core.timing import attempt, release, spread
+from nanomla.core.timing import attempt, free_memory, median_and_range
 from nanomla.inference import attention_kernel as decode_kernels
 from nanomla.inference.backends import flex_blocks
 from nanomla.inference.cache import Cache
@@ -329,7 +329,7 @@ def in_graph(calls):
 
 @torch.no_grad()
 def time_candidate(candidate, inputs, plan):
-    """Row entries of one candidate on all copies of the inputs: µs a call, as up to timed_steps rounds over them take, with spread, and its error against the reference."""
+    """Row entries of one candidate on all copies of the inputs: µs a call, as up to timed_steps rounds over them take, with median_and_range, and its error against the reference."""
     calls = [candidate.make(held) for held in inputs]
     reference = inputs[0].reference()
     error = ((calls[0]()[0, :, 0].float() - reference).abs().max() / reference.abs().max()).item()
@@ -350,7 +350,7 @@ def time_candidate(candidate, inputs, plan):
         / (steps * len(calls))
         for _ in range(plan.repeats)
     ]
-    return spread('kernel_us', times, 1e6) | dict(error=error, timed_steps=steps)
+    return median_and_range('kernel_us', times, 1e6) | dict(error=error, timed_steps=steps)
 
 
 def try_candidate(candidate, inputs, plan):
@@ -359,7 +359,7 @@ def try_candidate(candidate, inputs, plan):
         result = attempt(lambda: time_candidate(candidate, inputs, plan), plan.device)
     except Exception as error:  # compilers and kernels have errors of their own
         result = dict(reason=' '.join(f'{type(error).__name__}: {error}'.split())[:200])
-    release(plan.device)
+    free_memory(plan.device)
     return result | dict(reason=result.pop('wrong', '') or result['reason'])
 
 
@@ -509,4 +509,4 @@ def compare(able, key, plan, rows, tell):
             )
         )
     inputs.clear()
-    release(device)
+    free_memory(device)

@@ -20,7 +20,7 @@ from nanomla.checkpoints import native as checkpoint
 from nanomla.core import devices as machine
 from nanomla.core import timing
 from nanomla.core.configurator import UserError
-from nanomla.core.timing import attempt, peaks, release, spread, watch_memory
+from nanomla.core.timing import attempt, free_memory, median_and_range, peaks, reset_peak_memory
 from nanomla.inference.cache import LAYOUTS, PAGE_SIZES, Cache
 from nanomla.inference.generate import generate
 from nanomla.inference.quantize import BITS, FULL, NEVER_QUANTISED, group_of
@@ -292,7 +292,7 @@ def cell(plan, model, cache, dtype, batch, context):
     device, n = plan.device, plan.decoded(cache)
     if context > model.config.block_size:
         raise UserError(f'the context is beyond block_size={model.config.block_size}')
-    before = watch_memory(device)
+    before = reset_peak_memory(device)
     held, row = None, {}
     if cache != 'none':
         held = plan.cache(model, cache, dtype, batch, context)
@@ -349,7 +349,7 @@ def cell(plan, model, cache, dtype, batch, context):
     times = times[1:]
     row |= dict(
         prefill_tok_per_s=batch * context / statistics.median(times), prefill_chunk=chunk
-    ) | spread('prefill_ms', times, 1e3)
+    ) | median_and_range('prefill_ms', times, 1e3)
     for slot in range(batch if held else 0):
         held.free(slot)
     row |= peaks(device)
@@ -359,7 +359,7 @@ def cell(plan, model, cache, dtype, batch, context):
         decode_tok_per_s=batch / statistics.median(steps),
         timed_steps=counts[1],
         repeats=plan.repeats,
-    ) | spread('step_us', steps, 1e6)
+    ) | median_and_range('step_us', steps, 1e6)
     whole = {
         key: max(value, row[key]) if value else value for key, value in peaks(device).items()
     }  # prefill and steps
@@ -414,7 +414,7 @@ def cells(plan, rows, tell=print):
                         )
                     )
         del model
-        release(plan.device)
+        free_memory(plan.device)
 
 
 def line_of(row):
@@ -507,7 +507,7 @@ def fragmentation(dims, lengths, size, full, device):
     """
     found, dense = [], None
     for page_size in (0, *PAGE_SIZES):
-        release(device)
+        free_memory(device)
         how = (
             dict(
                 layout='paged',

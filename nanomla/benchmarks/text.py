@@ -1,5 +1,5 @@
 """
-Whole texts, ours beside other people's `generate` (peers.py) in one process: seconds a token with spread, and the ratio.
+Whole texts, ours beside other people's `generate` (peers.py) in one process: seconds a token with median_and_range, and the ratio.
 The first text of each is a warm-up and does not count; ours keeps its cache from text to text, as sample.py does.
 """
 
@@ -11,7 +11,7 @@ from nanomla.benchmarks import peers
 from nanomla.benchmarks.decode import shape_of
 from nanomla.core import timing
 from nanomla.core.configurator import UserError
-from nanomla.core.timing import attempt, peaks, release, spread, watch_memory
+from nanomla.core.timing import attempt, free_memory, median_and_range, peaks, reset_peak_memory
 from nanomla.inference.generate import generate
 
 
@@ -56,11 +56,11 @@ def texts(plan, rows, tell=print):
                 sampling=peers.SAMPLING[who],
                 tok_per_s=batch / statistics.median(theirs[who, batch]),
                 reason='',
-                **spread('step_us', theirs[who, batch], 1e6),
+                **median_and_range('step_us', theirs[who, batch], 1e6),
             )
             tell(text_line(row))
         del run
-        release(device)
+        free_memory(device)
     for name in plan.models:
         model = plan.build(name)
         for cache in (cache for cache in plan.caches if cache != 'none'):
@@ -76,7 +76,7 @@ def texts(plan, rows, tell=print):
                             raise UserError(
                                 f'{prompt} + {n} tokens are beyond block_size={model.config.block_size}'
                             )
-                        watch_memory(device)
+                        reset_peak_memory(device)
                         held, times = plan.cache(model, cache, dtype, batch, size), []
                         for _ in range(1 + plan.repeats):
                             for slot in range(batch):
@@ -94,7 +94,7 @@ def texts(plan, rows, tell=print):
                             )
                         return (
                             dict(tok_per_s=batch / statistics.median(times[1:]))
-                            | spread('step_us', times[1:], 1e6)
+                            | median_and_range('step_us', times[1:], 1e6)
                             | ratio(seconds, times[1:])
                             | peaks(device)
                         )
@@ -115,7 +115,7 @@ def texts(plan, rows, tell=print):
                     )
                     tell(text_line(row))
         del model
-        release(device)
+        free_memory(device)
 
 
 def text_line(row):

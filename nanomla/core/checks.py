@@ -22,7 +22,7 @@ def check_range(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raise a UserError unless least <= value <= most and above < value < below. A nan never fits."""
+    """Raise a UserError unless least <= value <= most and above < value < below; nan never is."""
     if least <= value <= most and (value > above or above == -math.inf):
         if value < below or below == math.inf:
             return
@@ -54,7 +54,7 @@ def split_numbers(name: str, text: str, kind: Callable = int) -> list:
 
 @contextmanager
 def settings_errors():
-    """Turn a ValueError of the models, which know no UserError, into one: settings that do not fit."""
+    """Turn a ValueError of the models, which know no UserError, into a UserError."""
     try:
         yield
     except UserError:

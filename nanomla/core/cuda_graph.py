@@ -1,4 +1,4 @@
-"""A step recorded once as a CUDA graph and replayed from then on, without Python between its kernels."""
+"""A step recorded once as a CUDA graph and replayed from then on, without Python in between."""
 
 from collections.abc import Callable
 

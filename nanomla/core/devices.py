@@ -1,10 +1,11 @@
-"""What a run runs on: device, dtype, peak rate, memory, and the commit of the code."""
+"""What a run runs on: device, dtype, processes, peak rates, signals, and the commit of the code."""
 
 import math
 import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from nanomla.core.configurator import UserError
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
-# Dense matrix rates by the vendors' datasheets in TFLOP/s: 16-bit, and TF32 (or plain fp32 where there is none).
+# Dense matrix rates by the vendors' datasheets in TFLOP/s: 16-bit, and TF32 (or else fp32).
 PEAKS = {
     'B200': (2250, 1100),
     'GH200': (989, 494),
@@ -38,156 +39,206 @@ PEAKS = {
 }
 
 
-def pick_device(device='auto'):
-    """The torch.device to use. 'auto' takes a GPU, then Apple's, then the CPU; UserError for one that is not there."""
+def triton_devices() -> tuple[str, ...]:
+    """Return the types of devices that Triton's kernels run on; its interpreter needs no GPU."""
+    if find_spec('triton') is None:
+        return ()
+    if os.environ.get('TRITON_INTERPRET') == '1':
+        return 'cuda', 'cpu'
+    return ('cuda',)
+
+
+RUNS_ON = triton_devices()
+
+
+# -------------------------------------------------------------------------------------------------
+# device and dtype
+
+
+def pick_device(device: str = 'auto') -> torch.device:
+    """
+    Return the torch.device of that name.
+
+    'auto' is a CUDA GPU if there is one, else Apple's GPU, else the CPU. UserError for a device
+    that is not there.
+    """
     if device == 'auto':
-        device = (
-            'cuda'
-            if torch.cuda.is_available()
-            else 'mps'
-            if torch.backends.mps.is_available()
-            else 'cpu'
-        )
+        device = best_device()
     try:
-        device = torch.device(device)
+        picked = torch.device(device)
     except RuntimeError:
-        raise UserError(
-            f'--device={device} is no device: use auto, cpu, cuda, cuda:1 or mps'
-        ) from None
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise UserError(
-            f'--device={device}, but torch sees no CUDA GPU here: use --device=cpu (or auto), or check the driver'
-        )
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f'--device={device}, but there are only {torch.cuda.device_count()} GPUs here'
-        )
-    if device.type == 'mps' and not torch.backends.mps.is_available():
-        raise UserError('--device=mps, but this is no Apple GPU: use --device=cpu (or auto)')
-    if device.type not in ('cpu', 'cuda', 'mps'):
+        picked = None
+    if picked is None:
+        raise UserError(f'--device={device} is no device: use auto, cpu, cuda, cuda:1 or mps')
+    if picked.type == 'cuda':
+        check_cuda(picked)
+    elif picked.type == 'mps':
+        if not torch.backends.mps.is_available():
+            raise UserError('--device=mps, but this is no Apple GPU: use --device=cpu (or auto)')
+    elif picked.type != 'cpu':
         raise UserError(f'--device={device} is not supported: use auto, cpu, cuda, cuda:1 or mps')
-    return device
+    return picked
 
 
-def join_processes(device, backend='auto'):
-    """
-    Under torchrun: joins the process group. Returns rank, world size, local rank and this process's
-    device; alone: 0, 1, 0 and `device`.
-    """
-    rank, world, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
-    )
-    if backend not in ('auto', 'gloo', 'nccl') or backend == 'nccl' and device.type != 'cuda':
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return 'cuda'
+    if torch.backends.mps.is_available():
+        return 'mps'
+    return 'cpu'
+
+
+def check_cuda(device: torch.device) -> None:
+    """Raise a UserError unless torch sees this CUDA GPU."""
+    if not torch.cuda.is_available():
         raise UserError(
-            f'--backend={backend} '
-            + (
-                'needs CUDA GPUs: use auto'
-                if backend == 'nccl'
-                else 'is not known: use auto, nccl or gloo'
-            )
+            f'--device={device}, but torch sees no CUDA GPU here: use --device=cpu (or auto), '
+            'or check the driver'
         )
-    if world > 1:
-        if device.type == 'cuda':
-            device = pick_device(f'cuda:{local_rank}')
-            torch.cuda.set_device(device)
-        hook = sys.excepthook
-        torch.distributed.init_process_group(
-            backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo'
-        )
-        sys.excepthook = hook  # torch's own loses what a hook that ends the process has printed
-    return rank, world, local_rank, device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise UserError(f'--device={device}, but there are only {count} GPUs here')
 
 
-def on_one_host():
-    """True when torchrun started all processes on this host."""
-    return os.environ.get('LOCAL_WORLD_SIZE', '1') == os.environ.get('WORLD_SIZE', '1')
-
-
-def pick_dtype(dtype, device):
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
-    The dtype of the residual stream. 'auto': bfloat16 on a GPU that has it, float16 on one that has not,
-    else float32. 'fast' is the same, but bfloat16 on a CPU that multiplies it in hardware, too.
+    Return the dtype of the residual stream.
+
+    'auto': bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU.
+    'fast': as 'auto', but bfloat16 on a CPU that multiplies it in hardware.
     """
     if dtype == 'fast' and device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     if dtype in ('auto', 'fast'):
-        half = (
-            'bfloat16'
-            if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-            else 'float16'
-        )
-        return DTYPES[half if device.type == 'cuda' else 'float32']
+        if device.type != 'cuda':
+            return torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16
     if dtype not in DTYPES:
         raise UserError(f'--dtype={dtype} is not known: use auto, fast, {", ".join(DTYPES)}')
     if dtype == 'float16' and device.type == 'cpu':
         raise UserError(
-            '--dtype=float16 is too coarse to train without a gradient scaler, which the CPU has not: use float32 or bfloat16'
+            '--dtype=float16 is too coarse to train without a gradient scaler, which the CPU has '
+            'not: use float32 or bfloat16'
         )
     return DTYPES[dtype]
 
 
-def describe(device):
-    """The name of the device, for logs and the footers of figures."""
+def describe(device: torch.device) -> str:
+    """Return the name of the device, for logs and the footers of figures."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return f'CPU, {torch.get_num_threads()} threads' if device.type == 'cpu' else 'Apple GPU'
+    if device.type == 'cpu':
+        return f'CPU, {torch.get_num_threads()} threads'
+    return 'Apple GPU'
 
 
-def peak_flops(device, dtype):
-    """Peak FLOP/s of the device by its name, nan for one that the table lacks (and for every CPU)."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the peak FLOP/s of the device by its name, nan for a CPU and where PEAKS lacks it."""
     name = describe(device)
     for part, (half, single) in PEAKS.items():
         if part in name:
-            return 1e12 * (single if dtype == torch.float32 else half)
+            teraflops = single if dtype == torch.float32 else half
+            return 1e12 * teraflops
     return math.nan
 
 
-def commit():
-    """
-    Short hash of the code's commit, with + when files were changed since. NANOMLA_COMMIT goes before it: code that was
-    copied to a cluster may lie in no git folder, or in one of another commit. 'unknown' without both.
-    """
-    if said := os.environ.get('NANOMLA_COMMIT'):
-        return said
+# -------------------------------------------------------------------------------------------------
+# processes
 
-    def git(*words):
-        return subprocess.run(
-            ['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
 
-    try:
-        return git('rev-parse', '--short', 'HEAD') + (
-            '+'
-            if git('--no-optional-locks', 'status', '--porcelain', '--untracked-files=no')
-            else ''
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
+def join_processes(
+    device: torch.device, backend: str = 'auto'
+) -> tuple[int, int, int, torch.device]:
+    """
+    Join the process group that torchrun made.
+
+    Returns rank, world size, local rank and the device of this process: 0, 1, 0 and `device` where
+    there is only one process. backend: 'auto', 'nccl' or 'gloo'.
+    """
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    if backend not in ('auto', 'gloo', 'nccl'):
+        raise UserError(f'--backend={backend} is not known: use auto, nccl or gloo')
+    if backend == 'nccl' and device.type != 'cuda':
+        raise UserError('--backend=nccl needs CUDA GPUs: use auto')
+    if world > 1:
+        if device.type == 'cuda':
+            device = pick_device(f'cuda:{local_rank}')
+            torch.cuda.set_device(device)
+        if backend == 'auto':
+            backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        hook = sys.excepthook
+        torch.distributed.init_process_group(backend)
+        # torch wraps the hook in its own, which prints nothing when ours ends the process.
+        sys.excepthook = hook
+    return rank, world, local_rank, device
+
+
+def on_one_host() -> bool:
+    """Return whether torchrun started all processes on this host."""
+    return os.environ.get('LOCAL_WORLD_SIZE', '1') == os.environ.get('WORLD_SIZE', '1')
 
 
 class Signals:
     """
-    The name of the SIGTERM, SIGUSR1 or SIGINT that has come, '' before: a cluster's way to say that time is up, and a person's
-    Ctrl-C, of which a second one is Python's own again.
+    Remember that a cluster's SIGTERM or SIGUSR1, or a person's Ctrl-C (SIGINT) has come.
+
+    name: the signal's name, '' before one comes. A second Ctrl-C is Python's own again: it stops
+    the process at once. SIGINT is left alone where it is ignored or in other hands.
     """
 
     def __init__(self):
-        self.name, self.old = '', signal.getsignal(signal.SIGINT)
-        for name in ('SIGTERM', 'SIGUSR1', 'SIGINT'):
-            if hasattr(signal, name) and (
-                name != 'SIGINT' or self.old is signal.default_int_handler
-            ):  # else it is in other hands, or ignored
+        self.name = ''
+        self.interrupt_handler = signal.getsignal(signal.SIGINT)
+        for name in ('SIGTERM', 'SIGUSR1'):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self.remember)
+        if self.handles_interrupt():
+            signal.signal(signal.SIGINT, self.remember)
 
-    def remember(self, number, frame):
+    def handles_interrupt(self) -> bool:
+        return self.interrupt_handler is signal.default_int_handler
+
+    def remember(self, number, frame) -> None:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(number, self.old)
+            signal.signal(number, self.interrupt_handler)
+            # Not print, which may be at work when the signal comes.
             os.write(2, b'\nCtrl-C: this step is finished and saved; a second one stops at once\n')
 
-    def ignore(self):
-        if self.old is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self.old)
+    def ignore(self) -> None:
+        """Let later signals pass, for a run that is over anyway."""
+        if self.handles_interrupt():
+            signal.signal(signal.SIGINT, self.interrupt_handler)
         if hasattr(signal, 'SIGUSR1'):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+# -------------------------------------------------------------------------------------------------
+# the code
+
+
+def commit() -> str:
+    """
+    Return the short hash of the code's commit, with a + when tracked files were changed since.
+
+    The environment's NANOMLA_COMMIT is used before it, for code that was copied to a cluster
+    without its git folder. 'unknown' without both.
+    """
+    if given := os.environ.get('NANOMLA_COMMIT'):
+        return given
+    try:
+        commit = git('rev-parse', '--short', 'HEAD')
+        changed = git('--no-optional-locks', 'status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return commit + '+' if changed else commit
+
+
+def git(*words: str) -> str:
+    folder = Path(__file__).parent
+    done = subprocess.run(['git', *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Files: written aside and renamed, so that a kill leaves the old one or the new one; rows; locks."""
+"""Files that a kill leaves old or new, never half; tables of results; locks; progress bars."""
 
 import csv
 import errno
@@ -63,7 +63,7 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
         file.write(content)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # rows: JSONL and CSV
 
 
@@ -141,7 +141,7 @@ class ResultsTable(list):
         return None
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # locks and progress
 
 
@@ -162,7 +162,7 @@ class FolderLock:
 
 
 def lock(folder: str | os.PathLike, name: str = 'lock', wait: bool = False) -> FolderLock | None:
-    """Hold FOLDER/NAME for this process; None when another process holds it (`wait`: wait for it)."""
+    """Lock FOLDER/NAME for this process. None when another process has it, unless `wait`."""
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def lock(folder: str | os.PathLike, name: str = 'lock', wait: bool = False) -> F
 
 
 def progress_bar(total: int, unit: str, done: int = 0):
-    """Return a tqdm bar on stderr with the time left; a line every half minute where it is no terminal."""
+    """Return a tqdm bar on stderr: a line every half minute where that is no terminal."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -4,35 +4,29 @@ import gc
 import os
 import statistics
 import time
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from nanomla.core.configurator import UserError
 
-
-def peak_memory(device):
-    """Most bytes in use so far: allocated by torch on a GPU, resident in the process on a CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if os.uname().sysname == 'Darwin' else most * 1024
+# -------------------------------------------------------------------------------------------------
+# seconds
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that was given to it."""
     if device.type != 'cpu':
         getattr(torch, device.type).synchronize()
 
 
-def seconds(device, run):
-    """Seconds that run() takes: between two events on a CUDA GPU's own clock, by this process's clock elsewhere."""
+def seconds(device: torch.device, run: Callable) -> float:
+    """Return the seconds that run() takes, by a CUDA GPU's own clock where there is one."""
     if device.type == 'cuda':
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
         end.record()
@@ -45,8 +39,37 @@ def seconds(device, run):
     return time.perf_counter() - begin
 
 
-def spread(name, times, scale=1.0):
-    """{name, name_least, name_most}: the median, least and most of `times`, times `scale`."""
+class Clock:
+    """
+    Measure the seconds of each step: call `tick` between two steps.
+
+    On a CUDA GPU the ticks are events, so that nothing waits for the GPU before `seconds`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == 'cuda'
+        self.ticks = []
+        self.tick()
+
+    def tick(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ticks.append(event)
+        else:
+            self.ticks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the seconds between every two ticks."""
+        steps = zip(self.ticks, self.ticks[1:])
+        if not self.cuda:
+            return [end - begin for begin, end in steps]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in steps]
+
+
+def median_and_range(name: str, times: Sequence[float], scale: float = 1.0) -> dict:
+    """Return {name, name_least, name_most}: median, least and most of `times`, times `scale`."""
     return {
         name: statistics.median(times) * scale,
         f'{name}_least': min(times) * scale,
@@ -54,109 +77,118 @@ def spread(name, times, scale=1.0):
     }
 
 
-def attempt(run, device):
-    """run() with reason='', or only the reason why it cannot be: no memory, or a UserError."""
-    try:
-        return run() | dict(reason='')
-    except UserError as error:
-        reason = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'memory' not in str(
-            error
-        ):
-            raise
-        reason = 'out of memory: ' + (
-            ' '.join(str(error).split('. GPU')[0].rpartition('DefaultCPUAllocator: ')[2].split())[
-                :120
-            ]
-            or 'MemoryError'
-        )
-    release(device)  # not while the error still holds its frames, and these their tensors
-    return dict(reason=reason)
-
-
-def release(device):
-    """Memory that nobody holds goes back to the card."""
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large matrix product of random numbers."""
     if device.type == 'cuda':
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def watch_memory(device):
-    """From here on peaks are counted anew. Returns the bytes in use now (0 on a CPU)."""
-    release(device)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path('/proc/self/clear_refs').write_text('5')  # Linux: the peak of resident memory
-    except OSError:
-        pass
-    return 0
-
-
-def peaks(device):
-    """Most bytes since watch_memory: in tensors (on a CPU: resident in the process), and taken from the card (None on a CPU)."""
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == 'cuda' else None
-    return dict(peak_allocated=peak_memory(device), peak_reserved=reserved)
-
-
-class Clock:
-    """Seconds of each step, by CUDA events on a GPU: `tick` between two steps, nothing waits until `seconds`."""
-
-    def __init__(self, device):
-        self.cuda, self.ticks = device.type == 'cuda', []
-        self.tick()
-
-    def tick(self):
-        if self.cuda:
-            self.ticks.append(torch.cuda.Event(enable_timing=True))
-            self.ticks[-1].record()
-        else:
-            self.ticks.append(time.perf_counter())
-
-    def seconds(self):
-        if not self.cuda:
-            return [b - a for a, b in zip(self.ticks, self.ticks[1:])]
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(self.ticks, self.ticks[1:])]
-
-
-def tidy(device):
-    """
-    Nothing of an earlier phase is left on the GPU, and of cuBLAS not its workspaces (32 MiB for every stream it ever met, those of recorded
-    decoding among them), which a recording that still lives would miss. Not between two timed steps: allocating anew takes time.
-    """
-    if device.type == 'cuda':
-        gc.collect()
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def phase(name, memory, device, clean=True):
-    """Notes in `memory` the most bytes allocated and reserved meanwhile (on a CPU: resident in the process so far)."""
-    if clean:
-        tidy(device)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-    yield
-    synchronize(device)
-    peak = (
-        [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
-        if device.type == 'cuda'
-        else [peak_memory(device)] * 2
-    )
-    memory[name] = [max(a, b) for a, b in zip(peak, memory.get(name, (0, 0)))]
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product of random numbers."""
-    n, times = (8192, 20) if device.type == 'cuda' else (512, 3)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
+        size, times = 8192, 20
+    else:
+        size, times = 512, 3
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    a @ b  # warmup
     clock = Clock(device)
     for _ in range(times):
         a @ b
     clock.tick()
-    return 2 * n**3 * times / sum(clock.seconds())
+    return 2 * size**3 * times / sum(clock.seconds())
+
+
+# -------------------------------------------------------------------------------------------------
+# memory
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: in torch's tensors on a GPU, in the process on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if os.uname().sysname == 'Darwin':
+        return most  # counted in bytes there, in KiB elsewhere
+    return most * 1024
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """Count peaks anew from here on. Return the bytes in use now (0 on a CPU)."""
+    free_memory(device)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # Linux alone has it: the peak of resident memory
+        Path('/proc/self/clear_refs').write_text('5')
+    return 0
+
+
+def peaks(device: torch.device) -> dict:
+    """
+    Return the most bytes since `reset_peak_memory` as columns of a table.
+
+    peak_allocated: in tensors (on a CPU: resident in the process)
+    peak_reserved:  taken from the GPU by torch (None on a CPU)
+    """
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == 'cuda' else None
+    return dict(peak_allocated=peak_memory(device), peak_reserved=reserved)
+
+
+def free_memory(device: torch.device, workspaces: bool = False) -> None:
+    """
+    Give memory that holds no tensor back to the GPU.
+
+    workspaces: those of cuBLAS, too: 32 MiB for every stream that it ever met. A CUDA graph that is
+    still in use would miss its workspace. Not between two timed steps: allocating anew takes time.
+    """
+    if device.type != 'cuda':
+        return
+    gc.collect()
+    if workspaces:
+        torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def record_peak_memory(
+    name: str, memory: dict, device: torch.device, clean: bool = True
+) -> Iterator[None]:
+    """
+    Set memory[name] to the most bytes allocated and reserved inside the `with`.
+
+    A name that is used again keeps its largest numbers. On a CPU both are the most bytes that were
+    resident in the process so far. clean: begin with free memory.
+    """
+    if clean:
+        free_memory(device, workspaces=True)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    synchronize(device)
+    allocated = reserved = peak_memory(device)
+    if device.type == 'cuda':
+        reserved = torch.cuda.max_memory_reserved(device)
+    before = memory.get(name, (0, 0))
+    memory[name] = [max(allocated, before[0]), max(reserved, before[1])]
+
+
+def attempt(run: Callable[[], dict], device: torch.device) -> dict:
+    """Return run() with reason='', or only the reason why it fails: no memory, or a UserError."""
+    try:
+        return run() | dict(reason='')
+    except UserError as error:
+        reason = str(error)
+    except MemoryError as error:
+        reason = f'out of memory: {first_sentence(str(error)) or "MemoryError"}'
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and 'memory' not in str(error):
+            raise
+        reason = f'out of memory: {first_sentence(str(error))}'
+    # Not inside of the except: the error holds the frames, and these hold their tensors.
+    free_memory(device)
+    return dict(reason=reason)
+
+
+def first_sentence(message: str) -> str:
+    """Return torch's words of what could not be allocated, in one short line."""
+    message = message.split('. GPU')[0].rpartition('DefaultCPUAllocator: ')[2]
+    return ' '.join(message.split())[:120]

@@ -1,25 +1,25 @@
-"""Text to token ids and back: characters, bytes and GPT-2's byte pairs; and text as its tokens come."""
+"""Text to token ids and back: characters, bytes and GPT-2's byte pairs; text token by token."""
 
 import codecs
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
 from nanomla.core.configurator import UserError
 
+END_OF_TEXT = '<|endoftext|>'
+SHORTEST_HALF = 1000  # characters; a text that GPT-2's pattern refuses is not cut further
+
 
 class Tokenizer:
     """Text to ids and back, as `meta` names it: 'char' (with meta['chars']), 'bytes' or 'gpt2'."""
 
-    def __init__(self, meta):
+    def __init__(self, meta: dict):
         self.name = meta['tokenizer']
         if self.name == 'char':
             self.chars = meta['chars']
             self.vocab_size = len(self.chars)
-            points = np.array([ord(c) for c in self.chars])
-            self.id_of = np.full(
-                points.max() + 2, -1, np.int32
-            )  # by code point; the last entry stands for all above
-            self.id_of[points] = np.arange(len(points))
+            self.id_of = ids_by_code_point(self.chars)
         elif self.name == 'bytes':
             self.vocab_size = 256
         elif self.name == 'gpt2':
@@ -28,44 +28,48 @@ class Tokenizer:
         else:
             raise UserError(f"tokenizer '{self.name}' is not known: use char, bytes or gpt2")
 
-    def encode(self, text):
-        """The ids of `text`. UserError names the first character that a char vocabulary lacks."""
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`. UserError names the characters that a char vocabulary lacks."""
         if self.name == 'gpt2':
-            return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+            return self.bpe.encode(text, allowed_special={END_OF_TEXT})
         return self.encode_array(text).tolist()
 
-    def encode_array(self, text):
+    def encode_array(self, text: str | bytes) -> np.ndarray:
         """
-        `encode` for whole files: an array, and '<|endoftext|>' inside a text is text like any other.
-        For tokenizer 'bytes' the text may be bytes.
+        Return the ids of a whole file as an array.
+
+        Unlike in `encode`, '<|endoftext|>' inside a text is text like any other. For tokenizer
+        'bytes' the text may be bytes.
         """
         if self.name == 'bytes':
             raw = text if isinstance(text, bytes) else text.encode(errors='surrogateescape')
             return np.frombuffer(raw, np.uint8)
         if self.name == 'gpt2':
-            try:
-                return self.bpe.encode_to_numpy(text, disallowed_special=())
-            except (
-                ValueError
-            ):  # its regex has no stack for a run of a million blanks: half of the text, twice
-                if len(text) < 1000:
-                    raise
-                middle = len(text) // 2
-                return np.concatenate(
-                    [self.encode_array(text[:middle]), self.encode_array(text[middle:])]
-                )
+            return self.encode_gpt2(text)
         points = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
         ids = self.id_of[np.minimum(points, len(self.id_of) - 1)]
         if (ids < 0).any():
             unknown = ''.join(sorted(set(text) - set(self.chars)))
+            known = ''.join(self.chars)[:200]
             raise UserError(
                 f'the text has characters this model has never seen: {unknown[:40]!r}; '
-                f'it knows {"".join(self.chars)[:200]!r}'
+                f'it knows {known!r}'
             )
         return ids
 
-    def decode_bytes(self, ids):
-        """UTF-8 bytes of `ids`; a part of a character stays a part. Padding ids give nothing."""
+    def encode_gpt2(self, text: str) -> np.ndarray:
+        """Return GPT-2's ids of `text`, in which no special token is looked for."""
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            if len(text) < SHORTEST_HALF:
+                raise
+        # tiktoken's regex has no stack for a run of a million blanks: encode the text in halves.
+        middle = len(text) // 2
+        return np.concatenate([self.encode_gpt2(text[:middle]), self.encode_gpt2(text[middle:])])
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 bytes of `ids`, perhaps only a part of a character. Skip padding ids."""
         ids = [i for i in ids if i < self.vocab_size]
         if self.name == 'bytes':
             return bytes(ids)
@@ -73,61 +77,91 @@ class Tokenizer:
             return self.bpe.decode_bytes(ids)
         return ''.join(self.chars[i] for i in ids).encode()
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, with a replacement character for broken UTF-8."""
         return self.decode_bytes(ids).decode(errors='replace')
 
 
+def ids_by_code_point(chars: Sequence[str]) -> np.ndarray:
+    """Return the id of each code point, -1 if it has none; the last entry is for all above."""
+    points = np.array([ord(c) for c in chars])
+    ids = np.full(points.max() + 2, -1, np.int32)
+    ids[points] = np.arange(len(points))
+    return ids
+
+
 def gpt2_bpe():
-    """tiktoken's GPT-2 byte-pair encoding. It needs its vocabulary file: from a network, or a cache."""
+    """Return tiktoken's GPT-2 encoding, whose vocabulary comes from a network or a cache."""
     try:
         import tiktoken
     except ImportError:
         raise UserError('GPT-2 tokens need tiktoken: pip install tiktoken') from None
     try:
         return tiktoken.get_encoding('gpt2')
-    except Exception as error:  # requests' errors come in many classes
+    except Exception as error:  # the network's errors come in many classes
         raise UserError(
             'tiktoken could not load its GPT-2 vocabulary: connect to the network once, or set '
             f'TIKTOKEN_CACHE_DIR to a folder that has it ({type(error).__name__})'
         ) from None
 
 
-class Teller:
+class StreamDecoder:
     """
-    Token ids as text while they come: a character of several tokens is told once it is whole, and nothing
-    from the first of the `stops` on; what may be the beginning of a stop waits until it is known.
-    decode: a list of ids -> UTF-8 bytes; ends: ids that end a text, untold.
+    Turn token ids into text one at a time.
+
+    A character that is made of several tokens is returned with its last one. Nothing is returned
+    from the first of the `stops` on; text that may be the beginning of a stop is held back until
+    the following tokens decide it.
+
+    decode: a list of ids -> UTF-8 bytes
+    ends:   ids that end the text and are not part of it
     """
 
-    def __init__(self, decode, stops=(), ends=()):
+    def __init__(
+        self,
+        decode: Callable[[list[int]], bytes],
+        stops: Sequence[str] = (),
+        ends: Collection[int] = (),
+    ):
         self.decode, self.stops, self.ends = decode, stops, ends
-        self.characters = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        self.waiting, self.ended = '', False
+        self.utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        self.held_back = ''
+        self.stopped = False  # by one of the stops or ends
 
-    def tell(self, token):
-        """The text that this token makes certain, '' from the end on; `ended` says whether there is any more."""
-        if self.ended or token in self.ends:
-            text, self.ended = '' if self.ended else self.rest(), True
-            return text
-        return self.after(self.characters.decode(self.decode([token])))
-
-    def after(self, text):
-        text = self.waiting + text
-        found = [at for at in map(text.find, self.stops) if at >= 0]
-        if found:
-            self.ended, self.waiting = True, ''
-            return text[: min(found)]
-        hold = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        self.waiting = text[len(text) - hold :]
-        return text[: len(text) - hold]
-
-    def rest(self):
-        """What still waits when no more tokens come."""
-        if self.ended:
+    def add(self, token: int) -> str:
+        """Return the text that becomes certain with this token, '' once `stopped` is True."""
+        if self.stopped:
             return ''
-        text = self.after(self.characters.decode(b'', final=True))
-        text, self.waiting = text + self.waiting, ''
+        if token in self.ends:
+            text = self.finish()
+            self.stopped = True
+            return text
+        return self.until_stop(self.utf8.decode(self.decode([token])))
+
+    def finish(self) -> str:
+        """Return what is still held back, for when no more tokens come."""
+        if self.stopped:
+            return ''
+        text = self.until_stop(self.utf8.decode(b'', final=True)) + self.held_back
+        self.held_back = ''
         return text
+
+    def until_stop(self, new: str) -> str:
+        """Return the held back and the new text as far as no stop can begin in it."""
+        text = self.held_back + new
+        places = [text.find(stop) for stop in self.stops]
+        found = [place for place in places if place >= 0]
+        if found:
+            self.stopped, self.held_back = True, ''
+            return text[: min(found)]
+        certain = len(text) - max((overlap(text, stop) for stop in self.stops), default=0)
+        self.held_back = text[certain:]
+        return text[:certain]
+
+
+def overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` begin `stop`, without being all of it."""
+    for length in range(len(stop) - 1, 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

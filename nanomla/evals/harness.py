@@ -10,7 +10,7 @@ import math
 import os
 
 from nanomla.core.configurator import UserError
-from nanomla.core.tokenizers import Teller
+from nanomla.core.tokenizers import StreamDecoder
 from nanomla.evals.scoring import windows
 from nanomla.inference.generate import generate, serve
 
@@ -235,8 +235,8 @@ def adapter(scorer, codec, begin, ends, bar):
             prompts = [
                 (self.tok_encode(text) or nothing)[-(block_size + 1 - most) :] for text in contexts
             ]
-            tellers = [
-                Teller(
+            decoders = [
+                StreamDecoder(
                     codec.decode_bytes,
                     [until] if isinstance(until, str) else [stop for stop in until if stop],
                     ends,
@@ -248,8 +248,8 @@ def adapter(scorer, codec, begin, ends, bar):
             def tell(i, token):
                 at, chunk = len(prompts[i]) + len(said[i]) - 1, scorer.chunk_size or block_size
                 scorer.attended(range(at, at + 1), at if said[i] else at // chunk * chunk, at + 1)
-                said[i].append(tellers[i].tell(token))
-                return tellers[i].ended
+                said[i].append(decoders[i].add(token))
+                return decoders[i].stopped
 
             how = dict(
                 temperature=temperature,
@@ -267,7 +267,7 @@ def adapter(scorer, codec, begin, ends, bar):
                     scorer.model, prompts, cache, most, tell, prefill_chunk=scorer.chunk_size, **how
                 )
             for i in ended:
-                yield i, ''.join(said[i]) + tellers[i].rest()
+                yield i, ''.join(said[i]) + decoders[i].finish()
 
     return Adapter()
 

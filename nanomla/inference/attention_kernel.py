@@ -20,9 +20,10 @@ from types import SimpleNamespace
 
 import torch
 
-from nanomla.core.triton_support import LOG2E, RUNS_ON
+from nanomla.core.devices import RUNS_ON
 
 triton = tl = None  # set by kernels()
+LOG2E = 1.4426950408889634
 AT_ONCE = 8192  # numbers that a program of four warps joins: 64 registers a thread
 SHORT = 1024  # places of a sequence up to which tiles are chosen for the time that a program takes to begin and to end
 COMPILED = 'cpu' not in RUNS_ON  # the interpreter knows no instructions of the GPU

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from nanomla.core.triton_support import LOG2E, RUNS_ON
+from nanomla.core.devices import RUNS_ON
 
 triton = tl = None  # set by kernels()
+LOG2E = 1.4426950408889634
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nanomla.checkpoints import native as checkpoint
 from nanomla.checkpoints.native import MODELS
 from nanomla.core.configurator import UserError
-from nanomla.core.tokenizers import Teller
+from nanomla.core.tokenizers import StreamDecoder
 from nanomla.inference.cache import Cache, OutOfPages, Pages
 from nanomla.inference.generate import generate, prefill, serve
 from nanomla.inference.quantize import dequantise, group_of, quantise
@@ -543,20 +543,20 @@ def test_continuous_batching_gives_each_prompt_its_own_text(kind, layout, tiny, 
     ],
 )
 def test_stop_strings(stops, said, told):
-    teller, heard = Teller(bytes, stops, ends={300}), ''
+    decoder, heard = StreamDecoder(bytes, stops, ends={300}), ''
     for token in said.encode():
-        heard += teller.tell(token)
+        heard += decoder.add(token)
         assert told.startswith(heard) and not any(stop in heard for stop in stops)
-    heard += teller.rest()
-    assert heard == told and teller.ended == (told != said)
+    heard += decoder.finish()
+    assert heard == told and decoder.stopped == (told != said)
 
 
 def test_the_end_of_a_text_is_not_told():
-    teller = Teller(bytes, ['xyz'], ends={300})
+    decoder = StreamDecoder(bytes, ['xyz'], ends={300})
     assert (
-        [teller.tell(token) for token in (*b'ax', 300, *b'b')] == ['a', '', 'x', '']
-        and teller.ended
-        and teller.rest() == ''
+        [decoder.add(token) for token in (*b'ax', 300, *b'b')] == ['a', '', 'x', '']
+        and decoder.stopped
+        and decoder.finish() == ''
     )
 
 

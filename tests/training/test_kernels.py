@@ -269,13 +269,13 @@ def test_imports_without_triton_and_does_not_import_it():
         '-c',
         """
 import importlib, sys, torch
-from nanomla.core import triton_support
+from nanomla.core import devices
 from nanomla.training import kernels as k
 for installed in (True, False):
     k.linear_cross_entropy(torch.ones(2, 4), torch.eye(4), torch.tensor([0, 1]))
     assert sys.modules.get('triton') is None
     sys.modules['triton'] = None
-    importlib.reload(triton_support)
+    importlib.reload(devices)
     importlib.reload(k)
 assert k.RUNS_ON == ()
 """,
