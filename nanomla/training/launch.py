@@ -28,7 +28,7 @@ IN_USE = 'is in use by another train.py'
 FAILURE_LENGTH = 300  # letters of a reason
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the command line and the process
 
 
@@ -83,11 +83,18 @@ def run_train(
 
 
 def start_train(
-    words: Iterable[str], output: TextIO, environment: dict | None = None
+    words: Iterable[str],
+    output: TextIO,
+    environment: dict | None = None,
+    repository: str | os.PathLike = ROOT,
 ) -> subprocess.Popen:
-    """Start train.py in a session of its own, out of reach of Ctrl-C; it prints to `output`."""
+    """
+    Start train.py in a session of its own, out of reach of Ctrl-C; it prints to `output`.
+
+    environment: what changes in ours.
+    """
     return subprocess.Popen(
-        train_command(words),
+        train_command(words, repository),
         env=train_environment(environment),
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -96,7 +103,7 @@ def start_train(
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # one run in a folder at a time
 
 
@@ -112,17 +119,26 @@ def lock_run_folder(folder: str | os.PathLike) -> FolderLock:
     return held
 
 
+def folder_in_use(folder: str | os.PathLike) -> bool:
+    """Tell whether a train.py holds FOLDER/lock at this moment."""
+    held = lock(folder)
+    if held is None:
+        return True
+    held.release()
+    return False
+
+
 def failed_in_use(reason: str, code: int) -> bool:
     """Tell whether a train.py ended because another one trains in its folder."""
     return code == 2 and IN_USE in reason
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # what it printed
 
 
 def open_output(folder: str | os.PathLike, words: Iterable[str]) -> TextIO:
-    """Open FOLDER/output.txt to append; a line with the command divides this attempt from others."""
+    """Open FOLDER/output.txt to append, and write the command, which begins an attempt."""
     path = Path(folder) / 'output.txt'
     with writing(path):
         output = open(path, 'a', encoding='utf-8')
