@@ -159,7 +159,7 @@ def train_study():
             runs.append((variant, folder))
             if (
                 (folder / 'ckpt.pt').exists()
-                and checkpoint.kept_in(folder)
+                and checkpoint.step_files(folder)
                 and '"event": "end"' in (folder / 'log.jsonl').read_text()
             ):
                 continue
@@ -216,7 +216,7 @@ footer = footer if len(footer) < 150 else footer[:147] + '...'
 how = dict(length=length, texts=texts, seed=seed, threshold=threshold)
 
 folders = [(None, Path(path)) for path in named(sweep)] + (train_study() if study else [])
-files = {folder: checkpoint.kept_in(folder) for _, folder in folders}
+files = {folder: checkpoint.step_files(folder) for _, folder in folders}
 for folder in files:
     if len(files[folder]) < 2:
         raise UserError(

@@ -104,6 +104,14 @@ class GPTConfig:
     def keys(cls):
         return [f.name for f in fields(cls)]
 
+    @classmethod
+    def from_settings(cls, settings, given=()):
+        """
+        Return the config that a script's settings (a dict) describe; those that are no fields do not
+        count. given: names of the settings that a person set, in contrast to defaults.
+        """
+        return cls(**{key: settings[key] for key in cls.keys() if key in settings})
+
 
 class Linear(nn.Linear):
     """A Linear whose weight follows the dtype of its input: master weights stay in fp32."""

@@ -93,6 +93,14 @@ class MLAConfig(GPTConfig):
                 f"latent_init='{self.latent_init}' is not known: use fan_in, gpt2 or orthogonal"
             )
 
+    @classmethod
+    def from_settings(cls, settings, given=()):
+        """As GPTConfig's. Where no `pos` was given, it is what goes with qk_rope_head_dim."""
+        if 'pos' not in given:
+            rope_width = settings.get('qk_rope_head_dim', cls.qk_rope_head_dim)
+            settings = dict(settings, pos='rope' if rope_width else 'learned')
+        return super().from_settings(settings, given)
+
     @property
     def rope_dim(self):
         """Width of RoPE's tables: twice the frequencies there are to choose from."""

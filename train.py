@@ -340,7 +340,7 @@ else:
     )
 kept = checkpoint.steps_to_keep(keep_checkpoints, max_iters)
 if main and run.step == 0 in kept:
-    save(checkpoint.name_of(0), resumable=False)
+    save(checkpoint.step_name(0), resumable=False)
 
 signals = (
     machine.Signals()
@@ -429,7 +429,7 @@ while not stop:
             if target_loss and val <= target_loss:
                 stop = f'target_loss reached: {val:.4f}'
         if main and run.step in kept:
-            save(checkpoint.name_of(run.step), resumable=False)
+            save(checkpoint.step_name(run.step), resumable=False)
         if main and (evaluating or stop):
             save('last.pt', resumable=True)
         marked = (time.perf_counter(), run.step)

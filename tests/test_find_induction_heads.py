@@ -145,7 +145,7 @@ def test_steps_to_keep(count, last):
 
 def test_a_run_keeps_its_way(repeats, capsys):
     train(max_iters=20, keep_checkpoints=5)
-    kept = checkpoint.kept_in('out')
+    kept = checkpoint.step_files('out')
     steps = [int(path.stem[5:]) for path in kept]
     assert steps == sorted(checkpoint.steps_to_keep(5, 20)) and steps[0] == 0 and steps[-1] == 20
     contents = [checkpoint.load(path) for path in kept]
@@ -161,19 +161,19 @@ def test_a_run_keeps_its_way(repeats, capsys):
         and contents[0]['model_args']['mlp'] is False
     )
     train(max_iters=3, keep_checkpoints=1)
-    assert [path.name for path in checkpoint.kept_in('out')] == ['step-000003.pt']
-    assert [path.name for path in checkpoint.kept_in('out/previous')] == [
+    assert [path.name for path in checkpoint.step_files('out')] == ['step-000003.pt']
+    assert [path.name for path in checkpoint.step_files('out/previous')] == [
         path.name for path in kept
     ]
     train(max_iters=3, keep_checkpoints=0)
-    assert not checkpoint.kept_in('out') and [
-        path.name for path in checkpoint.kept_in('out/previous')
+    assert not checkpoint.step_files('out') and [
+        path.name for path in checkpoint.step_files('out/previous')
     ] == ['step-000003.pt']
 
 
 def test_without_it_nothing_is_kept(repeats):
     train(keep_checkpoints=0)
-    assert not checkpoint.kept_in('out')
+    assert not checkpoint.step_files('out')
 
 
 def test_attention_alone_cannot_go_elsewhere(tiny):
@@ -238,7 +238,7 @@ def test_from_a_run_to_its_files(repeats, capsys):
         assert [
             swept[f'text_{which}_loss'][-1] for which in ('repeat', 'control')
         ] == pytest.approx([b['text_repeat_loss'], b['text_control_loss']], abs=1e-3)
-    subject = Subject(checkpoint.kept_in('b')[-1])
+    subject = Subject(checkpoint.step_files('b')[-1])
     spoken, (L, G) = head_report.held_out_for(subject, 50, 8, 0), patterns.lengths(40, 64)
     heads, repeated, control = patterns.score(subject.model, spoken)
     assert swept['text_heads'][-1] == sum(e['label'] == 'induction' for e in heads) and swept[

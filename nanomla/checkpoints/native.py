@@ -1,41 +1,128 @@
 """
-Models on disk. A checkpoint is one dict of tensors and plain values:
+Checkpoints: models on disk. A checkpoint is one dict of tensors and plain values:
 
-    kind 'mha' | 'mla', model_args (the config's fields), model (state dict), step, best_val_loss,
-    meta (the dataset's, so that sampling needs no dataset), config (the run's settings)
+    kind            name of the attention in MODELS, 'mha' or 'mla'
+    model_args      the fields of the model's config
+    model           its state dict
+    step            training steps taken
+    best_val_loss   in nats
+    meta            the dataset's meta.json, so that sampling needs no dataset
+    config          the settings of the run
 
-and, in last.pt only, what a resumed run needs: optimizers, average, seconds. Files are written under
-a temporary name, synced and renamed, and read with weights_only=True, which runs no code from them.
-nanoGPT's ckpt.pt loads as it is.
+and, in last.pt only, what a resumed run needs: optimizers, average, seconds. Files are written
+aside, synced and renamed, and read with weights_only=True, which runs no code from them. nanoGPT's
+ckpt.pt loads as it is.
 """
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from model import GPT
 from model_mla import GPT_MLA
+from nanomla.core.checks import settings_errors
 from nanomla.core.configurator import UserError
 from nanomla.core.files import replacing
 
-MODELS = dict(mha=GPT, mla=GPT_MLA)
-DERIVED = (
-    'n_kv_head',
-    'head_dim',
-    'n_inner',
-    'qk_nope_head_dim',
-    'v_head_dim',
-)  # settings of which 0 leaves the value to the model
+# Every attention that the scripts know, by the name that --attention and checkpoints give it.
+MODELS: dict[str, type[GPT]] = dict(mha=GPT, mla=GPT_MLA)
+
+# Settings of which 0 means that the model derives the value from others.
+DERIVED = ('n_kv_head', 'head_dim', 'n_inner', 'qk_nope_head_dim', 'v_head_dim')
+
+# Files of a run beside its step-*.pt.
+RUN_FILES = ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png')
 
 
-def save(path, content):
-    """Write `content` to `path`, all of it or nothing: a kill at any moment leaves the old file or the new one."""
+# -------------------------------------------------------------------------------------------------
+# the registry
+
+
+def kind_of(model: GPT) -> str:
+    """Return the name in MODELS of a model, by its exact type: a subclass is another model."""
+    for kind, model_class in MODELS.items():
+        if type(model) is model_class:
+            return kind
+    name = type(model).__name__
+    raise UserError(f'{name} is not registered: add it to MODELS in nanomla/checkpoints/native.py')
+
+
+def check_kind(kind: str) -> None:
+    if kind not in MODELS:
+        raise UserError(f"attention='{kind}' is not known: use {', '.join(MODELS)}")
+
+
+def model_args(model: GPT) -> dict:
+    """Return the fields of a model's config, as checkpoints hold them."""
+    return {key: getattr(model.config, key) for key in model.Config.keys()}
+
+
+def new_model(kind: str, settings: Mapping, given: Mapping, vocab_size: int) -> GPT:
+    """
+    Make the model of `kind` that a script's `settings` describe.
+
+    given: setting -> where a person set it; defaults are not in it
+    vocab_size: the tokenizer's; one above 256 is rounded up to a multiple of 64
+    """
+    check_kind(kind)
+    refuse_settings_of_others(kind, given)
+    if vocab_size > 256:
+        vocab_size = -(-vocab_size // 64) * 64
+    model_class = MODELS[kind]
+    settings = dict(settings, vocab_size=vocab_size)
+    with settings_errors():
+        return model_class(model_class.Config.from_settings(settings, given))
+
+
+def refuse_settings_of_others(kind: str, given: Mapping) -> None:
+    """Raise a UserError where a given setting belongs to other attentions than `kind`."""
+    for name, where in given.items():
+        owners = [owner for owner, model in MODELS.items() if name in model.Config.keys()]
+        if owners and kind not in owners:
+            raise UserError(
+                f'{where}: {name} is a setting of {" and ".join(owners).upper()}, '
+                f"but attention='{kind}'"
+            )
+
+
+def check_given(
+    model: GPT, settings: Mapping, given: Mapping, path: str | Path, free: Collection[str]
+) -> None:
+    """
+    Raise a UserError where a given setting asks for another model than the one loaded from `path`.
+
+    free: settings that may differ, as they leave the weights alone
+    """
+    kind = kind_of(model)
+    if 'attention' in given and settings['attention'] != kind:
+        raise UserError(f"{given['attention']}: the model of {path} has attention='{kind}'")
+    refuse_settings_of_others(kind, given)
+    for key in given:
+        if key not in model.Config.keys() or key in free:
+            continue
+        asked, has = settings[key], getattr(model.config, key)
+        if asked == 0 and key in DERIVED:
+            continue
+        if asked != has:
+            raise UserError(f'{given[key]}: {key}={asked}, but the model of {path} has {has}')
+
+
+# -------------------------------------------------------------------------------------------------
+# one file
+
+
+def save(path: str | Path, checkpoint: dict) -> None:
+    """Write a checkpoint, all of it or nothing: a kill leaves the old file or the new one."""
+    path = Path(path)
     try:
+        remove_leftovers(path)
         with replacing(path, 'wb') as file:
             try:
-                torch.save(content, file)
-            except RuntimeError as error:  # torch.save hides the OSError of a full disk in it
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch.save hides the OSError of a full disk in a RuntimeError of its own.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -43,158 +130,140 @@ def save(path, content):
         raise UserError(f'{error}; what was there before is untouched') from None
 
 
-def set_aside(out):
-    """Moves the run in folder `out` to out/previous, in the place of an older one; nothing else is lost. Whether there was one."""
-    previous, found = (
-        out / 'previous',
-        any((out / name).exists() for name in ('ckpt.pt', 'last.pt')),
-    )
-    for path in kept_in(
-        previous if found else out
-    ):  # of the run that makes room; of one that never saved more
-        path.unlink()
-    if not found:
-        return False
-    previous.mkdir(exist_ok=True)
-    for path in [
-        *(out / name for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png')),
-        *kept_in(out),
-    ]:
-        if path.exists():
-            os.replace(path, previous / path.name)
-    return True
+def remove_leftovers(path: Path) -> None:
+    """Remove what saves of `path` that were killed have left: each is as large as a model."""
+    for leftover in path.parent.glob(f'{path.name}.*.partial'):
+        leftover.unlink(missing_ok=True)
 
 
-def steps_to_keep(count, last):
-    """`count` steps of a run of `last`: 0, then evenly in log(step) from last / 100 on; fewer where they would coincide."""
-    if count < 2:
-        return {last} if count else set()
-    return {0, last} | {
-        max(1, round(last * 100 ** (i / (count - 2) - 1))) for i in range(count - 2)
-    }
-
-
-def name_of(step):
-    return f'step-{step:06d}.pt'
-
-
-def kept_in(folder):
-    """The checkpoints that train.py --keep_checkpoints left in `folder`, by step."""
-    return sorted(
-        Path(folder).glob('step-*.pt'),
-        key=lambda path: int(path.stem[5:]) if path.stem[5:].isdigit() else -1,
-    )
-
-
-def load(path):
-    """The checkpoint in a file, or in a folder's ckpt.pt. UserError for anything that is none."""
-    path = Path(path)
-    path = path / 'ckpt.pt' if os.path.isdir(path) else path
-    if not os.path.exists(path):  # not Path.exists, which fails where it may not look
+def load(path: str | Path) -> dict:
+    """Return the checkpoint in a file, or in a folder's ckpt.pt. UserError for anything else."""
+    # os.path and not Path.exists, which raises where a folder may not be looked into.
+    if os.path.isdir(path):
+        path = Path(path, 'ckpt.pt')
+    if not os.path.exists(path):
         raise UserError(
             f'there is no checkpoint {path}: train one first, or name another file or folder'
         )
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # truncated, foreign and malicious files fail in many ways
-        why = (
-            'it holds code, which is never run'
-            if 'GLOBAL' in str(error)
-            else 'it is damaged or something else'
-        )
+        why = 'it is damaged or something else'
+        if 'GLOBAL' in str(error):
+            why = 'it holds code, which is never run'
         raise UserError(f'{path} is no checkpoint that can be loaded: {why}') from None
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(k), dict) for k in ('model', 'model_args')
-    ):
+    if not is_checkpoint(checkpoint):
         raise UserError(
             f"{path} is no nanoMLA or nanoGPT checkpoint: it has no 'model' and 'model_args'"
         )
-    content.setdefault('kind', 'mha')
-    content.setdefault('step', content.get('iter_num', 0))
-    if content['kind'] not in list(MODELS):  # a list, for kinds that have no hash
-        raise UserError(
-            f"{path} holds a model of kind '{content['kind']}', known are {', '.join(MODELS)}"
-        )
-    content['path'] = str(path)
-    return content
+    checkpoint.setdefault('kind', 'mha')
+    checkpoint.setdefault('step', checkpoint.get('iter_num', 0))  # nanoGPT's name
+    kind = checkpoint['kind']
+    if not isinstance(kind, str) or kind not in MODELS:
+        raise UserError(f"{path} holds a model of kind '{kind}', known are {', '.join(MODELS)}")
+    checkpoint['path'] = str(path)
+    return checkpoint
 
 
-def build(content, **changes):
-    """The model of a loaded checkpoint; `changes` are config fields that leave the weights alone (dropout, kernel)."""
-    model_class = MODELS[content['kind']]
-    args = content['model_args'] | changes
-    if unknown := set(args) - set(model_class.Config.keys()):
-        raise UserError(
-            f'{content["path"]} has model settings that are not known here: {", ".join(sorted(map(str, unknown)))}'
-        )
-    state = {
-        str(k).removeprefix('_orig_mod.'): v for k, v in content['model'].items()
-    }  # torch.compile's prefix
-    state = {
-        k: v for k, v in state.items() if not k.endswith('.attn.bias')
-    }  # nanoGPT's causal masks
+def is_checkpoint(content: object) -> bool:
+    if not isinstance(content, dict):
+        return False
+    return all(isinstance(content.get(key), dict) for key in ('model', 'model_args'))
+
+
+def build(checkpoint: dict, **changes) -> GPT:
+    """
+    Make the model of a loaded checkpoint.
+
+    changes: config fields that leave the weights alone, such as dropout and kernel
+    """
+    path = checkpoint['path']
+    model_class = MODELS[checkpoint['kind']]
+    args = checkpoint['model_args'] | changes
+    unknown = sorted(str(key) for key in set(args) - set(model_class.Config.keys()))
+    if unknown:
+        raise UserError(f'{path} has model settings that are not known here: {", ".join(unknown)}')
     try:
         model = model_class(model_class.Config(**args))
-        model.load_state_dict(state)
+        model.load_state_dict(weights_of(checkpoint))
+    except ValueError as error:  # the config's own checks
+        raise UserError(f'{path}: {error}') from None
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f'{content["path"]}: the weights do not fit the model it describes: {" ".join(str(error).split())[:160]}'
-        ) from None
+        why = ' '.join(str(error).split())[:160]
+        raise UserError(f'{path}: the weights do not fit the model it describes: {why}') from None
     return model
 
 
-def model_args(model):
-    return {key: getattr(model.config, key) for key in model.Config.keys()}
+def weights_of(checkpoint: dict) -> dict:
+    """Return the state dict without torch.compile's prefix and without nanoGPT's causal masks."""
+    state = {}
+    for key, value in checkpoint['model'].items():
+        key = str(key).removeprefix('_orig_mod.')
+        if not key.endswith('.attn.bias'):
+            state[key] = value
+    return state
 
 
-def new_model(kind, settings, given, vocab_size):
-    """
-    A model of `kind` as train.py's `settings` describe it. `given` says where each one was set; the
-    vocabulary is rounded up to a multiple of 64 unless it is a small one.
-    """
-    if kind not in MODELS:
-        raise UserError(f"attention='{kind}' is not known: use {', '.join(MODELS)}")
-    refuse_mla_keys(kind, given)
-    args = {key: settings[key] for key in MODELS[kind].Config.keys() if key in settings}
-    if kind == 'mla' and 'pos' not in given:
-        args['pos'] = 'rope' if settings['qk_rope_head_dim'] else 'learned'
-    args['vocab_size'] = vocab_size if vocab_size <= 256 else -(-vocab_size // 64) * 64
-    return MODELS[kind](MODELS[kind].Config(**args))
-
-
-def refuse_mla_keys(kind, given):
-    for key in given:
-        if key in MODELS['mla'].Config.keys() and key not in MODELS[kind].Config.keys():
-            raise UserError(f"{given[key]}: {key} is a setting of MLA, but attention='{kind}'")
-
-
-def check_given(model, settings, given, path, free):
-    """UserError where a given setting asks for another model than the one of `path`; those in `free` may differ."""
-    kind = kind_of(model)
-    if 'attention' in given and settings['attention'] != kind:
-        raise UserError(f"{given['attention']}: the model of {path} has attention='{kind}'")
-    refuse_mla_keys(kind, given)
-    for key in given:
-        if key in model.Config.keys() and key not in free:
-            asked, has = settings[key], getattr(model.config, key)
-            if asked != has and not (asked == 0 and key in DERIVED):
-                raise UserError(f'{given[key]}: {key}={asked}, but the model of {path} has {has}')
-
-
-def kind_of(model):
-    return next(kind for kind, model_class in MODELS.items() if type(model) is model_class)
-
-
-def kind_in(folder):
-    """The kind of model whose checkpoint is in `folder`, or None where there is none that can be read."""
+def kind_in(folder: str | Path) -> str | None:
+    """Return the kind of the model whose checkpoint is in `folder`; None where none can be read."""
     for name in ('last.pt', 'ckpt.pt'):
-        if os.path.exists(Path(folder, name)):
+        path = Path(folder, name)
+        if os.path.exists(path):
             try:
-                return load(Path(folder, name))['kind']
+                return load(path)['kind']
             except UserError:
                 continue
     return None
 
 
-# ---------------------------------------------------------------------------------------------------
-# OpenAI's GPT-2
+# -------------------------------------------------------------------------------------------------
+# the checkpoints of a run
+
+
+def steps_to_keep(count: int, last: int) -> set[int]:
+    """
+    Return the `count` steps of a run of `last` whose checkpoints stay: 0 and `last`, and between
+    them evenly in log(step) from last / 100 on. There are fewer where they would coincide.
+    """
+    if count == 0:
+        return set()
+    if count == 1:
+        return {last}
+    steps = {0, last}
+    for i in range(count - 2):
+        exponent = i / (count - 2) - 1  # from -1, which is last / 100, to 0
+        steps.add(max(1, round(last * 100**exponent)))
+    return steps
+
+
+def step_name(step: int) -> str:
+    return f'step-{step:06d}.pt'
+
+
+def step_files(folder: str | Path) -> list[Path]:
+    """Return the checkpoints that train.py --keep_checkpoints left in `folder`, by step."""
+
+    def step_of(path):
+        number = path.stem.removeprefix('step-')
+        return int(number) if number.isdigit() else -1
+
+    return sorted(Path(folder).glob('step-*.pt'), key=step_of)
+
+
+def set_aside(out: Path) -> bool:
+    """
+    Move the run in folder `out` to out/previous, where it replaces an older one. Return whether
+    there was a run. The step-*.pt of a run that saved nothing else are removed.
+    """
+    previous = out / 'previous'
+    found = (out / 'ckpt.pt').exists() or (out / 'last.pt').exists()
+    outdated = step_files(previous) if found else step_files(out)
+    for path in outdated:
+        path.unlink()
+    if not found:
+        return False
+    previous.mkdir(exist_ok=True)
+    for path in [out / name for name in RUN_FILES] + step_files(out):
+        if path.exists():
+            os.replace(path, previous / path.name)
+    return True
