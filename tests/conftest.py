@@ -1,62 +1,146 @@
-"""What the tests share: two threads, no GPU tests without a GPU, and tiny models whose weights are all random."""
+"""What all tests share: globals that are put back, tiny models, and a count of what was skipped."""
 
 import os
+import random
+import re
 import signal
+import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from helpers import Globals
 from hypothesis import settings
 
 from nanomla.checkpoints.native import MODELS
 
-torch.set_num_threads(2)
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in the background of a script: processes that tests interrupt would inherit it
+# With several pytest processes on a machine (-n 2) each takes its share of the cores.
+WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+torch.set_num_threads(2 if WORKERS == 1 else 1)
+
+# In the background of a script SIGINT is ignored, and every process that a test starts and wants to
+# interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile(
-    'ci', derandomize=True
-)  # the same examples each time: a failure there is the change's own
+
+# In CI the same examples each time, so that a failure there is the fault of the change.
+settings.register_profile('ci', derandomize=True)
 if os.environ.get('CI'):
     settings.load_profile('ci')
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if 'gpu' in item.keywords:
-                item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
+# -------------------------------------------------------------------------------------------------
+# no test depends on what another left behind
+
+AT_START = Globals()
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def globals_as_before():
+    """Begin with the numerics and seeds of a fresh process, and put back what the test changes."""
+    AT_START.restore_numerics()  # also after a fixture of a module, which lives longer than a test
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A train.py that runs inside a test leaves its handlers; what is ignored here would be ignored by every child, too."""
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGUSR1', signal.SIGTERM))
-    }
+    random.seed(0)
+    np.random.seed(0)
+    before = Globals()
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    before.restore()
+
+
+# -------------------------------------------------------------------------------------------------
+# what is skipped, and why
+
+EXPECTED_SKIPS = [
+    'needs a CUDA GPU',
+    'needs Hopper or Ada',
+    'made for a GPU',
+    'runs in the child process of test_under_the_interpreter',
+    'needs a browser: neither chromium nor google-chrome is on the PATH',
+]
+if torch.cuda.is_available():  # formats and shapes that a kernel does not support on this GPU
+    EXPECTED_SKIPS += ['.* kernel .*', 'the Triton kernel .*']
+if os.environ.get('TRITON_INTERPRET') == '1':
+    EXPECTED_SKIPS += ['the child has Triton on the CPU', 'needs Triton.*']
+if sys.platform != 'linux':
+    EXPECTED_SKIPS += ['needs bash.*', 'needs /dev/full', 'needs Triton.*', 'reads /proc']
+
+skips = Counter()  # reason -> tests
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if 'gpu' in item.keywords:
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and not hasattr(report, 'wasxfail'):
+        skips[reason_of(report)] += 1
+
+
+def pytest_collectreport(report):
+    if report.skipped:  # a whole file, by importorskip
+        skips[reason_of(report)] += 1
+
+
+def reason_of(report) -> str:
+    _, _, reason = report.longrepr
+    return reason.removeprefix('Skipped: ')
+
+
+def unexpected_skips() -> list[str]:
+    return [reason for reason in skips if not any(re.fullmatch(e, reason) for e in EXPECTED_SKIPS)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """Fail a run that has left out what it should not, as if a test had failed."""
+    worker = getattr(session.config, 'workeroutput', None)
+    if worker is not None:
+        # A report of a skipped file does not reach the process that counts.
+        worker['skipped_files'] = {r: n for r, n in skips.items() if r.startswith('could not')}
+    elif exitstatus == pytest.ExitCode.OK and unexpected_skips():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for reason, number in getattr(node, 'workeroutput', {}).get('skipped_files', {}).items():
+        skips[reason] = max(skips[reason], number)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not skips:
+        return
+    unexpected = unexpected_skips()
+    terminalreporter.section('skipped tests by reason')
+    for reason, number in skips.most_common():
+        note = '  <- unexpected: the run fails' if reason in unexpected else ''
+        terminalreporter.write_line(f'{number:6d}  {reason}{note}')
+
+
+# -------------------------------------------------------------------------------------------------
+# models and tokens
 
 
 @pytest.fixture
 def tiny():
     """
-    tiny(kind, **settings) -> a small model in eval mode. Every weight is random, norms and biases too
-    (nothing can hide behind a one or a zero), and large enough that each part moves the logits.
+    tiny(kind, **settings) -> a small model in eval mode.
+
+    Every weight is random, norms and biases too, so that nothing hides behind a one or a zero, and
+    large enough that each part moves the logits.
     """
 
     def make(kind='mha', **settings):
         torch.manual_seed(0)
-        model_class = MODELS[kind]
         shape = dict(block_size=24, vocab_size=40, n_layer=2, n_head=4, n_embd=32)
-        shape |= dict(kv_lora_rank=12, qk_rope_head_dim=4) if kind == 'mla' else {}
+        if kind == 'mla':
+            shape |= dict(kv_lora_rank=12, qk_rope_head_dim=4)
+        model_class = MODELS[kind]
         model = model_class(model_class.Config(**(shape | settings))).eval()
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -70,5 +154,9 @@ def tiny():
 
 @pytest.fixture
 def tokens():
-    """tokens(T, V=40, B=2) -> random ids (B, T)."""
-    return lambda T, V=40, B=2: torch.randint(V, (B, T), generator=torch.Generator().manual_seed(T))
+    """tokens(T, V=40, B=2) -> random ids (B, T), the same for the same T."""
+
+    def make(T, V=40, B=2):
+        return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(T))
+
+    return make

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import exit_code, words
+from helpers import exit_code, words
 
 from nanomla.core import devices as machine
 

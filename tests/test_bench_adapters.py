@@ -17,7 +17,7 @@ pytest.importorskip('peft')
 pytest.importorskip('bitsandbytes')
 pytest.importorskip('rouge_score')
 
-from test_train import exit_code, words
+from helpers import exit_code, words
 
 from model import GPT, GPTConfig
 from nanomla.adapters import cell as cells

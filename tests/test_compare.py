@@ -12,14 +12,13 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, TEXT, TINY, exit_code, log, run, series, wait_until, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import ROOT, TEXT, TINY, exit_code, log, run, series, words
 
 from nanomla.checkpoints import load
 from nanomla.checkpoints import native as checkpoint
@@ -78,15 +77,6 @@ def start(*arguments, script=ROOT / 'compare.py', **settings):
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def until(true, process, seconds=90):
-    end = time.time() + seconds
-    while not true():
-        assert process.poll() is None and time.time() < end, (
-            process.communicate()[0] if process.poll() is not None else 'it takes too long'
-        )
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1032,7 +1022,7 @@ LONG = dict(max_iters=400, eval_interval=40, seeds=[1], log_interval=10)
 def test_what_is_killed_goes_on_from_its_last_checkpoint(in_process):
     assert compare(**LONG, out_dir='whole') == 0
     process = start(**LONG, in_process=in_process)
-    until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
+    wait_until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
     finished = Path('cmp/mha/seed-1/log.jsonl').read_bytes()
     trainer = worker_of(process)
     os.kill(process.pid, signal.SIGKILL)
@@ -1063,7 +1053,7 @@ def worker_of(process):
 def test_a_run_whose_process_was_killed_goes_on_in_a_new_one(in_process):
     assert compare(**LONG, out_dir='whole') == 0
     process = start(**LONG, in_process=in_process)
-    until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
+    wait_until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
     os.kill(worker_of(process), signal.SIGSEGV)
     out, _ = process.communicate(timeout=120)
     assert (
@@ -1106,7 +1096,7 @@ def test_a_run_that_kills_its_process_each_time_is_a_row_and_the_others_go_on():
             os.kill(killed[-1], signal.SIGSEGV)
         return len(killed) == runs.DEATHS + 1
 
-    until(kill, process)
+    wait_until(kill, process)
     process.communicate(timeout=120)
     assert process.returncode == 1 and len(set(killed)) == 3
     assert [line.get('error') for line in found()[2]] == ['killed by SIGSEGV, 3 times', None]
@@ -1118,7 +1108,7 @@ def test_a_run_that_kills_its_process_each_time_is_a_row_and_the_others_go_on():
 )
 def test_a_signal_saves_and_stops(number, in_process):
     process = start(**LONG | dict(max_iters=4000), in_process=in_process)
-    until(
+    wait_until(
         lambda: any(
             run.last_event().get('step')
             for run in [runs.Run('mha', 'seed', 1, Path('cmp/mha/seed-1'))]

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, exit_code, hf_gpt2, run, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import hf_gpt2
-from test_train import exit_code, run, words
 
 from nanomla.checkpoints import export
 from nanomla.checkpoints import native as checkpoint
@@ -22,7 +21,6 @@ from nanomla.heads import patterns
 from nanomla.heads import report as head_report
 from nanomla.heads.subject import Subject
 
-ROOT = Path(__file__).parent.parent
 TINY = dict(
     dataset='repeats',
     device='cpu',

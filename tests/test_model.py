@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import VARIANTS, hf_gpt2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,33 +17,6 @@ from nanomla.checkpoints.gpt2 import from_pretrained
 from nanomla.core.configurator import UserError
 from nanomla.inference.generate import choose, generate
 
-EARLY = dict(
-    kv_lora_rank=12, qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned'
-)
-
-VARIANTS = {
-    'gpt2': ('mha', {}),
-    'gpt2_tanh_nobias': ('mha', dict(act='gelu_tanh', bias=False)),
-    'nopos_relu2': ('mha', dict(pos='none', act='relu2', tie_weights=False)),
-    'llama': ('mha', dict(pos='rope', norm='rmsnorm', act='swiglu', bias=False, tie_weights=False)),
-    'modern': ('mha', dict(pos='rope', norm='rmsnorm', act='relu2', qk_norm=True, zero_init=True)),
-    'wide_heads': ('mha', dict(pos='rope', n_head=3, head_dim=14)),
-    'gqa': ('mha', dict(pos='rope', n_kv_head=2)),
-    'gqa_qk_norm': ('mha', dict(pos='learned', n_kv_head=2, qk_norm=True)),
-    'mqa': ('mha', dict(pos='rope', n_kv_head=1, rope_scaling=4.0)),
-    'mla': ('mla', {}),
-    'mla_absorbed': ('mla', dict(absorb=True)),
-    'mla_q_lora': ('mla', dict(q_lora_rank=10, bias=False)),
-    'mla_q_lora_absorbed': ('mla', dict(q_lora_rank=10, bias=False, absorb=True)),
-    'mla_qk_norm': ('mla', dict(qk_norm=True, norm='rmsnorm')),
-    'mla_qk_norm_absorbed': ('mla', dict(qk_norm=True, norm='rmsnorm', absorb=True)),
-    'mla_early': ('mla', EARLY),
-    'mla_early_absorbed': ('mla', EARLY | dict(absorb=True)),
-    'mla_nopos': ('mla', dict(qk_rope_head_dim=0, pos='none')),
-    'mla_nopos_absorbed': ('mla', dict(qk_rope_head_dim=0, pos='none', absorb=True)),
-    'mla_unequal': ('mla', dict(qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7)),
-    'mla_only_rope': ('mla', dict(qk_rope_head_dim=8, head_dim=8)),
-}
 UNEQUAL = {
     'mla_absorbed',
     'mla_q_lora_absorbed',
@@ -85,20 +59,6 @@ def one_line(error):
 
 # ---------------------------------------------------------------------------------------------------
 # against transformers
-
-
-def hf_gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=50, n_positions=20, n_embd=24, n_layer=2, n_head=3, initializer_range=0.2
-        )
-    ).eval()
-    for p in model.parameters():
-        if p.ndim == 1:
-            p.data.add_(torch.randn_like(p) * 0.2)
-    return model
 
 
 @pytest.mark.parametrize('form', ['safetensors', 'bin', 'bare keys'])

@@ -1,21 +1,18 @@
 """train.py from end to end: tiny models on the CPU, mostly in this process, run and ended as a person's `python train.py` is."""
 
 import dataclasses
-import json
 import math
 import os
 import pickle
 import random
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +20,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import hf_gpt2
+from helpers import (
+    ROOT,
+    TEXT,
+    TINY,
+    exit_code,
+    hf_gpt2,
+    log,
+    run,
+    series,
+    wait_until,
+    words,
+)
 
 from model import GPT
 from model_mla import MLAConfig
@@ -36,7 +44,6 @@ from nanomla.core.configurator import UserError
 from nanomla.training import batches
 from nanomla.training.trainer import Trainer, rate
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = [
     path
     for path in sorted((ROOT / 'config').glob('*.py'))
@@ -44,100 +51,13 @@ CONFIGS = [
 ]  # those are compare.py's
 draw_curve = figures.curve
 
-WORDS = 'the cat sat on a mat, and then she ran to his red hat in the sun\n'.split(' ')
-TEXT = ' '.join(random.Random(0).choices(WORDS, k=1200))
-TINY = dict(
-    dataset='text',
-    out_dir='out',
-    device='cpu',
-    compile=False,
-    n_layer=2,
-    n_head=2,
-    n_embd=16,
-    block_size=16,
-    batch_size=4,
-    gradient_accumulation_steps=1,
-    max_iters=8,
-    eval_interval=4,
-    eval_iters=1000,
-    log_interval=1,
-    warmup_iters=2,
-    learning_rate=1e-2,
-    min_lr=1e-3,
-    sample_tokens=0,
-)
 MODELS = dict(mha={}, mla=dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4))
 every_kind = pytest.mark.parametrize('kind', MODELS)
-
-
-def words(settings):
-    return [f'--{key}={value}' for key, value in settings.items()]
-
-
-@contextmanager
-def a_process(script, arguments):
-    """What a process has to itself: arguments, excepthook, signal handlers, and one thread."""
-    kept = sys.argv, sys.excepthook, torch.get_num_threads(), torch.get_float32_matmul_precision()
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
-    sys.argv = [script, *arguments]
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        sys.argv, sys.excepthook = kept[:2]
-        torch.set_num_threads(kept[2])
-        torch.set_float32_matmul_precision(kept[3])
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def run(script, arguments):
-    """`python script arguments` in this process; errors come through. Returns the script's names."""
-    with a_process(script, arguments):
-        return runpy.run_path(str(ROOT / script), run_name='__main__')
-
-
-def exit_code(script, arguments):
-    """The same, but an error ends as the hook that the script installed ends it. Returns the code of the process."""
-    with a_process(script, arguments):
-        try:
-            runpy.run_path(str(ROOT / script), run_name='__main__')
-            return 0
-        except SystemExit as error:
-            end = error
-        except BaseException:
-            try:
-                sys.excepthook(*sys.exc_info())
-                return 1
-            except SystemExit as error:
-                end = error
-    if isinstance(end.code, str):
-        print(end.code, file=sys.stderr)
-    return 1 if isinstance(end.code, str) else end.code or 0
 
 
 def train(*arguments, **settings):
     """train.py with TINY settings, changed by `settings`."""
     return run('train.py', [*arguments, *words(TINY | settings)])
-
-
-def not_json(word):
-    raise AssertionError(f'{word} is no JSON')
-
-
-def log(out='out'):
-    return [
-        json.loads(line, parse_constant=not_json)
-        for line in Path(out, 'log.jsonl').read_text().splitlines()
-    ]
-
-
-def series(out, event, key):
-    """step -> value; of a step that stands in the log twice, the later one."""
-    return {line['step']: line[key] for line in log(out) if line['event'] == event}
 
 
 def losses(out='out'):
@@ -222,13 +142,6 @@ def start():
         process.terminate()  # a launcher tells its workers
     for process in started:
         process.wait(30)
-
-
-def wait_until(true, process, seconds=60):
-    until = time.time() + seconds
-    while not true():
-        assert process.poll() is None and time.time() < until
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------------------------------------

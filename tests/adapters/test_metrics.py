@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers import exit_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import exit_code
 
 from nanomla.adapters import instructions
 from nanomla.adapters import metrics as answers

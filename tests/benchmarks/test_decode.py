@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import exit_code, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import exit_code, words
 
 from nanomla.benchmarks import attention as attention_meter
 from nanomla.benchmarks import decode as decode_meter

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import VARIANTS, hf_gpt2
+from helpers import VARIANTS, hf_gpt2
 
 from nanomla.checkpoints import gpt2, load
 from nanomla.checkpoints import native as checkpoint

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import Norm
-from test_train import exit_code, run, words  # noqa: F401
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core.configurator import UserError
 from nanomla.heads import ablation, circuits, latents, patterns

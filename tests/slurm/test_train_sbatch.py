@@ -10,12 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, wait_for_end, wait_for_files
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'slurm' / 'train.sbatch'
 pytestmark = pytest.mark.skipif(
     not (shutil.which('bash') and shutil.which('pkill')), reason='needs bash and pkill'
@@ -148,20 +146,6 @@ def job(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(folder, pattern, number):
-    until = time.time() + 20
-    while len(list(folder.glob(pattern))) < number:
-        assert time.time() < until, (
-            f'no {number} {pattern}: {sorted(p.name for p in folder.iterdir())}'
-        )
-        time.sleep(0.01)
-
-
-def ended(process):
-    out, err = process.communicate(timeout=20)
-    return process.returncode, out, err
-
-
 def asked(folder):
     return [path.read_text() for path in sorted(folder.glob('asked.*'))]
 
@@ -169,9 +153,9 @@ def asked(folder):
 @pytest.mark.parametrize('nodes, tracking', [(1, 'cgroup'), (2, 'cgroup'), (1, 'linuxproc')])
 def test_when_the_time_is_up_it_saves_and_goes_back_into_the_queue(nodes, tracking, job, tmp_path):
     process = job('--out_dir=runs/x', nodes=nodes, TRACKING=tracking)
-    wait_for(tmp_path, 'ready.*', 2 * nodes)
+    wait_for_files(tmp_path, 'ready.*', 2 * nodes)
     process.send_signal(signal.SIGUSR1)
-    code, out, err = ended(process)
+    code, out, err = wait_for_end(process)
     assert (code, err) == (0, ''), err
     if tracking == 'cgroup':
         assert sorted(asked(tmp_path)) == [''] * (2 * nodes - 1) + ['SIGUSR1']
@@ -183,7 +167,7 @@ def test_when_the_time_is_up_it_saves_and_goes_back_into_the_queue(nodes, tracki
 
 
 def test_the_nodes_meet_at_the_first_one(job, tmp_path):
-    assert ended(job('--ends=soon', nodes=3))[0] == 0
+    assert wait_for_end(job('--ends=soon', nodes=3))[0] == 0
     assert (
         tmp_path / 'srun'
     ).read_text() == '--ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1'
@@ -208,7 +192,7 @@ def test_a_restarted_job_resumes_what_is_there(restarts, saved, resumes, job, tm
     if saved:
         (tmp_path / 'of the config').mkdir()
         (tmp_path / 'of the config' / 'last.pt').touch()
-    code, out, err = ended(
+    code, out, err = wait_for_end(
         job('own.py', '--init_from=gpt2', '--ends=soon', SLURM_RESTART_COUNT=restarts)
     )
     assert (code, err) == (0, '')
@@ -223,43 +207,43 @@ def test_a_restarted_job_resumes_what_is_there(restarts, saved, resumes, job, tm
 
 def test_a_run_that_completes_in_the_last_minutes_stays_ended(job, tmp_path):
     process = job('--ends=complete')
-    wait_for(tmp_path, 'ready.*', 2)
+    wait_for_files(tmp_path, 'ready.*', 2)
     process.send_signal(signal.SIGUSR1)
-    assert ended(process)[0] == 0 and sorted(asked(tmp_path)) == ['', 'SIGUSR1']
+    assert wait_for_end(process)[0] == 0 and sorted(asked(tmp_path)) == ['', 'SIGUSR1']
     assert not (tmp_path / 'scontrol').exists()
 
 
 def test_a_failed_run_stays_failed(job, tmp_path):
     process = job('--ends=badly')
-    wait_for(tmp_path, 'ready.*', 2)
+    wait_for_files(tmp_path, 'ready.*', 2)
     process.send_signal(signal.SIGUSR1)
-    assert ended(process)[0] == 1 and sorted(asked(tmp_path)) == ['', 'SIGUSR1']
+    assert wait_for_end(process)[0] == 1 and sorted(asked(tmp_path)) == ['', 'SIGUSR1']
     assert not (tmp_path / 'scontrol').exists()
 
 
 def test_a_cancelled_run_is_told(job, tmp_path):
     process = job()
-    wait_for(tmp_path, 'ready.*', 2)
+    wait_for_files(tmp_path, 'ready.*', 2)
     for pid in (tmp_path / 'tasks').read_text().split():
         os.kill(int(pid), signal.SIGTERM)  # as scancel does
-    ended(process)
+    wait_for_end(process)
     assert asked(tmp_path) == ['SIGTERM', 'SIGTERM'] and (tmp_path / 'out/last.pt').exists()
     assert not (tmp_path / 'scontrol').exists()
 
 
 def test_what_is_wrong_is_told_before_anything_starts(job, tmp_path):
-    code, out, err = ended(job('--out_dri=x'))
+    code, out, err = wait_for_end(job('--out_dri=x'))
     assert (code, err) == (
         2,
         "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n",
     )
-    code, out, err = ended(job(cwd=tmp_path / 'bin'))
+    code, out, err = wait_for_end(job(cwd=tmp_path / 'bin'))
     assert code == 2 and err.startswith('error: there is no train.py in ') and err.count('\n') == 1
     assert not (tmp_path / 'srun').exists()
 
 
 def test_it_reads_the_real_settings(job, tmp_path):
-    code, out, err = ended(job('--out_dri=x', cwd=ROOT))
+    code, out, err = wait_for_end(job('--out_dri=x', cwd=ROOT))
     assert (code, err) == (
         2,
         "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n",
