@@ -1,4 +1,5 @@
-"""Settings from config files and --key=value: parsed with ast, never executed.
+"""
+Settings from config files and --key=value: parsed with ast, never executed.
 
 A script opens with its settings as a page of plain assignments and then hands them over:
 
@@ -7,10 +8,17 @@ A script opens with its settings as a page of plain assignments and then hands t
 
     $ python train.py config/x.py --batch_size=32 --compile=False    # left to right, later wins
 
-The page is read from the script's source, so a setting's type is the type of its default, and --help
-shows its comment. A config file holds `name = literal`, where arithmetic on literals and on other
-settings is fine, and may hold `on_cpu = dict(name=literal, ...)`: values for a machine without a GPU.
-A setting whose default is a list or a table takes lists and tables of such values, in any depth.
+The page is read from the script's source: a setting's type is the type of its default, and --help
+shows its comment. The page ends at the first function or class, or at the call of configure, which
+may stand in main(). A comment that does not fit beside the value may go on below it:
+
+    path = (  # a file of your own, plain or packed;
+        ''  # '' downloads the text
+    )
+
+A config file holds `name = literal`, where arithmetic on literals and on other settings is fine,
+and may hold `on_cpu = dict(name=literal, ...)`: values for a machine without a GPU. A setting whose
+default is a list or a table takes lists and tables of such values, in any depth.
 """
 
 import ast
@@ -24,6 +32,8 @@ import sys
 import textwrap
 import tokenize
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 TAKES = {
     int: 'a whole number (int)',
@@ -44,113 +54,124 @@ ARITHMETIC = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
-UNPARSABLE = (
-    SyntaxError,
-    ValueError,
-    RecursionError,
-    MemoryError,
-)  # what ast.parse makes of odd text
+TRUTH = {'True': True, 'true': True, 'False': False, 'false': False}
+# What ast.parse raises for odd text.
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+WIDTH = 100  # columns of --help
 
 
 class UserError(ValueError):
-    """What a person can get wrong, in one line: what, where, what to do. Ends a script with code 2."""
+    """What a person can get wrong: one line with what, where and what to do. Exit code 2."""
 
     def __init__(self, message):
         super().__init__(_one_line(message))
 
 
 class Settings(dict):
-    """The final value of every setting, by name. Pickled or copied it is a plain (ordered) dict.
+    """
+    The final value of every setting, by name. Pickled or copied it is a plain (ordered) dict.
 
     given: name -> where it was set, 'config/x.py:7' or '--batch_size=8'; a default is not in it
     files: the config files that were read, in order
     """
 
-    def __init__(self, defaults, script):
+    def __init__(self, defaults: dict, script: dict):
         super().__init__(defaults)
-        self.given, self.files = {}, []
-        self._defaults, self._script = dict(defaults), script
+        self.given = {}
+        self.files = []
+        self._defaults = dict(defaults)
+        self._script = script
         self._on_cpu = {}  # name -> (value, where)
 
     def __reduce__(self):
-        # The script's globals have no place in a checkpoint; of all dicts built by a call, OrderedDict is
-        # the one that torch.load(weights_only=True) takes.
+        # The script's globals have no place in a checkpoint. Of all dicts that a call builds,
+        # OrderedDict is the one that torch.load(weights_only=True) accepts.
         return OrderedDict, (dict(self),)
 
-    def apply_on_cpu(self):
-        """For when the device turns out to be the CPU: puts the on_cpu values of the config files into
-        the settings and into the script's globals, and returns them. Command-line keys stay as they are."""
+    def apply_on_cpu(self) -> dict:
+        """
+        Put the on_cpu values of the config files into the settings and the script's globals.
+
+        For when the device turns out to be the CPU. What the command line sets stays. Returns the
+        values that were put.
+        """
         for name, (value, where) in self._on_cpu.items():
             self[name] = self._script[name] = value
             self.given[name] = where
         return {name: value for name, (value, _) in self._on_cpu.items()}
 
-    def checked(self, name, value, where):
-        """`value` in the type of the setting `name`; UserError, with `where` it was found, when it has another or the setting does not exist."""
+    def checked(self, name: str, value, where: str):
+        """
+        Return `value` in the type of the setting `name`.
+
+        UserError, which says `where`, when there is no such setting or the type does not fit.
+        """
         _check_name(self, name, where)
         return _check_type(self, name, value, where)
 
-    def echo(self):
-        """The settings that differ from the script's defaults, one `name = value  (where)` a line."""
-        return (
-            '\n'.join(
-                f'{name} = {self[name]!r}  ({_short(self.given.get(name, "the script"))})'
-                for name, default in self._defaults.items()
-                if self[name] != default
-            )
-            or '(every setting has its default value)'
-        )
+    def echo(self) -> str:
+        """Return the settings that are not at their default, a `name = value  (where)` a line."""
+        lines = []
+        for name, default in self._defaults.items():
+            if self[name] != default:
+                where = self.given.get(name, 'the script')
+                lines.append(f'{name} = {self[name]!r}  ({_short(where)})')
+        return '\n'.join(lines) or '(every setting has its default value)'
 
 
-def configure(settings, argv=None, also=None):
-    """Reads config files and --key=value into a script's settings.
+def configure(
+    settings: dict, argv: Sequence[str] | None = None, also: str | None = None
+) -> Settings:
+    """
+    Read config files and --key=value into a script's settings.
 
     settings: the script's globals(); the final values are written back into it
-    also:     a script in the same folder whose page of settings is this script's, too ('train.py'); the
-              script's own defaults come first
-    argv:     the arguments, sys.argv[1:] if None; --help or -h among them prints the settings and exits
-    Returns Settings. Raises UserError, and sees to it that one which reaches the top, from here or from
-    anywhere later, ends the script with one line and exit code 2.
+    argv:     the arguments, sys.argv[1:] if None; --help or -h prints the settings and exits
+    also:     a script in the same folder whose settings this script has, too ('train.py'); where
+              both have one, its default is this script's
+
+    Raises UserError. From here on, a UserError that nobody catches ends the script with one line on
+    stderr and exit code 2.
     """
-    assert '__file__' in settings, (
-        'settings are read from the source of a script: pass its globals()'
-    )
+    assert '__file__' in settings, 'settings are read from a script: pass its globals()'
     sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else list(argv)
     page, purpose = _read_page(settings['__file__'])
     if also:
-        borrowed, _ = _read_page(
-            os.path.join(os.path.dirname(os.path.abspath(settings['__file__'])), also)
-        )
-        page |= {name: entry for name, entry in borrowed.items() if name not in page}
-    config = Settings({name: default for name, (default, _, _) in page.items()}, settings)
-    wants_help, problem = '-h' in argv or '--help' in argv, None
-    try:
-        for arg, following in zip(argv, argv[1:] + ['']):
-            if arg in ('-h', '--help'):
-                continue
-            elif arg.startswith('--'):
-                _read_argument(config, arg, following)
-            else:
-                _read_file(config, arg)
-    except UserError as error:
-        if not wants_help:
-            raise
-        problem = error
-    for arg in argv:  # a key on the command line beats on_cpu, wherever it stands
-        if arg.startswith('--'):
-            config._on_cpu.pop(arg[2:].partition('=')[0], None)
-    if wants_help:
+        folder = os.path.dirname(os.path.abspath(settings['__file__']))
+        borrowed, _ = _read_page(os.path.join(folder, also))
+        page |= {name: setting for name, setting in borrowed.items() if name not in page}
+    config = Settings({name: setting.default for name, setting in page.items()}, settings)
+    if '-h' in argv or '--help' in argv:
+        try:
+            _read_arguments(config, [arg for arg in argv if arg not in ('-h', '--help')])
+            problem = None
+        except UserError as error:  # help comes all the same
+            problem = error
         _print_help(config, page, purpose, problem)
         raise SystemExit(0)
+    _read_arguments(config, argv)
     settings.update(config)
     return config
 
 
+def _read_arguments(config: Settings, argv: Sequence[str]) -> None:
+    for arg, following in zip(argv, [*argv[1:], '']):
+        if arg.startswith('--'):
+            _read_argument(config, arg, following)
+        else:
+            _read_file(config, arg)
+    # A key on the command line beats on_cpu, also where a config file follows it.
+    for arg in argv:
+        if arg.startswith('--'):
+            config._on_cpu.pop(arg[2:].partition('=')[0], None)
+
+
 def _excepthook(kind, error, trace):
+    """End the script: CPython takes its exit code from a SystemExit and prints nothing more."""
     if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.stderr)
-        raise SystemExit(2)  # CPython honours SystemExit from the hook and prints nothing more
+        raise SystemExit(2)
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         raise SystemExit(130)
@@ -160,119 +181,176 @@ def _excepthook(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
-# ---- the script's page of settings ----
+# -------------------------------------------------------------------------------------------------
+# the script's page of settings
 
 
-def _read_page(path):
-    """-> {name: (default, comment, heading)} in the page's order, and the docstring's first paragraph."""
+@dataclass
+class _Setting:
+    default: object
+    comment: str
+    heading: str  # of its group: the comment lines above the first setting of it
+
+
+def _read_page(path: str) -> tuple[dict[str, _Setting], str]:
+    """Return the settings of a script in their order, and its docstring's first paragraph."""
     with tokenize.open(path) as file:
         source = file.read()
-    tree, lines = ast.parse(source), [''] + source.split('\n')  # lines[1] is the first
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {
-        t.start[0]: t.string.lstrip('#').strip() for t in tokens if t.type == tokenize.COMMENT
-    }
+    tree = ast.parse(source)
+    lines = ['', *source.split('\n')]  # lines[1] is the first, as ast counts them
+    comments = _comments(source)
     page, heading = {}, ''
     for node in tree.body:
-        calls = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
-        if calls & {'configure', 'configurator.configure'}:
+        if _ends_page(node):
             break
-        if not (
-            isinstance(node, ast.Assign)
-            and len(node.targets) == 1
-            and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id[0] != '_'
-        ):
+        name = _assigned_name(node)
+        if name is None or name.startswith('_'):
             continue
         try:
             default = _evaluate_nested(node.value, {})
         except ValueError:  # not a literal: the script's own business
             continue
-        row, above = node.lineno - 1, []
-        while row > 0 and not lines[row].strip():
-            row -= 1
-        while row in comments and lines[row][0] == '#':
-            above.insert(0, comments[row].strip('-= '))
-            row -= 1
-        heading = '\n'.join(filter(None, above)) or heading
-        row, comment = node.end_lineno + 1, [comments.get(node.end_lineno, '')]
-        while row in comments and lines[row][0].isspace() and lines[row].lstrip()[0] == '#':
-            comment.append(comments[row])  # an indented comment goes on with the one above it
-            row += 1
-        page[node.targets[0].id] = default, ' '.join(comment).strip(), heading
-    return page, (ast.get_docstring(tree) or '').partition('\n\n')[0]
+        heading = _heading(node, lines, comments) or heading
+        page[name] = _Setting(default, _comment(node, lines, comments), heading)
+    purpose = (ast.get_docstring(tree) or '').partition('\n\n')[0]
+    return page, purpose
 
 
-def _print_help(config, page, purpose, problem):
+def _comments(source: str) -> dict[int, str]:
+    """Return line -> its comment, without the sign."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip('#').strip()
+    return comments
+
+
+def _ends_page(node: ast.stmt) -> bool:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return True
+    calls = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
+    return bool(calls & {'configure', 'configurator.configure'})
+
+
+def _assigned_name(node: ast.stmt) -> str | None:
+    """Return the name of a plain `name = value`, else None."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        if isinstance(node.targets[0], ast.Name):
+            return node.targets[0].id
+    return None
+
+
+def _heading(node: ast.stmt, lines: list[str], comments: dict[int, str]) -> str:
+    """Return the comment lines right above a statement, '' if there are none."""
+    row = node.lineno - 1
+    while row > 0 and not lines[row].strip():
+        row -= 1
+    heading = []
+    while row in comments and lines[row][0] == '#':
+        heading.insert(0, comments[row].strip('-= '))
+        row -= 1
+    return '\n'.join(filter(None, heading))
+
+
+def _comment(node: ast.stmt, lines: list[str], comments: dict[int, str]) -> str:
+    """Return the comments beside the lines of a statement, and indented ones that follow it."""
+    rows = list(range(node.lineno, node.end_lineno + 1))
+    row = node.end_lineno + 1
+    while row in comments and lines[row][0].isspace() and lines[row].lstrip()[0] == '#':
+        rows.append(row)
+        row += 1
+    return ' '.join(comments[row] for row in rows if comments.get(row))
+
+
+def _print_help(
+    config: Settings, page: dict[str, _Setting], purpose: str, problem: UserError | None
+) -> None:
     script = os.path.basename(config._script['__file__'])
-    print(
-        f'usage: python {script} [config/x.py ...] [--key=value ...]    (left to right, later wins)'
-    )
+    usage = f'usage: python {script} [config/x.py ...] [--key=value ...]'
+    print(f'{usage}    (left to right, later wins)')
     if purpose:
-        print('\n' + textwrap.fill(purpose, 100))
-    keys = {name: f'  --{name}={default!r}' for name, (default, _, _) in page.items()}
-    margin = min(40, max(map(len, keys.values()), default=0)) + 2  # where the comments begin
-    shown = None
-    for name, (default, comment, heading) in page.items():
-        if heading != shown:
-            print('\n' + '\n'.join(textwrap.fill(line, 100) for line in heading.split('\n')))
-            shown = heading
-        notes = textwrap.wrap(comment, 100 - margin)
-        if config[name] != default:
-            notes += textwrap.wrap(
-                f'now {config[name]!r}  ({_short(config.given[name])})', 100 - margin
-            )
+        print('\n' + textwrap.fill(purpose, WIDTH))
+    keys = {name: f'  --{name}={setting.default!r}' for name, setting in page.items()}
+    longest = max(map(len, keys.values()), default=0)
+    margin = min(40, longest) + 2  # where the comments begin
+    heading = None
+    for name, setting in page.items():
+        if setting.heading != heading:
+            heading = setting.heading
+            print('\n' + '\n'.join(textwrap.fill(line, WIDTH) for line in heading.split('\n')))
+        notes = textwrap.wrap(setting.comment, WIDTH - margin)
+        if config[name] != setting.default:
+            now = f'now {config[name]!r}  ({_short(config.given[name])})'
+            notes += textwrap.wrap(now, WIDTH - margin)
         if len(keys[name]) + 2 > margin:  # too long for its column: lines of its own
-            print(textwrap.fill(keys[name], 100, subsequent_indent='    '))
+            print(textwrap.fill(keys[name], WIDTH, subsequent_indent='    '))
         else:
-            print((keys[name].ljust(margin) + (notes.pop(0) if notes else '')).rstrip())
+            first = notes.pop(0) if notes else ''
+            print((keys[name].ljust(margin) + first).rstrip())
         for line in notes:
             print(' ' * margin + line)
     if problem:
-        print('\n' + textwrap.fill(f'error: {problem}', 100))
+        print('\n' + textwrap.fill(f'error: {problem}', WIDTH))
 
 
-# ---- what a person gives ----
+# -------------------------------------------------------------------------------------------------
+# the command line
 
 
-def _read_argument(config, arg, following):
-    """One --key=value; `following` is the argument after it, for when `--key value` was written."""
+def _read_argument(config: Settings, arg: str, following: str) -> None:
+    """Read one --key=value. `following` is the next argument: `--key value` gets a hint."""
     name, equals, text = arg[2:].partition('=')
     _check_name(config, name, _short(arg), '--')
-    kind = type(config[name])
     if not equals:
-        if kind is bool and following.lower() not in ('true', 'false'):
-            following = 'True'
-        elif not following or following.startswith('--'):
-            following = str(config[name])
-        raise UserError(f'{arg}: the value is missing; write {arg}={_short(following)}')
-    value = text
-    if kind is bool:
-        value = {'True': True, 'true': True, 'False': False, 'false': False}.get(text.strip(), text)
-    elif kind is not str:
-        try:
-            evaluate = _evaluate_nested if kind in (list, dict) else _evaluate
-            value = evaluate(ast.parse(text.strip(), mode='eval').body, {})
-        except UNPARSABLE:
-            pass  # stays text, which is no number
-        words = text.replace(' ', '')
-        words = words[1:-1] if words[:1] + words[-1:] == '[]' else words
-        if kind is list and value is text and re.fullmatch(r'[A-Za-z]\w*(,[A-Za-z]\w*)*', words):
-            value = words.split(',')  # --only=mha,mla: a shell takes quotes away
+        value = _likely_value(config, name, following)
+        raise UserError(f'{arg}: the value is missing; write {arg}={_short(value)}')
+    value = _parse_value(text, type(config[name]))
     config[name] = _check_type(config, name, value, _short(arg))
     config.given[name] = arg
 
 
-def _read_file(config, path):
-    """One config file, top to bottom. Its on_cpu values replace those of earlier files."""
-    source = _read_source(path, os.path.dirname(os.path.abspath(config._script['__file__'])))
+def _likely_value(config: Settings, name: str, following: str) -> str:
+    """Return what a person who wrote `--key` without a value may have meant."""
+    if type(config[name]) is bool:
+        return following if following.lower() in ('true', 'false') else 'True'
+    if not following or following.startswith('--'):
+        return str(config[name])
+    return following
+
+
+def _parse_value(text: str, kind: type):
+    """Return the value that `text` is for a setting of type `kind`; `text` itself if it is none."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return TRUTH.get(text.strip(), text)
+    evaluate = _evaluate_nested if kind in (list, dict) else _evaluate
+    try:
+        return evaluate(ast.parse(text.strip(), mode='eval').body, {})
+    except UNPARSABLE:
+        pass
+    if kind is list:
+        words = text.replace(' ', '')
+        if words.startswith('[') and words.endswith(']'):
+            words = words[1:-1]
+        if re.fullmatch(r'[A-Za-z]\w*(,[A-Za-z]\w*)*', words):
+            return words.split(',')  # --only=mha,mla: a shell takes quotes away
+    return text
+
+
+# -------------------------------------------------------------------------------------------------
+# config files
+
+
+def _read_file(config: Settings, path: str) -> None:
+    """Read one config file, top to bottom. Its on_cpu values replace those of earlier files."""
+    home = os.path.dirname(os.path.abspath(config._script['__file__']))
+    source = _read_source(path, home)
     try:
         tree = ast.parse(source)
     except UNPARSABLE as error:
-        line, why = (
-            getattr(error, 'lineno', None) or 1,
-            getattr(error, 'msg', None) or 'not Python text',
-        )
+        line = getattr(error, 'lineno', None) or 1
+        why = getattr(error, 'msg', None) or 'not Python text'
         raise UserError(
             f'{path}:{line}: syntax error, {why}; write `name = literal` lines'
         ) from None
@@ -284,11 +362,7 @@ def _read_file(config, path):
             case ast.Expr(value=ast.Constant(value=str())) if node is tree.body[0]:
                 pass  # the docstring
             case ast.Assign(targets=[ast.Name(id='on_cpu')], value=table):
-                for name, value in [(None, table)] if (pairs := _pairs(table)) is None else pairs:
-                    where = f'{path}:{value.lineno}'
-                    if not isinstance(name, str):
-                        raise UserError(f'{where}: write on_cpu = dict(name=literal, ...)')
-                    on_cpu[name] = _file_value(config, name, value, source, where), where
+                on_cpu |= _read_on_cpu(config, table, source, path)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 config[name] = _file_value(config, name, value, source, where)
                 config.given[name] = where
@@ -301,8 +375,26 @@ def _read_file(config, path):
     config._on_cpu.update(on_cpu)
 
 
-def _read_source(path, home):
-    """-> the text of a config file. home: the script's folder, whose config/ offers names near a wrong one."""
+def _read_on_cpu(config: Settings, table: ast.expr, source: str, path: str) -> dict:
+    """Return name -> (value, where) of `on_cpu = dict(name=literal, ...)`."""
+    pairs = _pairs(table)
+    if pairs is None:
+        pairs = [(None, table)]
+    values = {}
+    for name, node in pairs:
+        where = f'{path}:{node.lineno}'
+        if name is None:
+            raise UserError(f'{where}: write on_cpu = dict(name=literal, ...)')
+        values[name] = _file_value(config, name, node, source, where), where
+    return values
+
+
+def _read_source(path: str, home: str) -> str:
+    """
+    Return the text of a config file.
+
+    home: the script's folder, whose config/ offers the nearest names when there is no such file.
+    """
     try:
         with open(path, 'rb') as file:
             data = file.read()
@@ -313,47 +405,59 @@ def _read_source(path, home):
     except IsADirectoryError:
         raise UserError(f'{path}: is a directory; name a config file in it') from None
     except (FileNotFoundError, NotADirectoryError):
-        hint = 'check the path'
+        hint = _hint_at_file(path, home)
+        raise UserError(f'{_short(path)}: no such config file; {hint}') from None
     except (OSError, ValueError) as error:
         why = getattr(error, 'strerror', None) or error
         raise UserError(
             f'{_short(path)}: cannot be read as a config file: {why}; check the path'
         ) from None
+
+
+def _hint_at_file(path: str, home: str) -> str:
+    """Return what to do about an argument that is no file."""
     if pair := re.fullmatch(r'-?([\w-]+)=(.*)', path, re.DOTALL):
-        hint = f'to set a value write --{pair[1].replace("-", "_")}={_short(pair[2])}'
-    else:
-        folder = 'config' if os.path.isdir('config') else os.path.join(home, 'config')
-        files = {
-            os.path.basename(p)[:-3]: p for p in sorted(glob.glob(glob.escape(folder) + '/*.py'))
-        }
-        word = os.path.basename(path).removesuffix('.py')
-        near = _nearest(word, files, 3) or [stem for stem in files if word and word in stem][:3]
-        if near:
-            hint = 'did you mean ' + ' or '.join(files[stem] for stem in near) + '?'
-    raise UserError(f'{_short(path)}: no such config file; {hint}')
+        name, value = pair.groups()
+        return f'to set a value write --{name.replace("-", "_")}={_short(value)}'
+    folder = 'config' if os.path.isdir('config') else os.path.join(home, 'config')
+    files = {}
+    for file in sorted(glob.glob(glob.escape(folder) + '/*.py')):
+        files[os.path.basename(file).removesuffix('.py')] = file
+    word = os.path.basename(path).removesuffix('.py')
+    near = _nearest(word, files, 3)
+    if not near and word:
+        near = [stem for stem in files if word in stem][:3]
+    if not near:
+        return 'check the path'
+    return 'did you mean ' + ' or '.join(files[stem] for stem in near) + '?'
 
 
-def _file_value(config, name, node, source, where):
-    """-> the value of `name = node` in a config file, its name and type checked."""
+def _file_value(config: Settings, name: str, node: ast.expr, source: str, where: str):
+    """Return the value of `name = node` in a config file, its name and type checked."""
     _check_name(config, name, where)
+    evaluate = _evaluate_nested if type(config[name]) in (list, dict) else _evaluate
     try:
-        value = (_evaluate_nested if type(config[name]) in (list, dict) else _evaluate)(
-            node, config
-        )
+        value = evaluate(node, config)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{where}: {name} = {_quote(source, node)}: {error}') from None
     return _check_type(config, name, value, where)
 
 
-def _check_name(config, name, where, dashes=''):
-    if name not in config:
-        near = _nearest(name.replace('-', '_'), config)
-        hint = f'did you mean {dashes}{near[0]}?' if near else '--help lists the settings'
-        raise UserError(f'{where}: unknown setting {_short(name)!r}; {hint}')
+# -------------------------------------------------------------------------------------------------
+# names, types and values
 
 
-def _check_type(config, name, value, where):
-    """-> value in the type of the setting's default: a whole number is a fine float, nothing else bends."""
+def _check_name(config: Settings, name: str, where: str, dashes: str = '') -> None:
+    """Raise a UserError with the nearest name unless there is a setting `name`."""
+    if name in config:
+        return
+    near = _nearest(name.replace('-', '_'), config)
+    hint = f'did you mean {dashes}{near[0]}?' if near else '--help lists the settings'
+    raise UserError(f'{where}: unknown setting {_short(name)!r}; {hint}')
+
+
+def _check_type(config: Settings, name: str, value, where: str):
+    """Return `value` in the type of the setting: an int becomes a float, nothing else changes."""
     kind = type(config[name])
     if type(value) is int and kind is float:
         return float(value)
@@ -363,27 +467,16 @@ def _check_type(config, name, value, where):
     return value
 
 
-def _evaluate(node, names):
-    """The value of a literal, of one of `names`, or of arithmetic on them. ValueError: it is none of these."""
+def _evaluate(node: ast.expr, names: dict):
+    """Return the value of a literal, a name or arithmetic. ValueError for anything else."""
     if isinstance(node, ast.Name):
-        if node.id in names:
-            return names[node.id]
-        hint = ''.join(f'; did you mean {near}?' for near in _nearest(node.id, names))
-        raise ValueError(f'{node.id} is not a setting{hint}')
+        return _value_of(node.id, names)
     if isinstance(node, ast.Constant):
         value = node.value
-    elif isinstance(node, (ast.UnaryOp, ast.BinOp)) and type(node.op) in ARITHMETIC:
-        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-        numbers = [_evaluate(part, names) for part in parts]
-        if not all(type(x) in (int, float) for x in numbers):
-            raise ValueError('arithmetic takes numbers')
-        power = isinstance(node.op, ast.Pow) and type(numbers[0]) is int
-        if power and numbers[0].bit_length() * numbers[1] > 1024:  # 9**9**9 would take all day
-            raise ValueError('the number is too large')
-        try:
-            value = ARITHMETIC[type(node.op)](*numbers)
-        except ArithmeticError as error:
-            raise ValueError(error.args[-1]) from None
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in ARITHMETIC:
+        value = _calculate(node.op, [node.operand], names)
+    elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        value = _calculate(node.op, [node.left, node.right], names)
     else:
         value = None
     if type(value) not in TAKES:  # a call, a list, None, a complex number ...
@@ -393,45 +486,76 @@ def _evaluate(node, names):
     return value
 
 
-def _pairs(table):
-    """dict(name=value, ...) or {key: value, ...} as (key, value's node) pairs; a key that is no text is None. None: it is no table."""
-    match table:
-        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=pairs):
-            return [(pair.arg, pair.value) for pair in pairs]
-        case ast.Dict(keys=keys, values=values):
-            keys = [getattr(key, 'value', None) for key in keys]
-            return [
-                (key if isinstance(key, str) else None, value) for key, value in zip(keys, values)
-            ]
+def _value_of(name: str, names: dict):
+    if name in names:
+        return names[name]
+    hint = ''.join(f'; did you mean {near}?' for near in _nearest(name, names))
+    raise ValueError(f'{name} is not a setting{hint}')
 
 
-def _evaluate_nested(node, names):
-    """Like _evaluate; also lists of such values, and tables of them with texts as keys."""
+def _calculate(operation: ast.AST, parts: list[ast.expr], names: dict):
+    numbers = [_evaluate(part, names) for part in parts]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError('arithmetic takes numbers')
+    if isinstance(operation, ast.Pow) and type(numbers[0]) is int:
+        if numbers[0].bit_length() * numbers[1] > 1024:  # 9**9**9 would take all day
+            raise ValueError('the number is too large')
+    try:
+        return ARITHMETIC[type(operation)](*numbers)
+    except ArithmeticError as error:
+        raise ValueError(error.args[-1]) from None
+
+
+def _evaluate_nested(node: ast.expr, names: dict):
+    """Return what `_evaluate` does, or a list of such values, or a table of them by text."""
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_evaluate_nested(item, names) for item in node.elts]
-    if (pairs := _pairs(node)) is None:
+    pairs = _pairs(node)
+    if pairs is None:
         return _evaluate(node, names)
-    if None in (keys := [key for key, _ in pairs]) or len(set(keys)) < len(keys):
+    keys = [key for key, _ in pairs]
+    if None in keys or len(set(keys)) < len(keys):
         raise ValueError('a table has texts as keys, each once: dict(name=value, ...)')
     return {key: _evaluate_nested(value, names) for key, value in pairs}
 
 
-# ---- words ----
+def _pairs(table: ast.expr) -> list[tuple[str | None, ast.expr]] | None:
+    """
+    Return the keys of dict(name=value, ...) or {key: value, ...} and the nodes of their values.
+
+    A key that is no text is None. Returns None for what is no table.
+    """
+    match table:
+        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords):
+            return [(keyword.arg, keyword.value) for keyword in keywords]
+        case ast.Dict(keys=keys, values=values):
+            return list(zip(map(_text_of, keys), values))
+    return None
 
 
-def _nearest(word, names, n=1):
+def _text_of(key: ast.expr | None) -> str | None:
+    value = getattr(key, 'value', None)
+    return value if isinstance(value, str) else None
+
+
+# -------------------------------------------------------------------------------------------------
+# words
+
+
+def _nearest(word: str, names: Iterable[str], n: int = 1) -> list[str]:
+    """Return up to `n` of the names that are spelt like `word`, the nearest first."""
     lower = {name.lower(): name for name in names}
     return [lower[match] for match in difflib.get_close_matches(word.lower(), lower, n)]
 
 
-def _one_line(text):
+def _one_line(text) -> str:
     return ' '.join(filter(None, (line.strip() for line in str(text).splitlines())))
 
 
-def _short(text, limit=80):
+def _short(text, limit: int = 80) -> str:
     text = _one_line(text)
     return text if len(text) <= limit else text[: limit - 3] + '...'
 
 
-def _quote(source, node):
+def _quote(source: str, node: ast.AST) -> str:
     return f'`{_short(ast.get_source_segment(source, node) or "", 60)}`'

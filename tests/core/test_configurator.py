@@ -1,4 +1,4 @@
-"""configurator.py: one test for each thing it promises."""
+"""The settings of a script: its page, the command line, config files, help and errors."""
 
 import copy
 import json
@@ -230,6 +230,39 @@ def test_settings_are_the_plain_literals_before_the_call():
 def test_a_docstring_that_looks_like_comments_above_a_setting():
     write("'''Doc.\n# not a comment'''\nx = 1\nconfig = configure(globals())\n", 'toy.py')
     assert read()[0] == {'x': 1}
+
+
+def test_a_comment_that_does_not_fit_stands_below_its_value(capsys):
+    write(
+        """\
+        x = (  # a first line,
+            1  # a second one
+        )
+        y = 2  # beside it,
+               # indented
+        config = configure(globals())
+        """,
+        'toy.py',
+    )
+    text = printed_help(capsys, '--help')
+    assert '--x=1  a first line, a second one' in text
+    assert '--y=2  beside it, indented' in text
+
+
+def test_the_page_ends_at_the_first_function_and_may_be_read_in_main():
+    write(
+        """\
+        x = 1  # a setting
+        def helper():
+            pass
+        NAMES = ['no', 'setting']
+        def main():
+            config = configure(globals())
+        """,
+        'toy.py',
+    )
+    config, script = read('--x=2')
+    assert config == {'x': 2} and script['x'] == 2
 
 
 def test_values_are_written_back_and_nothing_else():
