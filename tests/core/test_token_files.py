@@ -1,6 +1,7 @@
-"""dataset.py: one test for each thing it promises."""
+"""Token files and tokenizers: what is written is what is read, and batches are reproducible."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomla.core import token_files as dataset
+from nanomla.core import token_files
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import TokenWriter, in_order, read_meta, write_text
 from nanomla.core.tokenizers import Tokenizer
@@ -85,9 +86,8 @@ def test_resident_and_memmap_give_the_same_batches(tmp_path, monkeypatch):
 
 # ---- validation ----
 
-sizes = st.tuples(st.integers(1, 12), st.integers(1, 90)).map(
-    lambda t: (t[0], t[0] + t[1])
-)  # T, and n > T
+# T, and n > T
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 90)).map(lambda t: (t[0], t[0] + t[1]))
 
 
 @pytest.fixture(scope='module')
@@ -194,13 +194,13 @@ def test_bins_without_meta_are_nanogpts_gpt2_tokens(tmp_path):
 
 
 def test_find_takes_a_path_or_a_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, 'DATA', tmp_path / 'data')
-    assert dataset.find('nothing') == tmp_path / 'data/nothing'
-    assert dataset.find(str(make(tmp_path / 'elsewhere'))) == tmp_path / 'elsewhere'
+    monkeypatch.setattr(token_files, 'DATA', tmp_path / 'data')
+    assert token_files.find('nothing') == tmp_path / 'data/nothing'
+    assert token_files.find(str(make(tmp_path / 'elsewhere'))) == tmp_path / 'elsewhere'
 
 
 def test_prepare_if_missing(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(dataset, 'DATA', tmp_path)
+    monkeypatch.setattr(token_files, 'DATA', tmp_path)
     good, bad = tmp_path / 'good', tmp_path / 'bad'
     good.mkdir(), bad.mkdir()
     (good / 'prepare.py').write_text(
@@ -208,15 +208,15 @@ def test_prepare_if_missing(tmp_path, monkeypatch, capfd):
         '    (Path(__file__).parent / name).write_bytes(bytes(40))\n'
     )
     (bad / 'prepare.py').write_text('raise SystemExit(2)\n')
-    dataset.prepare_if_missing('good')
+    token_files.prepare_if_missing('good')
     assert (good / 'train.bin').stat().st_size == 40 and capfd.readouterr().out == 'making it\n'
-    dataset.prepare_if_missing('good')
-    dataset.prepare_if_missing(str(good))
+    token_files.prepare_if_missing('good')
+    token_files.prepare_if_missing(str(good))
     assert capfd.readouterr().out == ''  # it was there
     with pytest.raises(UserError, match='bad/prepare.py could not prepare the dataset'):
-        dataset.prepare_if_missing('bad')
+        token_files.prepare_if_missing('bad')
     with pytest.raises(UserError, match="there is no dataset 'ugly'.*known: bad, good"):
-        dataset.prepare_if_missing('ugly')
+        token_files.prepare_if_missing('ugly')
 
 
 # ---- tokenizers ----
@@ -230,13 +230,11 @@ def test_char_and_bytes_round_trip(text):
         Tokenizer(dict(tokenizer='bytes')),
     ):
         ids = codec.encode(text)
-        assert codec.decode(ids) == text and all(
-            type(i) is int and 0 <= i < codec.vocab_size for i in ids
-        )
+        assert codec.decode(ids) == text
+        assert all(type(i) is int and 0 <= i < codec.vocab_size for i in ids)
         assert codec.encode_array(text).tolist() == ids
-        assert (
-            codec.decode(ids + [codec.vocab_size + 5]) == text
-        )  # padding ids of a wider model give nothing
+        # Padding ids of a wider model give nothing.
+        assert codec.decode(ids + [codec.vocab_size + 5]) == text
 
 
 def test_char_ids_are_places_in_the_vocabulary():
@@ -251,15 +249,14 @@ def test_char_ids_are_places_in_the_vocabulary():
 def test_char_names_what_it_does_not_know(text, unknown):
     with pytest.raises(UserError) as error:
         Tokenizer(dict(tokenizer='char', chars='ab')).encode(text)
-    assert f'never seen: {unknown!r}'.replace('\\\\', '\\') in str(
-        error.value
-    ) and "it knows 'ab'" in str(error.value)
+    message = str(error.value)
+    assert f'never seen: {unknown!r}'.replace('\\\\', '\\') in message
+    assert "it knows 'ab'" in message
 
 
 def test_bytes_of_a_broken_argument_survive():
-    assert Tokenizer(dict(tokenizer='bytes')).encode('\udcff') == [
-        255
-    ]  # as Python hands over a stray byte in argv
+    # Python hands over a stray byte in argv as a surrogate.
+    assert Tokenizer(dict(tokenizer='bytes')).encode('\udcff') == [255]
 
 
 def test_unknown_tokenizer():
@@ -288,14 +285,11 @@ def test_write_text(tmp_path):
     text = 'hello world\n' * 10
     meta = write_text(tmp_path, text, 'char', 'greetings', val_fraction=0.25)
     assert meta == read_meta(tmp_path)
-    assert (meta['train_tokens'], meta['val_tokens'], meta['vocab_size'], meta['dtype']) == (
-        90,
-        30,
-        9,
-        'uint16',
-    )
+    assert (meta['train_tokens'], meta['val_tokens']) == (90, 30)
+    assert (meta['vocab_size'], meta['dtype']) == (9, 'uint16')
     data, codec = Dataset(tmp_path, 4), Tokenizer(meta)
-    assert ''.join(codec.decode(data.tokens[split].tolist()) for split in ('train', 'val')) == text
+    train, val = (codec.decode(data.tokens[split].tolist()) for split in ('train', 'val'))
+    assert train + val == text
     assert sorted(p.name for p in tmp_path.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
 
 
@@ -322,25 +316,23 @@ def test_the_old_dataset_stays_until_the_new_one_is_complete(tmp_path):
         files.add('train', [69999] * 10)
         files.sync()
         assert read_meta(tmp_path) == old
-        1 / 0
+        raise ZeroDivisionError
     assert read_meta(tmp_path) == old and not list(tmp_path.glob('*.partial'))
 
 
 def test_a_writer_goes_on_where_it_was(tmp_path):
     first = TokenWriter(tmp_path, 70000, keep=True)
-    first.add('train', [1, 2, 3]), first.add('val', [4])
+    first.add('train', [1, 2, 3])
+    first.add('val', [4])
     sizes = first.sync()
     first.add('train', [99] * 1000)  # what was written after the last sync may be there in part
     first.files['train'].flush()
     with TokenWriter(tmp_path, 70000, sizes) as files:
-        files.add('train', [69999]), files.add('val', [5, 6])
+        files.add('train', [69999])
+        files.add('val', [5, 6])
         meta = files.publish(dict(tokenizer='bytes', source='numbers'))
-    assert meta['dtype'] == 'uint32' and np.fromfile(tmp_path / 'train.bin', 'uint32').tolist() == [
-        1,
-        2,
-        3,
-        69999,
-    ]
+    assert meta['dtype'] == 'uint32'
+    assert np.fromfile(tmp_path / 'train.bin', 'uint32').tolist() == [1, 2, 3, 69999]
     assert np.fromfile(tmp_path / 'val.bin', 'uint32').tolist() == [4, 5, 6]
 
 
@@ -350,12 +342,12 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         write_text(tmp_path / 'file', 'some text ' * 9, 'char', 'x')
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(dataset.os, 'fsync', full)
-    with pytest.raises(UserError, match='cannot write .*: No space left on device'):
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='cannot write .*: no space left on the device'):
         write_text(tmp_path, 'some text ' * 9, 'char', 'x')
     assert not list(tmp_path.iterdir())
 
