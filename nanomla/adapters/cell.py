@@ -25,7 +25,6 @@ from nanomla.adapters.packing import Rows
 from nanomla.adapters.peft_peer import PEER_KERNELS, Peer
 from nanomla.adapters.step import NotHere
 from nanomla.checkpoints import hf as deepseek
-from nanomla.checkpoints import hub
 from nanomla.core import devices as machine
 from nanomla.core import timing
 from nanomla.core.configurator import UserError
@@ -297,9 +296,7 @@ def measure(s, kind, kernel, peer, folder, trace, tell=lambda text: None):
                 rows = calibration_rows(s, folder, device)
             cell = (Peer if peer else Ours)(s, kind, kernel, device, stream, rows)
         if peer and not s.model.startswith('random:'):
-            cell.tokenizer = deepseek.tokenizer_of(
-                find := hub.finder(s.model), hub.read_json(find('config.json'))
-            )
+            cell.tokenizer = deepseek.tokenizer_of(s.model, deepseek.read_shape(s.model))
         train, val, texts, encoder = data_of(
             s, cell.tokenizer, cell.model.config.vocab_size, folder, '' if peer else kernel
         )
@@ -341,15 +338,9 @@ def measure(s, kind, kernel, peer, folder, trace, tell=lambda text: None):
 
 def calibration_rows(s, folder, device):
     """Training text in whole rows, for converting."""
-    find = None if s.model.startswith('random:') else hub.finder(s.model)
-    shape = (
-        hub.read_json(find('config.json'))
-        if find
-        else deepseek.SHAPES[s.model.removeprefix('random:')]
-    )
-    train, *_ = data_of(
-        s, deepseek.tokenizer_of(find, shape) if find else None, shape['vocab_size'], folder
-    )
+    shape = deepseek.read_shape(s.model)
+    tokenizer = deepseek.tokenizer_of(s.model, shape)
+    train, *_ = data_of(s, tokenizer, shape['vocab_size'], folder)
     whole = Rows(train.documents, s.block_size, packed=True, isolated=False)
     return whole.batch(range(min(16, len(whole.rows))), device).idx
 

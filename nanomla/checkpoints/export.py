@@ -1,186 +1,390 @@
-"""Write a model as a Hugging Face folder that stock transformers loads."""
+"""
+Write GPT and GPT_MLA to folders that stock transformers loads as LlamaForCausalLM and
+DeepseekV3ForCausalLM, without any code of ours. What these cannot express is refused by name.
+
+Legend: as in hf.py, and C the width of a matrix's input.
+"""
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from model_mla import MLAConfig
-from nanomla.checkpoints.hf import layout, shape_of, tokenizer_of
-from nanomla.checkpoints.hub import finder, read_json
-from nanomla.checkpoints.tokenizer import HFTokenizer
+from model import GPT, GPTConfig
+from model_mla import GPT_MLA, MLAConfig
+from nanomla.checkpoints.hf import DEEPSEEK_V3, LLAMA, Architecture, architecture_of, layout
+from nanomla.checkpoints.hub import model_folder, read_json
+from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.configurator import UserError
 
-SHRUNK = (
-    2.0**-30
-)  # latents as small as that vanish beside the epsilon of the stock norm, which then only divides by its root
+# Latents as small as that vanish beside the epsilon of the stock norm, which then only divides by
+# the epsilon's root.
+SHRINK = 2.0**-30
+GROW = 1e-6**0.5 / SHRINK  # undoes both
 
 
-def stock(model):
+@dataclass
+class StockModel:
     """
-    A converted GPT_MLA as the stock class computes it: its config, its parameters by our names, and its RoPE for config.json
-    (None: the ordinary one). The same function by other weights:
+    A model as a stock class computes it.
 
-    - the norm of the latent cannot be left out there: W^DKV · 2⁻³⁰ makes it a division by √ε, which W^UK | W^UV undo
-    - one table of frequencies serves all layers: it has each as often as the layer that needs it most, where others are zero
-    - the softmax scale is that of the width of query and key: the query takes up the difference
+    params: by our names
+    rope: the RoPE of config.json, None for the one that `config` describes
     """
-    c, params = (
-        model.config,
-        {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)},
-    )
-    layers = [block.attn.rope_pairs.tolist() for block in model.transformer.h]
-    slots = sorted(
-        j for j in set().union(*layers) for _ in range(max(pairs.count(j) for pairs in layers))
-    )
-    P, R, H, D = 2 * len(slots), c.kv_lora_rank, c.n_head, c.source_head_dim
-    stock_config = MLAConfig(
-        **{key: getattr(c, key) for key in MLAConfig.keys()}
-        | dict(
-            head_dim=c.qk_nope_head_dim + P,
-            qk_rope_head_dim=P,
-            kv_lora_ranks=(),
-            source_head_dim=0,
-            latent_norm=True,
-        )
-    )
-    shape_of(stock_config, '', {})  # refuses what has no place
-    if max(p.dtype.itemsize for p in params.values()) == 2 and any(
-        p.dtype == torch.float16 for p in params.values()
-    ):
-        raise UserError(
-            'a converted model does not fit float16, whose numbers are not small enough: export it in bfloat16 or float32'
-        )
 
-    def spread(rows, to):
-        """(..., P of this model, C) -> (..., P of the stock one, C): pair k to slot to[k]."""
-        a, b = rows.unflatten(-2, (2, -1)).unbind(-3)
-        wide = rows.new_zeros(*rows.shape[:-2], 2, len(slots), rows.size(-1))
-        wide[..., 0, to, :], wide[..., 1, to, :] = a, b
-        return wide.flatten(-3, -2)
-
-    grow = 1e-6**0.5 / SHRUNK
-    for n, pairs in enumerate(layers):
-        a, r = f'transformer.h.{n}.attn.', c.rank(n)
-        to = [slots.index(j) + pairs[:k].count(j) for k, j in enumerate(pairs)]
-        q = f'{a}q_b_proj.weight' if c.q_lora_rank else f'{a}q_proj.weight'
-        nope, pe = params[q].split([H * c.qk_nope_head_dim, H * c.qk_rope_head_dim])
-        scale = ((c.qk_nope_head_dim + P) / D) ** 0.5 * (grow if c.q_lora_rank else 1.0)
-        params[q] = scale * torch.cat([nope, spread(pe.unflatten(0, (H, -1)), to).flatten(0, 1)])
-        down, k_pe = params[f'{a}kv_a_proj_with_mqa.weight'].split([r, c.qk_rope_head_dim])
-        params[f'{a}kv_a_proj_with_mqa.weight'] = torch.cat(
-            [SHRUNK * down, down.new_zeros(R - r, down.size(1)), spread(k_pe, to)]
-        )
-        up = params[f'{a}kv_b_proj.weight']
-        params[f'{a}kv_b_proj.weight'] = torch.cat([grow * up, up.new_zeros(len(up), R - r)], dim=1)
-        params[f'{a}kv_a_layernorm.weight'] = up.new_ones(R)
-        if c.q_lora_rank:
-            params[f'{a}q_a_proj.weight'] = SHRUNK * params[f'{a}q_a_proj.weight']
-            params[f'{a}q_a_layernorm.weight'] = up.new_ones(c.q_lora_rank)
-    if all(j * P == k * D for k, j in enumerate(slots)):
-        return stock_config, params, None
-    factors = [
-        c.rope_scaling * c.rope_theta ** (2 * j / D - 2 * k / P) for k, j in enumerate(slots)
-    ]  # of the ordinary wavelengths
-    return (
-        stock_config,
-        params,
-        dict(
-            rope_type='longrope',
-            short_factor=factors,
-            long_factor=factors,
-            factor=1.0,
-            attention_factor=1.0,
-            original_max_position_embeddings=c.block_size,
-        ),
-    )
+    architecture: Architecture
+    config: GPTConfig
+    params: dict[str, torch.Tensor]
+    rope: dict | None = None
 
 
-def export(model, folder, tokenizer=None, max_shard_size=5 * 10**9):
+def export(
+    model: GPT,
+    folder: str | Path,
+    tokenizer: HFTokenizer | str | Path | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
     """
-    Writes `model` to a new `folder` as stock transformers reads it: config.json, generation_config.json, safetensors
-    (several files above max_shard_size bytes) and the files of `tokenizer`, an HFTokenizer or a folder. All or nothing.
+    Write `model` to a new `folder` as stock transformers reads it, all of it or nothing:
+    config.json, generation_config.json, safetensors and the files of the tokenizer.
+
+    tokenizer: an HFTokenizer, or the folder of a model that has one
+    max_shard_size: bytes above which the weights come in several files
     """
     folder = Path(folder)
     if folder.exists():
         raise UserError(f'{folder} is there already: name another folder, or remove it')
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError(
-            'writing this layout needs safetensors: pip install -r requirements-convert.txt'
-        ) from None
+    for package in ('safetensors', 'huggingface_hub'):
+        if find_spec(package) is None:
+            raise UserError(f"writing this layout needs {package}: pip install -e '.[convert]'")
     if tokenizer is not None and not isinstance(tokenizer, HFTokenizer):
-        find, name = finder(str(tokenizer)), tokenizer
-        if not (
-            tokenizer := tokenizer_of(
-                find, read_json(find('config.json')) if find('config.json') else {}
-            )
-        ):
-            raise UserError(f'{name} has no tokenizer.json')
-    eos = sorted(tokenizer.eos) if tokenizer else []
-    ends = dict(
-        bos_token_id=tokenizer.bos if tokenizer else None,
-        eos_token_id=eos[0] if len(eos) == 1 else eos or None,
-        pad_token_id=None,
-    )
-    c, params, rope = (
-        stock(model)
-        if getattr(model.config, 'source_head_dim', 0)
-        else (model.config, dict(model.named_parameters(remove_duplicate=False)), None)
-    )
-    shape = shape_of(
-        c, str(max((p.dtype for p in params.values()), key=lambda d: d.itemsize))[6:], ends, rope
-    )
-    table, shards, sizes = layout(c), [[]], [0]
-    for theirs, (ours, rows) in table.items():
-        size = params[ours].detach()[rows].nbytes
-        if shards[-1] and sizes[-1] + size > max_shard_size:
-            shards, sizes = shards + [[]], sizes + [0]
-        shards[-1].append(theirs)
-        sizes[-1] += size
-    names = (
-        [f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
-        if len(shards) > 1
-        else ['model.safetensors']
-    )
-    partial_folder = folder.with_name(f'{folder.name}.{os.getpid()}.partial')
-    texts = {
-        'config.json': shape,
-        'generation_config.json': dict(
-            _from_model_config=True, **{k: v for k, v in ends.items() if v is not None}
-        ),
-    }
-    if len(shards) > 1:
-        texts['model.safetensors.index.json'] = dict(
-            metadata=dict(total_size=sum(sizes)),
-            weight_map={k: n for n, keys in zip(names, shards) for k in keys},
+        tokenizer = tokenizer_in(tokenizer)
+    stock = stock_model(model)
+    ends = begin_and_end(tokenizer)
+    generation = {key: value for key, value in ends.items() if value is not None}
+    with writing_folder(folder) as aside:
+        write_weights(stock, aside, max_shard_size)
+        write_json(aside / 'config.json', config_json(stock, ends))
+        write_json(aside / 'generation_config.json', dict(_from_model_config=True, **generation))
+        if tokenizer is not None:
+            for file in tokenizer.files:
+                shutil.copyfile(file, aside / file.name)
+
+
+def tokenizer_in(name: str | Path) -> HFTokenizer:
+    folder = model_folder(name)
+    config = {}
+    if (folder / 'config.json').exists():
+        config = read_json(folder / 'config.json')
+    tokenizer = read_tokenizer(folder, config)
+    if tokenizer is None:
+        raise UserError(f'{name} has no tokenizer.json')
+    return tokenizer
+
+
+def begin_and_end(tokenizer: HFTokenizer | None) -> dict:
+    """Return the entries of config.json that say with which ids a text begins and ends."""
+    ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    if tokenizer is not None:
+        ends['bos_token_id'] = tokenizer.bos
+        eos = sorted(tokenizer.eos)
+        if len(eos) == 1:
+            ends['eos_token_id'] = eos[0]
+        elif eos:
+            ends['eos_token_id'] = eos
+    return ends
+
+
+# -------------------------------------------------------------------------------------------------
+# what a stock class can express
+
+
+def stock_model(model: GPT) -> StockModel:
+    """Return `model` as a stock class computes it. UserError names all that none can express."""
+    architecture = architecture_of(model)
+    if architecture is DEEPSEEK_V3 and model.config.source_head_dim:
+        return stock_form_of_converted(model)
+    check_config(architecture, model.config)
+    check_scale(model, model.transformer.h[0].attn.qk_dim)
+    params = dict(model.named_parameters(remove_duplicate=False))
+    return StockModel(architecture, model.config, params)
+
+
+def check_config(architecture: Architecture, config: GPTConfig) -> None:
+    unsupported = []
+    for key, value in architecture.requires.items():
+        if getattr(config, key) != value:
+            unsupported.append(f'{key}={getattr(config, key)} (it has {value})')
+    if architecture is LLAMA and config.n_embd % config.n_head:
+        unsupported.append(
+            f'n_embd={config.n_embd} with n_head={config.n_head} (it wants a multiple)'
         )
+    if unsupported:
+        raise UserError(
+            f'{architecture.class_name} cannot express this model: {"; ".join(unsupported)}'
+        )
+
+
+def check_scale(model: GPT, width: int) -> None:
+    """Refuse a model whose softmax scale is not 1 / sqrt(width): no stock class has another."""
+    for n, block in enumerate(model.transformer.h):
+        if not math.isclose(block.attn.scale, width**-0.5, rel_tol=1e-6):
+            raise UserError(
+                f'{architecture_of(model).class_name} cannot express this model: the softmax scale '
+                f'of layer {n} is {block.attn.scale:g} (it has 1 / sqrt({width}))'
+            )
+
+
+def stock_form_of_converted(model: GPT_MLA) -> StockModel:
+    """
+    Return the stock form of a GPT_MLA that was converted from a model of its source_head_dim: the
+    same function by other weights.
+
+    - The norm of the latent cannot be left out there. W^DKV · 2⁻³⁰ makes it a division by √ε, which
+      W^UK | W^UV undo.
+    - One table of frequencies serves all layers. It has each frequency as often as the layer that
+      needs it most; elsewhere the rows of those not needed are zero.
+    - The softmax scale is that of the width of query and key. The query takes up the difference.
+    """
+    config = model.config
+    check_scale(model, config.source_head_dim)
+    params = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    layers = [block.attn.rope_pairs.tolist() for block in model.transformer.h]
+    table = shared_frequencies(layers)
+    stock_config = stock_config_of_converted(config, rope_width=2 * len(table))
+    check_config(DEEPSEEK_V3, stock_config)
+    check_dtype_of_converted(params)
+    for n, pairs in enumerate(layers):
+        rewrite_layer(params, config, n, pairs, table)
+    rope = longrope(config, table)
+    return StockModel(DEEPSEEK_V3, stock_config, params, rope)
+
+
+def shared_frequencies(layers: list[list[int]]) -> list[int]:
+    """
+    Return the pairs of the source's RoPE that one table for all layers has to hold.
+
+    layers: for each layer the source's pair by which each of its own pairs turns
+    """
+    table = []
+    for pair in sorted(set().union(*layers)):
+        most = max(pairs.count(pair) for pairs in layers)
+        table += [pair] * most
+    return table
+
+
+def stock_config_of_converted(config: MLAConfig, rope_width: int) -> MLAConfig:
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
+    settings |= dict(
+        head_dim=config.qk_nope_head_dim + rope_width,
+        qk_rope_head_dim=rope_width,
+        kv_lora_ranks=(),
+        source_head_dim=0,
+        softmax_scale=0.0,
+        latent_norm=True,
+    )
+    return MLAConfig(**settings)
+
+
+def check_dtype_of_converted(params: dict[str, torch.Tensor]) -> None:
+    dtypes = {p.dtype for p in params.values()}
+    widest = max(dtype.itemsize for dtype in dtypes)
+    if torch.float16 in dtypes and widest == 2:
+        raise UserError(
+            'a converted model does not fit float16, whose numbers are not small enough: '
+            'export it in bfloat16 or float32'
+        )
+
+
+def rewrite_layer(
+    params: dict[str, torch.Tensor],
+    config: MLAConfig,
+    layer: int,
+    pairs: list[int],
+    table: list[int],
+) -> None:
+    """Replace the attention's weights of one layer by those of its stock form."""
+    prefix = f'transformer.h.{layer}.attn.'
+    H, R, rank = config.n_head, config.kv_lora_rank, config.rank(layer)
+    # Layer's pair k goes to this place of the shared table: equal frequencies stand side by side.
+    places = [table.index(pair) + pairs[:k].count(pair) for k, pair in enumerate(pairs)]
+
+    name = f'{prefix}q_b_proj.weight' if config.q_lora_rank else f'{prefix}q_proj.weight'
+    nope, pe = params[name].split([H * config.qk_nope_head_dim, H * config.qk_rope_head_dim])
+    pe = spread_pairs(pe.unflatten(0, (H, -1)), places, len(table)).flatten(0, 1)
+    qk_dim = config.qk_nope_head_dim + 2 * len(table)
+    scale = (qk_dim / config.source_head_dim) ** 0.5
+    if config.q_lora_rank:
+        scale *= GROW
+    params[name] = scale * torch.cat([nope, pe])
+
+    name = f'{prefix}kv_a_proj_with_mqa.weight'
+    down, k_pe = params[name].split([rank, config.qk_rope_head_dim])
+    # Every layer has a latent of the widest one's size there; the rows beyond its own are zero.
+    empty = down.new_zeros(R - rank, down.size(1))
+    params[name] = torch.cat([SHRINK * down, empty, spread_pairs(k_pe, places, len(table))])
+
+    name = f'{prefix}kv_b_proj.weight'
+    up = params[name]
+    params[name] = torch.cat([GROW * up, up.new_zeros(len(up), R - rank)], dim=1)
+    params[f'{prefix}kv_a_layernorm.weight'] = up.new_ones(R)
+    if config.q_lora_rank:
+        params[f'{prefix}q_a_proj.weight'] = SHRINK * params[f'{prefix}q_a_proj.weight']
+        params[f'{prefix}q_a_layernorm.weight'] = up.new_ones(config.q_lora_rank)
+
+
+def spread_pairs(rows: torch.Tensor, places: list[int], count: int) -> torch.Tensor:
+    """Move pair k of `rows` (..., P, C) to pair places[k] of (..., 2 count, C), else zero."""
+    a, b = rows.unflatten(-2, (2, -1)).unbind(-3)
+    wide = rows.new_zeros(*rows.shape[:-2], 2, count, rows.size(-1))
+    wide[..., 0, places, :] = a
+    wide[..., 1, places, :] = b
+    return wide.flatten(-3, -2)
+
+
+def longrope(config: MLAConfig, table: list[int]) -> dict | None:
+    """Return the RoPE with the frequencies of `table`; None where the ordinary one has the same."""
+    width, source_width = 2 * len(table), config.source_head_dim
+    if all(pair * width == k * source_width for k, pair in enumerate(table)):
+        return None
+    factors = []  # of the ordinary wavelengths
+    for k, pair in enumerate(table):
+        exponent = 2 * pair / source_width - 2 * k / width
+        factors.append(config.rope_scaling * config.rope_theta**exponent)
+    return dict(
+        rope_type='longrope',
+        short_factor=factors,
+        long_factor=factors,
+        factor=1.0,
+        attention_factor=1.0,
+        original_max_position_embeddings=config.block_size,
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# config.json
+
+
+def config_json(stock: StockModel, ends: dict) -> dict:
+    """Return the config.json of a model, the inverse of hf.settings_of."""
+    config, rope = stock.config, stock.rope
+    plain = rope is None and config.rope_scaling == 1
+    if plain:
+        rope = dict(rope_type='default')
+    elif rope is None:
+        rope = dict(rope_type='linear', type='linear', factor=float(config.rope_scaling))
+    dtypes = [p.dtype for p in stock.params.values()]
+    dtype = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix('torch.')
+    shape = dict(
+        architectures=[stock.architecture.class_name],
+        model_type=stock.architecture.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_inner,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.block_size,
+        rms_norm_eps=float(config.norm_eps),
+        hidden_act='silu',
+        tie_word_embeddings=config.tie_weights,
+        attention_bias=config.bias,
+        attention_dropout=0.0,
+        rope_theta=float(config.rope_theta),
+        rope_parameters=rope | dict(rope_theta=float(config.rope_theta)),
+        rope_scaling=None if plain else rope,
+        initializer_range=0.02,
+        use_cache=True,
+        dtype=dtype,
+        torch_dtype=dtype,
+        **ends,
+    )
+    if stock.architecture is LLAMA:
+        return shape | dict(head_dim=config.head_dim, mlp_bias=config.bias)
+    return shape | deepseek_entries(config)
+
+
+def deepseek_entries(config: MLAConfig) -> dict:
+    """Return what only DeepSeek-V3 has: every layer is dense, no further tokens are predicted."""
+    return dict(
+        q_lora_rank=config.q_lora_rank or None,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        rope_interleave=True,
+        first_k_dense_replace=config.n_layer,
+        moe_layer_freq=1,
+        n_routed_experts=1,
+        n_shared_experts=1,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=config.n_inner,
+        num_nextn_predict_layers=0,
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# writing
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """
+    Yield a folder that becomes `folder` at the end of the `with`: all of it or nothing.
+
+    UserError when it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    aside = folder.with_name(f'{folder.name}.{os.getpid()}.partial')
     try:
-        partial_folder.mkdir(parents=True)
-        for file, keys in zip(names, shards):
-            tensors = {
-                theirs: params[table[theirs][0]].detach()[table[theirs][1]].cpu().contiguous()
-                for theirs in keys
-            }
-            save_file(tensors, partial_folder / file, metadata=dict(format='pt'))
-        for file, content in texts.items():
-            (partial_folder / file).write_text(json.dumps(content, indent=2) + '\n')
-        for file in tokenizer.files if tokenizer else ():
-            shutil.copyfile(file, partial_folder / file.name)
-        for file in partial_folder.iterdir():
-            file.chmod(
-                0o666 & (partial_folder.stat().st_mode | 0o600)
-            )  # safetensors writes for the owner alone
+        aside.mkdir(parents=True)
+        yield aside
+        # safetensors writes for the owner alone: whoever may enter the folder may read its files.
+        mode = 0o666 & (aside.stat().st_mode | 0o600)
+        for file in aside.iterdir():
+            file.chmod(mode)
             with open(file, 'rb') as opened:
                 os.fsync(opened.fileno())
-        os.rename(partial_folder, folder)
-    except BaseException as error:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__name__ == 'SafetensorError':
-            raise UserError(
-                f'cannot write {folder}: {getattr(error, "strerror", None) or error}; nothing is left of it'
-            ) from None
-        raise
+        os.rename(aside, folder)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise UserError(f'cannot write {folder}: {why}; nothing is left of it') from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # it is gone where all went well
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def write_weights(stock: StockModel, folder: Path, max_shard_size: int) -> None:
+    """Write the weights as safetensors, file by file: only one of them is in memory twice."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    table = layout(stock.architecture, stock.config)
+
+    # On the meta device the tensors have their sizes, but neither memory nor a storage that they
+    # share with others, which would have to be in one file.
+    on_meta = {name: param.detach().to('meta') for name, param in stock.params.items()}
+    sizes = {theirs: on_meta[ours][rows] for theirs, (ours, rows) in table.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            ours, rows = table[name]
+            tensors[name] = stock.params[ours].detach()[rows].cpu().contiguous()
+        save_file(tensors, folder / file, metadata=dict(format='pt'))
+    if split.is_sharded:
+        index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
+        write_json(folder / 'model.safetensors.index.json', index)

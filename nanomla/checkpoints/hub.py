@@ -1,103 +1,145 @@
-"""Find and read the files of a Hugging Face model, in a folder or on the hub."""
+"""The files of a Hugging Face model, in a folder here or on the hub."""
 
 import json
 import re
 import zipfile
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from nanomla.checkpoints import tokenizer
 from nanomla.core.configurator import UserError
 
+# The two kinds of weight files by their main file, with the patterns of all their files.
+WEIGHTS = {
+    'model.safetensors': ('*.safetensors', 'model.safetensors.index.json'),
+    'pytorch_model.bin': ('pytorch_model*.bin', 'pytorch_model.bin.index.json'),
+}
+# Weights in subfolders are for other programs, and consolidated*.safetensors are a second copy.
+NOT_OURS = ('*/*', 'consolidated*')
 
-def finder(name):
-    """find(file) -> its path in the folder, or in the hub's model, or None."""
+
+def model_folder(name: str | Path) -> Path:
+    """Return the folder with config.json and the tokenizer of a model: a folder, or of the hub."""
     if Path(name).is_dir():
-        return lambda file: Path(name, file) if Path(name, file).exists() else None
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
+        return Path(name)
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(name)):
         raise UserError(
             f'{name} is neither a folder nor the name of a model on the Hugging Face hub'
         )
-
-    def find(file):
-        try:
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-        except ImportError:
-            raise UserError(
-                f"'{name}' is no folder, and models of the Hugging Face hub need pip install huggingface_hub"
-            ) from None
-        try:
-            return Path(hf_hub_download(name, file))
-        except Exception as error:  # the hub's errors come in many classes
-            if isinstance(error, EntryNotFoundError) and not isinstance(
-                error, LocalEntryNotFoundError
-            ):
-                return None
-            raise UserError(
-                f"'{name}' is no folder here, and {file} cannot be had from the Hugging Face hub ({type(error).__name__}): "
-                'check the name, connect to the network, or name a local folder'
-            ) from None
-
-    return find
+    return download(str(name), ['config.json', *tokenizer.FILES])
 
 
-def read_json(path):
-    if not Path(path).is_file():
-        raise UserError(f'{path} has no config.json: it is not a model of the Hugging Face layout')
+def weight_files(name: str | Path) -> list[Path]:
+    """Return the files that hold a model's weights: one, the shards of an index, or several."""
+    kinds = list(WEIGHTS)
+    if find_spec('safetensors') is None:
+        kinds.reverse()  # what torch alone can read comes first
+    for kind in kinds:
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = download(str(name), WEIGHTS[kind])
+        files = files_of_kind(name, folder, kind)
+        if files:
+            return files
+    raise UserError(f'{name} has no weights: neither *.safetensors nor pytorch_model.bin')
+
+
+def files_of_kind(name: str | Path, folder: Path, kind: str) -> list[Path]:
+    """Return the weight files of one kind in a folder; [] where there are none."""
+    whole, index = folder / kind, folder / f'{kind}.index.json'
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        return shards_of(name, folder, index)
+    if kind == 'model.safetensors':
+        return sorted(folder.glob('*.safetensors'))
+    return []
+
+
+def shards_of(name: str | Path, folder: Path, index: Path) -> list[Path]:
+    """Return the files that an index names. Only their last name counts: none is elsewhere."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding='utf-8')))
+        shards = sorted({Path(shard).name for shard in read_json(index)['weight_map'].values()})
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{index} cannot be used: it names no shards') from None
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise UserError(
+                f'{name} lacks {shard}, one of the {len(shards)} shards that its index names'
+            )
+    return [folder / shard for shard in shards]
+
+
+def download(name: str, patterns: Iterable[str]) -> Path:
+    """Return the folder with these files of a model on the hub, as far as the model has them."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"'{name}' is no folder, and models of the Hugging Face hub need "
+            'pip install huggingface_hub'
+        ) from None
+    try:
+        folder = snapshot_download(
+            name, allow_patterns=list(patterns), ignore_patterns=list(NOT_OURS)
+        )
+    except Exception as error:  # the hub's errors come in many classes
+        raise UserError(
+            f"'{name}' is no folder here, and cannot be had from the Hugging Face hub "
+            f'({type(error).__name__}): check the name, connect to the network, '
+            'or name a local folder'
+        ) from None
+    return Path(folder)
+
+
+def read_config(folder: Path) -> dict:
+    """Return a model's config.json."""
+    if not (folder / 'config.json').is_file():
+        raise UserError(
+            f'{folder} has no config.json: it is not a model of the Hugging Face layout'
+        )
+    return read_json(folder / 'config.json')
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError):
         raise UserError(f'{path} cannot be read: it is damaged or no JSON') from None
 
 
-def weight_files(name, find):
-    """The files that hold the weights: one, the shards of an index, or all *.safetensors of a folder."""
-    for one in ('model.safetensors', 'pytorch_model.bin'):
-        if path := find(one):
-            return [path]
-        if path := find(f'{one}.index.json'):
-            try:
-                shards = sorted(
-                    {Path(shard).name for shard in read_json(path)['weight_map'].values()}
-                )
-            except (KeyError, TypeError, AttributeError):
-                raise UserError(f'{path} cannot be used: it names no shards') from None
-            paths = [find(shard) for shard in shards]
-            if None in paths:
-                raise UserError(
-                    f'{name} lacks {shards[paths.index(None)]}, one of the {len(shards)} shards that its index names'
-                )
-            return paths
-        if one == 'model.safetensors' and (paths := sorted(Path(name).glob('*.safetensors'))):
-            return paths
-    raise UserError(f'{name} has no weights: neither *.safetensors nor pytorch_model.bin')
+def read_tensors(name: str | Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return a function for every tensor of a model that reads it; none is read before."""
+    tensors = {}
+    for path in weight_files(name):
+        new = tensors_in(path)
+        for key in new:
+            if key in tensors:
+                raise UserError(f'{name} has {key} in two of its files')
+        tensors |= new
+    return tensors
 
 
-@contextmanager
-def tensors_in(path):
-    """name -> a function that reads this tensor of the file; none is read before."""
+def tensors_in(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
     try:
         if path.suffix == '.safetensors':
             from safetensors import safe_open
 
             file = safe_open(path, framework='pt')
+            read = file.get_tensor
         else:
-            file = torch.load(
-                path, map_location='cpu', mmap=zipfile.is_zipfile(path), weights_only=True
-            )
+            mapped = zipfile.is_zipfile(path)
+            file = torch.load(path, map_location='cpu', mmap=mapped, weights_only=True)
+            read = file.get
         keys = list(file.keys())
     except ImportError:
-        raise UserError(
-            f'{path} needs safetensors: pip install -r requirements-convert.txt'
-        ) from None
+        raise UserError(f"{path} needs safetensors: pip install -e '.[convert]'") from None
     except Exception:  # damaged, foreign and malicious files fail in many ways
         raise UserError(
             f'{path} cannot be read: it is damaged, or holds code, which is never run'
         ) from None
-    yield {
-        key: partial(file.get_tensor if path.suffix == '.safetensors' else file.get, key)
-        for key in keys
-    }
+    return {key: partial(read, key) for key in keys}

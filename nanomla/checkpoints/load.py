@@ -1,17 +1,18 @@
-"""Load a model by its name: a checkpoint, GPT-2, or a folder or hub name of another model."""
+"""Load a model by its name: a checkpoint, GPT-2, or another model of the Hugging Face layout."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model import GPT
-from nanomla.checkpoints import hf, hub
-from nanomla.checkpoints.gpt2 import HUB, from_pretrained, is_gpt2
-from nanomla.checkpoints.native import build, load
-from nanomla.checkpoints.tokenizer import HFTokenizer
+from nanomla.checkpoints import gpt2, hf, native
+from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import find, read_meta
 from nanomla.core.tokenizers import Tokenizer
+
+GPT2_VOCAB_SIZES = (50257, 50304)  # its own, and that rounded up to a multiple of 64
 
 
 @dataclass
@@ -20,7 +21,7 @@ class LoadedModel:
     A model and what its files say of it.
 
     path: the file it came from, or the name that was asked for
-    checkpoint: the dict of a native checkpoint without its weights; {} for models of other makers
+    checkpoint: the dict of a native checkpoint without its weights; {} for Hugging Face models
     tokenizer: the model's own tokenizer.json, where it has one; else the checkpoint's meta names it
     """
 
@@ -52,24 +53,22 @@ def load_model(init_from: str | Path, **changes) -> LoadedModel:
     `changes` are config fields that leave the weights alone, such as dropout and kernel. UserError
     for what is none of these.
     """
-    init_from, path = str(init_from), Path(init_from)
-    if init_from in HUB or is_gpt2(path):
-        return LoadedModel(from_pretrained(init_from, **changes), init_from)
-    if is_foreign(init_from):
+    init_from = str(init_from)
+    if init_from in gpt2.HUB or gpt2.is_gpt2(Path(init_from)):
+        return LoadedModel(gpt2.from_pretrained(init_from, **changes), init_from)
+    if is_hugging_face(init_from):
         model, tokenizer = hf.load(init_from, **changes)
         return LoadedModel(model, init_from, tokenizer=tokenizer)
-    content = load(init_from)
-    tokenizer = None
-    folder = Path(content['path']).parent
-    if (folder / 'tokenizer.json').exists():  # it was converted or trained from another's model
-        tokenizer = hf.tokenizer_of(hub.finder(str(folder)), content.get('meta') or {})
-    model = build(content, **changes)
-    del content['model']  # the weights are in the model now
-    return LoadedModel(model, content['path'], content, tokenizer)
+    checkpoint = native.load(init_from)
+    # A model that was converted or trained from a Hugging Face model has its tokenizer.
+    tokenizer = read_tokenizer(Path(checkpoint['path']).parent, checkpoint.get('meta') or {})
+    model = native.build(checkpoint, **changes)
+    del checkpoint['model']  # the weights are in the model now
+    return LoadedModel(model, checkpoint['path'], checkpoint, tokenizer)
 
 
-def is_foreign(init_from: str) -> bool:
-    """Whether a name means a Hugging Face folder, a model on its hub, or random weights in such a shape."""
+def is_hugging_face(init_from: str) -> bool:
+    """Return whether a name means a Hugging Face folder, a model on the hub, or 'random:NAME'."""
     path = Path(init_from)
     if (path / 'config.json').exists() or init_from.startswith('random:'):
         return True
@@ -78,42 +77,63 @@ def is_foreign(init_from: str) -> bool:
     return re.fullmatch(r'[\w-]+/[\w.-]+', init_from) is not None
 
 
+def may_be_model(init_from: str) -> bool:
+    """Return False for a name that load_model cannot know. It reads nothing and asks no network."""
+    if os.path.exists(init_from) or init_from in gpt2.HUB:
+        return True
+    if init_from.endswith('.pt'):
+        return False
+    return '/' in init_from or ':' in init_from
+
+
 @dataclass
 class TextCodec:
-    """What the token ids of a model mean: `tokenizer` turns text into them and back."""
+    """
+    What the token ids of a model mean.
+
+    tokenizer: turns text into ids and back
+    begin: the id that begins a text, or None
+    ends: the ids that end one
+    meta: names a vocabulary that a dataset has, too; {} for a model's own tokenizer.json
+    leading_blank: whether decoding puts a blank before a text that is not in it
+    """
 
     tokenizer: Tokenizer | HFTokenizer
-    begin: int | None = None  # the id that begins a text
-    ends: set[int] = field(default_factory=set)  # ids that end one
+    begin: int | None = None
+    ends: set[int] = field(default_factory=set)
+    meta: dict = field(default_factory=dict)
+    leading_blank: bool = False
 
 
 def codec_of(loaded: LoadedModel) -> TextCodec:
     """Return the tokenizer of a loaded model; UserError where nothing says what its ids mean."""
     if loaded.tokenizer is not None:
-        return TextCodec(loaded.tokenizer, loaded.tokenizer.bos, loaded.tokenizer.eos)
-    tokenizer = Tokenizer(meta_of(loaded))
-    if tokenizer.name == 'gpt2':  # <|endoftext|>, between documents
-        return TextCodec(tokenizer, ends={tokenizer.bpe.eot_token})
-    return TextCodec(tokenizer)
+        own = loaded.tokenizer
+        return TextCodec(own, own.bos, own.eos, leading_blank=own.leading_blank)
+    meta = meta_of(loaded)
+    codec = TextCodec(Tokenizer(meta), meta=meta)
+    if codec.tokenizer.name == 'gpt2':
+        codec.ends = {codec.tokenizer.bpe.eot_token}  # <|endoftext|>, between documents
+    return codec
 
 
 def meta_of(loaded: LoadedModel) -> dict:
     """
-    Return the meta of the dataset whose tokens the model reads: the checkpoint's own, or that of the
+    Return the meta of the dataset whose tokens the model reads: the checkpoint's own, that of the
     dataset it names (nanoGPT's checkpoint holds none), or GPT-2's by the size of the vocabulary.
     """
     if 'tokenizer' in loaded.meta:
         return loaded.meta
     size = loaded.model.config.vocab_size
-    name = loaded.settings.get('dataset')
-    if name and (find(name) / 'meta.json').exists():
-        meta = read_meta(find(name))
-        padded = -(-meta['vocab_size'] // 64) * 64
-        if size in (meta['vocab_size'], padded):
+    dataset = loaded.settings.get('dataset')
+    if dataset and (find(dataset) / 'meta.json').exists():
+        meta = read_meta(find(dataset))
+        rounded_up = -(-meta['vocab_size'] // 64) * 64
+        if size in (meta['vocab_size'], rounded_up):
             return meta
-    if size in (50257, 50304):
+    if size in GPT2_VOCAB_SIZES:
         return dict(tokenizer='gpt2')
     hint = 'GPT-2 has 50257'
-    if name:
-        hint = f"run the prepare.py of the dataset '{name}' that it was trained on"
+    if dataset:
+        hint = f"run the prepare.py of the dataset '{dataset}' that it was trained on"
     raise UserError(f'{loaded.path} does not say what its {size} tokens are: {hint}')

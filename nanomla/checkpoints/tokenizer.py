@@ -1,12 +1,16 @@
 """
-The tokenizers of other people's models: tokenizer.json of the Hugging Face layout with the interface of
-dataset.Tokenizer. The `tokenizers` package reads it, and nothing lies in between: what AutoTokenizer
-makes of a local folder has been seen to drop white space.
+The tokenizers of Hugging Face models: tokenizer.json with the interface of core's Tokenizer.
+
+The `tokenizers` package reads the file, and nothing lies in between: what AutoTokenizer makes of a
+local folder has been seen to drop white space.
 """
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from nanomla.core.configurator import UserError
 
@@ -33,111 +37,149 @@ PROBES = (  # texts that must come back as they are
 
 class HFTokenizer:
     """
-    tokenizer.json with the interface of dataset.Tokenizer, and `bos` (id before a text, or None) and `eos`
-    (ids that end one). Byte-level BPE, or pieces with ▁ for a blank and <0x0A> for bytes. What it does not
-    give back exactly, white space above all, is refused.
+    A tokenizer.json as text to ids and back: byte-level BPE, or pieces with ▁ for a blank and
+    <0x0A> for bytes. One that does not give texts back exactly, white space above all, is refused.
+
+    files: tokenizer.json first, then those that stand beside it; an export copies them
+    bos: the id that begins a text, or None
+    eos: the ids that end one
+    leading_blank: whether decode_bytes puts a blank before each text, which is not in the text
     """
 
     name = 'hf'
 
-    def __init__(self, files, shape):
+    def __init__(self, files: Iterable[str | Path], config: dict):
+        """config: the model's config.json, for bos_token_id and eos_token_id."""
         self.files = [Path(file) for file in files]
-        path, *others = self.files
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise UserError(
-                f'{path} needs tokenizers: pip install -r requirements-convert.txt'
-            ) from None
-        try:
-            self.bpe = Tokenizer.from_file(str(path))
-        except Exception as error:  # its errors are bare Exceptions
-            raise UserError(
-                f'{path} is no tokenizer that can be loaded: {" ".join(str(error).split())[:160]}'
-            ) from None
+        path = self.files[0]
+        self.bpe = open_tokenizer(path)
         vocab = self.bpe.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        byte_level = 'ByteLevel' in json.dumps(
-            json.loads(path.read_text(encoding='utf-8')).get('decoder')
-        )
-        self.bytes_of = {
-            i: token.content.encode() for i, token in self.bpe.get_added_tokens_decoder().items()
-        }
-        try:
-            self.bytes_of |= {
-                i: (of_alphabet if byte_level else of_pieces)(token)
-                for token, i in vocab.items()
-                if i not in self.bytes_of
-            }
-        except KeyError as error:
-            raise UserError(
-                f'{path} is no byte-level tokenizer that can be used: a token has the character {error}'
-            ) from None
-        first = self.encode('a')
-        self.blank = not byte_level and self.decode_bytes(first).startswith(
-            b' '
-        )  # these begin each text with a blank
-        for text in PROBES:
-            if (back := self.decode(self.encode(text))) != text:
-                raise UserError(
-                    f'{path} turns {text!r} into {back!r}: a tokenizer that changes texts is of no use here'
-                )
-        try:
-            extra = dict(
-                next(
-                    (
-                        json.loads(file.read_text(encoding='utf-8'))
-                        for file in others
-                        if file.name == 'tokenizer_config.json'
-                    ),
-                    {},
-                )
-            )
-        except (ValueError, TypeError):
-            raise UserError(
-                f'{path.with_name("tokenizer_config.json")} cannot be read: it is damaged or no JSON'
-            ) from None
-        bos = extra.get('bos_token')
-        bos = vocab.get(
-            bos.get('content') if isinstance(bos, dict) else bos, shape.get('bos_token_id')
-        )
-        self.bos = (
-            bos if extra.get('add_bos_token') or self.bpe.encode('').ids[:1] == [bos] else None
-        )
-        eos = shape.get('eos_token_id')
-        self.eos = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        byte_level = is_byte_level(path)
+        self.bytes_of = token_bytes(self.bpe, vocab, byte_level, path)
+        # These tokenizers put a blank in front of each text.
+        begins_with_blank = self.decode_bytes(self.encode('a')).startswith(b' ')
+        self.leading_blank = begins_with_blank and not byte_level
+        self.check_probes()
+        self.bos = self.find_bos(vocab, config)
+        self.eos = ids_that_end(config)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def decode_bytes(self, ids):
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.asarray(self.encode(text), np.int64)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 bytes of `ids`; a part of a character stays a part."""
         return b''.join(self.bytes_of.get(i, b'') for i in ids)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         text = self.decode_bytes(ids).decode(errors='replace')
-        return text[1:] if self.blank and text[:1] == ' ' else text
+        return text.removeprefix(' ') if self.leading_blank else text
+
+    def check_probes(self) -> None:
+        for text in PROBES:
+            back = self.decode(self.encode(text))
+            if back != text:
+                raise UserError(
+                    f'{self.files[0]} turns {text!r} into {back!r}: '
+                    'a tokenizer that changes texts is of no use here'
+                )
+
+    def find_bos(self, vocab: dict, config: dict) -> int | None:
+        """Return the id that begins a text, where the tokenizer or its config adds one."""
+        settings = read_tokenizer_config(self.files)
+        token = settings.get('bos_token')
+        if isinstance(token, dict):
+            token = token.get('content')
+        bos = vocab.get(token, config.get('bos_token_id'))
+        adds_it = settings.get('add_bos_token') or self.bpe.encode('').ids[:1] == [bos]
+        return bos if adds_it else None
 
 
-VISIBLE = [
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-]  # GPT-2's alphabet: these bytes stand for themselves,
-HIDDEN = [
-    byte for byte in range(256) if byte not in VISIBLE
-]  # and these are written from U+0100 on
-ALPHABET = {chr(byte): byte for byte in VISIBLE} | {
-    chr(256 + i): byte for i, byte in enumerate(HIDDEN)
-}
+def read_tokenizer(folder: Path, config: dict) -> HFTokenizer | None:
+    """Return the tokenizer of a model's folder; None where it has no tokenizer.json."""
+    if not (folder / 'tokenizer.json').exists():
+        return None
+    files = [folder / name for name in FILES if (folder / name).exists()]
+    return HFTokenizer(files, config)
 
 
-def of_alphabet(token):
-    return bytes(ALPHABET[c] for c in token)
+def open_tokenizer(path: Path):
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError(f"{path} needs tokenizers: pip install -e '.[convert]'") from None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # its errors are bare Exceptions
+        why = ' '.join(str(error).split())[:160]
+        raise UserError(f'{path} is no tokenizer that can be loaded: {why}') from None
 
 
-def of_pieces(token):
-    return (
-        bytes([int(token[3:5], 16)])
-        if re.fullmatch('<0x[0-9A-F]{2}>', token)
-        else token.replace('\u2581', ' ').encode()
-    )
+def is_byte_level(path: Path) -> bool:
+    decoder = json.loads(path.read_text(encoding='utf-8')).get('decoder')
+    return 'ByteLevel' in json.dumps(decoder)
+
+
+def read_tokenizer_config(files: list[Path]) -> dict:
+    """Return tokenizer_config.json, {} where it is not among the files."""
+    for file in files:
+        if file.name == 'tokenizer_config.json':
+            try:
+                return dict(json.loads(file.read_text(encoding='utf-8')))
+            except (ValueError, TypeError):
+                raise UserError(f'{file} cannot be read: it is damaged or no JSON') from None
+    return {}
+
+
+def ids_that_end(config: dict) -> set[int]:
+    eos = config.get('eos_token_id')
+    if eos is None:
+        return set()
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+# -------------------------------------------------------------------------------------------------
+# the bytes that a token stands for
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return GPT-2's alphabet: visible bytes stand for themselves, the others from U+0100 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    alphabet = {chr(byte): byte for byte in visible}
+    alphabet |= {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return alphabet
+
+
+ALPHABET = byte_alphabet()
+
+
+def bytes_of_alphabet(token: str) -> bytes:
+    return bytes(ALPHABET[character] for character in token)
+
+
+def bytes_of_piece(token: str) -> bytes:
+    if re.fullmatch('<0x[0-9A-F]{2}>', token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace('\u2581', ' ').encode()
+
+
+def token_bytes(bpe, vocab: dict[str, int], byte_level: bool, path: Path) -> dict[int, bytes]:
+    """Return the bytes of every token by its id. Added tokens stand for their own text."""
+    added = bpe.get_added_tokens_decoder()
+    found = {i: token.content.encode() for i, token in added.items()}
+    bytes_of = bytes_of_alphabet if byte_level else bytes_of_piece
+    for token, i in vocab.items():
+        if i in found:
+            continue
+        try:
+            found[i] = bytes_of(token)
+        except KeyError as error:
+            raise UserError(
+                f'{path} is no byte-level tokenizer that can be used: '
+                f'a token has the character {error}'
+            ) from None
+    return found
