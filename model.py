@@ -5,6 +5,8 @@ Llama or DeepSeek-Coder (RoPE, RMSNorm, SwiGLU, grouped heads). What MLA changes
 Weights are kept as they are trained (fp32 as a rule) and cast to the dtype of the residual stream
 where they are used: `model.stream = torch.bfloat16` is all of mixed precision there is.
 
+This file needs torch alone. Settings that do not fit raise a ValueError with one line.
+
 Legend: B batch, T tokens, C channels (n_embd), H query heads, K key/value heads, D head dim,
 V vocabulary. Weights are (out, in), as torch keeps them.
 """
@@ -19,10 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanomla.core.configurator import UserError
-from nanomla.inference import fused_step as step_kernels
-from nanomla.training.kernels import gelu
-
 CHOICES = dict(
     pos=('learned', 'rope', 'none'),
     norm=('layernorm', 'rmsnorm'),
@@ -35,7 +33,7 @@ CHOICES = dict(
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. 0 means: derived as the comment says. UserError where the parts do not fit."""
+    """The shape of a GPT; 0 means derived, as the comment says. ValueError if parts do not fit."""
 
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
@@ -43,11 +41,11 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    dropout_in: str = 'all'  # 'all': embedding, attention pattern and residual branches, as GPT-2; or only the last
+    dropout_in: str = 'all'  # all (embedding, attention, residual branches: GPT-2's) | residual
     bias: bool = True  # in Linear and LayerNorm
     n_kv_head: int = 0  # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA
     head_dim: int = 0  # 0 = n_embd // n_head
-    n_inner: int = 0  # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd, up to a multiple of 64)
+    n_inner: int = 0  # width of the MLP: 0 = 4 n_embd (SwiGLU: 8/3 n_embd, a multiple of 64)
     mlp: bool = True  # False: attention only, the models in which circuits are studied
     pos: str = 'learned'
     rope_theta: float = 10000.0
@@ -56,7 +54,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     act: str = 'gelu'  # 'gelu' is erf, as in nanoGPT; OpenAI's GPT-2 is 'gelu_tanh'
     qk_norm: bool = False  # RMS norm of each query and key, before RoPE
-    softmax_scale: float = 0.0  # of q · k: 0 = 1 / sqrt(width of a query); QK-norm bounds the logits of w normed dims by w times this
+    softmax_scale: float = 0.0  # of q · k: 0 = 1 / sqrt(width of a query)
     tie_weights: bool = True  # one matrix for token embedding and head
     init: str = 'gpt2'  # 'gpt2': normal(0, 0.02); 'fan_in': normal(0, 1/sqrt(fan_in)) in the blocks
     zero_init: bool = False  # projections into the residual stream start at zero
@@ -65,69 +63,80 @@ class GPTConfig:
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{name}='{getattr(self, name)}' is not known: use {', '.join(choices)}"
-                )
+                known = ', '.join(choices)
+                raise ValueError(f"{name}='{getattr(self, name)}' is not known: use {known}")
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         for name in ('n_kv_head', 'head_dim', 'n_inner', 'softmax_scale'):
             if getattr(self, name) < 0:
-                raise UserError(f'{name}={getattr(self, name)} must be 0 (derived) or more')
+                raise ValueError(f'{name}={getattr(self, name)} must be 0 (derived) or more')
         for name in ('rope_theta', 'rope_scaling', 'norm_eps'):
             if not getattr(self, name) > 0:
-                raise UserError(f'{name}={getattr(self, name)} must be more than 0')
+                raise ValueError(f'{name}={getattr(self, name)} must be more than 0')
         if not 0 <= self.dropout < 1:
-            raise UserError(f'dropout={self.dropout} must be at least 0 and less than 1')
-        self.n_kv_head = self.n_kv_head or self.n_head
+            raise ValueError(f'dropout={self.dropout} must be at least 0 and less than 1')
+        if self.n_kv_head == 0:
+            self.n_kv_head = self.n_head
         if self.n_head % self.n_kv_head:
-            raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(
-                f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one or set head_dim'
+            raise ValueError(
+                f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}'
             )
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
-        gated = -(-8 * self.n_embd // (3 * 64)) * 64
-        self.n_inner = self.n_inner or (gated if self.act == 'swiglu' else 4 * self.n_embd)
+        if self.head_dim == 0:
+            if self.n_embd % self.n_head:
+                raise ValueError(
+                    f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: '
+                    'change one or set head_dim'
+                )
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_inner == 0:
+            if self.act == 'swiglu':
+                self.n_inner = math.ceil(8 * self.n_embd / (3 * 64)) * 64
+            else:
+                self.n_inner = 4 * self.n_embd
         if self.rope_dim % 2:
-            raise UserError(f'RoPE turns pairs, so its width must be even, not {self.rope_dim}')
+            raise ValueError(f'RoPE rotates pairs: its width must be even, not {self.rope_dim}')
 
     @property
-    def inner_dropout(self):
+    def inner_dropout(self) -> float:
         return self.dropout if self.dropout_in == 'all' else 0.0
 
     @property
-    def rope_dim(self):
+    def rope_dim(self) -> int:
         return self.head_dim if self.pos == 'rope' else 0
 
+    @property
+    def label(self) -> str:
+        """The name of the attention for people."""
+        if self.n_kv_head == self.n_head:
+            return 'MHA'
+        return 'MQA' if self.n_kv_head == 1 else 'GQA'
+
     @classmethod
-    def keys(cls):
+    def keys(cls) -> list[str]:
         return [f.name for f in fields(cls)]
 
     @classmethod
-    def from_settings(cls, settings, given=()):
-        """
-        Return the config that a script's settings (a dict) describe; those that are no fields do not
-        count. given: names of the settings that a person set, in contrast to defaults.
-        """
-        return cls(**{key: settings[key] for key in cls.keys() if key in settings})
+    def from_settings(cls, settings: dict, given: set | dict = (), **changes) -> 'GPTConfig':
+        """Take this class's fields out of a script's settings; `given` names those a person set."""
+        return cls(**{key: settings[key] for key in cls.keys() if key in settings} | changes)
 
 
 class Linear(nn.Linear):
     """A Linear whose weight follows the dtype of its input: master weights stay in fp32."""
 
     def forward(self, x):
-        return F.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Norm(nn.Module):
     """LayerNorm (with bias or not) or RMSNorm over the last dimension."""
 
-    def __init__(self, width, config, kind=None, eps=None):
+    def __init__(self, width: int, config: GPTConfig, kind: str = '', eps: float = 0.0):
         super().__init__()
-        self.rms, self.eps = (kind or config.norm) == 'rmsnorm', eps or config.norm_eps
+        self.rms = (kind or config.norm) == 'rmsnorm'
+        self.eps = eps or config.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if config.bias and not self.rms else None
 
@@ -135,27 +144,27 @@ class Norm(nn.Module):
         weight = self.weight.to(x.dtype)
         if self.rms:
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(
-            x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-def rope_tables(config, positions):
+def rope_tables(config: GPTConfig, positions: torch.Tensor):
     """
-    cos and sin of RoPE (Su et al. 2021, eq. 15), each (T, 1, rope_dim / 2) in fp32, for `positions` (T,); (B, T) gives (B, T, 1, ...).
-    Pair k is (k, k + rope_dim / 2), as in Llama; None for a model without RoPE.
+    Return cos and sin of RoPE (Su et al. 2021, eq. 15), each (T, 1, rope_dim / 2) in fp32, for
+    `positions` (T,); (B, T) gives (B, T, 1, ...). None for a model without RoPE.
+
+    Pair k is (k, k + rope_dim / 2), as in Llama.
     """
     if config.pos != 'rope' or not config.rope_dim:
         return None
     pair = torch.arange(0, config.rope_dim, 2, device=positions.device).float()
-    angle = (positions.float() / config.rope_scaling)[..., None] * config.rope_theta ** (
-        -pair / config.rope_dim
-    )
+    frequency = config.rope_theta ** (-pair / config.rope_dim)
+    angle = (positions.float() / config.rope_scaling)[..., None] * frequency
     return angle.cos()[..., None, :], angle.sin()[..., None, :]
 
 
 def rotate(x, rope):
-    """RoPE on x (B, T, H, D) by `rope` from rope_tables; computed in fp32, returned in x's dtype."""
+    """Apply RoPE to x (B, T, H, D) by `rope` from rope_tables; in fp32, returned in x's dtype."""
     if rope is None:
         return x
     cos, sin = rope
@@ -163,8 +172,36 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # attention
+
+
+class Context:
+    """
+    What the tokens of a forward pass attend to, where that is not simply all tokens before them in
+    their row: the sequences held by a cache (nanomla/inference/cache.py) or packed documents
+    (nanomla/adapters/packing.py). GPT.hidden asks it for positions and for each layer's context.
+    """
+
+    is_cache = False  # a cache's layer has write, append and attend_latents besides (see there)
+
+    def begin(self, T: int) -> torch.Tensor:
+        """Start a pass of T tokens a row and return their positions (B, T)."""
+        raise NotImplementedError
+
+    def layer(self, n: int) -> 'Context':
+        """Return what layer n attends to."""
+        return self
+
+    def end(self) -> None:
+        """The pass is through all layers."""
+
+    def attend(self, attention: 'Attention', q, k, v):
+        """
+        Return causal attention of q (B, H, T, Dq) over what this context allows of the pass's own
+        k (B, K, T, Dq) and v (B, K, T, Dv), and of what it holds: (B, H, T, Dv).
+        """
+        raise NotImplementedError
 
 
 def see_past(b, h, i, j):
@@ -191,142 +228,159 @@ class Attention(nn.Module):
     projection. A kind of attention brings `qkv` (per-head q, k, v as the softmax sees them) and
     `cache_dims` (what one token leaves behind in a layer: name -> width).
 
-    With kernel='eager' the pattern passes through `attn_dropout` (B, H, T, T): hook it to look inside.
+    With kernel='eager' the pattern (B, H, T, T) passes through `attn_dropout`: hook it to see it.
+
+    scale_width: the softmax scale is 1 / sqrt(scale_width) where the config does not set it.
     """
 
-    def __init__(self, config, qk_dim, v_dim):
+    # What only some attentions have. None means no: those who ask then take the plain path.
+    fused_step = None  # (x, norm, rope, cache, ops): a token by nanomla/inference/fused_step.py
+    circuit_weights = None  # (): matrices of each head for nanomla/heads/circuits.py
+    can_absorb = False  # decodes in the latent space by `absorb_query` and `read_values`
+    latent = None  # (x, rope): c_kv and k_pe, what MLA caches
+
+    def __init_subclass__(cls, **kwargs):
+        """
+        A subclass may compute something else, so what its base class says of itself does not hold
+        for it: what it does not define anew is "no" again. (A latent is part of `qkv` and stays.)
+        """
+        super().__init_subclass__(**kwargs)
+        for name in ('fused_step', 'circuit_weights', 'can_absorb'):
+            if name not in cls.__dict__:
+                setattr(cls, name, getattr(Attention, name))
+
+    def __init__(self, config: GPTConfig, qk_dim: int, v_dim: int, scale_width: int = 0):
         super().__init__()
-        self.n_head, self.qk_dim, self.v_dim = config.n_head, qk_dim, v_dim
-        self.kernel, self.qk_norm, self.dropout = (
-            config.kernel,
-            config.qk_norm,
-            config.inner_dropout,
-        )
-        self.scale = config.softmax_scale or qk_dim**-0.5
+        self.n_head = config.n_head
+        self.qk_dim = qk_dim
+        self.v_dim = v_dim
+        self.kernel = config.kernel
+        self.qk_norm = config.qk_norm
+        self.dropout = config.inner_dropout
+        self.scale = config.softmax_scale or (scale_width or qk_dim) ** -0.5
         self.c_proj = Linear(config.n_head * v_dim, config.n_embd, bias=config.bias)  # W^O
         self.attn_dropout = nn.Dropout(config.inner_dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache=None):
-        """x (B, T, C) -> (B, T, C). cache: this layer's (cache.py), which the T tokens join and attend to all of; or packed documents (packing.py)."""
+    def qkv(self, x, rope):
+        """Return q (B, H, T, Dq), k (B, K, T, Dq) and v (B, K, T, Dv) of x (B, T, C)."""
+        raise NotImplementedError
+
+    def cache_dims(self) -> dict[str, int]:
+        """Return what one token leaves behind in a layer: name -> width."""
+        raise NotImplementedError
+
+    def forward(self, x, rope, context: Context | None = None):
+        """x (B, T, C) -> (B, T, C), by RoPE's tables and what `context` lets tokens attend to."""
         q, k, v = self.qkv(x, rope)
-        if not hasattr(cache, 'extend'):
-            y = self.attend(q, k, v) if cache is None else cache.isolate(self, q, k, v)
+        if context is None:
+            y = self.attend(q, k, v)
         else:
-            new = dict(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
-            if cache.fresh:  # a prompt: its tokens see each other and nothing else
-                cache.keep(**new)
-                y = self.attend(q, k, v)
-            elif cache.serves(q.size(2)) and self.kernel != 'eager':
-                cache.keep(**new)
-                y = cache.attend(q, self.scale)
-            else:
-                held, seen = cache.extend(**new)
-                y = self.attend(
-                    q, *(t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in held), seen
-                )
+            y = context.attend(self, q, k, v)
+        return self.output(y)
+
+    def output(self, y):
+        """Merge the heads y (B, H, T, Dv) and project them into the residual stream: (B, T, C)."""
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
-    def attend(self, q, k, v, seen=None):
+    def attend(self, q, k, v, mask=None):
         """
-        softmax(scale q kᵀ + causal mask) v: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv) -> (B, H, T, Dv).
-        With a cache k and v have N places, and seen (B, 1, T, N) is the mask: True where a query may look.
+        softmax(scale q kᵀ + causal mask) v: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv)
+        -> (B, H, T, Dv). With a cache k and v have N slots, and mask (B, 1, T, N) is True where a
+        query may look.
         """
         grouped = q.size(1) != k.size(1)
         if self.kernel == 'eager':
-            if grouped:
-                k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-            future = (
-                torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
-                if seen is None
-                else ~seen
-            )
-            logits = (q @ k.mT * self.scale).masked_fill(future, -torch.inf)
-            return self.attn_dropout(logits.softmax(-1, dtype=torch.float32).to(v.dtype)) @ v
-        if seen is not None:  # only torch's choice takes any mask
+            return self.attend_eagerly(q, k, v, mask)
+        if mask is not None:  # only the backend that torch picks takes any mask
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped
+                q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped
             )
         if self.kernel == 'flex':
-            return compiled_flex()(
-                q,
-                k,
-                v,
-                block_mask=causal_blocks(q.size(2), q.device),
-                scale=self.scale,
-                enable_gqa=grouped,
-            )
-        call = dict(
+            blocks = causal_blocks(q.size(2), q.device)
+            return compiled_flex()(q, k, v, block_mask=blocks, scale=self.scale, enable_gqa=grouped)
+        options = dict(
             is_causal=True,
             scale=self.scale,
             enable_gqa=grouped,
             dropout_p=self.dropout if self.training else 0.0,
         )
         if self.kernel == 'sdpa':  # torch picks the backend
-            return F.scaled_dot_product_attention(q, k, v, **call)
-        backend = (
-            SDPBackend.FLASH_ATTENTION if self.kernel == 'flash' else SDPBackend.CUDNN_ATTENTION
-        )
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, **call)
+            return F.scaled_dot_product_attention(q, k, v, **options)
+        backends = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)
+        with sdpa_kernel(backends[self.kernel]):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    def attend_eagerly(self, q, k, v, mask=None):
+        """`attend` in plain operations; the pattern (B, H, T, N) passes through attn_dropout."""
+        groups = q.size(1) // k.size(1)
+        if groups > 1:
+            k = k.repeat_interleave(groups, dim=1)
+            v = v.repeat_interleave(groups, dim=1)
+        if mask is None:
+            T = q.size(2)
+            future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        else:
+            future = ~mask
+        logits = (q @ k.mT * self.scale).masked_fill(future, -torch.inf)
+        pattern = logits.softmax(-1, dtype=torch.float32).to(v.dtype)
+        return self.attn_dropout(pattern) @ v
 
     def normed(self, *tensors):
-        """Each tensor with the RMS of its last dimension set to 1, when qk_norm asks for it."""
-        return [F.rms_norm(t, t.shape[-1:]) for t in tensors] if self.qk_norm else tensors
+        """Return the tensors, with qk_norm each with the RMS of its last dimension set to 1."""
+        if not self.qk_norm:
+            return tensors
+        return [F.rms_norm(t, t.shape[-1:]) for t in tensors]
 
-    def sizes(self):
-        """Heads and width of q, k and v as `attend` gets them."""
-        return (self.n_head, self.qk_dim), (self.n_head, self.qk_dim), (self.n_head, self.v_dim)
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return heads and width of q, k and v as `attend` gets them."""
+        return [(self.n_head, self.qk_dim), (self.n_head, self.qk_dim), (self.n_head, self.v_dim)]
 
-    def reason_not_to_run(self, device, dtype):
-        """Why this kernel cannot run on `device` in `dtype`, with its gradients and in the present mode, as text; '' when it can. It is tried out."""
-        if self.kernel == 'flex' and (self.dropout or torch.device(device).type == 'cpu'):
-            return (
-                'FlexAttention has no dropout'
-                if self.dropout
-                else 'FlexAttention does not train on the CPU'
-            )
-        if self.kernel == 'cudnn' and torch.device(device).type != 'cuda':
+    def reason_not_to_run(self, device, dtype) -> str:
+        """
+        Say why this kernel cannot run on `device` in `dtype`, with its gradients and in the present
+        mode; '' when it can. It is tried out on 128 tokens.
+        """
+        device = torch.device(device)
+        if self.kernel == 'flex' and self.dropout:
+            return 'FlexAttention has no dropout'
+        if self.kernel == 'flex' and device.type == 'cpu':
+            return 'FlexAttention does not train on the CPU'
+        if self.kernel == 'cudnn' and device.type != 'cuda':
             return 'cuDNN needs a CUDA GPU'
         q, k, v = (
-            torch.zeros(1, heads, 128, d, device=device, dtype=dtype, requires_grad=True)
-            for heads, d in self.sizes()
+            torch.zeros(1, heads, 128, width, device=device, dtype=dtype, requires_grad=True)
+            for heads, width in self.sizes()
         )
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             try:
                 self.attend(q, k, v).sum().backward()
                 return ''
             except (RuntimeError, NotImplementedError, AssertionError) as error:
-                reasons = [str(w.message).split(' (Triggered')[0] for w in said] + [
-                    str(error).splitlines()[0]
-                ]
-                named = (self.kernel, 'both fused') if self.kernel in ('flash', 'cudnn') else ('',)
-                return next(
-                    (
-                        r
-                        for r in reasons
-                        if any(n in r.lower() for n in named) and 'not used' not in r
-                    ),
-                    reasons[-1],
-                ).rstrip('.')
+                reasons = [str(w.message).split(' (Triggered')[0] for w in caught]
+                reasons.append(str(error).splitlines()[0])
+        # torch warns about every backend; the warning about this one says more than the error
+        named = (self.kernel, 'both fused') if self.kernel in ('flash', 'cudnn') else ('',)
+        for reason in reasons:
+            if 'not used' not in reason and any(name in reason.lower() for name in named):
+                return reason.rstrip('.')
+        return reasons[-1].rstrip('.')
 
 
 class MultiHeadAttention(Attention):
     """MHA; GQA and MQA when there are fewer key/value heads than query heads."""
 
-    def __init__(self, config, layer=0):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__(config, config.head_dim, config.head_dim)
-        self.widths = [
-            heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)
-        ]
+        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.widths = [n * config.head_dim for n in heads]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)  # W^Q | W^K | W^V
         self.c_attn.weight.splits = self.widths  # Muon orthogonalises each by itself
 
     def qkv(self, x, rope):
-        q, k, v = (
-            t.unflatten(-1, (-1, self.v_dim)) for t in self.c_attn(x).split(self.widths, dim=-1)
-        )  # (B, T, heads, D)
+        parts = self.c_attn(x).split(self.widths, dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, self.v_dim)) for t in parts)  # (B, T, heads, D)
         q, k = self.normed(q, k)
         return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
 
@@ -336,88 +390,155 @@ class MultiHeadAttention(Attention):
     def cache_dims(self):
         return dict(k=self.widths[1], v=self.widths[2])
 
+    def fused_step(self, x, norm, rope, cache, ops):
+        """
+        The heads' outputs (B, H, D) for one new token of each sequence: x (B, C) is the residual
+        stream, `norm` the norm before this attention, `ops` nanomla/inference/fused_step.
+        """
+        D = self.v_dim
+        qkv = ops.fused_linear(x, self.c_attn.weight, self.c_attn.bias, norm)
+        q, k, v = qkv.split(self.widths, dim=-1)
+        if self.qk_norm:
+            q, k = (F.rms_norm(t.unflatten(-1, (-1, D)), (D,)).flatten(1) for t in (q, k))
+        q = cache.rope_and_append(q, rope, rope_widths=(D, D, 0), k=k, v=v)
+        y = cache.attend_in_place(q.unflatten(-1, (-1, D))[:, :, None], self.scale)
+        return y[:, :, 0]
 
-# ---------------------------------------------------------------------------------------------------
+    def circuit_weights(self):
+        """
+        The matrices of every head, in fp32: q, k (H, C, D) and v (H, C, D) read the normed residual
+        stream, o (H, D, C) writes into it. Key/value heads are repeated for their query heads.
+        """
+        H = self.n_head
+        parts = self.c_attn.weight.float().split(self.widths)
+        q, k, v = (w.unflatten(0, (-1, self.v_dim)).mT for w in parts)
+        k, v = (w.repeat_interleave(H // w.size(0), dim=0) for w in (k, v))
+        return dict(q=q, k=k, v=v, o=self.c_proj.weight.float().T.unflatten(0, (H, -1)))
+
+
+# -------------------------------------------------------------------------------------------------
 # the rest of the block
+
+LOG2E = math.log2(math.e)
+
+# log2 of the normal distribution's upper tail, erfc(a / sqrt 2) / 2 for a >= 0, as a polynomial in
+# a, constant last. Fitted by reweighted least squares on [0, 6] for the least error of erf: 1.5e-8,
+# and 2e-7 in fp32 arithmetic. It falls for all a. Against Abramowitz & Stegun 7.1.26: no division,
+# and half the instructions.
+LOG2_TAIL = (
+    -2.7720496e-06,
+    3.8620750e-05,
+    -1.8254761e-04,
+    -1.4582987e-04,
+    7.0754718e-03,
+    -5.2505028e-02,
+    -0.45920491,
+    -1.1511058,
+    -1.0,
+)
+
+
+def normal_cdf(x):
+    """Φ(x) = (1 + erf(x / sqrt 2)) / 2 within 1e-7 for fp32 x: eight multiply-adds and one 2^x."""
+    a = x.abs()
+    power = LOG2_TAIL[0]
+    for coefficient in LOG2_TAIL[1:]:
+        power = power * a + coefficient
+    tail = torch.exp2(power)
+    return torch.where(x < 0, tail, 1 - tail)
+
+
+class Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x.float() * normal_cdf(x.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        y = x.float()
+        # exp(-x²/2) / sqrt(2 pi)
+        density = torch.exp2(y * y * (-0.5 * LOG2E) - 1.3257480647361593)
+        return (g.float() * (normal_cdf(y) + y * density)).to(x.dtype)
+
+
+def gelu(x):
+    """
+    x Φ(x), the GELU with erf (Hendrycks & Gimpel 2016), in fp32 inside and in x's dtype outside;
+    its error is that of F.gelu in fp32 or less. Plain operations for torch.compile to fuse: 13
+    instructions an element and 18 backward on sm_90, where libdevice's erf takes 34 and 44 and
+    keeps the GPU from its memory bandwidth. Uncompiled, F.gelu is faster.
+    """
+    return Gelu.apply(x)
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.act = config.act
         gates = 2 if config.act == 'swiglu' else 1
-        self.c_fc = Linear(
-            config.n_embd, gates * config.n_inner, bias=config.bias
-        )  # SwiGLU: gate | up
+        self.c_fc = Linear(config.n_embd, gates * config.n_inner, bias=config.bias)  # gate | up
         self.c_fc.weight.splits = [config.n_inner] * gates
         self.c_proj = Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)
+        return self.dropout(self.c_proj(self.activate(self.c_fc(x))))
+
+    def activate(self, x):
         if self.act == 'swiglu':
             gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
-        elif self.act == 'relu2':
-            x = F.relu(x).square()
-        else:
-            fused = (
-                self.act == 'gelu'
-                and x.is_cuda
-                and x.dtype != torch.float32
-                and torch.compiler.is_compiling()
-            )  # F.gelu's erf is slow there
-            x = (
-                gelu(x)
-                if fused
-                else F.gelu(x, approximate='tanh' if self.act == 'gelu_tanh' else 'none')
-            )
-        return self.dropout(self.c_proj(x))
+            return F.silu(gate) * up
+        if self.act == 'relu2':
+            return F.relu(x).square()
+        if self.act == 'gelu_tanh':
+            return F.gelu(x, approximate='tanh')
+        if x.is_cuda and x.dtype != torch.float32 and torch.compiler.is_compiling():
+            return gelu(x)  # F.gelu's erf is slow there
+        return F.gelu(x)
 
 
 class Block(nn.Module):
-    def __init__(self, config, attention):
+    def __init__(self, config: GPTConfig, attention: Attention):
         super().__init__()
         self.ln_1 = Norm(config.n_embd, config)
         self.attn = attention
-        self.ln_2, self.mlp = (
-            (Norm(config.n_embd, config), MLP(config)) if config.mlp else (None, None)
-        )
+        self.ln_2 = Norm(config.n_embd, config) if config.mlp else None
+        self.mlp = MLP(config) if config.mlp else None
 
-    def forward(self, x, rope, cache=None):
-        if cache is not None and step_kernels.serves(self, x, cache):
-            return step_kernels.block(self, x, rope, cache)
-        x = x + self.attn(self.ln_1(x), rope, cache)
-        return x if self.mlp is None else x + self.mlp(self.ln_2(x))
+    def forward(self, x, rope, context: Context | None = None):
+        x = x + self.attn(self.ln_1(x), rope, context)
+        if self.mlp is None:
+            return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     Config, Attention = GPTConfig, MultiHeadAttention
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.stream = torch.float32  # dtype of the residual stream, and so of all arithmetic on it
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts |= dict(
-            drop=nn.Dropout(config.inner_dropout),
-            h=nn.ModuleList(
-                Block(config, self.Attention(config, n)) for n in range(config.n_layer)
-            ),
-            ln_f=Norm(config.n_embd, config),
+        parts['drop'] = nn.Dropout(config.inner_dropout)
+        parts['h'] = nn.ModuleList(
+            Block(config, self.Attention(config, layer)) for layer in range(config.n_layer)
         )
+        parts['ln_f'] = Norm(config.n_embd, config)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """
-        GPT-2: normal(0, 0.02), projections into the residual stream smaller by sqrt(2 n_layer), biases
-        zero (Radford et al. 2019, section 2.3). 'fan_in' and 'zero_init' change the blocks only.
+        GPT-2: normal(0, 0.02), projections into the residual stream smaller by sqrt(2 n_layer),
+        biases zero (Radford et al. 2019, section 2.3). 'fan_in' and 'zero_init' change the blocks.
         """
         config = self.config
         for name, module in self.named_modules():
@@ -431,94 +552,100 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, context: Context | None = None):
         """
-        idx (B, T) -> logits (B, T, V); with targets (B, T) -> their mean cross-entropy in nats, fp32.
-        Targets of -1 do not count. cache: as in `hidden`.
+        idx (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy in nats, fp32.
+        Targets of -1 do not count. context: as in `hidden`.
         """
-        x = self.hidden(idx, cache)
-        return self.lm_head(x) if targets is None else self.loss(x, targets)
+        x = self.hidden(idx, context)
+        if targets is None:
+            return self.lm_head(x)
+        return self.loss(x, targets)
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, context: Context | None = None):
         """
-        The last block's output after the final norm, (B, T, C). With a cache (cache.py) the tokens go on
-        where each of its sequences stands, see what it holds and are held from then on.
+        Return the last block's output after the final norm, (B, T, C). With a cache as `context`
+        the tokens go on where each of its sequences stands and are held by it from then on.
         """
-        if cache is None:
+        if context is None:
             x, rope = self.embed(idx)
             for block in self.transformer.h:
                 x = block(x, rope)
         else:
-            x, rope = self.embed(idx, cache.begin(idx.size(1)))
-            for block, layer in zip(self.transformer.h, cache.layers):
-                x = block(x, rope, layer)
-            cache.end()
+            x, rope = self.embed(idx, context.begin(idx.size(1)))
+            for n, block in enumerate(self.transformer.h):
+                x = block(x, rope, context.layer(n))
+            context.end()
         return self.transformer.ln_f(x)
 
     def embed(self, idx, positions=None):
-        """The residual stream before the first block (B, T, C), and RoPE's tables (or None) for `positions` (B, T), or 0 to T - 1."""
+        """
+        Return the residual stream before the first block (B, T, C), and RoPE's tables (or None)
+        for `positions` (B, T); without them for 0 to T - 1.
+        """
         T = idx.size(1)
-        assert T <= self.config.block_size, (
-            f'{T} tokens do not fit a block of {self.config.block_size}'
-        )
-        positions = torch.arange(T, device=idx.device) if positions is None else positions
+        block_size = self.config.block_size
+        assert T <= block_size, f'{T} tokens do not fit a block of {block_size}'
+        if positions is None:
+            positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx)
         if self.config.pos == 'learned':
             x = x + self.transformer.wpe(positions)
         return self.transformer.drop(x.to(self.stream)), rope_tables(self.config, positions)
 
     def loss(self, x, targets):
+        """Return the mean cross-entropy in nats of x (B, T, C) of `hidden`, as `forward` does."""
         logits = self.lm_head(x).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    # -----------------------------------------------------------------------------------------------
-    # what a model can say of itself
+    # ---------------------------------------------------------------------------------------------
+    # facts about a model
 
-    def num_params(self):
-        """Parameters, a tied matrix once."""
+    def num_params(self) -> int:
+        """Count the parameters, a tied matrix once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, T):
+    def flops_per_token(self, T: int) -> int:
         """
-        Forward and backward FLOPs of one token in a sequence of T, as PaLM counts them (Chowdhery et al. 2022,
-        appendix B): 6 per weight of a matrix product, plus attention over all T positions. q/k and v may differ in width.
+        Count forward and backward FLOPs of one token in a sequence of T as PaLM does (Chowdhery
+        et al. 2022, appendix B): 6 per weight of a matrix product, plus attention over all T
+        positions. q/k and v may differ in width.
         """
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attention = sum(
-            6 * T * a.n_head * (a.qk_dim + a.v_dim)
-            for a in self.modules()
-            if isinstance(a, Attention)
-        )
+        attentions = [m for m in self.modules() if isinstance(m, Attention)]
+        attention = sum(6 * T * a.n_head * (a.qk_dim + a.v_dim) for a in attentions)
         return 6 * matrices + attention
 
-    def estimate_mfu(self, tokens_per_second, peak):
-        """Share of `peak` (FLOP/s, machine.peak_flops) that training at this speed on full blocks uses."""
+    def estimate_mfu(self, tokens_per_second: float, peak: float) -> float:
+        """Return the share of `peak` FLOP/s that training at this speed on full blocks uses."""
         return self.flops_per_token(self.config.block_size) * tokens_per_second / peak
 
-    def cache_bytes_per_token(self, bytes_per_element=2):
-        """What one token leaves in the caches of all layers, in bytes (bf16 by default)."""
+    def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Return the bytes that one token leaves in the caches of all layers (bf16 by default)."""
         return bytes_per_element * sum(
             sum(b.attn.cache_dims().values()) for b in self.transformer.h
         )
 
-    def check_kernel(self, device):
-        """UserError when the chosen attention kernel cannot run on `device` in the stream's dtype."""
+    def check_kernel(self, device) -> None:
+        """Raise a ValueError when the kernel cannot run on `device` in the stream's dtype."""
         attention = self.transformer.h[0].attn
-        if reason := attention.reason_not_to_run(device, self.stream):
-            raise UserError(
-                f'--kernel={attention.kernel} cannot run on {device} in {str(self.stream)[6:]}: {reason}. Use --kernel=sdpa'
+        reason = attention.reason_not_to_run(device, self.stream)
+        if reason:
+            dtype = str(self.stream).removeprefix('torch.')
+            raise ValueError(
+                f'--kernel={attention.kernel} cannot run on {device} in {dtype}: {reason}. '
+                'Use --kernel=sdpa'
             )
 
-    def crop_block_size(self, block_size):
+    def crop_block_size(self, block_size: int) -> None:
         """Use a model on shorter blocks than it was made for."""
         if block_size > self.config.block_size:
-            raise UserError(
-                f'block_size={block_size} is more than the model was made for: {self.config.block_size}'
+            raise ValueError(
+                f'block_size={block_size} is more than the model was made for: '
+                f'{self.config.block_size}'
             )
         self.config.block_size = block_size
         if self.config.pos == 'learned':
             wpe = self.transformer.wpe
-            wpe.weight, wpe.num_embeddings = (
-                nn.Parameter(wpe.weight[:block_size].detach()),
-                block_size,
-            )
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach())
+            wpe.num_embeddings = block_size

@@ -2,7 +2,7 @@
 Multi-head Latent Attention: what it changes in model.py, and nothing else.
 
 DeepSeek-V2 (2024), section 2.1. Keys and values are read out of one small latent a token,
-c_kv = W^DKV x, so only that latent (and one rotated key k_pe, shared by all heads) has to be cached:
+c_kv = W^DKV x, so only that latent (and one rotated key k_pe, shared by all heads) is cached:
 
     c_kv = norm(W^DKV x)         eq. 9     k_pe   = RoPE(W^KR x)           eq. 15
     k_nope = W^UK c_kv           eq. 10    q_pe   = RoPE(W^QR c_q)         eq. 14
@@ -12,8 +12,9 @@ c_kv = W^DKV x, so only that latent (and one rotated key k_pe, shared by all hea
 c_q is norm(W^DQ x), or x itself with q_lora_rank = 0. In the matrices that hold two symbols their
 rows stand one after the other, all heads of the first, then all heads of the second.
 
-A model that conversion.py made of MHA or GQA keeps its source's scale and RoPE frequencies; k_pe may hold the
-rotated pairs of several heads side by side, and W^QR is zero where a query has no business with them.
+A model that was converted from MHA or GQA (nanomla/conversion) keeps its source's scale and RoPE
+frequencies; k_pe may hold the rotated pairs of several heads side by side, and W^QR is zero where a
+query does not read them.
 
 Legend: as in model.py, and R kv_lora_rank, N qk_nope_head_dim, P qk_rope_head_dim, D v_head_dim.
 """
@@ -23,113 +24,127 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model import GPT, Attention, GPTConfig, Linear, Norm, rotate
-from nanomla.core.configurator import UserError
+from model import GPT, Attention, Context, GPTConfig, Linear, Norm, rotate
+
+LATENT_INITS = ('fan_in', 'gpt2', 'orthogonal')
 
 
 @dataclass
 class MLAConfig(GPTConfig):
+    """
+    The shape of a GPT with MLA. The early nanoGPT-MLA block with its n_latent is
+    kv_lora_rank=n_latent, qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned'.
+    """
+
     pos: str = 'rope'
     q_lora_rank: int = 0  # latent width of the query: 0 = no latent, full-rank W^Q
     kv_lora_rank: int = 512  # latent width of keys and values; with k_pe all that is cached
     qk_nope_head_dim: int = 0  # width of a head without position: 0 = head_dim - qk_rope_head_dim
-    qk_rope_head_dim: int = (
-        32  # width of a head with RoPE; 0 = none at all (then pos must not be 'rope')
-    )
+    qk_rope_head_dim: int = 32  # width of a head with RoPE; 0 = none (then pos must not be 'rope')
     v_head_dim: int = 0  # 0 = head_dim
     latent_norm: bool = True  # RMS norm of the latents
     latent_init: str = (
-        'fan_in'  # 'fan_in' | 'gpt2' | 'orthogonal': how the down and up projections start
+        'fan_in'  # 'fan_in' | 'gpt2' | 'orthogonal': down and up projections at first
     )
-    qk_norm_latent: bool = False  # with qk_norm: norm each whole query as it meets the cache, [W^UKᵀ q_nope | q_pe], and scale by 1 / sqrt(R + P)
-    absorb: bool = (
-        False  # compute in the latent space (for decoding), not with per-head keys and values
-    )
-    kv_lora_ranks: tuple = ()  # one for each layer, where they differ; kv_lora_rank is then the largest
-    source_head_dim: int = 0  # of a converted model: the width of its source's heads, whose RoPE frequencies and softmax scale it keeps
-    # The early nanoGPT-MLA block with its n_latent: kv_lora_rank=n_latent, qk_rope_head_dim=0,
-    # latent_norm=False, latent_init='gpt2', pos='learned'.
+    qk_norm_latent: bool = False  # with qk_norm: norm a whole query as it meets the cache
+    absorb: bool = False  # compute in the latent space, not with keys and values of each head
+    kv_lora_ranks: tuple = ()  # one for each layer, where they differ; kv_lora_rank is the largest
+    source_head_dim: int = 0  # converted: width of the source's heads (RoPE frequencies, scale)
 
     def __post_init__(self):
         super().__post_init__()
         if self.n_kv_head != self.n_head:
-            raise UserError(
+            raise ValueError(
                 f'n_kv_head={self.n_kv_head} does not go with MLA: every head reads the one latent'
             )
-        self.qk_nope_head_dim = self.qk_nope_head_dim or self.head_dim - self.qk_rope_head_dim
-        self.v_head_dim = self.v_head_dim or self.head_dim
+        if self.qk_nope_head_dim == 0:
+            self.qk_nope_head_dim = self.head_dim - self.qk_rope_head_dim
+        if self.v_head_dim == 0:
+            self.v_head_dim = self.head_dim
         if (self.pos == 'rope') != (self.qk_rope_head_dim > 0):
-            raise UserError(
+            raise ValueError(
                 f"pos='{self.pos}' does not go with qk_rope_head_dim={self.qk_rope_head_dim}: "
                 "set pos='rope' and a width, or another pos and 0"
             )
-        if (
-            min(self.kv_lora_rank, self.v_head_dim) < 1
-            or min(self.qk_nope_head_dim, self.q_lora_rank, self.qk_rope_head_dim) < 0
-        ):
-            raise UserError(
-                f'MLA widths must be positive: kv_lora_rank={self.kv_lora_rank}, qk_nope_head_dim={self.qk_nope_head_dim}, '
-                f'qk_rope_head_dim={self.qk_rope_head_dim}, v_head_dim={self.v_head_dim}, q_lora_rank={self.q_lora_rank}'
-            )
-        self.kv_lora_ranks = tuple(self.kv_lora_ranks)
-        if self.kv_lora_ranks and (
-            len(self.kv_lora_ranks) != self.n_layer
-            or min(self.kv_lora_ranks) < 1
-            or max(self.kv_lora_ranks) != self.kv_lora_rank
-        ):
-            raise UserError(
-                f'kv_lora_ranks={self.kv_lora_ranks} must be one for each of {self.n_layer} layers, the largest kv_lora_rank={self.kv_lora_rank}'
-            )
+        for name, least in dict(
+            kv_lora_rank=1, v_head_dim=1, qk_nope_head_dim=0, q_lora_rank=0, qk_rope_head_dim=0
+        ).items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f'{name}={getattr(self, name)} is no width of MLA: it must be at least {least}'
+                )
+        self.check_ranks()
         if self.qk_rope_head_dim % 2 or self.source_head_dim < 0:
-            raise UserError(
-                f'qk_rope_head_dim={self.qk_rope_head_dim} must be even and source_head_dim={self.source_head_dim} at least 0'
+            raise ValueError(
+                f'qk_rope_head_dim={self.qk_rope_head_dim} must be even and '
+                f'source_head_dim={self.source_head_dim} at least 0'
             )
         if self.qk_norm_latent and not (self.qk_norm and self.latent_norm):
-            raise UserError(
-                'qk_norm_latent=True needs qk_norm=True and latent_norm=True: it is QK-norm with a normed latent as the key'
+            raise ValueError(
+                'qk_norm_latent=True needs qk_norm=True and latent_norm=True: '
+                'it is QK-norm with a normed latent as the key'
             )
-        if self.latent_init not in ('fan_in', 'gpt2', 'orthogonal'):
-            raise UserError(
-                f"latent_init='{self.latent_init}' is not known: use fan_in, gpt2 or orthogonal"
+        if self.latent_init not in LATENT_INITS:
+            known = ', '.join(LATENT_INITS)
+            raise ValueError(f"latent_init='{self.latent_init}' is not known: use {known}")
+
+    def check_ranks(self):
+        """Raise a ValueError unless kv_lora_ranks is empty or has a rank for every layer."""
+        ranks = self.kv_lora_ranks = tuple(self.kv_lora_ranks)
+        if not ranks:
+            return
+        if len(ranks) != self.n_layer or min(ranks) < 1 or max(ranks) != self.kv_lora_rank:
+            raise ValueError(
+                f'kv_lora_ranks={ranks} must be one for each of {self.n_layer} layers, '
+                f'the largest kv_lora_rank={self.kv_lora_rank}'
             )
 
     @classmethod
-    def from_settings(cls, settings, given=()):
-        """As GPTConfig's. Where no `pos` was given, it is what goes with qk_rope_head_dim."""
+    def from_settings(cls, settings: dict, given: set | dict = (), **changes) -> 'MLAConfig':
+        """As GPTConfig's; where nobody set `pos`, it follows from qk_rope_head_dim."""
         if 'pos' not in given:
-            rope_width = settings.get('qk_rope_head_dim', cls.qk_rope_head_dim)
-            settings = dict(settings, pos='rope' if rope_width else 'learned')
-        return super().from_settings(settings, given)
+            width = settings.get('qk_rope_head_dim', cls.qk_rope_head_dim)
+            changes = dict(pos='rope' if width else 'learned') | changes
+        return super().from_settings(settings, given, **changes)
 
     @property
-    def rope_dim(self):
+    def rope_dim(self) -> int:
         """Width of RoPE's tables: twice the frequencies there are to choose from."""
-        return (
-            self.source_head_dim
-            if self.source_head_dim and self.qk_rope_head_dim
-            else self.qk_rope_head_dim
-        )
+        if self.qk_rope_head_dim and self.source_head_dim:
+            return self.source_head_dim
+        return self.qk_rope_head_dim
 
-    def rank(self, layer):
+    @property
+    def label(self) -> str:
+        return 'MLA'
+
+    def rank(self, layer: int) -> int:
         return self.kv_lora_ranks[layer] if self.kv_lora_ranks else self.kv_lora_rank
 
 
 class MultiHeadLatentAttention(Attention):
-    """MLA in its naive form (keys and values of every head) and, with absorb, in the latent space."""
+    """MLA in its naive form (keys and values of every head) and absorbed (in the latent space)."""
 
-    def __init__(self, config, layer=0):
-        super().__init__(
-            config, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-        )
+    can_absorb = True
+
+    def __init__(self, config: MLAConfig, layer: int = 0):
         H, R = config.n_head, config.rank(layer)
-        self.nope, self.pe, self.absorb = (
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.absorb,
-        )
-        self.q_widths = [H * self.nope, H * self.pe]
-        self.a_widths = [R, self.pe]
-        self.b_widths = [H * self.nope, H * self.v_dim]
+        N, P, D = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        if config.source_head_dim:
+            scale_width = config.source_head_dim
+        elif config.qk_norm_latent:
+            scale_width = R + P
+        else:
+            scale_width = N + P
+        super().__init__(config, qk_dim=N + P, v_dim=D, scale_width=scale_width)
+        self.nope = N
+        self.pe = P
+        self.absorb = config.absorb
+        self.q_lora_rank = config.q_lora_rank
+        self.qk_norm_latent = config.qk_norm_latent
+        self.q_widths = [H * N, H * P]
+        self.a_widths = [R, P]
+        self.b_widths = [H * N, H * D]
 
         def linear(n_in, widths, bias=config.bias):
             layer = Linear(n_in, sum(widths), bias=bias)
@@ -138,179 +153,258 @@ class MultiHeadLatentAttention(Attention):
 
         if config.q_lora_rank:
             self.q_a_proj = linear(config.n_embd, [config.q_lora_rank])  # W^DQ
-            self.q_a_layernorm = self.latent_norm(config.q_lora_rank, config)
+            self.q_a_layernorm = latent_norm(config.q_lora_rank, config)
             self.q_b_proj = linear(config.q_lora_rank, self.q_widths)  # W^UQ | W^QR
         else:
             self.q_proj = linear(config.n_embd, self.q_widths)  # W^UQ | W^QR
         self.kv_a_proj_with_mqa = linear(config.n_embd, self.a_widths)  # W^DKV | W^KR
-        self.kv_a_layernorm = self.latent_norm(R, config)
+        self.kv_a_layernorm = latent_norm(R, config)
         self.kv_b_proj = linear(R, self.b_widths, bias=False)  # W^UK | W^UV
-        self.qk_norm_latent = config.qk_norm_latent
-        self.scale = (
-            config.softmax_scale
-            or (config.source_head_dim or (R + self.pe if self.qk_norm_latent else self.qk_dim))
-            ** -0.5
-        )
-        self.register_buffer(
-            'rope_pairs',
-            torch.arange(self.pe // 2) % (config.source_head_dim // 2)
-            if config.source_head_dim
-            else None,
-        )
+        rope_pairs = None
+        if config.source_head_dim:
+            rope_pairs = torch.arange(P // 2) % (config.source_head_dim // 2)
+        self.register_buffer('rope_pairs', rope_pairs)
 
-    @staticmethod
-    def latent_norm(width, config):
-        return (
-            Norm(width, config, kind='rmsnorm', eps=1e-6) if config.latent_norm else nn.Identity()
-        )
+    # ---------------------------------------------------------------------------------------------
+    # the symbols of the paper
 
     def query(self, x, rope):
-        """q_nope (B, T, H, N) and q_pe (B, T, H, P), rotated."""
-        q = (
-            self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-            if hasattr(self, 'q_a_proj')
-            else self.q_proj(x)
-        )
+        """Return q_nope (B, T, H, N) and q_pe (B, T, H, P), rotated."""
+        if self.q_lora_rank:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        else:
+            q = self.q_proj(x)
         q_nope, q_pe = self.heads(q, self.q_widths)
         q_nope, q_pe = self.normed_query(q_nope, q_pe)
         return q_nope, self.rotated(q_pe, rope)
 
     def normed_query(self, q_nope, q_pe):
         """
-        QK-norm of q_nope (..., H, N) and q_pe (..., H, P): each by itself, or with qk_norm_latent both by the RMS of [W^UKᵀ q_nope | q_pe].
-        What is cached, [c_kv | k_pe], has an RMS of 1 (times the latent norm's gain), so |logit| <= sqrt(R + P), all of it for positions
-        or for content as a head likes; without it W^UK, which has no norm behind it, may grow.
+        QK-norm of q_nope (..., H, N) and q_pe (..., H, P): each by itself, or with qk_norm_latent
+        both by the RMS of [W^UKᵀ q_nope | q_pe].
+
+        What is cached, [c_kv | k_pe], has an RMS of 1 (times the latent norm's gain), so |logit| <=
+        sqrt(R + P), for positions or for content as a head likes; without it W^UK, which has no
+        norm after it, may grow.
         """
         if not self.qk_norm_latent:
             return self.normed(q_nope, q_pe)
-        w_uk = (
-            self.kv_b_proj.weight[: self.b_widths[0]]
-            .unflatten(0, (self.n_head, -1))
-            .to(q_nope.dtype)
-        )
+        w_uk, _ = self.up_projections(q_nope.dtype)
         whole = torch.cat([torch.einsum('...hn,hnr->...hr', q_nope, w_uk), q_pe], dim=-1)
-        norm = torch.linalg.vector_norm(
-            whole, dim=-1, keepdim=True, dtype=torch.promote_types(whole.dtype, torch.float32)
-        )
-        by = (whole.size(-1) ** 0.5 / norm.clamp(min=1e-6)).to(q_nope.dtype)
-        return q_nope * by, q_pe * by
+        at_least_fp32 = torch.promote_types(whole.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(whole, dim=-1, keepdim=True, dtype=at_least_fp32)
+        factor = (whole.size(-1) ** 0.5 / norm.clamp(min=1e-6)).to(q_nope.dtype)
+        return q_nope * factor, q_pe * factor
 
     def latent(self, x, rope):
-        """c_kv (B, T, R) and k_pe (B, T, P), rotated: what a cache holds."""
+        """Return c_kv (B, T, R) and k_pe (B, T, P), rotated: what a cache holds."""
         c_kv, k_pe = self.kv_a_proj_with_mqa(x).split(self.a_widths, dim=-1)
-        (k_pe,) = self.normed(
-            k_pe
-        )  # k_nope is left alone: a norm behind W^UK could not be absorbed
+        (k_pe,) = self.normed(k_pe)  # not k_nope: a norm after W^UK could not be absorbed
         return self.kv_a_layernorm(c_kv), self.rotated(k_pe[:, :, None], rope)[:, :, 0]
 
     def rotated(self, x, rope):
-        """RoPE; pair k of a converted model turns as pair rope_pairs[k] of its source does, and several may turn alike."""
-        return rotate(
-            x,
-            rope
-            if self.rope_pairs is None or rope is None
-            else [t[..., self.rope_pairs] for t in rope],
-        )
+        """
+        Apply RoPE. Pair k of a converted model turns as pair rope_pairs[k] of its source does, and
+        several may turn alike.
+        """
+        if rope is not None and self.rope_pairs is not None:
+            rope = [table[..., self.rope_pairs] for table in rope]
+        return rotate(x, rope)
 
     def heads(self, x, widths):
         """(B, T, sum of widths) -> for each symbol (B, T, H, its width in a head)."""
-        return [
-            t.unflatten(-1, (self.n_head, t.size(-1) // self.n_head))
-            for t in x.split(widths, dim=-1)
-        ]
+        parts = x.split(widths, dim=-1)
+        return [t.unflatten(-1, (self.n_head, t.size(-1) // self.n_head)) for t in parts]
+
+    def up_projections(self, dtype):
+        """Return W^UK (H, N, R) and W^UV (H, D, R)."""
+        parts = self.kv_b_proj.weight.split(self.b_widths)
+        return [w.unflatten(0, (self.n_head, -1)).to(dtype) for w in parts]
+
+    # ---------------------------------------------------------------------------------------------
+    # naive: every head's own keys and values
 
     def qkv(self, x, rope):
-        """q, k (B, H, T, N + P) and v (B, H, T, D): every head's own keys and values, read out of the latent."""
+        """Return q, k (B, H, T, N + P) and v (B, H, T, D), read out of the latent."""
         return self.read_out(*self.query(x, rope), *self.latent(x, rope))
 
     def read_out(self, q_nope, q_pe, c_kv, k_pe):
-        """The naive form's q, k, v out of what `query` gives and what `latent` gave, then or before."""
+        """Return the naive q, k, v of what `query` gives and what `latent` gave, now or before."""
         k_nope, v = self.heads(self.kv_b_proj(c_kv), self.b_widths)
         k_pe = k_pe[:, :, None].expand(-1, -1, self.n_head, -1)
-        q, k = torch.cat([q_nope, q_pe], dim=-1), torch.cat([k_nope, k_pe], dim=-1)
+        q = torch.cat([q_nope, q_pe], dim=-1)
+        k = torch.cat([k_nope, k_pe], dim=-1)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, rope, cache=None):
-        """
-        Naive, or absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv go through W^UV
-        once. Then all heads share one key [c_kv | k_pe] and one value c_kv, as in MQA. With a cache a prompt is naive,
-        and so are more tokens at a time than reading out every held key and value costs.
-        """
-        if not self.absorb and not hasattr(cache, 'extend'):  # no cache, or packed documents
-            return super().forward(x, rope, cache)
-        q_nope, q_pe = self.query(x, rope)
-        (c_kv, k_pe), seen, T = self.latent(x, rope), None, x.size(1)
-        if cache is not None and cache.fresh:
-            cache.keep(c_kv=c_kv, k_pe=k_pe)
-            y = self.attend(*self.read_out(q_nope, q_pe, c_kv, k_pe)).transpose(1, 2)
-            return self.resid_dropout(self.c_proj(y.flatten(2)))
-        fused = cache is not None and cache.serves(T) and self.kernel != 'eager'
-        if fused:
-            cache.keep(c_kv=c_kv, k_pe=k_pe)
-        elif cache is not None:
-            (c_kv, k_pe), seen = cache.extend(c_kv=c_kv, k_pe=k_pe)
-            R, a_key = self.a_widths[0], self.nope + self.v_dim
-            if (
-                T * (2 * R - a_key) > R * a_key
-            ):  # FLOPs of a place and head: T (2 R + P) against T (N + P + D) and R (N + D)
-                y = self.attend(*self.read_out(q_nope, q_pe, c_kv, k_pe), seen).transpose(1, 2)
-                return self.resid_dropout(self.c_proj(y.flatten(2)))
-        w_uk, w_uv = (
-            w.unflatten(0, (self.n_head, -1)).to(x.dtype)
-            for w in self.kv_b_proj.weight.split(self.b_widths)
-        )
-        q, q_pe = torch.einsum('bthn,hnr->bhtr', q_nope, w_uk), q_pe.transpose(1, 2)
-        if fused:
-            y = cache.attend(q, self.scale, q_pe if self.pe else None)
+    # ---------------------------------------------------------------------------------------------
+    # absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv go through
+    # W^UV once. All heads share one key [c_kv | k_pe] and one value c_kv, as in MQA.
+
+    def absorb_query(self, q_nope):
+        """Return W^UKᵀ q_nope (B, H, T, R) of q_nope (B, T, H, N)."""
+        w_uk, _ = self.up_projections(q_nope.dtype)
+        return torch.einsum('bthn,hnr->bhtr', q_nope, w_uk)
+
+    def read_values(self, y):
+        """Return the heads' values (B, H, T, D) of their sums of c_kv, y (B, H, T, R)."""
+        _, w_uv = self.up_projections(y.dtype)
+        return torch.einsum('bhtr,hdr->bhtd', y, w_uv)
+
+    def absorbed_qkv(self, q_nope, q_pe, c_kv, k_pe):
+        """Return q (B, H, T, R + P), k (B, 1, T, R + P) and v (B, 1, T, R)."""
+        q = torch.cat([self.absorb_query(q_nope), q_pe.transpose(1, 2)], dim=-1)
+        c_kv = c_kv[:, None]
+        return q, torch.cat([c_kv, k_pe[:, None]], dim=-1), c_kv
+
+    def forward(self, x, rope, context: Context | None = None):
+        if context is not None and context.is_cache:
+            return self.output(self.attend_cached(x, rope, context))
+        if not (self.absorb and self.can_absorb):
+            return super().forward(x, rope, context)
+        q, k, v = self.absorbed_qkv(*self.query(x, rope), *self.latent(x, rope))
+        if context is None:
+            y = self.attend(q, k, v)
         else:
-            c_kv, k_pe = c_kv[:, None], k_pe[:, None]
-            y = self.attend(
-                torch.cat([q, q_pe], dim=-1), torch.cat([c_kv, k_pe], dim=-1), c_kv, seen
+            y = context.attend(self, q, k, v)
+        return self.output(self.read_values(y))
+
+    def attend_cached(self, x, rope, cache):
+        """
+        Attend over the latents in a cache's layer, which x (B, T, C) joins: (B, H, T, D).
+
+        A prompt is naive, and so are more tokens at a time than reading out every cached key and
+        value costs; all else is absorbed.
+        """
+        q_nope, q_pe = self.query(x, rope)
+        c_kv, k_pe = self.latent(x, rope)
+        T = x.size(1)
+        if cache.fresh:
+            cache.write(c_kv=c_kv, k_pe=k_pe)
+            return self.attend(*self.read_out(q_nope, q_pe, c_kv, k_pe))
+        if self.can_absorb and cache.reads_in_place(T) and self.kernel != 'eager':
+            cache.write(c_kv=c_kv, k_pe=k_pe)
+            q_pe = q_pe.transpose(1, 2) if self.pe else None
+            return self.read_values(
+                cache.attend_in_place(self.absorb_query(q_nope), self.scale, q_pe)
             )
-        y = torch.einsum('bhtr,hdr->bthd', y, w_uv)
-        return self.resid_dropout(self.c_proj(y.flatten(2)))
+        (c_kv, k_pe), mask = cache.append(c_kv=c_kv, k_pe=k_pe)
+        # FLOPs a slot and head: T (2 R + P) absorbed; T (N + P + D) and once R (N + D) naive
+        R, read = self.a_widths[0], self.nope + self.v_dim
+        if not self.can_absorb or T * (2 * R - read) > R * read:
+            return self.attend(*self.read_out(q_nope, q_pe, c_kv, k_pe), mask)
+        q, k, v = self.absorbed_qkv(q_nope, q_pe, c_kv, k_pe)
+        return self.read_values(self.attend(q, k, v, mask))
+
+    # ---------------------------------------------------------------------------------------------
+    # what others ask
 
     def sizes(self):
-        if not self.absorb:
+        if not (self.absorb and self.can_absorb):
             return super().sizes()
         R, P = self.a_widths
-        return (self.n_head, R + P), (1, R + P), (1, R)
+        return [(self.n_head, R + P), (1, R + P), (1, R)]
 
     def cache_dims(self):
         return dict(c_kv=self.a_widths[0], k_pe=self.pe)
+
+    def fused_step(self, x, norm, rope, cache, ops):
+        """As MultiHeadAttention's, absorbed: one new token of each sequence, (B, H, D)."""
+        H, P = self.n_head, self.pe
+        if len(x) > 1:  # several sequences: norm once for both products
+            x, norm = ops.norm_rows(x, norm), None
+        if self.q_lora_rank:
+            norm_q = self.q_a_layernorm if isinstance(self.q_a_layernorm, Norm) else None
+            c_q = ops.fused_linear(x, self.q_a_proj.weight, self.q_a_proj.bias, norm)
+            q = ops.fused_linear(c_q, self.q_b_proj.weight, self.q_b_proj.bias, norm_q)
+        else:
+            q = ops.fused_linear(x, self.q_proj.weight, self.q_proj.bias, norm)
+        down = self.kv_a_proj_with_mqa
+        c_kv, k_pe = ops.fused_linear(x, down.weight, down.bias, norm).split(self.a_widths, dim=-1)
+        q_nope, q_pe = q.split(self.q_widths, dim=-1)
+        if self.qk_norm:
+            by_head = (t.unflatten(-1, (H, -1)) for t in (q_nope, q_pe))
+            q_nope, q_pe = (t.flatten(1) for t in self.normed_query(*by_head))
+            k_pe = nn.functional.rms_norm(k_pe, (P,))
+        if self.rope_pairs is not None and rope is not None:
+            rope = [table[..., self.rope_pairs] for table in rope]
+        norm_kv = self.kv_a_layernorm if isinstance(self.kv_a_layernorm, Norm) else None
+        q_pe = cache.rope_and_append(
+            q_pe, rope, rope_widths=(P, 0, P), norm=norm_kv, c_kv=c_kv, k_pe=k_pe
+        )
+        w_uk, w_uv = self.up_projections(x.dtype)
+        q = ops.fused_linear(q_nope.unflatten(-1, (H, -1)), w_uk.transpose(1, 2))
+        q_pe = q_pe.unflatten(-1, (H, P))[:, :, None] if P else None
+        y = cache.attend_in_place(q[:, :, None], self.scale, q_pe)[:, :, 0]
+        return ops.fused_linear(y, w_uv)
+
+    def circuit_weights(self):
+        """
+        As MultiHeadAttention's, with the latents' norms folded in (g is the gain before a matrix):
+        W_V = W^DKV diag(g) W^UV, W_K = W^DKV diag(g) W^UK, W_Q = W^UQ or W^DQ diag(g) W^UQ. The
+        RoPE term stays apart: q_pe and k_pe (H, C, P), where there is one.
+        """
+        H = self.n_head
+
+        def by_head(weight):  # (H * D, C) -> (H, C, D)
+            return weight.float().view(H, weight.size(0) // H, weight.size(1)).mT
+
+        def folded(weight, norm):  # W^D diag(g), (C, R)
+            gain = norm.weight.float() if isinstance(norm, Norm) else 1.0
+            return weight.float().T * gain
+
+        w_dkv, w_kr = self.kv_a_proj_with_mqa.weight.split(self.a_widths)
+        w_uk, w_uv = self.kv_b_proj.weight.split(self.b_widths)
+        down = folded(w_dkv, self.kv_a_layernorm)
+        if self.q_lora_rank:
+            w_uq, w_qr = self.q_b_proj.weight.split(self.q_widths)
+            down_q = folded(self.q_a_proj.weight, self.q_a_layernorm)
+            q, q_pe = down_q @ by_head(w_uq), down_q @ by_head(w_qr)
+        else:
+            q, q_pe = (by_head(w) for w in self.q_proj.weight.split(self.q_widths))
+        weights = dict(q=q, k=down @ by_head(w_uk), v=down @ by_head(w_uv))
+        if self.pe:
+            weights |= dict(q_pe=q_pe, k_pe=w_kr.float().T.expand(H, -1, -1))
+        return weights | dict(o=self.c_proj.weight.float().T.unflatten(0, (H, -1)))
+
+
+def latent_norm(width, config):
+    if config.latent_norm:
+        return Norm(width, config, kind='rmsnorm', eps=1e-6)
+    return nn.Identity()
 
 
 class GPT_MLA(GPT):
     Config, Attention = MLAConfig, MultiHeadLatentAttention
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """
-        GPT's, but two stacked 0.02 matrices would leave hardly any signal: latents start by fan-in. Or 'orthogonal': each head's
-        part of an up projection has orthogonal rows (columns, where the latent is narrower than a head) of one length, so that it reads all
-        of the latent alike, times what gives a value MHA's size, 0.02 sqrt(C).
+        GPT's, but two stacked 0.02 matrices would leave hardly any signal: latents start by fan-in
+        with latent_init='fan_in', by `orthogonal_latents` with 'orthogonal'.
         """
         super().init_weights()
         if self.config.latent_init == 'orthogonal':
-            for attention in [
-                module for module in self.modules() if isinstance(module, MultiHeadLatentAttention)
-            ]:
-                for name, widths in (
-                    ('q_b_proj', attention.q_widths),
-                    ('kv_b_proj', attention.b_widths),
-                ):
-                    for symbol in (
-                        getattr(attention, name).weight.data.split(widths)
-                        if hasattr(attention, name)
-                        else ()
-                    ):
-                        for head in symbol.chunk(attention.n_head) if symbol.numel() else ():
-                            size = (
-                                0.02 * self.config.n_embd**0.5 if self.config.latent_norm else 1.0
-                            )
-                            nn.init.orthogonal_(
-                                head, size * max(1.0, head.size(0) / head.size(1)) ** 0.5
-                            )  # a head wider than its latent, too
+            self.orthogonal_latents()
         if self.config.latent_init == 'fan_in':
             for name, module in self.named_modules():
                 if name.endswith(('_a_proj', '_b_proj', 'kv_a_proj_with_mqa')):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def orthogonal_latents(self) -> None:
+        """
+        Give each head's part of an up projection orthogonal rows (columns, where the latent is
+        narrower than a head) of one length, so that it reads all of the latent alike, times what
+        gives a value MHA's size, 0.02 sqrt(C).
+        """
+        size = 0.02 * self.config.n_embd**0.5 if self.config.latent_norm else 1.0
+        for block in self.transformer.h:
+            attention = block.attn
+            symbols = []
+            if attention.q_lora_rank:
+                symbols += attention.q_b_proj.weight.data.split(attention.q_widths)
+            symbols += attention.kv_b_proj.weight.data.split(attention.b_widths)
+            for symbol in symbols:
+                if symbol.numel() == 0:
+                    continue
+                for head in symbol.chunk(attention.n_head):
+                    wider = max(1.0, head.size(0) / head.size(1))  # a head wider than its latent
+                    nn.init.orthogonal_(head, size * wider**0.5)

@@ -41,7 +41,7 @@ from nanomla.core.configurator import UserError, configure
 
 config = configure(globals())
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 import json
 import math
 import os
@@ -125,7 +125,7 @@ def read_stops():
     return stops
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 loaded = load.load_model(path, dropout=0.0, kernel=kernel)
 model, content, meta = loaded.model, loaded.checkpoint, loaded.meta
 text_codec = load.codec_of(loaded)
@@ -188,9 +188,9 @@ if cache != 'none':
         static=device.type == 'cuda',
         kernel=decode_kernel,
     )
-    cost = f'{cache} {held.dtype} cache, {(held.nbytes - held.window_bytes) / held.places:,.0f} bytes a token'
+    cost = f'{cache} {held.dtype} cache, {(held.nbytes - held.window_bytes) / held.slots:,.0f} bytes a token'
     cost += (
-        f' and {held.window_bytes / held.slots / 1024:,.0f} KiB for the last {held.window}'
+        f' and {held.window_bytes / held.rows / 1024:,.0f} KiB for the last {held.window}'
         * bool(held.window_bytes)
     )
 print(
@@ -225,12 +225,12 @@ def echo(ids):
 
 def tell_samples():
     prompt, generator = torch.tensor(read_of, device=device), torch.Generator(device)
-    how = dict(cache=held, rows=[held.slots - 1], prefill_chunk=prefill_chunk) if held else {}
-    if held and held.slots > 1 and longest > 1:
+    how = dict(cache=held, rows=[held.rows - 1], prefill_chunk=prefill_chunk) if held else {}
+    if held and held.rows > 1 and longest > 1:
         prefill(model, [read_of[0][:-1]], held, [0], prefill_chunk)  # once for all samples
     for i in range(num_samples):
         write('\n---------------\n' * bool(i) + echo(texts[0]))
-        if held and held.slots > 1:
+        if held and held.rows > 1:
             held.fork(0, 1)
         decoder = StreamDecoder(codec.decode_bytes, stops, ends)
         for token in generate(

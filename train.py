@@ -103,7 +103,7 @@ from nanomla.inference.generate import generate
 
 config = configure(globals())
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 import json
 import math
 import os
@@ -144,7 +144,7 @@ say(config.echo())
 if on_cpu:
     say('on the CPU:', ', '.join(f'{key}={value}' for key, value in on_cpu.items()))
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # what was asked for, checked before anything is written
 check_ranges(config)
 out = Path(out_dir)
@@ -153,7 +153,7 @@ if init_from == 'scratch' and (kind := checkpoint.kind_in(out)) not in (None, at
         f"--out_dir={out_dir} holds a model of kind '{kind}', not '{attention}': name another folder, or remove it"
     )
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # data and model
 if main:
     datasets.prepare_if_missing(dataset)
@@ -241,7 +241,7 @@ if eval_only:
     dist.destroy_process_group() if world > 1 else None
     sys.exit()
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # what a run leaves behind
 
 
@@ -346,7 +346,7 @@ signals = (
     machine.Signals()
 )  # SIGTERM, SIGUSR1 and Ctrl-C end the run after its step, with a checkpoint to resume from
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the loop. Speed is measured from the sixth step on: the first ones compile, record and warm up.
 first, train_seconds, timed_steps, marked, speed = run.step, 0.0, 0, None, 0.0
 stop = 'max_iters reached' if run.step >= max_iters else ''
@@ -435,7 +435,7 @@ while not stop:
         marked = (time.perf_counter(), run.step)
     bar.update(1) if bar else None
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 signals.ignore()  # a late one must not kill what has ended well
 bar = bar and bar.close()
 if main:

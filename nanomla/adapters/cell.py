@@ -212,7 +212,7 @@ class Ours:
                         )
                     else:
                         rows = range(len(prompts))
-                        for row in range(cache.slots):
+                        for row in range(cache.rows):
                             cache.free(row)
                     yield torch.stack(
                         list(

@@ -86,7 +86,7 @@ class Held:
             for b, length in enumerate(lengths):
                 x = torch.randn(length, store.width, device=device, dtype=full, generator=here)
                 parts, at = quantise(x, store.bits) if store.bits else [x], self.addresses(b)
-                for buffer, part in zip(store.places, parts):
+                for buffer, part in zip(store.data, parts):
                     buffer[at] = part.to(buffer.dtype)
                 places = torch.arange(max(0, length - cache.window), length, device=device)
                 if store.recent is not None:
@@ -95,7 +95,7 @@ class Held:
                     seen = (
                         dequantise(*parts, store.width, store.bits)
                         if store.bits
-                        else store.places[0][at].float()
+                        else store.data[0][at].float()
                     )
                     if store.recent is not None:
                         seen[places] = x[places].float()
@@ -107,7 +107,7 @@ class Held:
         if self.cache.layout == 'dense':
             return b * self.cache.size + place
         return (
-            self.cache.table[b, place // self.page_size].long() * self.page_size
+            self.cache.block_table[b, place // self.page_size].long() * self.page_size
             + place % self.page_size
         )
 
@@ -116,7 +116,7 @@ class Held:
         """Bytes that a step has to read: of every token that is held, once; the last ones (the window) in full precision."""
         total = 0
         for store in self.stores.values():
-            per_place = sum(buffer.nbytes for buffer in store.places) // self.cache.places
+            per_place = sum(buffer.nbytes for buffer in store.data) // self.cache.slots
             recent = [
                 0 if store.recent is None else min(self.cache.window, length)
                 for length in self.lengths
@@ -163,15 +163,15 @@ def sdpa(held, k, v):
 
 
 def sdpa_dense(held):
-    rows = [store.places[0].unflatten(0, (held.cache.slots, -1)) for store in held.stores.values()]
+    rows = [store.data[0].unflatten(0, (held.cache.rows, -1)) for store in held.stores.values()]
     return lambda: sdpa(held, *heads(held, rows))
 
 
 def sdpa_gathered(held):
     """Pages copied into a row first, in the step: what a cache costs whose kernel knows no pages."""
-    pages = [store.places[0].unflatten(0, (-1, held.page_size)) for store in held.stores.values()]
+    pages = [store.data[0].unflatten(0, (-1, held.page_size)) for store in held.stores.values()]
     return lambda: sdpa(
-        held, *heads(held, [p[held.cache.table].flatten(1, 2)[:, : held.cache.size] for p in pages])
+        held, *heads(held, [p[held.cache.block_table].flatten(1, 2)[:, : held.cache.size] for p in pages])
     )
 
 
@@ -180,17 +180,17 @@ def sdpa_dequantised(held):
     cache, full, stores = held.cache, held.q.dtype, list(held.stores.values())
     place = torch.arange(cache.size, device=held.q.device)
     is_recent = (place >= cache.lengths[:, None] - cache.window)[..., None]
-    from_recent = torch.arange(cache.slots, device=held.q.device)[
+    from_recent = torch.arange(cache.rows, device=held.q.device)[
         :, None
     ] * cache.window + place % max(1, cache.window)
 
     def rows(store):
         seen = (
-            dequantise(*store.places, store.width, store.bits).to(full)
+            dequantise(*store.data, store.width, store.bits).to(full)
             if store.bits
-            else store.places[0]
+            else store.data[0]
         )
-        seen = seen.unflatten(0, (cache.slots, -1))
+        seen = seen.unflatten(0, (cache.rows, -1))
         return (
             seen
             if store.recent is None
@@ -219,7 +219,7 @@ def flex_paged(held):
     from torch.nn.attention.flex_attention import flex_attention
 
     cache, page, blocks = held.cache, held.page_size, flex_blocks(held.cache, held.cache.lengths)
-    buffers = [store.places[0] for store in held.stores.values()]
+    buffers = [store.data[0] for store in held.stores.values()]
     if held.kind == 'kv':
         k, v = (
             x.unflatten(-1, (-1, held.per_head)).transpose(0, 1)[None] for x in buffers
@@ -233,7 +233,7 @@ def flex_paged(held):
             'ignore', 'flex_attention called without'
         )  # on a CPU that is meant: nothing is compiled for it
     flex = (
-        compiled_flex((held.shape, page, len(held.lengths), cache.places))
+        compiled_flex((held.shape, page, len(held.lengths), cache.slots))
         if held.q.is_cuda
         else flex_attention
     )
@@ -248,7 +248,7 @@ def triton(held):
     C = first.width if held.kind == 'latent' else held.per_head
     if reason := decode_kernels.reason_not_to_run(
         held.q.device,
-        held.q.dtype if first.bits else first.places[0].dtype,
+        held.q.dtype if first.bits else first.data[0].dtype,
         C,
         first.bits,
         group_of(first.width),
@@ -256,19 +256,19 @@ def triton(held):
     ):
         raise UserError(reason)
     k, v = (
-        (*store.places, *[None] * (2 - len(store.places)), store.recent)
+        (*store.data, *[None] * (2 - len(store.data)), store.recent)
         for store in (first, second)
     )
     q, q_pe = (
         part.contiguous() for part in held.q[:, :, 0].split([C, held.q.size(-1) - C], dim=-1)
     )
-    how = dict(table=cache.table, page_size=cache.page_size) if cache.pages else {}
+    how = dict(table=cache.block_table, page_size=cache.page_size) if cache.pages else {}
     how |= (
         dict(bits=first.bits, group=group_of(first.width), window=cache.window)
         if first.bits
         else {}
     )
-    how |= dict(q_pe=q_pe, pe=second.places[0]) if held.kind == 'latent' else {}
+    how |= dict(q_pe=q_pe, pe=second.data[0]) if held.kind == 'latent' else {}
     return lambda: decode_kernels.decode(
         q, k, None if held.kind == 'latent' else v, cache.lengths, held.scale, cache.size, **how
     )[:, :, None]

@@ -308,8 +308,8 @@ def cell(plan, model, cache, dtype, batch, context):
         row |= dict(
             decode_kernel_ran=held.kernel,
             cache_bytes=held.nbytes,
-            bytes_per_token=held.nbytes / held.places,
-            bytes_per_token_formula=formula / held.places,
+            bytes_per_token=held.nbytes / held.slots,
+            bytes_per_token_formula=formula / held.slots,
         )
     idx = torch.randint(model.config.vocab_size, (batch, context), device=device)
     if held is None:

@@ -11,7 +11,8 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise a UserError unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:
-        raise UserError(f"{name}='{value}' is not known: use {', '.join(choices)}")
+        known = ', '.join(map(str, choices))
+        raise UserError(f'{name}={value!r} is not known: use {known}')
 
 
 def check_range(

@@ -37,7 +37,7 @@ class Scorer:
 
     def room(self, slots, size):
         """The cache, empty, with at least so much room."""
-        if self.cache is None or self.cache.slots != slots or self.cache.size < size:
+        if self.cache is None or self.cache.rows != slots or self.cache.size < size:
             self.cache = None  # the old one goes before the new one comes
             self.cache = Cache.of(self.model, slots, size, layout=self.layout, **self.how)
         for row in range(slots):
@@ -61,13 +61,13 @@ class Scorer:
             return {}
         places, window = (
             sum(b.nbytes for store in self.cache.stores for b in part(store))
-            for part in (lambda s: s.places, lambda s: [] if s.recent is None else [s.recent])
+            for part in (lambda s: s.data, lambda s: [] if s.recent is None else [s.recent])
         )
         return dict(
-            bytes_per_token=places / self.cache.places,
-            window_bytes=window / self.cache.slots,
+            bytes_per_token=places / self.cache.slots,
+            window_bytes=window / self.cache.rows,
             nbytes=self.cache.nbytes,
-            slots=self.cache.slots,
+            slots=self.cache.rows,
             size=self.cache.size,
         )
 
@@ -166,7 +166,7 @@ class Scorer:
             slots = [row for _, row, _ in parts]
             cache.plan(
                 [len(part) for _, _, part in parts],
-                None if slots == list(range(cache.slots)) else slots,
+                None if slots == list(range(cache.rows)) else slots,
             )
             x = self.model.hidden(self.padded([part for _, _, part in parts]), cache)
             for i, (b, _, part) in enumerate(parts):

@@ -528,7 +528,7 @@ def join_kernel(parts, lse, out, splits, C: tl.constexpr, CC: tl.constexpr, SP: 
     tl.store(out + row * C + c, tl.sum(x * weight[:, None], 0).to(out.dtype.element_ty), mask=c < C)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the new token's own keys and values, on their way into the cache
 
 
@@ -702,7 +702,7 @@ def keep_kernel(
             )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the call
 
 
@@ -839,16 +839,17 @@ def plan(B, K, heads, C, P, latent, bits, size, device):
     )
 
 
-def decode(
+def decode_attention(
     q,
     k,
-    v,
+    *,
     lengths,
     scale,
     size,
+    v=None,
     q_pe=None,
-    pe=None,
-    table=None,
+    k_pe=None,
+    block_table=None,
     page_size=0,
     rows=None,
     bits=0,
@@ -857,11 +858,11 @@ def decode(
     splits=0,
 ):
     """
-    softmax(scale (q · k + q_pe · pe)) v over the first lengths[b] tokens of every sequence -> (B, H, C) in q's dtype.
+    softmax(scale (q · k + q_pe · k_pe)) v over the first lengths[b] tokens of every sequence -> (B, H, C) in q's dtype.
 
     q (B, H, C), q_pe (B, H, P); k and v: what a store holds, (codes, scales, recent), as cache.py lays
-    it out, scales and recent None without bits; v None: k is the latent of MLA, and the values too. pe (places, P).
-    A sequence is `size` places from rows[b] · size on (rows None: b), or the pages of table[rows[b]].
+    it out, scales and recent None without bits; v None: k is the latent of MLA, and the values too. k_pe (slots, P).
+    A sequence is `size` places from rows[b] · size on (rows None: b), or the pages of block_table[rows[b]].
     Where a length is 0 the result is 0.
     """
     B, H, C = q.shape
@@ -894,8 +895,8 @@ def decode(
         vc,
         vs,
         vr,
-        pe,
-        table,
+        k_pe,
+        block_table,
         lengths,
         rows,
         parts,
@@ -903,7 +904,7 @@ def decode(
         scale * LOG2E,
         splits,
         size,
-        0 if table is None else table.size(1),
+        0 if block_table is None else block_table.size(1),
         H,
         K,
         G,
@@ -915,7 +916,7 @@ def decode(
         bits,
         group if bits else 1,
         window,
-        page_size if table is not None else 0,
+        page_size if block_table is not None else 0,
         rows is not None,
         N,
         stages,
@@ -935,25 +936,26 @@ def decode(
     return out
 
 
-def keep(
+def append_tokens(
     new,
+    *,
     lengths,
     counts,
     size,
-    table=None,
+    block_table=None,
     page_size=0,
     rows=None,
     window=0,
     q=None,
     rope=None,
-    turns=(0, 0, 0),
+    rope_widths=(0, 0, 0),
     norm=None,
 ):
     """
     Writes one new token a sequence: new is [(x (B, 1, width) or (B, width), held, bits, group)] of one store or two, `held` as in
     `decode`; lengths count the new token where counts is 1; where it is 0 nothing is written.
 
-    On the way: rope (cos, sin), B rows each, turns heads of `turns` channels (of q, of the first and the second store; 0: not at all),
+    On the way: rope (cos, sin), B rows each, in heads of `rope_widths` channels (of q, of the first and the second store; 0: not at all),
     norm (a Norm of model.py) sets the RMS of what goes to the first store. Returns q (B, width), turned and contiguous.
     """
     parts, shapes = [], []
@@ -965,7 +967,7 @@ def keep(
     B = new[0][0].size(0)
     cos, sin = (t.contiguous() for t in rope) if rope else (None, None)
     out = None if q is None else q.new_empty(B, q.size(-1))
-    turns = turns if rope else (0, 0, 0)
+    rope_widths = rope_widths if rope else (0, 0, 0)
     kernels().keep[(B, len(new) if q is None else 3)](
         *parts,
         q,
@@ -975,20 +977,20 @@ def keep(
         sin,
         None if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
-        table,
+        block_table,
         lengths,
         counts,
         rows,
         size,
-        0 if table is None else table.size(1),
+        0 if block_table is None else block_table.size(1),
         *shapes,
         0 if q is None else q.size(-1),
         0 if q is None else power_of_2(q.size(-1)),
-        *turns,
+        *rope_widths,
         cos.size(-1) if rope else 0,
         norm is not None,
         window,
-        page_size if table is not None else 0,
+        page_size if block_table is not None else 0,
         rows is not None,
         num_warps=4,
     )

@@ -1,614 +1,721 @@
 """
-What decoding remembers. A cache is a layout times a storage times what an attention leaves behind:
+Caches for decoding. A cache is a layout times a storage times what an attention leaves behind:
 
-    layout    dense: `size` places for each of `slots` sequences; or paged: pages of `page_size` places that
-              sequences take as they grow, share with their copies and give back
-    storage   float32, bfloat16, float16: every token as it is; int8, int4: all of it in groups of channels,
-              and the last `window` tokens of a sequence at full precision as well (KIVI, Liu et al. 2024)
+    layout    dense: room for `size` tokens in each of `rows` rows, a sequence a row; or paged:
+              pages of `page_size` slots, which sequences take as they grow and share with copies
+    storage   float32, bfloat16, float16: every token as it is; int8, int4: all tokens in groups of
+              channels, and the last `window` of a sequence at full precision as well (KIVI, Liu
+              et al. 2024)
     tokens    whatever `attention.cache_dims()` names: k and v (MHA, GQA, MQA), c_kv and k_pe (MLA)
 
-Bytes, with `places` = slots · size, or pages · page_size, and b bytes an element of the full precision:
+Bytes, with slots = rows · size, or pages · page_size, and b bytes an element of the full precision:
 
-    nbytes = sum over layers and names of  places · per_place + kept,
-    per_place = width · b                                        kept = 0
-    int8, int4: ceil(width · bits / 8) + 4 · width / group       kept = slots · window · width · b
+    nbytes = sum over layers and names of  slots · per_slot + window_bytes,
+    per_slot = width · b                                     window_bytes = 0
+    int8, int4: ceil(width · bits / 8)                       window_bytes = rows · window · width · b
+                + 4 · width / group
 
-The 4 bytes of a group are its scale and its zero in fp16; group is the largest divisor of width up to 64.
-The window is no longer than `size`. k_pe is never quantised: a rotated key of all heads is small, and it is what position hangs on. Bookkeeping
-(16 bytes a slot, 4 a page) is not counted.
+The 4 bytes of a group are its scale and its zero in fp16; group is the largest divisor of width up
+to 64. The window is no longer than `size`. k_pe is never quantised: one rotated key for all heads
+is small, and positions depend on it. Bookkeeping (16 bytes a row, 4 a page) is not counted.
 
-One step has two halves. `plan` is the host's: it knows every length, takes pages, copies a shared page
-before it is written, and raises what can go wrong before anything has changed. What the model then runs,
-`begin`, `Layer.extend` and `end`, is the device's: static buffers and lengths that live there, no page
-taken, nothing read back. With static=True shapes do not depend on lengths either, so that such a step can
-be captured in a CUDA graph and replayed after each `plan`.
+One step has two halves. `plan` is the host's: it knows every length, takes pages, copies a shared
+page before it is written, and raises what can go wrong before anything has changed. What the model
+then runs, `begin`, `CacheLayer.append` and `end`, is the device's: static buffers and lengths that
+live there, no page taken, nothing read back. With static=True shapes do not depend on lengths
+either, so that such a step can be recorded as a CUDA graph and replayed after each `plan`.
 
-Legend: B sequences of a step, T new tokens of each, N places a step reads, W window, C width of a name.
+Legend: B sequences of a pass, T new tokens of each, N slots that a pass reads, W window, C width.
 """
 
-from types import SimpleNamespace
+import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from model import GPT, Context
+from nanomla.core.checks import check_choice
 from nanomla.core.configurator import UserError
-from nanomla.inference.quantize import BITS, FULL, NEVER_QUANTISED, dequantise, group_of, quantise
+from nanomla.inference import attention_kernel, backends
+from nanomla.inference.quantize import (
+    BITS,
+    FULL,
+    NEVER_QUANTISED,
+    dequantise,
+    group_of,
+    quantise,
+)
 
-LAYOUTS, PAGE_SIZES = ('dense', 'paged'), (16, 64, 128)
+LAYOUTS = ('dense', 'paged')
+PAGE_SIZES = (16, 64, 128)
 KERNELS = ('auto', 'triton', 'torch', 'flex', 'flashinfer', 'flashmla')
+READ_MULTIPLE = 64  # a pass that is not static reads so many slots, or a multiple
 
 
 class OutOfPages(UserError):
     """`needed` pages were asked for and only `free` are left; nothing has changed."""
 
-    def __init__(self, needed, free):
+    def __init__(self, needed: int, free: int):
         super().__init__(
-            f'out of pages: {needed} needed, {free} free: end a sequence, or make the cache with more pages'
+            f'out of pages: {needed} needed, {free} free: end a sequence, '
+            'or make the cache with more pages'
         )
-        self.needed, self.free = needed, free
+        self.needed = needed
+        self.free = free
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# one forward pass
+
+
+@dataclass
+class Plan:
+    """What the host knows of the next pass."""
+
+    rows: torch.Tensor | None  # the rows that get tokens (B,); None = all, in order
+    counts: torch.Tensor | None  # new tokens of each (B,); None = cache.counts
+    ragged: bool  # whether counts may differ, so that some tokens are padding
+    reach: int  # slots of a sequence that its queries may see
+    T: int  # tokens of the longest
+    fresh: bool  # whether all of the rows are empty before it
+
+
+@dataclass
+class WriteSlots:
+    """Where the tokens of a pass go; token numbers and slots are flat, (B T,)."""
+
+    slots: torch.Tensor
+    tokens: torch.Tensor | None = None  # which token goes there; None = all, in order
+    window_slots: torch.Tensor | None = None  # the same for the windows of full precision
+    window_tokens: torch.Tensor | None = None
+
+
+@dataclass
+class ReadView:
+    """What the queries of a pass see."""
+
+    filled: torch.Tensor  # (B, N): whether there is a token
+    mask: torch.Tensor  # (B, 1, T, N): whether a query may look
+    slots: torch.Tensor | None  # paged: (B, N), where a sequence's tokens are
+    recent: torch.Tensor | None = None  # quantised: (B, N), whether full precision is at hand
+    recent_index: torch.Tensor | None = None  # quantised: (B, N), where in [window | new tokens]
+
+
+class Pass:
+    """What one forward pass has in common in all layers. Positions of padding are 0."""
+
+    def __init__(self, cache: 'Cache', plan: Plan):
+        self.cache = cache
+        self.rows, self.reach, self.fresh = plan.rows, plan.reach, plan.fresh
+        self.ragged = plan.ragged
+        self.T = plan.T
+        self.counts = cache.counts if plan.counts is None else plan.counts
+        self.start = cache.lengths if plan.rows is None else cache.lengths[plan.rows]
+        self.lengths = self.start + self.counts  # with the new tokens
+        self.positions = self.start[:, None] + cache.steps[: plan.T]  # (B, T)
+        if plan.ragged:
+            self.real = cache.steps[: plan.T] < self.counts[:, None]
+            self.positions = torch.where(self.real, self.positions, 0)
+        self.backend_state = {}  # what a decode backend works out once for all layers
+
+    @cached_property
+    def row_numbers(self):
+        """The row of each sequence, (B, 1)."""
+        rows = self.cache.row_numbers if self.rows is None else self.rows
+        return rows[:, None]
+
+    @cached_property
+    def write_slots(self) -> WriteSlots:
+        """Where the new tokens go."""
+        cache, W, positions = self.cache, self.cache.window, self.positions
+        if cache.pages:
+            page = cache.block_table[self.row_numbers, positions // cache.page_size].long()
+            slots = page * cache.page_size + positions % cache.page_size
+        else:
+            slots = self.row_numbers * cache.size + positions
+        write = WriteSlots(slots.flatten())
+        if self.ragged:
+            write.tokens, write.slots = repeat_first(self.real, slots)
+        if cache.dtype in BITS and W:
+            new = cache.steps[: self.T]
+            stays = (new < self.counts[:, None]) & (new >= self.counts[:, None] - W)
+            ring = self.row_numbers * W + positions % W
+            write.window_tokens, write.window_slots = repeat_first(stays, ring)
+        return write
+
+    @cached_property
+    def read_view(self) -> ReadView:
+        """What the queries see of all slots: only CacheLayer.append needs it."""
+        cache, W = self.cache, self.cache.window
+        slot, start = cache.steps[: self.reach], self.start[:, None]
+        slots = None
+        if cache.pages:
+            pages = math.ceil(self.reach / cache.page_size)
+            table = cache.block_table if self.rows is None else cache.block_table[self.rows]
+            first = table[:, :pages].long() * cache.page_size
+            slots = (first[..., None] + cache.steps_of_page).flatten(1)[:, : self.reach]
+        view = ReadView(
+            filled=slot < self.lengths[:, None],
+            mask=(slot <= self.positions[..., None])[:, None],
+            slots=slots,
+        )
+        if cache.dtype in BITS:
+            # Before `start` the window is a ring; the tokens of this pass come after its W slots.
+            ring_or_new = torch.where(slot < start, slot % max(W, 1), W + slot - start)
+            view.recent = slot >= torch.minimum(start, self.lengths[:, None] - W)
+            view.recent_index = ring_or_new.clamp(0, W + self.T - 1)
+        return view
+
+
+def repeat_first(chosen, to):
+    """
+    Return which token goes where, (B T,) each, for chosen and to (B, T): tokens not chosen repeat
+    the first chosen one, so that one write of a fixed size serves every mixture of lengths.
+    """
+    chosen, to = chosen.flatten(), to.flatten()
+    own = torch.arange(len(chosen), device=chosen.device)
+    tokens = torch.where(chosen, own, chosen.int().argmax())
+    return tokens, to[tokens]
+
+
+# -------------------------------------------------------------------------------------------------
 # storage
 
 
 class Store:
-    """One name of one layer: `places` (places, ...) in one buffer, or in two (codes, scales) and `recent` (slots · W, C)."""
+    """
+    One name of one layer. `data` holds the slots of all sequences in one buffer (slots, C), or in
+    two, codes and scales; `recent` the window of a quantised store, (rows · W, C).
+    """
 
-    def __init__(self, cache, width, bits, dtype):
+    def __init__(self, cache: 'Cache', width: int, bits: int, dtype: torch.dtype):
         self.cache, self.width, self.bits = cache, width, bits
-
-        def buffer(rows, columns, dtype):
-            return torch.zeros(rows, columns, dtype=dtype, device=cache.device)
-
+        self.group = group_of(width) if width else 1
         self.recent = None
-        if bits:
-            self.places = [
-                buffer(cache.places, -(-width * bits // 8), torch.uint8),
-                buffer(cache.places, 2 * width // group_of(width), torch.float16),
-            ]
-            if cache.window:
-                self.recent = buffer(cache.slots * cache.window, width, cache.full)
-        else:
-            self.places = [buffer(cache.places, width, dtype)]
+
+        def buffer(slots, columns, dtype):
+            return torch.zeros(slots, columns, dtype=dtype, device=cache.device)
+
+        if bits == 0:
+            self.data = [buffer(cache.slots, width, dtype)]
+            return
+        self.data = [
+            buffer(cache.slots, math.ceil(width * bits / 8), torch.uint8),
+            buffer(cache.slots, 2 * width // self.group, torch.float16),
+        ]
+        if cache.window:
+            self.recent = buffer(cache.rows * cache.window, width, cache.full)
 
     @property
-    def buffers(self):
-        return self.places + ([] if self.recent is None else [self.recent])
+    def buffers(self) -> list[torch.Tensor]:
+        return self.data if self.recent is None else [*self.data, self.recent]
 
-    def keep(self, x):
-        """Writes the new tokens x (B, T, C) to their places."""
-        now, flat = self.cache.target, x.flatten(0, 1)
-        kept = flat if now.source is None else flat[now.source]
-        for buffer, part in zip(self.places, quantise(kept, self.bits) if self.bits else [kept]):
-            buffer[now.to] = part.to(buffer.dtype)
+    @property
+    def kernel_buffers(self) -> tuple:
+        """Codes (or values), scales and window for a kernel; None for what is not there."""
+        values, scales = (*self.data, None)[:2]
+        return values, scales, self.recent
+
+    def write(self, x) -> None:
+        """Write the new tokens x (B, T, C) to their slots."""
+        write, flat = self.cache.current.write_slots, x.flatten(0, 1)
+        chosen = flat if write.tokens is None else flat[write.tokens]
+        parts = quantise(chosen, self.bits) if self.bits else [chosen]
+        for buffer, part in zip(self.data, parts):
+            buffer[write.slots] = part.to(buffer.dtype)
         if self.recent is not None:
-            self.recent[now.to_recent] = flat[now.source_of_recent].to(self.recent.dtype)
+            self.recent[write.window_slots] = flat[write.window_tokens].to(self.recent.dtype)
 
-    def extend(self, x):
-        """Keeps the new tokens x (B, T, C) and returns what their queries see (B, N, C), zeros where there is no token."""
-        now, before = self.cache.view, self.recent_rows() if self.recent is not None else None
-        self.keep(x)
-        parts = [self.cache.read(buffer) for buffer in self.places]
-        if not self.bits:
+    def append(self, x):
+        """Write new tokens x (B, T, C), return what their queries see (B, N, C), else zeros."""
+        view = self.cache.current.read_view
+        before = None if self.recent is None else self.windows()
+        self.write(x)
+        parts = [self.read(buffer) for buffer in self.data]
+        if self.bits == 0:
             seen = parts[0].to(x.dtype)
         else:
             seen = dequantise(*parts, self.width, self.bits).to(x.dtype)
-            recent = (
-                x if before is None else torch.cat([before, x.to(before.dtype)], dim=1).to(x.dtype)
-            )
-            recent = recent.gather(1, now.place_in_recent[..., None].expand(-1, -1, self.width))
-            seen = torch.where(now.is_recent[..., None], recent, seen)
-        return torch.where(now.held[..., None], seen, 0)
+            recent = x
+            if before is not None:
+                recent = torch.cat([before, x.to(before.dtype)], dim=1).to(x.dtype)
+            index = view.recent_index[..., None].expand(-1, -1, self.width)
+            seen = torch.where(view.recent[..., None], recent.gather(1, index), seen)
+        return torch.where(view.filled[..., None], seen, 0)
 
-    def recent_rows(self):
-        """A copy of this pass's sequences' rings, (B, W, C)."""
-        recent, rows = self.recent.unflatten(0, (self.cache.slots, -1)), self.cache.now.rows
-        return recent.clone() if rows is None else recent[rows]
+    def windows(self):
+        """Return a copy of the windows of this pass's sequences, (B, W, C), as rings."""
+        windows, rows = self.recent.unflatten(0, (self.cache.rows, -1)), self.cache.current.rows
+        return windows.clone() if rows is None else windows[rows]
 
-    @property
-    def held(self):
-        """Codes, scales and window, as a kernel reads them; None for what there is not."""
-        return *self.places, *[None] * (2 - len(self.places)), self.recent
+    def read(self, buffer):
+        """Return this pass's sequences of a buffer (slots, C): (B, N, C), arbitrary where empty."""
+        cache, current = self.cache, self.cache.current
+        if cache.pages:
+            return buffer[current.read_view.slots]
+        by_row = buffer.unflatten(0, (cache.rows, cache.size))[:, : current.reach]
+        return by_row if current.rows is None else by_row[current.rows]
 
 
-class Layer:
+class CacheLayer(Context):
     """The cache of one layer, as its attention sees it."""
 
-    def __init__(self, cache, stores):
-        self.cache, self.stores, self.joint = cache, stores, None
+    is_cache = True
 
-    def join(self):
-        """MLA's two stores become columns of one buffer `joint` (places, R + P), which some kernels want."""
+    def __init__(self, cache: 'Cache', stores: dict[str, Store]):
+        self.cache = cache
+        self.stores = stores
+        self.joint = None
+
+    def join(self) -> None:
+        """Make MLA's stores columns of one buffer `joint` (slots, R + P), as some kernels want."""
         c_kv, k_pe = self.stores.values()
-        self.joint = torch.cat([c_kv.places[0], k_pe.places[0]], dim=-1)
-        c_kv.places, k_pe.places = (
-            [part] for part in self.joint.split([c_kv.width, k_pe.width], dim=-1)
-        )
+        self.joint = torch.cat([c_kv.data[0], k_pe.data[0]], dim=-1)
+        latents, keys = self.joint.split([c_kv.width, k_pe.width], dim=-1)
+        c_kv.data, k_pe.data = [latents], [keys]
 
     @property
-    def fresh(self):
-        """Whether the sequences of this pass held nothing before it: then they see its own tokens and no others."""
-        return self.cache.now.fresh
+    def fresh(self) -> bool:
+        """Whether the sequences of this pass were empty: then their tokens see no others."""
+        return self.cache.current.fresh
 
-    def keep(self, **new):
-        """Takes what new tokens leave behind, name=(B, T, C)."""
-        assert new.keys() == self.stores.keys(), (
-            f'this cache holds {list(self.stores)}, not {list(new)}'
-        )
-        cache, now = self.cache, self.cache.now
-        if cache.kernel == 'triton' and self.serves(now.position.size(1)):
-            from nanomla.inference.attention_kernel import keep
+    def attend(self, attention, q, k, v):
+        """Attend to all that is cached, the new keys and values k, v (B, K, T, D) among it."""
+        new = dict(k=k.transpose(1, 2).flatten(2), v=v.transpose(1, 2).flatten(2))
+        if self.fresh:
+            self.write(**new)
+            return attention.attend(q, k, v)
+        if self.reads_in_place(q.size(2)) and attention.kernel != 'eager':
+            self.write(**new)
+            return self.attend_in_place(q, attention.scale)
+        cached, mask = self.append(**new)
+        k, v = (t.unflatten(-1, (k.size(1), -1)).transpose(1, 2) for t in cached)
+        return attention.attend(q, k, v, mask)
 
-            keep(
-                [
-                    (x, store.held, store.bits, group_of(store.width))
-                    for store, x in zip(self.stores.values(), new.values())
-                    if store.width
-                ],
-                now.lengths,
-                now.counts,
-                cache.size,
-                cache.table,
-                cache.page_size,
-                now.rows,
-                cache.window,
-            )
+    def write(self, **new) -> None:
+        """Write what new tokens leave behind, name=(B, T, C)."""
+        self.check_names(new)
+        cache, current = self.cache, self.cache.current
+        if cache.kernel == 'triton' and self.reads_in_place(current.T):
+            attention_kernel.append_tokens(self.kernel_inputs(new), **self.kernel_options())
         else:
             for name, x in new.items():
-                self.stores[name].keep(x)
+                self.stores[name].write(x)
 
-    def settle(self, q, rope, turns, norm=None, **new):
+    def append(self, **new):
         """
-        `keep` for one token of each sequence, name=(B, C), which RoPE and norm do not have behind them yet, and its query (B, C); as
-        decode_kernels.keep has it. Returns the query.
-        """
-        from nanomla.inference.attention_kernel import keep
+        `write`, and return all that is cached, each (B, N, C) in the order of the names, and the
+        mask (B, 1, T, N): which slot each query may see.
 
-        cache, now = self.cache, self.cache.now
-        names = [name for name in new if self.stores[name].width]
-        new = [
-            (new[name], (store := self.stores[name]).held, store.bits, group_of(store.width))
-            for name in names
-        ]
-        return keep(
-            new,
-            now.lengths,
-            now.counts,
-            cache.size,
-            cache.table,
-            cache.page_size,
-            now.rows,
-            cache.window,
-            q if q.size(-1) else None,
-            rope,
-            turns,
-            norm if hasattr(norm, 'weight') else None,
+        A quantised cache shows the tokens of this very call in full precision, and so many before
+        them as make W.
+        """
+        self.check_names(new)
+        cached = [self.stores[name].append(x) for name, x in new.items()]
+        return cached, self.cache.current.read_view.mask
+
+    def rope_and_append(self, q, rope, rope_widths, norm=None, **new):
+        """
+        `write` one token of each sequence, name=(B, C), to which RoPE and `norm` were not applied
+        yet, and return its query q (B, C) with RoPE: see attention_kernel.append_tokens.
+        """
+        self.check_names(new)
+        return attention_kernel.append_tokens(
+            self.kernel_inputs(new),
+            q=q if q.size(-1) else None,
+            rope=rope,
+            rope_widths=rope_widths,
+            norm=norm,
+            **self.kernel_options(),
         )
 
-    def extend(self, **new):
-        """
-        `keep`, and returns all that is held, each (B, N, C) in the order of the names, and mask (B, 1, T, N):
-        which place each query may see.
+    def reads_in_place(self, T: int) -> bool:
+        """Whether `attend_in_place` can take T new tokens of a sequence; `append` always can."""
+        if T > 1 or self.cache.kernel == 'torch':
+            return False
+        return self.cache.kernel == 'triton' or self.cache.current.rows is None
 
-        A quantised cache shows the tokens of this very call in full precision, and so many before them as make W.
+    def attend_in_place(self, q, scale: float, q_pe=None):
         """
-        assert new.keys() == self.stores.keys(), (
-            f'this cache holds {list(self.stores)}, not {list(new)}'
-        )
-        return [self.stores[name].extend(x) for name, x in new.items()], self.cache.view.mask
-
-    def serves(self, T):
-        """Whether `attend` can take T new tokens of a sequence; where not, there is `extend`."""
-        return T == 1 and (
-            self.cache.kernel == 'triton'
-            or self.cache.kernel != 'torch'
-            and self.cache.now.rows is None
-        )
-
-    def attend(self, q, scale, q_pe=None):
-        """
-        softmax(scale q kᵀ) v over all that is held, the kept tokens too: q (B, H, 1, C) -> (B, H, 1, C). With q_pe (B, H, 1, P)
-        the stores are MLA's: keys are [c_kv | k_pe], values c_kv. A kernel reads the places as they are (decode_kernels.py, decode_libraries.py).
+        softmax(scale q kᵀ) v over all that is cached, by a kernel that reads the slots as they are:
+        q (B, H, 1, C) -> (B, H, 1, C). With q_pe (B, H, 1, P) the stores are MLA's: keys are
+        [c_kv | k_pe], values c_kv.
         """
         if self.cache.kernel != 'triton':
-            from nanomla.inference.backends import attend
-
-            return attend(self.cache.kernel, self, q, scale, q_pe)
-        from nanomla.inference.attention_kernel import decode
-
-        cache, stores = self.cache, list(self.stores.values())
-        latent = 'c_kv' in self.stores
-        first = stores[0]
-        y = decode(
+            return backends.attend(self.cache.kernel, self, q, scale, q_pe)
+        first, second = self.stores.values()
+        latent = self.cache.latent
+        y = attention_kernel.decode_attention(
             q[:, :, 0].contiguous(),
-            first.held,
-            None if latent else stores[1].held,
-            cache.now.lengths,
-            scale,
-            cache.size,
-            None if q_pe is None else q_pe[:, :, 0].contiguous(),
-            stores[1].places[0] if q_pe is not None else None,
-            cache.table,
-            cache.page_size,
-            cache.now.rows,
-            first.bits,
-            group_of(first.width),
-            cache.window,
+            first.kernel_buffers,
+            v=None if latent else second.kernel_buffers,
+            q_pe=None if q_pe is None else q_pe[:, :, 0].contiguous(),
+            k_pe=None if q_pe is None else second.data[0],
+            lengths=self.cache.current.lengths,
+            scale=scale,
+            size=self.cache.size,
+            block_table=self.cache.block_table,
+            page_size=self.cache.page_size,
+            rows=self.cache.current.rows,
+            bits=first.bits,
+            group=first.group,
+            window=self.cache.window,
         )
         return y[:, :, None]
 
+    def check_names(self, new) -> None:
+        names = list(self.stores)
+        assert list(new) == names, f'this cache holds {names}, not {list(new)}'
 
-# ---------------------------------------------------------------------------------------------------
+    def kernel_inputs(self, new) -> list:
+        """Return the new tokens, buffers, bits and group of each store that has a width."""
+        stores = [(self.stores[name], x) for name, x in new.items() if self.stores[name].width]
+        return [(x, store.kernel_buffers, store.bits, store.group) for store, x in stores]
+
+    def kernel_options(self) -> dict:
+        cache, current = self.cache, self.cache.current
+        return dict(
+            lengths=current.lengths,
+            counts=current.counts,
+            size=cache.size,
+            block_table=cache.block_table,
+            page_size=cache.page_size,
+            rows=current.rows,
+            window=cache.window,
+        )
+
+
+# -------------------------------------------------------------------------------------------------
 # layout
 
 
-class Pages:
+class PagePool:
     """Which pages are free, and how many sequences hold each of the others."""
 
-    def __init__(self, count):
-        self.free, self.holders = list(range(count))[::-1], [0] * count
+    def __init__(self, count: int):
+        self.free = list(range(count))[::-1]
+        self.holders = [0] * count
 
-    def take(self, n):
-        """n free pages, all or none."""
+    def allocate(self, n: int) -> list[int]:
+        """Return n free pages, all or none (OutOfPages)."""
         if n > len(self.free):
             raise OutOfPages(n, len(self.free))
-        taken = [self.free.pop() for _ in range(n)]
-        for page in taken:
+        pages = [self.free.pop() for _ in range(n)]
+        for page in pages:
             self.holders[page] = 1
-        return taken
+        return pages
 
-    def share(self, pages):
+    def share(self, pages: list[int]) -> None:
         for page in pages:
             self.holders[page] += 1
 
-    def give_back(self, pages):
+    def release(self, pages: list[int]) -> None:
         for page in pages:
             self.holders[page] -= 1
             if not self.holders[page]:
                 self.free.append(page)
 
 
-class Cache:
+@dataclass
+class CacheOptions:
     """
-    dims: one dict name -> width for each layer; slots: sequences at a time; size: tokens of each.
+    How a cache is laid out and stored.
 
-    dtype 'auto' is `full`, the full precision of k_pe and of the window. pages=0: enough for all slots. static: shapes
-    for a CUDA graph. kernel: who attends for a single new token: triton (decode_kernels.py), torch, or one of decode_libraries.py;
-    auto is triton where it can run, else torch. heads: key/value heads, where there is no latent. fuse: with triton, blocks by step_kernels.py.
-    UserError for a layout, dtype, kernel, page size or width of window that is not known, and a kernel that cannot read this cache.
+    dtype: 'auto' is the full precision; static: shapes for a CUDA graph; pages: 0 = enough for all
+    rows; kernel: who attends for a single new token, triton (attention_kernel.py), torch, or one of
+    backends.py; auto is triton where it can run, else torch. fuse: with triton, blocks by
+    fused_step.py. UserError for what is not known.
+    """
+
+    layout: str = 'dense'
+    dtype: str = 'auto'
+    page_size: int = 64
+    pages: int = 0
+    window: int = 128
+    static: bool = False
+    kernel: str = 'auto'
+    fuse: bool = True
+
+    def __post_init__(self):
+        check_choice('cache', self.layout, LAYOUTS)
+        check_choice('cache_dtype', self.dtype, ['auto', *FULL, *BITS])
+        check_choice('decode_kernel', self.kernel, KERNELS)
+        if self.layout == 'paged':
+            check_choice('page_size', self.page_size, PAGE_SIZES)
+        if self.window < 0 or self.pages < 0:
+            raise UserError(
+                f'a cache needs room: window={self.window} and pages={self.pages} '
+                'must be at least 0'
+            )
+
+
+class Cache(Context):
+    """
+    Room for `rows` sequences of `size` tokens. `layer_dims` holds for each layer name -> width,
+    `full` is the full precision of k_pe and of the window, `heads` the key/value heads of an
+    attention without a latent; more options are those of CacheOptions. UserError for options that
+    are not known, and for a kernel that cannot read this cache.
     """
 
     def __init__(
-        self,
-        dims,
-        slots,
-        size,
-        layout='dense',
-        dtype='auto',
-        page_size=64,
-        pages=0,
-        window=128,
-        full=torch.float32,
-        device='cpu',
-        static=False,
-        kernel='auto',
-        heads=1,
-        fuse=True,
+        self, layer_dims, rows: int, size: int, full=torch.float32, device='cpu', heads=1, **options
     ):
-        known = ['auto', *FULL, *BITS]
-        if layout not in LAYOUTS:
-            raise UserError(f"cache='{layout}' is not known: use {' or '.join(LAYOUTS)}")
-        if dtype not in known:
-            raise UserError(f"cache_dtype='{dtype}' is not known: use {', '.join(known)}")
-        if layout == 'paged' and page_size not in PAGE_SIZES:
-            raise UserError(
-                f'page_size={page_size} is not supported: use {", ".join(map(str, PAGE_SIZES))}'
-            )
-        if slots < 1 or size < 1 or window < 0 or pages < 0:
-            raise UserError(
-                f'a cache needs room: slots={slots} and size={size} must be at least 1, window={window} and pages={pages} at least 0'
-            )
-        self.slots, self.size, self.layout, self.window = slots, size, layout, min(window, size)
-        self.full, self.device, self.fuse = full, torch.device(device), fuse
-        self.dtype = next(name for name in FULL if FULL[name] == full) if dtype == 'auto' else dtype
-        self.page_size = page_size if layout == 'paged' else size
-        self.pages = self.table = None
-        self.places = slots * size
-        if layout == 'paged':
-            self.pages = Pages(pages or slots * -(-size // page_size))
-            self.places = len(self.pages.holders) * page_size
-            self.held_by = [[] for _ in range(slots)]  # pages of each sequence, in its order
-            self.table_here = torch.zeros(slots, -(-size // page_size), dtype=torch.int32)
-            self.table = self.table_here.to(self.device, copy=True)
-        self.used = [0] * slots  # the host's copy of `lengths`
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=self.device)
-        self.counts = torch.ones(slots, dtype=torch.long, device=self.device)
+        self.options = options = CacheOptions(**options)
+        if rows < 1 or size < 1:
+            raise UserError(f'a cache needs room: rows={rows} and size={size} must be at least 1')
+        self.rows, self.size, self.full = rows, size, full
+        self.device = torch.device(device)
+        self.layout, self.fuse = options.layout, options.fuse
+        self.window = min(options.window, size)
+        self.dtype = options.dtype
+        if options.dtype == 'auto':
+            self.dtype = str(full).removeprefix('torch.')
+        self.page_size = options.page_size if options.layout == 'paged' else size
+        self.pages = self.block_table = None
+        self.slots = rows * size
+        if options.layout == 'paged':
+            self.lay_out_pages(options.pages)
+        self.used = [0] * rows  # the host's copy of `lengths`
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.counts = torch.ones(rows, dtype=torch.long, device=self.device)
+        self.counts_on_host = [1] * rows
         self.steps = torch.arange(size, device=self.device)
-        self.steps_of_slots = torch.arange(slots, device=self.device)
+        self.row_numbers = torch.arange(rows, device=self.device)
         self.steps_of_page = torch.arange(self.page_size, device=self.device)
-        self.counts_here = [1] * slots
-        self.layers = []
-        for widths in dims:
-            bits = {
-                name: 0 if name in NEVER_QUANTISED else BITS.get(self.dtype, 0) for name in widths
-            }
-            self.layers.append(
-                Layer(
-                    self,
-                    {
-                        name: Store(self, width, bits[name], FULL.get(self.dtype, full))
-                        for name, width in widths.items()
-                    },
-                )
-            )
-        self.planned = self.now = self.aimed = self.looked = None
-        self.kernel = self.pick_kernel(kernel, heads)
-        self.static = static and self.kernel != 'flashinfer'
-        if self.kernel in ('flex', 'flashmla'):
+        self.layers = [self.make_layer(dims) for dims in layer_dims]
+        self.latent = 'c_kv' in self.layers[0].stores  # MLA's stores: keys are [c_kv | k_pe]
+        self.next_plan: Plan | None = None
+        self.current: Pass | None = None
+        self.decode_step = None  # the last one-token step of nanomla/inference/generate.py
+        self.backend_state = {}  # what a decode backend keeps from step to step
+        self.kernel = self.pick_kernel(options.kernel, heads)
+        self.static = options.static and self.kernel != 'flashinfer'
+        if self.kernel in ('flex', 'flashmla') and self.latent:
             for layer in self.layers:
-                if 'c_kv' in layer.stores:
-                    layer.join()
-
-    def pick_kernel(self, kernel, heads):
-        if kernel not in KERNELS:
-            raise UserError(f"decode_kernel='{kernel}' is not known: use {', '.join(KERNELS)}")
-        if kernel in ('auto', 'triton'):
-            reason = self.reason_for_torch(heads)
-        else:
-            from nanomla.inference.backends import reason_not_to_run
-
-            reason = '' if kernel == 'torch' else reason_not_to_run(kernel, self)
-        if reason and kernel != 'auto':
-            raise UserError(
-                f'--decode_kernel={kernel} cannot run: {reason}. Use --decode_kernel=auto'
-            )
-        return ('torch' if reason else 'triton') if kernel == 'auto' else kernel
-
-    def reason_for_torch(self, heads):
-        """Why decode_kernels.py cannot serve this cache, '' if it can. heads: key/value heads of an attention that has no latent."""
-        from nanomla.inference.attention_kernel import reason_not_to_run
-
-        for layer in self.layers:
-            names, first = list(layer.stores), next(iter(layer.stores.values()))
-            if 'c_kv' not in names and first.width % heads:
-                return f'{first.width} channels are not {heads} heads'
-            width = first.width if 'c_kv' in names else first.width // heads
-            if reason := reason_not_to_run(
-                self.device,
-                first.places[0].dtype if not first.bits else self.full,
-                width,
-                first.bits,
-                group_of(first.width),
-                'c_kv' in names,
-            ):
-                return reason
-        return ''
+                layer.join()
 
     @classmethod
-    def of(cls, model, slots, size, **how):
-        """A cache for `model`, on its device and with its dtype as full precision."""
-        dims = [block.attn.cache_dims() for block in model.transformer.h]
+    def of(cls, model: GPT, rows: int, size: int, **options) -> 'Cache':
+        """Make a cache for `model`, on its device and with its dtype as full precision."""
         return cls(
-            dims,
-            slots,
+            [block.attn.cache_dims() for block in model.transformer.h],
+            rows,
             size,
             full=model.stream,
             device=model.lm_head.weight.device,
             heads=model.config.n_kv_head,
-            **how,
+            **options,
         )
 
+    def lay_out_pages(self, pages: int) -> None:
+        pages_a_row = math.ceil(self.size / self.page_size)
+        self.pages = PagePool(pages or self.rows * pages_a_row)
+        self.slots = len(self.pages.holders) * self.page_size
+        self.pages_of_row = [[] for _ in range(self.rows)]
+        self.block_table_on_host = torch.zeros(self.rows, pages_a_row, dtype=torch.int32)
+        self.block_table = self.block_table_on_host.to(self.device, copy=True)
+
+    def make_layer(self, dims: dict[str, int]) -> CacheLayer:
+        stores = {}
+        for name, width in dims.items():
+            bits = 0 if name in NEVER_QUANTISED else BITS.get(self.dtype, 0)
+            stores[name] = Store(self, width, bits, FULL.get(self.dtype, self.full))
+        return CacheLayer(self, stores)
+
+    def pick_kernel(self, kernel: str, heads: int) -> str:
+        if kernel == 'torch':
+            return kernel
+        if kernel in ('auto', 'triton'):
+            reason = self.reason_for_torch(heads)
+        else:
+            reason = backends.reason_not_to_run(kernel, self)
+        if kernel == 'auto':
+            return 'torch' if reason else 'triton'
+        if reason:
+            raise UserError(
+                f'--decode_kernel={kernel} cannot run: {reason}. Use --decode_kernel=auto'
+            )
+        return kernel
+
+    def reason_for_torch(self, heads: int) -> str:
+        """Say why attention_kernel.py cannot serve this cache; '' if it can."""
+        for layer in self.layers:
+            names, first = list(layer.stores), next(iter(layer.stores.values()))
+            if names not in (['k', 'v'], ['c_kv', 'k_pe']):
+                return f'it reads k and v, or c_kv and k_pe, not {" and ".join(names)}'
+            width = first.width
+            if not self.latent:
+                if width % heads:
+                    return f'{width} channels are not {heads} heads'
+                width //= heads
+            dtype = self.full if first.bits else first.data[0].dtype
+            reason = attention_kernel.reason_not_to_run(
+                self.device, dtype, width, first.bits, first.group, self.latent
+            )
+            if reason:
+                return reason
+        return ''
+
+    def layer(self, n: int) -> CacheLayer:
+        return self.layers[n]
+
     @property
-    def stores(self):
+    def stores(self) -> list[Store]:
         return [store for layer in self.layers for store in layer.stores.values()]
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of all buffers that hold tokens: the formula above."""
         return sum(buffer.nbytes for store in self.stores for buffer in store.buffers)
 
     @property
-    def window_bytes(self):
+    def window_bytes(self) -> int:
         """Those of them that hold the windows of full precision of a quantised cache."""
         return sum(store.recent.nbytes for store in self.stores if store.recent is not None)
 
     @property
-    def bytes_per_token(self):
-        """Bytes of all layers for one token, when every place is in use."""
-        return self.nbytes / self.places
+    def bytes_per_token(self) -> float:
+        """Bytes of all layers for one token, when every slot is in use."""
+        return self.nbytes / self.slots
 
-    # -----------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # the host's half
 
-    def plan(self, counts, rows=None):
+    def plan(self, counts: int | list[int], rows: list[int] | None = None) -> None:
         """
-        The next forward pass brings `counts` new tokens (one number, or one for each) for the sequences in
-        `rows` (all slots if None). What is behind a sequence's count in that pass is padding.
+        Prepare the next forward pass: `counts` new tokens (one number, or one for each) for the
+        sequences in `rows` (None: all). What is beyond a sequence's count in that pass is padding.
 
         UserError when a sequence would outgrow the cache, OutOfPages; then nothing has changed.
         """
-        among = range(self.slots) if rows is None else list(rows)
-        counts = [counts] * len(among) if isinstance(counts, int) else list(counts)
-        assert len(counts) == len(among) == len(set(among)) and max(counts) > 0 and min(counts) >= 0
-        for row, count in zip(among, counts):
-            if self.used[row] + count > self.size:
+        chosen = list(range(self.rows)) if rows is None else list(rows)
+        counts = [counts] * len(chosen) if isinstance(counts, int) else list(counts)
+        assert len(counts) == len(chosen) == len(set(chosen))
+        assert max(counts) > 0 and min(counts) >= 0
+        for row, count in zip(chosen, counts):
+            needed = self.used[row] + count
+            if needed > self.size:
                 raise UserError(
-                    f'the cache is too small: it holds {self.size} tokens of a sequence and {self.used[row] + count} are needed'
+                    f'the cache is too small: it holds {self.size} tokens of a sequence '
+                    f'and {needed} are needed'
                 )
         if self.pages:
-            self._take_pages(among, counts)
-        fresh = not any(self.used[row] for row in among)
-        for row, count in zip(among, counts):
+            self.take_pages(chosen, counts)
+        fresh = not any(self.used[row] for row in chosen)
+        for row, count in zip(chosen, counts):
             self.used[row] += count
-        ragged = len(set(counts)) > 1
-        given = (
-            torch.tensor(counts).to(self.device, non_blocking=True) if rows is not None else None
+        reach = self.size
+        if not self.static:
+            longest = max(self.used[row] for row in chosen)
+            reach = min(self.size, math.ceil(longest / READ_MULTIPLE) * READ_MULTIPLE)
+        self.next_plan = Plan(
+            rows=None if rows is None else self.to_device(chosen),
+            counts=self.device_counts(counts, all_rows=rows is None),
+            ragged=self.static or len(set(counts)) > 1,
+            reach=reach,
+            T=max(counts),
+            fresh=fresh,
         )
-        if rows is None and counts != self.counts_here:
-            self.counts.copy_(torch.tensor(counts), non_blocking=True)
-            self.counts_here = counts
-        reach = (
-            self.size
-            if self.static
-            else min(self.size, -(-max(self.used[row] for row in among) // 64) * 64)
-        )
-        where = None if rows is None else torch.tensor(among).to(self.device, non_blocking=True)
-        self.planned = where, given, ragged or self.static, reach, max(counts), fresh
 
-    def _take_pages(self, among, counts):
-        """Pages for new tokens, and an own copy of each page that is shared and will be written."""
-        holders, copies, wanted = (
-            {},
-            [],
-            [],
-        )  # holders: as they will be once the copies before have been made
-        for row, count in zip(among, counts):
-            pages = self.held_by[row]
+    def to_device(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers).to(self.device, non_blocking=True)
+
+    def device_counts(self, counts: list[int], all_rows: bool) -> torch.Tensor | None:
+        """Bring counts to the device; for all rows into a buffer that stays where it is (None)."""
+        if not all_rows:
+            return self.to_device(counts)
+        if counts != self.counts_on_host:
+            self.counts.copy_(torch.tensor(counts), non_blocking=True)
+            self.counts_on_host = counts
+        return None
+
+    def take_pages(self, rows: list[int], counts: list[int]) -> None:
+        """Take pages for new tokens, and an own copy of each page that is shared and is written."""
+        holders = {}  # as they will be once the copies before have been made
+        copies, wanted = [], []
+        for row, count in zip(rows, counts):
+            pages = self.pages_of_row[row]
             last = self.used[row] // self.page_size  # the page that the next token goes to
             if count and last < len(pages):
                 page = pages[last]
                 if holders.setdefault(page, self.pages.holders[page]) > 1:
                     holders[page] -= 1
                     copies.append((row, last, page))
-            wanted.append(max(0, -(-(self.used[row] + count) // self.page_size) - len(pages)))
+            needed = math.ceil((self.used[row] + count) / self.page_size)
+            wanted.append(max(0, needed - len(pages)))
         if not copies and not any(wanted):
             return
-        taken = self.pages.take(len(copies) + sum(wanted))
+        taken = self.pages.allocate(len(copies) + sum(wanted))
         if copies:
-            old, new = [page for _, _, page in copies], [taken.pop() for _ in copies]
-            for (row, last, page), own in zip(copies, new):
-                self.held_by[row][last] = own
-                self.table_here[row, last] = own
-            self.pages.give_back(old)
-            for store in self.stores:
-                for buffer in store.places:
-                    paged = buffer.unflatten(0, (-1, self.page_size))
-                    paged[new] = paged[old]
-        for row, n in zip(among, wanted):
+            self.copy_pages(copies, [taken.pop() for _ in copies])
+        for row, n in zip(rows, wanted):
             for _ in range(n):
-                self.held_by[row].append(taken.pop())
-                self.table_here[row, len(self.held_by[row]) - 1] = self.held_by[row][-1]
-        self.table.copy_(self.table_here, non_blocking=True)
+                page = taken.pop()
+                self.block_table_on_host[row, len(self.pages_of_row[row])] = page
+                self.pages_of_row[row].append(page)
+        self.block_table.copy_(self.block_table_on_host, non_blocking=True)
 
-    def free(self, row):
-        """The sequence in `row` ends: its pages go back, its place is empty."""
+    def copy_pages(self, copies: list[tuple[int, int, int]], new: list[int]) -> None:
+        """Copy pages, (row, number in the row, page) each, to `new` ones and release the old."""
+        old = [page for _, _, page in copies]
+        for (row, number, _), own in zip(copies, new):
+            self.pages_of_row[row][number] = own
+            self.block_table_on_host[row, number] = own
+        self.pages.release(old)
+        for store in self.stores:
+            for buffer in store.data:
+                by_page = buffer.unflatten(0, (-1, self.page_size))
+                by_page[new] = by_page[old]
+
+    def free(self, row: int) -> None:
+        """End the sequence in `row`: its pages go back, its row is empty."""
         if self.pages:
-            self.pages.give_back(self.held_by[row])
-            self.held_by[row] = []
+            self.pages.release(self.pages_of_row[row])
+            self.pages_of_row[row] = []
         self.used[row] = 0
         self.lengths[row] = 0
 
-    def fork(self, source, target):
-        """The sequence in `target` becomes a copy of that in `source`: paged, it shares its pages until one of the two writes."""
+    def fork(self, source: int, target: int) -> None:
+        """
+        Make the sequence in row `target` a copy of that in `source`; paged, it shares its pages
+        until one of the two writes.
+        """
         assert source != target
         self.free(target)
         self.used[target] = self.used[source]
         self.lengths[target] = self.lengths[source]
         if self.pages:
-            self.held_by[target] = list(self.held_by[source])
-            self.pages.share(self.held_by[target])
-            self.table_here[target] = self.table_here[source]
-            self.table.copy_(self.table_here, non_blocking=True)
+            self.pages_of_row[target] = list(self.pages_of_row[source])
+            self.pages.share(self.pages_of_row[target])
+            self.block_table_on_host[target] = self.block_table_on_host[source]
+            self.block_table.copy_(self.block_table_on_host, non_blocking=True)
         for store in self.stores:
-            own = [] if store.recent is None else [store.recent]
-            for buffer in own if self.pages else store.buffers:
-                rows = buffer.unflatten(0, (self.slots, -1))
-                rows[target] = rows[source]
+            buffers = [] if self.pages else list(store.data)
+            if store.recent is not None:
+                buffers.append(store.recent)
+            for buffer in buffers:
+                by_row = buffer.unflatten(0, (self.rows, -1))
+                by_row[target] = by_row[source]
 
-    # -----------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # the device's half
 
-    def begin(self, T):
+    def begin(self, T: int) -> torch.Tensor:
         """
-        Starts a forward pass of T tokens a sequence; a pass that nobody planned is one of T tokens for all
-        slots. Returns their positions (B, T), 0 for padding.
+        Start a forward pass of T tokens a sequence and return their positions (B, T), 0 for
+        padding. A pass that nobody planned is one of T tokens for all rows.
         """
-        if self.planned is None:
+        if self.next_plan is None:
             self.plan(T)
-        (rows, counts, ragged, reach, most, fresh), self.planned = self.planned, None
-        assert T == most, f'{most} tokens were planned, not {T}'
-        now = self.now = (
-            SimpleNamespace()
-        )  # what this pass has in common in all layers: where its tokens go, what they see
-        now.rows, now.reach, now.fresh = rows, reach, fresh
-        now.counts = self.counts if rows is None else counts
-        now.start = start = self.lengths if rows is None else self.lengths[rows]
-        now.lengths = start + now.counts
-        now.position = position = start[:, None] + self.steps[:T]
-        now.ragged = ragged
-        if ragged:
-            now.real = self.steps[:T] < now.counts[:, None]
-            now.position = position = torch.where(now.real, position, 0)
-        self.aimed = self.looked = None
-        return position
+        plan, self.next_plan = self.next_plan, None
+        assert T == plan.T, f'{plan.T} tokens were planned, not {T}'
+        self.current = Pass(self, plan)
+        return self.current.positions
 
-    @property
-    def target(self):
-        """Where the tokens of this pass go, worked out once for all layers."""
-        if self.aimed is None:
-            self.aimed = aim = SimpleNamespace(source=None)
-            now, W, position = self.now, self.window, self.now.position
-            row = (self.steps_of_slots if now.rows is None else now.rows)[:, None]
-            aim.to = row * self.size + position
-            if self.pages:
-                aim.to = (
-                    self.table[row, position // self.page_size].long() * self.page_size
-                    + position % self.page_size
-                )
-            if now.ragged:
-                aim.source, aim.to = self._instead_of(now.real, aim.to)
-            aim.to = aim.to.flatten()
-            if self.dtype in BITS and W:
-                new = self.steps[: position.size(1)]
-                staying = (new < now.counts[:, None]) & (new >= now.counts[:, None] - W)
-                aim.source_of_recent, aim.to_recent = self._instead_of(
-                    staying, row * W + position % W
-                )
-        return self.aimed
-
-    @property
-    def view(self):
-        """What the queries of this pass see of all places, worked out once for all layers: only `Layer.extend` needs it."""
-        if self.looked is None:
-            self.looked = look = SimpleNamespace()
-            now, W, T = self.now, self.window, self.now.position.size(1)
-            place, start = self.steps[: now.reach], now.start[:, None]
-            if self.pages:
-                table = (self.table if now.rows is None else self.table[now.rows])[
-                    :, : -(-now.reach // self.page_size)
-                ].long() * self.page_size
-                look.addresses = (table[..., None] + self.steps_of_page).flatten(1)[:, : now.reach]
-            look.held = place < now.lengths[:, None]
-            look.mask = (place <= now.position[..., None])[:, None]
-            if self.dtype in BITS:
-                look.is_recent = place >= torch.minimum(start, now.lengths[:, None] - W)
-                look.place_in_recent = torch.where(
-                    place < start, place % max(W, 1), W + place - start
-                ).clamp(0, W + T - 1)
-        return self.looked
-
-    @staticmethod
-    def _instead_of(kept, to):
-        """
-        kept, to (B, T) -> which token goes where (B T,), (B T,): those not kept do again what the first that
-        is kept does, so that one write of a fixed size serves every mixture of lengths.
-        """
-        kept, to = kept.flatten(), to.flatten()
-        own = torch.arange(len(kept), device=kept.device)
-        source = torch.where(kept, own, kept.int().argmax())
-        return source, to[source]
-
-    def read(self, buffer):
-        """The places of this pass's sequences in a buffer (places, C) -> (B, N, C); what is not held is arbitrary."""
-        now = self.now
-        if self.pages:
-            return buffer[self.view.addresses]
-        rows = buffer.unflatten(0, (self.slots, self.size))[:, : now.reach]
-        return rows if now.rows is None else rows[now.rows]
-
-    def end(self):
+    def end(self) -> None:
         """The pass is through all layers: its tokens are part of the sequences."""
-        if self.now.rows is None:
-            self.lengths += self.now.counts
+        if self.current.rows is None:
+            self.lengths += self.current.counts
         else:
-            self.lengths.index_add_(0, self.now.rows, self.now.counts)
+            self.lengths.index_add_(0, self.current.rows, self.current.counts)

@@ -3,7 +3,7 @@ One new token a sequence, with few kernels: beside attention (decode_kernels.py)
 what stands between them would cost as much again only by being launched. For one sequence a norm in front of a product, and an
 activation or the residual stream behind it, are part of its kernel; for more the library multiplies. A token is drawn by four.
 
-Each kernel stands beside its PyTorch reference. `block` is Block.forward put together from them.
+Each kernel stands beside its PyTorch reference. `run_block` is Block.forward put together from them.
 
 Legend: B sequences, C channels in, N channels out, H heads, V vocabulary.
 """
@@ -16,7 +16,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from model import GPT, MLP, Block, Linear, Norm
 from nanomla.core.devices import RUNS_ON
+from nanomla.inference.cache import Cache, CacheLayer
 
 triton = tl = None  # set by kernels()
 LOG2E = 1.4426950408889634
@@ -139,7 +141,7 @@ def kind_of(norm):
     return '' if norm is None else 'rmsnorm' if norm.rms else 'layernorm'
 
 
-def norm_of(x, norm):
+def norm_rows(x, norm):
     """norm(x), a Norm of model.py, for x (B, C)."""
     (B, C), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels().norm[(B,)](
@@ -158,15 +160,17 @@ def norm_of(x, norm):
     return out
 
 
-def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
+def fused_linear(x, weight, bias=None, norm=None, act='', residual=None, sizes=None):
     """
-    act(norm(x) weightᵀ + bias) + add: x (B, C) and weight (N, C) -> (B, N); with x (B, H, C) and weight (H, N, C), each head's own -> (B, H, N).
+    act(norm(x) weightᵀ + bias) + residual: x (B, C) and weight (N, C) -> (B, N); with x (B, H, C) and weight (H, N, C), each head's own -> (B, H, N).
 
-    norm: a Norm of model.py or None; act: '' or a GPTConfig.act, where swiglu's weight is gate | up (2 N, C); add (B, N), which
-    may become the result. One sequence is one kernel. For more the library multiplies, into `add` where there is one.
+    norm: a Norm of model.py or None; act: '' or a GPTConfig.act, where swiglu's weight is gate | up (2 N, C); residual (B, N), which
+    may become the result. One sequence is one kernel. For more the library multiplies, into `residual` where there is one.
     """
     if x.size(0) > 1:
-        return thick(x if norm is None else norm_of(x, norm), weight, bias, act, add)
+        return library_linear(
+            x if norm is None else norm_rows(x, norm), weight, bias, act, residual
+        )
     heads, C = x.size(1) if x.ndim == 3 else 1, x.size(-1)
     N = weight.size(-2) // (2 if act == 'swiglu' else 1)
     out = x.new_empty(*x.shape[:-1], N)
@@ -184,7 +188,7 @@ def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
         bias,
         gain,
         shift,
-        add,
+        residual,
         out,
         eps,
         *strides,
@@ -196,23 +200,23 @@ def thin(x, weight, bias=None, norm=None, act='', add=None, sizes=None):
         bias is not None,
         shift is not None,
         act,
-        add is not None,
+        residual is not None,
         num_warps=warps,
     )
     return out
 
 
-def thick(x, weight, bias, act, add):
+def library_linear(x, weight, bias, act, residual):
     """The same for several sequences, and x behind its norm."""
     if x.ndim == 3:
         out = x.new_empty(*x.shape[:-1], weight.size(1))
         torch.bmm(x.transpose(0, 1), weight.mT, out=out.transpose(0, 1))
         return out
-    if add is not None and not act:  # the product's own sum: no kernel for the residual stream
-        add.addmm_(x, weight.T)
-        return add if bias is None else add.add_(bias)
+    if residual is not None and not act:  # the product's own sum: no kernel for the residual stream
+        residual.addmm_(x, weight.T)
+        return residual if bias is None else residual.add_(bias)
     y = activate(F.linear(x, weight, bias), act)
-    return y if add is None else add.add_(y)
+    return y if residual is None else residual.add_(y)
 
 
 def activate(y, act):
@@ -224,14 +228,14 @@ def activate(y, act):
     return F.gelu(y, approximate='tanh' if act == 'gelu_tanh' else 'none') if act else y
 
 
-def thin_reference(x, weight, bias=None, norm=None, act='', add=None):
+def fused_linear_reference(x, weight, bias=None, norm=None, act='', residual=None):
     x = x if norm is None else norm(x)
     y = torch.einsum('b...c,...nc->b...n', x, weight) + (0 if bias is None else bias)
     y = activate(y, act)
-    return y if add is None else y + add
+    return y if residual is None else y + residual
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the token
 
 # A logit of 16 bits is one of 65,536 numbers, so the k-th largest is found without sorting: counts of the high bytes say which it has,
@@ -347,7 +351,7 @@ def draw_kernel(
     tl.store(tokens + row, token.to(tl.int64))
 
 
-def chooses(logits, temperature, top_p):
+def can_choose(logits, temperature, top_p):
     """Whether `choose` can stand for decoding.choose."""
     return (
         logits.device.type in RUNS_ON
@@ -382,93 +386,65 @@ def choose(logits, draw, temperature, top_k, out=None, PART=2048):
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # a block
 
 
-def serves(block, x, cache):
+class Ops:
+    """The kernels of this file, as `fused_step` of an attention gets them."""
+
+    fused_linear = staticmethod(fused_linear)
+    norm_rows = staticmethod(norm_rows)
+
+
+def hidden(model: GPT, idx: torch.Tensor, cache: Cache) -> torch.Tensor:
     """
-    Whether `block` can stand for the Block's forward: one new token of each sequence, a cache read by Triton, plain weights in
-    the dtype of x, no gradients, and nobody looking on.
+    GPT.hidden with a cache: idx (B, T) -> (B, T, C). Blocks that `can_fuse` allows run with few
+    kernels, all others, and models with a pass of their own, as they are.
     """
-    if (
-        not hasattr(cache, 'extend')
-        or cache.fresh
-        or cache.cache.kernel != 'triton'
-        or not cache.cache.fuse
-    ):
+    if type(model).hidden is not GPT.hidden:
+        return model.hidden(idx, cache)
+    x, rope = model.embed(idx, cache.begin(idx.size(1)))
+    for n, block in enumerate(model.transformer.h):
+        layer = cache.layer(n)
+        if can_fuse(block, x, layer):
+            x = run_block(block, x, rope, layer)
+        else:
+            x = block(x, rope, layer)
+    cache.end()
+    return model.transformer.ln_f(x)
+
+
+def can_fuse(block: Block, x: torch.Tensor, layer: CacheLayer) -> bool:
+    """
+    Whether `run_block` computes what the block does: one new token of each sequence, a cache that
+    Triton reads, an attention that says how, no gradients, no hooks, and in all other places the
+    modules of model.py, with plain weights in x's dtype.
+    """
+    cache = layer.cache
+    if cache.kernel != 'triton' or not cache.fuse or layer.fresh or x.size(1) > 1:
         return False
-    if x.size(1) > 1 or torch.is_grad_enabled():
+    if block.training or torch.is_grad_enabled() or block.attn.kernel == 'eager':
         return False
-    from model import Linear
-
-    parts = list(block.modules())
-    return (
-        not block.training
-        and block.attn.kernel != 'eager'
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        and all(
-            type(part) is Linear and part.weight.dtype == x.dtype
-            for part in parts
-            if isinstance(part, torch.nn.Linear)
-        )
-    )
+    if block.attn.fused_step is None or type(block) is not Block:
+        return False
+    if block.mlp is not None and type(block.mlp) is not MLP:
+        return False
+    for part in block.modules():
+        if part._forward_hooks or part._forward_pre_hooks or 'forward' in vars(part):
+            return False
+        if isinstance(part, torch.nn.Linear):
+            if type(part) is not Linear or part.weight.dtype != x.dtype:
+                return False
+    return all(type(norm) is Norm for norm in (block.ln_1, block.ln_2) if norm is not None)
 
 
-def block(block, x, rope, cache):
+def run_block(block: Block, x: torch.Tensor, rope, layer: CacheLayer) -> torch.Tensor:
     """Block.forward for x (B, 1, C), which may change -> (B, 1, C)."""
-    attn, mlp, x = block.attn, block.mlp, x[:, 0]
-    y = (latent_attention if hasattr(attn, 'kv_b_proj') else attention)(
-        attn, x, block.ln_1, rope, cache
-    )
-    x = thin(y.flatten(1), attn.c_proj.weight, attn.c_proj.bias, add=x)
+    attention, mlp, x = block.attn, block.mlp, x[:, 0]
+    y = attention.fused_step(x, block.ln_1, rope, layer, Ops).flatten(1)
+    x = fused_linear(y, attention.c_proj.weight, attention.c_proj.bias, residual=x)
     if mlp is not None:
-        y = thin(x, mlp.c_fc.weight, mlp.c_fc.bias, block.ln_2, mlp.act)
-        x = thin(y, mlp.c_proj.weight, mlp.c_proj.bias, add=x)
+        y = fused_linear(x, mlp.c_fc.weight, mlp.c_fc.bias, block.ln_2, mlp.act)
+        x = fused_linear(y, mlp.c_proj.weight, mlp.c_proj.bias, residual=x)
     return x[:, None]
-
-
-def attention(attn, x, norm, rope, cache):
-    """MultiHeadAttention up to W^O: (B, H, D)."""
-    qkv = thin(x, attn.c_attn.weight, attn.c_attn.bias, norm)
-    q, k, v = qkv.split(attn.widths, dim=-1)
-    D = attn.v_dim
-    if attn.qk_norm:
-        q, k = (F.rms_norm(t.unflatten(-1, (-1, D)), (D,)).flatten(1) for t in (q, k))
-    q = cache.settle(q, rope, (D, D, 0), k=k, v=v)
-    return cache.attend(q.unflatten(-1, (-1, D))[:, :, None], attn.scale)[:, :, 0]
-
-
-def latent_attention(attn, x, norm, rope, cache):
-    """MultiHeadLatentAttention, absorbed, up to W^O: (B, H, D)."""
-    H, P = attn.n_head, attn.pe
-    if len(x) > 1:  # once for both products
-        x, norm = norm_of(x, norm), None
-    if hasattr(attn, 'q_a_proj'):
-        norm_a = attn.q_a_layernorm if hasattr(attn.q_a_layernorm, 'weight') else None
-        q = thin(
-            thin(x, attn.q_a_proj.weight, attn.q_a_proj.bias, norm),
-            attn.q_b_proj.weight,
-            attn.q_b_proj.bias,
-            norm_a,
-        )
-    else:
-        q = thin(x, attn.q_proj.weight, attn.q_proj.bias, norm)
-    new = thin(x, attn.kv_a_proj_with_mqa.weight, attn.kv_a_proj_with_mqa.bias, norm)
-    q_nope, q_pe = q.split(attn.q_widths, dim=-1)
-    c_kv, k_pe = new.split(attn.a_widths, dim=-1)
-    if attn.qk_norm:
-        q_nope, q_pe = (
-            t.flatten(1)
-            for t in attn.normed_query(*(t.unflatten(-1, (H, -1)) for t in (q_nope, q_pe)))
-        )
-        k_pe = F.rms_norm(k_pe, (P,))
-    if attn.rope_pairs is not None and rope is not None:
-        rope = [t[..., attn.rope_pairs] for t in rope]
-    q_pe = cache.settle(q_pe, rope, (P, 0, P), attn.kv_a_layernorm, c_kv=c_kv, k_pe=k_pe)
-    w_uk, w_uv = (w.unflatten(0, (H, -1)) for w in attn.kv_b_proj.weight.split(attn.b_widths))
-    q = thin(q_nope.unflatten(-1, (H, -1)), w_uk.transpose(1, 2))
-    y = cache.attend(
-        q[:, :, None], attn.scale, q_pe.unflatten(-1, (H, P))[:, :, None] if P else None
-    )[:, :, 0]
-    return thin(y, w_uv)

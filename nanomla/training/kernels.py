@@ -49,7 +49,7 @@ def kernels():
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # softmax cross-entropy and its gradient, row by row
 
 
@@ -161,7 +161,7 @@ def softmax_rows(logits, targets, gradient):
     return loss, lse
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # a matrix in fp8 and its transpose, because an fp8 product reads both factors along the summed dimension
 
 
@@ -257,7 +257,7 @@ def quantize(x, transposed):
     )  # Triton 3.6 turns e4m3 tiles wrongly
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the head
 
 
@@ -363,59 +363,7 @@ def scaled_product(a, b, scale, dtype):
     )
 
 
-# ---------------------------------------------------------------------------------------------------
-# GELU
-
-# log2 of the normal distribution's upper tail, erfc(a / sqrt 2) / 2 for a >= 0, as a polynomial in a, constant
-# last. Fitted by reweighted least squares on [0, 6] for the least error of erf: 1.5e-8, and 2e-7 in fp32 arithmetic.
-# It falls for all a. Against Abramowitz & Stegun 7.1.26: no division, and half the instructions.
-TAIL = (
-    -2.7720496e-06,
-    3.8620750e-05,
-    -1.8254761e-04,
-    -1.4582987e-04,
-    7.0754718e-03,
-    -5.2505028e-02,
-    -0.45920491,
-    -1.1511058,
-    -1.0,
-)
-
-
-def normal_cdf(x):
-    """Φ(x) = (1 + erf(x / sqrt 2)) / 2 within 1e-7 for fp32 x: eight multiply-adds and one 2^x."""
-    a, power = x.abs(), TAIL[0]
-    for coefficient in TAIL[1:]:
-        power = power * a + coefficient
-    tail = torch.exp2(power)
-    return torch.where(x < 0, tail, 1 - tail)
-
-
-class Gelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return (x.float() * normal_cdf(x.float())).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        y = x.float()
-        density = torch.exp2(y * y * (-0.5 * LOG2E) - 1.3257480647361593)  # exp(-x²/2) / sqrt(2 pi)
-        return (g.float() * (normal_cdf(y) + y * density)).to(x.dtype)
-
-
-def gelu(x):
-    """
-    x Φ(x), the GELU with erf (Hendrycks & Gimpel 2016), in fp32 inside and in x's dtype outside; its error
-    is that of F.gelu in fp32 or less. Plain operations, for torch.compile to fuse: 13 instructions an
-    element and 18 backward on sm_90, where libdevice's erf takes 34 and 44 and keeps the GPU from its
-    memory bandwidth. Uncompiled, F.gelu is faster.
-    """
-    return Gelu.apply(x)
-
-
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # SwiGLU's gradient
 
 
@@ -469,7 +417,7 @@ def swiglu_gradient(x, g):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # AdamW
 
 

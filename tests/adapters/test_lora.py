@@ -138,7 +138,7 @@ def test_merging_agrees(tokens, adapted, adapter, attention, settings):
 def test_absorbed_decoding_sees_the_adapters(tokens, adapted, adapter):
     model, idx = adapted(adapter, 'mla').eval(), tokens(20)
     with torch.no_grad(), adapters.held_weights(model):
-        assert (model(idx, cache=Cache.of(model, 2, 20)) - model(idx)).abs().max() < 1e-4
+        assert (model(idx, context=Cache.of(model, 2, 20)) - model(idx)).abs().max() < 1e-4
     assert all(group.held is None for group in adapters.groups(model))
 
 

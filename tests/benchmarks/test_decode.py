@@ -472,7 +472,7 @@ def test_the_reference_is_attention():
 
 def test_pages_are_shuffled_and_lengths_real():
     inputs = held('4:4:8', layout='paged')
-    pages = [page for pages in inputs.cache.held_by for page in pages]
+    pages = [page for pages in inputs.cache.pages_of_row for page in pages]
     assert (
         len(pages) == 3 + 2 + 4 == len(set(pages))
         and pages != sorted(pages)

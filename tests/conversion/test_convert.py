@@ -504,7 +504,7 @@ def test_caches_hold_what_was_promised(name, heads, source, tokens):
         assert torch.equal(
             torch.stack(list(generate(mla, prompt, 12, temperature=0, cache=cache))), plain
         )
-        assert cache.nbytes == 2 * (10 + pe) * 4 * cache.places
+        assert cache.nbytes == 2 * (10 + pe) * 4 * cache.slots
     cache = Cache.of(mla, 2, 24, dtype='int4')
     assert len(list(generate(mla, prompt, 12, temperature=0, cache=cache))) == 12
     mla, layers = convert(
@@ -515,7 +515,7 @@ def test_caches_hold_what_was_promised(name, heads, source, tokens):
         torch.stack(list(generate(mla, prompt, 12, temperature=0, cache=cache))),
         torch.stack(list(generate(mla, prompt, 12, temperature=0))),
     )
-    assert cache.nbytes == sum(layer['rank'] + pe for layer in layers) * 4 * cache.places
+    assert cache.nbytes == sum(layer['rank'] + pe for layer in layers) * 4 * cache.slots
 
 
 def test_perplexity_through_a_cache_is_that_without(source, tokens):

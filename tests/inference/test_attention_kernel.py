@@ -48,16 +48,16 @@ def held(cache, name):
     """What a name of the cache means, (B, size, C) in fp32, by its addresses, its codes and its window."""
     store = cache.layers[0].stores[name]
     row, place = (
-        torch.arange(cache.slots, device=cache.device)[:, None],
+        torch.arange(cache.rows, device=cache.device)[:, None],
         torch.arange(cache.size, device=cache.device)[None],
     )
     at = (
-        cache.table[row, place // cache.page_size].long() * cache.page_size
+        cache.block_table[row, place // cache.page_size].long() * cache.page_size
         + place % cache.page_size
         if cache.pages
         else row * cache.size + place
     )
-    parts = [buffer[at] for buffer in store.places]
+    parts = [buffer[at] for buffer in store.data]
     if not store.bits:
         return parts[0].float()
     x = dequantise(*parts, store.width, store.bits)
@@ -85,8 +85,8 @@ def error(H, K, C, P, lengths, size, **how):
         0.2,
         cache.size,
         q_pe,
-        second.places[0] if q_pe is not None else None,
-        cache.table,
+        second.data[0] if q_pe is not None else None,
+        cache.block_table,
         cache.page_size,
         None,
         first.bits,
@@ -194,7 +194,7 @@ def test_interpreted_some_rows_only(layout, dtype):
         cache.now.lengths,
         cache.now.counts,
         cache.size,
-        cache.table,
+        cache.block_table,
         cache.page_size,
         rows,
         cache.window,
@@ -208,8 +208,8 @@ def test_interpreted_some_rows_only(layout, dtype):
         0.2,
         cache.size,
         q_pe,
-        second.places[0],
-        cache.table,
+        second.data[0],
+        cache.block_table,
         cache.page_size,
         rows,
         first.bits,
@@ -267,7 +267,7 @@ def kept(device, full, dims, dtype, layout):
                     now.lengths,
                     now.counts,
                     cache.size,
-                    cache.table,
+                    cache.block_table,
                     cache.page_size,
                     None,
                     cache.window,
@@ -380,7 +380,7 @@ def test_what_it_refuses():
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 REAL = dict(
     SHAPES,
@@ -439,9 +439,9 @@ def test_gpu_keep_writes_what_the_cache_writes(layout, dtype):
             if not want.bits:
                 assert all(map(torch.equal, want.buffers, got.buffers))
             else:  # the GPU divides a little differently, so what lies between two codes may become either
-                a, b = (dequantise(*store.places, store.width, store.bits) for store in (want, got))
+                a, b = (dequantise(*store.data, store.width, store.bits) for store in (want, got))
                 step = (
-                    want.places[1][:, ::2].float().repeat_interleave(group_of(want.width), dim=-1)
+                    want.data[1][:, ::2].float().repeat_interleave(group_of(want.width), dim=-1)
                 )
                 assert (
                     torch.equal(want.recent, got.recent)

@@ -31,7 +31,7 @@ def off(model, cache, texts, steps):
     worst = 0
     for step in range(steps):
         x = torch.tensor([[text[len(text) - steps + step]] for text in texts])
-        got = model(x, cache=cache)[:, -1]
+        got = model(x, context=cache)[:, -1]
         for row, text in enumerate(texts):
             worst = max(
                 worst,
@@ -75,7 +75,7 @@ def test_flex_shares_pages_and_leaves_empty_slots_alone(tiny):
         prefill(model, [TEXTS[0][:18]], cache, [1])
         cache.fork(1, 2)
         cache.plan([0, 1, 1])
-        got = model(torch.tensor([[0], [5], [6]]), cache=cache)
+        got = model(torch.tensor([[0], [5], [6]]), context=cache)
         want = model(torch.tensor([TEXTS[0][:18] + [5], TEXTS[0][:18] + [6]]))[:, -1]
     assert not cache.used[0] and not got.isnan().any()
     torch.testing.assert_close(got[1:, -1], want, rtol=0, atol=1e-4)

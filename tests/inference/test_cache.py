@@ -71,7 +71,7 @@ def greedy(model, idx, n, **how):
     return torch.stack(list(generate(model, idx, n, temperature=0, **how)), dim=1).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # nothing is lost
 
 
@@ -84,7 +84,7 @@ def test_logits_are_those_without_a_cache(variant, layout, chunks, tiny, tokens)
     kind, shape = VARIANTS[variant]
     model, idx = tiny(kind, **shape), tokens(20)
     cache = worst_place(Cache.of(model, 2, 24, **LAYOUTS[layout]))
-    logits = torch.cat([model(part, cache=cache) for part in idx.split(chunks, dim=1)], dim=1)
+    logits = torch.cat([model(part, context=cache) for part in idx.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(idx), rtol=0, atol=1e-4)
     assert cache.used == cache.lengths.tolist() == [20, 20]
 
@@ -109,7 +109,7 @@ def test_an_idle_slot_may_stand_in_a_step_of_all(kind, layout, tiny, tokens):
     cache = worst_place(Cache.of(model, 3, 16, static=True, **LAYOUTS[layout]))
     for t in range(9):
         cache.plan([1, 0, 1])
-        logits = model(idx[:, t : t + 1], cache=cache)
+        logits = model(idx[:, t : t + 1], context=cache)
     torch.testing.assert_close(logits[[0, 2], 0], model(idx)[[0, 2], -1], rtol=0, atol=1e-4)
     assert cache.lengths.tolist() == cache.used == [9, 0, 9]
 
@@ -122,7 +122,7 @@ def test_other_storage_comes_near(kind, layout, dtype, tiny, tokens):
     expected = model(idx)
     for window in (0, 5, 128):
         cache = worst_place(Cache.of(model, 3, 24, dtype=dtype, window=window, **LAYOUTS[layout]))
-        logits = torch.cat([model(part, cache=cache) for part in idx.split(3, dim=1)], dim=1)
+        logits = torch.cat([model(part, context=cache) for part in idx.split(3, dim=1)], dim=1)
         error = (logits - expected).norm() / expected.norm()
         assert error < dict(bfloat16=0.02, float16=0.003, int8=0.02, int4=0.2)[dtype]
         if window == 128 and dtype.startswith('int'):  # all of it is at full precision
@@ -133,7 +133,7 @@ def test_a_model_in_bfloat16(tiny, tokens):
     model = tiny('mla').bfloat16()
     model.stream = torch.bfloat16
     cache = Cache.of(model, 2, 24)
-    assert cache.dtype == 'bfloat16' and model(tokens(5), cache=cache).dtype == torch.bfloat16
+    assert cache.dtype == 'bfloat16' and model(tokens(5), context=cache).dtype == torch.bfloat16
 
 
 @every_layout
@@ -145,16 +145,16 @@ def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens)
     tensors = (
         [b for s in cache.stores for b in s.buffers]
         + [cache.lengths, cache.counts]
-        + [cache.table] * (cache.table is not None)
+        + [cache.block_table] * (cache.block_table is not None)
     )
     before, shapes = [t.data_ptr() for t in tensors], set()
     for t in range(20):
-        model(tokens(1), cache=cache)
+        model(tokens(1), context=cache)
         shapes.add((cache.view.mask.shape, cache.target.to.shape, cache.view.held.shape))
     assert before == [t.data_ptr() for t in tensors] and len(shapes) == 1
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the window
 
 
@@ -200,7 +200,7 @@ def test_learned_positions_end(tiny):
         list(generate(model, [[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 9)))
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # quantised
 
 
@@ -251,7 +251,7 @@ def test_k_pe_is_never_quantised(tiny, tokens):
     model = tiny('mla')
     cache, exact = Cache.of(model, 2, 24, dtype='int4', window=0), Cache.of(model, 2, 24)
     for c in (cache, exact):
-        model(tokens(20), cache=c)
+        model(tokens(20), context=c)
     (k_pe,), (expected,) = (c.layers[0].stores['k_pe'].places for c in (cache, exact))
     assert (
         torch.equal(k_pe, expected)
@@ -370,16 +370,16 @@ def test_perplexity_of_quantised_caches(kind, trained):
     assert abs(change['int4', 32]) < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # pages
 
 
 def check(cache):
     """No page is lost or owned by chance."""
     holders = [0] * len(cache.pages.holders)
-    for row, pages in enumerate(cache.held_by):
+    for row, pages in enumerate(cache.pages_of_row):
         assert len(pages) == len(set(pages)) == math.ceil(cache.used[row] / cache.page_size)
-        assert cache.table[row, : len(pages)].tolist() == pages
+        assert cache.block_table[row, : len(pages)].tolist() == pages
         for page in pages:
             holders[page] += 1
     assert holders == cache.pages.holders
@@ -404,10 +404,10 @@ def test_pages_under_any_load(load):
     for what, a, b, n, m in load:
         state = [
             cache.used[:],
-            [p[:] for p in cache.held_by],
+            [p[:] for p in cache.pages_of_row],
             cache.pages.free[:],
             cache.pages.holders[:],
-            cache.table.clone(),
+            cache.block_table.clone(),
             cache.table_here.clone(),
         ]
         if what == 'free':
@@ -424,11 +424,11 @@ def test_pages_under_any_load(load):
                     assert error.needed > error.free == len(cache.pages.free)
                 assert state[:4] == [
                     cache.used,
-                    cache.held_by,
+                    cache.pages_of_row,
                     cache.pages.free,
                     cache.pages.holders,
                 ]
-                assert torch.equal(cache.table, state[4]) and torch.equal(
+                assert torch.equal(cache.block_table, state[4]) and torch.equal(
                     cache.table_here, state[5]
                 )
         assert cache.lengths.tolist() == cache.used
@@ -459,31 +459,31 @@ def test_copies_share_a_prefix_and_nothing_else(kind, layout, dtype, tiny, token
     for row in (1, 2, 3):
         cache.fork(0, row)
     if cache.pages:
-        assert len(cache.pages.free) == free and len({tuple(pages) for pages in cache.held_by}) == 1
+        assert len(cache.pages.free) == free and len({tuple(pages) for pages in cache.pages_of_row}) == 1
     for t in range(5):  # all three grow side by side, and slot 0 stays
         cache.plan(1, [1, 2, 3])
-        logits = model(ends[:, t : t + 1], cache=cache)
+        logits = model(ends[:, t : t + 1], context=cache)
     if cache.pages:
         assert (
             len(cache.pages.free) == free - 3
         )  # the full page is still shared, the one that was begun is everyone's own
         assert (
-            len({pages[0] for pages in cache.held_by}) == 1
-            and len({pages[1] for pages in cache.held_by}) == 4
+            len({pages[0] for pages in cache.pages_of_row}) == 1
+            and len({pages[1] for pages in cache.pages_of_row}) == 4
         )
         check(cache)
     expected = model(torch.cat([prompt.expand(3, -1), ends], dim=1))[:, -1]
     torch.testing.assert_close(logits[:, 0], expected, rtol=0, atol=1e-4)
     cache.plan(1, [0])
     torch.testing.assert_close(
-        model(ends[:1, :1], cache=cache)[0, 0],
+        model(ends[:1, :1], context=cache)[0, 0],
         model(torch.cat([prompt, ends[:1, :1]], 1))[0, -1],
         rtol=0,
         atol=1e-4,
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # many prompts
 
 
@@ -525,7 +525,7 @@ def test_continuous_batching_gives_each_prompt_its_own_text(kind, layout, tiny, 
         assert served(model, prompts, 40, slots, stops, **LAYOUTS[layout]) == alone
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # text
 
 
@@ -560,7 +560,7 @@ def test_the_end_of_a_text_is_not_told():
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # as a person runs it
 
 CHARS = '\n abcdefghijklmnopqrstuvwxyz'
@@ -770,14 +770,14 @@ def test_a_cache_that_cannot_be(how, message):
 
 def test_a_cache_that_is_too_small_stays_as_it_was(tiny, tokens):
     model, cache = tiny(pos='rope'), Cache([dict(k=32, v=32)] * 2, 2, 12)
-    model(tokens(10), cache=cache)
+    model(tokens(10), context=cache)
     with pytest.raises(
         UserError,
         match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed',
     ):
-        model(tokens(3), cache=cache)
+        model(tokens(3), context=cache)
     assert cache.used == cache.lengths.tolist() == [10, 10]
-    model(tokens(2), cache=cache)
+    model(tokens(2), context=cache)
     with pytest.raises(
         UserError,
         match='the cache is too small: it holds 12 tokens of a sequence and 13 are needed',

@@ -139,9 +139,9 @@ def decoded(model, ids, fuse, **how):
             buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
     cache.plan([ids.size(1) - 2 - b for b in range(len(ids))])
     prompt = torch.stack([row.roll(b) for b, row in enumerate(ids)])[:, : ids.size(1) - 2]
-    model(prompt, cache=cache)
+    model(prompt, context=cache)
     return torch.cat(
-        [model(ids[:, t : t + 1], cache=cache) for t in range(ids.size(1) - 2, ids.size(1))], dim=1
+        [model(ids[:, t : t + 1], context=cache) for t in range(ids.size(1) - 2, ids.size(1))], dim=1
     ), cache
 
 
@@ -165,7 +165,7 @@ def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
         assert len(calls) == 2 * model.config.n_layer and cache.kernel == 'triton'
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
         for a, b in zip(cache.stores, plain.stores):
-            torch.testing.assert_close(a.places[0], b.places[0], rtol=0, atol=1e-4, equal_nan=True)
+            torch.testing.assert_close(a.data[0], b.data[0], rtol=0, atol=1e-4, equal_nan=True)
 
 
 @interpreted
@@ -224,7 +224,7 @@ def test_what_is_as_likely_as_the_last_of_top_k_is_kept():
     assert set(decoding.choose(logits, top_k=1, draw=draw).tolist()) == {1}
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ def test_under_the_interpreter():
     run_interpreted(__file__, 'not slow')
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # softmax, row by row
 
 
@@ -178,7 +178,7 @@ def test_interpreted_inside_a_compiled_caller():
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # fp8
 
 TILES = [(16, 48), (64, 128), (80, 144), (1, 300)]
@@ -244,7 +244,7 @@ def test_interpreted_fp8_loss_and_gradients(monkeypatch, dtype):
         k.linear_cross_entropy(x[:5], weight, targets[:5], fp8=True)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # without Triton, and GELU
 
 
@@ -292,13 +292,13 @@ def grid(dtype=torch.float32):
 
 def test_normal_cdf_against_float64():
     x = grid()
-    assert (k.normal_cdf(x) - torch.special.ndtr(x.double())).abs().max() < 1e-7  # erf: twice that
+    assert (model.normal_cdf(x) - torch.special.ndtr(x.double())).abs().max() < 1e-7  # erf: twice that
 
 
 def test_gelu_against_float64():
     x = grid().requires_grad_()
     y = x.detach().double().requires_grad_()
-    got, want = k.gelu(x), F.gelu(y)
+    got, want = model.gelu(x), F.gelu(y)
     # Φ within 1e-7, times x, and the rounding of the result
     assert ((got - want).abs() <= 1.2e-7 * y.abs().clamp(min=1)).all()
     got, want = torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(want.sum(), y)[0]
@@ -308,7 +308,7 @@ def test_gelu_against_float64():
 def test_gelu_in_bf16_is_the_rounded_gelu():
     x = grid(torch.bfloat16).requires_grad_()
     y = x.detach().double().requires_grad_()
-    got, want = k.gelu(x), F.gelu(y)
+    got, want = model.gelu(x), F.gelu(y)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-7)
     torch.testing.assert_close(
@@ -321,14 +321,14 @@ def test_gelu_in_bf16_is_the_rounded_gelu():
 
 def test_gelu_compiles_without_a_graph_break():
     x = torch.randn(64, requires_grad=True)
-    compiled = torch.compile(k.gelu, backend='aot_eager', fullgraph=True)
-    torch.testing.assert_close(compiled(x), k.gelu(x))
+    compiled = torch.compile(model.gelu, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), model.gelu(x))
     torch.testing.assert_close(
-        torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(k.gelu(x).sum(), x)
+        torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(model.gelu(x).sum(), x)
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # on a GPU, at GPT-2's size
 
 
@@ -400,7 +400,7 @@ def test_gpu_inside_a_cuda_graph():
 def test_gpu_gelu_compiled():
     x = grid(torch.bfloat16).cuda().requires_grad_()
     y = x.detach().double().requires_grad_()
-    got, want = torch.compile(k.gelu, fullgraph=True)(x), F.gelu(y)
+    got, want = torch.compile(model.gelu, fullgraph=True)(x), F.gelu(y)
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=3e-7)
     torch.testing.assert_close(
         torch.autograd.grad(got.sum(), x)[0].double(),
@@ -410,7 +410,7 @@ def test_gpu_gelu_compiled():
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # AdamW
 
 
@@ -495,7 +495,7 @@ def test_adamw_is_torchs_on_a_gpu(dtype, sizes):
     assert max(found) <= 0.5, found
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # SwiGLU
 
 
