@@ -11,18 +11,16 @@ The text goes to stdout; what the model is, and any remark, to stderr.
 
 # model
 out_dir = 'out'  # the run to sample from
-init_from = 'resume'  # resume (out_dir/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint file or folder, also of Llama or DeepSeek-V3
+init_from = 'resume'  # resume (out_dir/ckpt.pt) | gpt2 to gpt2-xl | a checkpoint or model folder
 # text
-start = (
-    '\n'  # the prompt: text, FILE:prompt.txt, or - for standard input; '' = the beginning of a text
-)
+start = '\n'  # the prompt: text, FILE:prompt.txt, or - (standard input); '' = beginning of a text
 num_samples = 3  # of start
-prompts = ''  # instead of start: a file with a prompt a line (- for standard input), one sample of each, in its order
+prompts = ''  # instead of start: a file with a prompt a line (- for standard input), a sample each
 batch_size = 8  # prompts decoded at a time: where one ends, the next takes its place
 jsonl = False  # write prompts and their samples as JSON, {"prompt": ..., "text": ...} a line
 max_new_tokens = 500  # tokens in a sample; <|endoftext|> ends it earlier
 temperature = 0.8  # 0 = always the likeliest token; 1 = as the model has it; more = wilder
-stop = ''  # text that ends a sample and is left out of it; a JSON list for several: '["\n\n", "THE END"]'
+stop = ''  # text that ends a sample and is left out of it; several: '["\n\n", "THE END"]'
 top_k = 200  # choose among the k likeliest tokens; 0 = among all
 top_p = 1.0  # choose among the fewest tokens that hold this share of the probability
 seed = 1337  # sample i depends on (seed, i) only
@@ -30,7 +28,7 @@ seed = 1337  # sample i depends on (seed, i) only
 cache = 'dense'  # dense | paged | none: every step runs the whole text again
 cache_dtype = 'auto'  # auto = that of the model | float32 | bfloat16 | float16 | int8 | int4
 page_size = 64  # tokens in a page of a paged cache: 16 | 64 | 128
-decode_kernel = 'auto'  # attention of a new token over the cache: auto | triton (reads it where it lies) | torch (gathers it first) | flex | flashinfer | flashmla
+decode_kernel = 'auto'  # of a new token: auto | triton | torch | flex | flashinfer | flashmla
 prefill_chunk = 0  # run prompts this many tokens at a time, for less memory; 0 = all at once
 # machine
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
@@ -39,81 +37,104 @@ kernel = 'sdpa'  # attention: eager | sdpa | flash | cudnn
 
 from nanomla.core.configurator import UserError, configure
 
-config = configure(globals())
+if __name__ == '__main__':
+    config = configure(globals())  # before the imports below, so that --help is quick
 
 # -------------------------------------------------------------------------------------------------
 import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nanomla.checkpoints import load
-from nanomla.checkpoints import native as checkpoint
-from nanomla.core import devices as machine
-from nanomla.core import files
+from model import GPT
+from nanomla.checkpoints.load import LoadedModel, TextCodec, codec_of, load_model, meta_of
+from nanomla.checkpoints.native import kind_of
+from nanomla.core.checks import check_choice, check_range, settings_errors
+from nanomla.core.devices import pick_device, pick_dtype
+from nanomla.core.files import progress_bar
 from nanomla.core.tokenizers import StreamDecoder
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate, prefill, serve
 
-device = machine.pick_device(device)
-if device.type == 'cpu' and config.apply_on_cpu():
-    device = torch.device('cpu')
-for name, least in dict(
-    num_samples=1, max_new_tokens=1, temperature=0, top_k=0, batch_size=1, prefill_chunk=0
-).items():
-    if config[name] < least:
-        raise UserError(f'{name}={config[name]} must be at least {least}')
-if not 0 < top_p <= 1:
-    raise UserError(f'top_p={top_p} must be more than 0 and at most 1')
-if kernel == 'flex':
-    raise UserError('--kernel=flex is compiled for one length, and a text grows: use --kernel=sdpa')
-if cache not in ('none', 'dense', 'paged'):
-    raise UserError(f'--cache={cache} is not known: use none, dense or paged')
-if prompts and (cache == 'none' or 'start' in config.given):
-    raise UserError(
-        '--prompts are decoded together, which needs a cache: use --cache=dense or paged'
-        if cache == 'none'
-        else 'give one of --start and --prompts'
-    )
-path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-if init_from == 'resume' and not os.path.exists(path):
-    raise UserError(
-        f'there is no {path}: train a model with `python train.py config/train_shakespeare_char.py --out_dir={out_dir}`, '
-        'or name one that you have by --out_dir or --init_from'
-    )
+SAMPLES_APART = '---------------\n'
 
 
-def read(name, option):
-    try:
-        return (sys.stdin.buffer.read() if name == '-' else Path(name).read_bytes()).decode(
-            'utf-8-sig'
+@dataclass
+class Prompt:
+    text: str
+    where: str  # where it is from, for messages
+    ids: list[int]
+
+
+def check_settings(given: dict) -> None:
+    """Raise a UserError for settings that do not fit, or do not fit together."""
+    check_range('num_samples', num_samples, least=1)
+    check_range('max_new_tokens', max_new_tokens, least=1)
+    check_range('batch_size', batch_size, least=1)
+    check_range('temperature', temperature, least=0)
+    check_range('top_k', top_k, least=0)
+    check_range('top_p', top_p, above=0, most=1)
+    check_range('prefill_chunk', prefill_chunk, least=0)
+    check_choice('--cache', cache, ('none', 'dense', 'paged'))
+    if kernel == 'flex':
+        raise UserError(
+            '--kernel=flex is compiled for one length, and a text grows: use --kernel=sdpa'
         )
-    except (OSError, ValueError) as error:
-        why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-        raise UserError(f'{option} cannot be read: {why}') from None
+    if prompts and cache == 'none':
+        raise UserError(
+            '--prompts are decoded together, which needs a cache: use --cache=dense or paged'
+        )
+    if prompts and 'start' in given:
+        raise UserError('give one of --start and --prompts')
 
 
-def read_prompts():
-    """[(text, where it is from)], at least one."""
+def model_path() -> str:
+    """Return what to load; UserError where a run has no checkpoint."""
+    if init_from != 'resume':
+        return init_from
+    path = os.path.join(out_dir, 'ckpt.pt')
+    if not os.path.exists(path):
+        raise UserError(
+            f'there is no {path}: train a model with `python train.py '
+            f'config/train_shakespeare_char.py --out_dir={out_dir}`, '
+            'or name one that you have by --out_dir or --init_from'
+        )
+    return path
+
+
+# -------------------------------------------------------------------------------------------------
+# prompts
+
+
+def read_text(name: str, option: str) -> str:
+    """Read a file, or standard input for '-', as UTF-8."""
+    try:
+        data = sys.stdin.buffer.read() if name == '-' else Path(name).read_bytes()
+        return data.decode('utf-8-sig')
+    except OSError as error:
+        raise UserError(f'{option} cannot be read: {error.strerror}') from None
+    except ValueError:
+        raise UserError(f'{option} cannot be read: it is not UTF-8 text') from None
+
+
+def read_prompts() -> list[tuple[str, str]]:
+    """Return (text, where it is from) of each prompt, at least one."""
     if not prompts:
-        return [
-            (
-                read(start.removeprefix('FILE:'), f'--start={start}')
-                if start == '-' or start.startswith('FILE:')
-                else start,
-                '--start',
-            )
-        ]
-    lines = read(prompts, f'--prompts={prompts}').removesuffix('\n').split('\n')
+        if start == '-' or start.startswith('FILE:'):
+            return [(read_text(start.removeprefix('FILE:'), f'--start={start}'), '--start')]
+        return [(start, '--start')]
+    lines = read_text(prompts, f'--prompts={prompts}').removesuffix('\n').split('\n')
     if lines == ['']:
         raise UserError(f'--prompts={prompts} holds no prompt: write one a line')
     return [(line.removesuffix('\r'), f'{prompts}:{n}') for n, line in enumerate(lines, 1)]
 
 
-def read_stops():
+def read_stops() -> list[str]:
+    """Return the texts that end a sample."""
     if not stop.startswith('['):
         return [stop] if stop else []
     try:
@@ -125,125 +146,165 @@ def read_stops():
     return stops
 
 
-# -------------------------------------------------------------------------------------------------
-loaded = load.load_model(path, dropout=0.0, kernel=kernel)
-model, content, meta = loaded.model, loaded.checkpoint, loaded.meta
-text_codec = load.codec_of(loaded)
-codec, begin, ends = text_codec.tokenizer, text_codec.begin, text_codec.ends
-nothing = (
-    '' if codec.name == 'hf' else '<|endoftext|>' if ends else '\n'
-)  # what a text without a prompt begins with
-asked, stops, texts = read_prompts(), read_stops(), []
-for text, where in asked:
-    try:
-        ids = ([] if begin is None else [begin]) + codec.encode(text or nothing)
-    except UserError as error:
-        raise UserError(f'{where}: {error}') from None
-    if not ids:
-        raise UserError(
-            f'{where}: the prompt is empty, and this model has no token that begins a text: give it a few words'
-        )
-    texts.append(ids)
+def encode_prompts(codec: TextCodec) -> list[Prompt]:
+    """Turn the prompts into ids; an empty one begins as texts of this model begin."""
+    tokenizer = codec.tokenizer
+    if tokenizer.name == 'hf':
+        empty = ''
+    elif codec.ends:
+        empty = '<|endoftext|>'
+    else:
+        empty = '\n'
+    encoded = []
+    for text, where in read_prompts():
+        try:
+            ids = tokenizer.encode(text or empty)
+        except UserError as error:
+            raise UserError(f'{where}: {error}') from None
+        if codec.begin is not None:
+            ids = [codec.begin, *ids]
+        if not ids:
+            raise UserError(
+                f'{where}: the prompt is empty, and this model has no token that begins a text: '
+                'give it a few words'
+            )
+        encoded.append(Prompt(text, where, ids))
+    return encoded
 
-model.stream = machine.pick_dtype(dtype, device)
-model.to(device, model.stream).eval()
-model.check_kernel(device)
-trained = (
-    f'step {content["step"]}, val loss {float(content.get("best_val_loss", math.nan)):.4f}; '
-    if 'step' in content
-    else ''
-)
-source = meta.get('source') or content.get('config', {}).get('dataset') or path
-block_size = model.config.block_size
-read_of = [ids[-block_size:] for ids in texts]
-longest = max(map(len, read_of))
-if (
-    model.config.pos == 'learned' and longest + max_new_tokens - 1 > block_size and cache != 'none'
-):  # the last token is not run
-    if prompts or 'cache' in config.given:
-        where = next(where for ids, (_, where) in zip(read_of, asked) if len(ids) == longest)
-        most, instead = block_size + 1 - longest, '' if prompts else '--cache=none, or '
+
+# -------------------------------------------------------------------------------------------------
+# model and cache
+
+
+def check_length(model: GPT, longest: int, asked: list[Prompt], cache_given: bool) -> bool:
+    """
+    Return whether a cache can be used: texts with learned positions end at block_size (the last
+    token is not run). UserError where a person asked for a cache all the same.
+    """
+    block_size = model.config.block_size
+    if model.config.pos != 'learned' or longest + max_new_tokens - 1 <= block_size:
+        return True
+    if prompts or cache_given:
+        where = next(p.where for p in asked if len(p.ids[-block_size:]) == longest)
+        most = block_size + 1 - longest
+        advice = f'use --cache=none, or --max_new_tokens={most}'
+        if prompts:
+            advice = f'use --max_new_tokens={most} or less, or shorter prompts'
         raise UserError(
-            f'{where}: {longest} tokens and max_new_tokens={max_new_tokens} outgrow block_size={block_size}, where learned positions end: '
-            f'use {instead}--max_new_tokens={most}' + ' or less, or shorter prompts' * bool(prompts)
+            f'{where}: {longest} tokens and max_new_tokens={max_new_tokens} outgrow '
+            f'block_size={block_size}, where learned positions end: {advice}'
         )
-    cache = 'none'
-held, cost = (
-    None,
-    'no cache'
-    if 'cache' in config.given
-    else f'no cache (the text may outgrow block_size={block_size}, where learned positions end)',
-)
-if cache != 'none':
-    slots = (
-        min(batch_size, len(texts)) if prompts else min(num_samples, 2)
-    )  # the prompt stays in slot 0 when it is needed again
-    held = Cache.of(
+    return False
+
+
+def make_cache(model: GPT, longest: int, number_of_prompts: int) -> Cache:
+    rows = min(num_samples, 2)  # the prompt stays in row 0 when it is needed again
+    if prompts:
+        rows = min(batch_size, number_of_prompts)
+    return Cache.of(
         model,
-        slots,
-        min(block_size, longest + max_new_tokens - 1),
+        rows,
+        min(model.config.block_size, longest + max_new_tokens - 1),
         layout=cache,
         dtype=cache_dtype,
         page_size=page_size,
-        static=device.type == 'cuda',
+        static=model.lm_head.weight.is_cuda,
         kernel=decode_kernel,
     )
-    cost = f'{cache} {held.dtype} cache, {(held.nbytes - held.window_bytes) / held.slots:,.0f} bytes a token'
-    cost += (
-        f' and {held.window_bytes / held.rows / 1024:,.0f} KiB for the last {held.window}'
-        * bool(held.window_bytes)
-    )
-print(
-    f'{checkpoint.kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, {trained}{source}; {cost}',
-    file=sys.stderr,
-)
-if cut := [len(ids) for ids in texts if len(ids) > block_size]:
-    whose = f'{len(cut)} prompts have up to {max(cut)}' if prompts else f'the prompt has {cut[0]}'
-    print(f'{whose} tokens: only the last {block_size} are read (block_size)', file=sys.stderr)
-sys.stdout.reconfigure(errors='replace')  # where a character cannot be shown stands a ?
-controls = (
-    dict.fromkeys({*range(32), *range(127, 160)} - set(b'\t\n\r'), '\ufffd')
-    if sys.stdout.isatty()
-    else {}
-)  # not for a terminal
 
 
-def write(text):
-    sys.stdout.write(text.translate(controls))
+def describe_cache(memory: Cache | None, block_size: int) -> str:
+    if memory is None and cache == 'none':
+        return 'no cache'
+    if memory is None:
+        return (
+            f'no cache (the text may outgrow block_size={block_size}, where learned positions end)'
+        )
+    bytes_per_token = (memory.nbytes - memory.window_bytes) / memory.slots
+    text = f'{cache} {memory.dtype} cache, {bytes_per_token:,.0f} bytes a token'
+    if memory.window_bytes:
+        kib = memory.window_bytes / memory.rows / 1024
+        text += f' and {kib:,.0f} KiB for the last {memory.window}'
+    return text
+
+
+def describe_model(loaded: LoadedModel) -> str:
+    model = loaded.model
+    parts = f'{kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, '
+    if loaded.step is not None:
+        val_loss = float(loaded.checkpoint.get('best_val_loss', math.nan))
+        parts += f'step {loaded.step}, val loss {val_loss:.4f}; '
+    meta = loaded.meta if loaded.tokenizer else meta_of(loaded)
+    return parts + (meta.get('source') or loaded.settings.get('dataset') or loaded.path)
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------
+# writing
+
+
+def write(text: str) -> None:
+    """Write to stdout; to a terminal without control characters, which could do anything there."""
+    if sys.stdout.isatty():
+        text = text.translate(CONTROL_CHARACTERS)
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def seed_of(i):
+CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - set(b'\t\n\r'), '\ufffd')
+
+
+def seed_of(i: int) -> int:
     return (seed * 1_000_003 + i) % 2**63
 
 
-def echo(ids):
-    return codec.decode(
-        ids[ids[0] == begin or ids[0] in ends :]
-    )  # without the <|endoftext|> or the like that it may begin with
+def echo(ids: list[int], codec: TextCodec) -> str:
+    """Return a prompt as text, without the <|endoftext|> or the like that it may begin with."""
+    if ids[0] == codec.begin or ids[0] in codec.ends:
+        ids = ids[1:]
+    return codec.tokenizer.decode(ids)
 
 
-def tell_samples():
-    prompt, generator = torch.tensor(read_of, device=device), torch.Generator(device)
-    how = dict(cache=held, rows=[held.rows - 1], prefill_chunk=prefill_chunk) if held else {}
-    if held and held.rows > 1 and longest > 1:
-        prefill(model, [read_of[0][:-1]], held, [0], prefill_chunk)  # once for all samples
+def sampling_options(codec: TextCodec) -> dict:
+    return dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        vocab_size=codec.tokenizer.vocab_size,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def write_samples(model: GPT, codec: TextCodec, prompt: Prompt, memory: Cache | None) -> None:
+    """Write num_samples continuations of one prompt, each token as soon as it is chosen."""
+    device = model.lm_head.weight.device
+    ids = prompt.ids[-model.config.block_size :]
+    options = sampling_options(codec)
+    shared = memory is not None and memory.rows > 1  # row 0 keeps the prompt, row 1 goes on
+    if memory is not None:
+        options |= dict(cache=memory, rows=[memory.rows - 1])
+    if shared and len(ids) > 1:
+        prefill(model, [ids[:-1]], memory, [0], prefill_chunk)  # once for all samples
+    generator = torch.Generator(device)
+    stops = read_stops()
     for i in range(num_samples):
-        write('\n---------------\n' * bool(i) + echo(texts[0]))
-        if held and held.rows > 1:
-            held.fork(0, 1)
-        decoder = StreamDecoder(codec.decode_bytes, stops, ends)
-        for token in generate(
+        if i > 0:
+            write('\n' + SAMPLES_APART)
+        write(echo(prompt.ids, codec))
+        if shared:
+            memory.fork(0, 1)
+        decoder = StreamDecoder(codec.tokenizer.decode_bytes, stops, codec.ends)
+        tokens = generate(
             model,
-            prompt,
+            torch.tensor([ids], device=device),
             max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            codec.vocab_size,
-            generator.manual_seed(seed_of(i)),
-            **how,
-        ):
+            generator=generator.manual_seed(seed_of(i)),
+            **options,
+        )
+        for token in tokens:
             write(decoder.add(token.item()))
             if decoder.stopped:
                 break
@@ -251,52 +312,80 @@ def tell_samples():
     write('\n')
 
 
-def tell_prompts():
-    decoders = [StreamDecoder(codec.decode_bytes, stops, ends) for _ in texts]
-    said, done, next_one = [[] for _ in texts], set(), 0
-    bar = files.progress_bar(len(texts), 'prompt') if sys.stderr.isatty() else None
+def write_answers(model: GPT, codec: TextCodec, asked: list[Prompt], memory: Cache) -> None:
+    """Write one continuation of each prompt, in the order of the file."""
+    stops = read_stops()
+    decoders = [StreamDecoder(codec.tokenizer.decode_bytes, stops, codec.ends) for _ in asked]
+    parts = [[] for _ in asked]
+    ended, next_one = set(), 0
+    bar = progress_bar(len(asked), 'prompt') if sys.stderr.isatty() else None
 
-    def tell(i, token):
-        said[i].append(decoders[i].add(token))
+    def on_token(i, token):
+        parts[i].append(decoders[i].add(token))
         return decoders[i].stopped
 
-    seeds = [seed_of(i) for i in range(len(texts))]
     for i in serve(
         model,
-        read_of,
-        held,
+        [prompt.ids[-model.config.block_size :] for prompt in asked],
+        memory,
         max_new_tokens,
-        tell,
-        temperature,
-        top_k,
-        top_p,
-        codec.vocab_size,
-        seeds,
-        prefill_chunk,
+        on_token,
+        seeds=[seed_of(i) for i in range(len(asked))],
+        **sampling_options(codec),
     ):
-        done.add(i)
+        ended.add(i)
         if bar:
             bar.update()
-        while next_one in done:  # in the order of the file
-            text = ''.join(said[next_one]) + decoders[next_one].finish()
-            line = json.dumps(dict(prompt=asked[next_one][0], text=text), ensure_ascii=False)
-            write(
-                (
-                    line
-                    if jsonl
-                    else '---------------\n' * bool(next_one) + echo(texts[next_one]) + text
-                )
-                + '\n'
-            )
+        while next_one in ended:
+            prompt, text = asked[next_one], ''.join(parts[next_one]) + decoders[next_one].finish()
+            if jsonl:
+                line = json.dumps(dict(prompt=prompt.text, text=text), ensure_ascii=False)
+            else:
+                line = echo(prompt.ids, codec) + text
+                if next_one > 0:
+                    line = SAMPLES_APART + line
+            write(line + '\n')
             next_one += 1
     if bar:
         bar.close()
 
 
-try:
-    tell_prompts() if prompts else tell_samples()
-except BrokenPipeError:  # the reader, such as `| head`, has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-except KeyboardInterrupt:
-    print(file=sys.stderr)  # what the configurator's hook says goes on a line of its own
-    raise
+def main() -> None:
+    target = pick_device(device)
+    if target.type == 'cpu':
+        config.apply_on_cpu()
+    check_settings(config.given)
+    loaded = load_model(model_path(), dropout=0.0, kernel=kernel)
+    model, codec = loaded.model, codec_of(loaded)
+    asked = encode_prompts(codec)
+    model.stream = pick_dtype(dtype, target)
+    model.to(target, model.stream).eval()
+    with settings_errors():
+        model.check_kernel(target)
+    block_size = model.config.block_size
+    longest = max(min(len(prompt.ids), block_size) for prompt in asked)
+    memory = None
+    if cache != 'none' and check_length(model, longest, asked, 'cache' in config.given):
+        memory = make_cache(model, longest, len(asked))
+    log(f'{describe_model(loaded)}; {describe_cache(memory, block_size)}')
+    too_long = [len(prompt.ids) for prompt in asked if len(prompt.ids) > block_size]
+    if too_long:
+        which = f'the prompt has {too_long[0]}'
+        if prompts:
+            which = f'{len(too_long)} prompts have up to {max(too_long)}'
+        log(f'{which} tokens: only the last {block_size} are read (block_size)')
+    sys.stdout.reconfigure(errors='replace')  # a character that cannot be shown becomes a ?
+    try:
+        if prompts:
+            write_answers(model, codec, asked, memory)
+        else:
+            write_samples(model, codec, asked[0], memory)
+    except BrokenPipeError:  # the reader, such as `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        log('')  # the configurator's message goes on a line of its own
+        raise
+
+
+if __name__ == '__main__':
+    main()

@@ -14,8 +14,7 @@ import model as model_file
 from model import CHOICES, GPT, GPTConfig, rope_tables
 from model_mla import GPT_MLA, MLAConfig
 from nanomla.checkpoints.gpt2 import from_pretrained
-from nanomla.core.configurator import UserError
-from nanomla.inference.generate import choose, generate
+from nanomla.inference.generate import choose, generate, Sampling
 
 UNEQUAL = {
     'mla_absorbed',
@@ -253,7 +252,7 @@ def test_kernels_agree_with_eager_on_the_gpu(variant, tiny, tokens):
         model.stream = torch.bfloat16
         try:
             model.check_kernel('cuda')
-        except UserError as error:
+        except ValueError as error:
             assert kernel in ('flash', 'cudnn', 'flex') and len(str(error)) > 60
             continue
         logits = model(idx).float()
@@ -269,7 +268,7 @@ def test_check_kernel_speaks_for_training(variant, kernel, tiny, tokens):
     model = tiny(kind, kernel=kernel, **settings_)
     if kernel in ('cudnn', 'flex') or kernel == 'flash' and variant in UNEQUAL:
         with pytest.raises(
-            UserError,
+            ValueError,
             match=f'^--kernel={kernel} cannot run on cpu in float32: .{{20}}.* Use --kernel=sdpa$',
         ) as error:
             model.check_kernel('cpu')
@@ -282,17 +281,17 @@ def test_check_kernel_speaks_for_training(variant, kernel, tiny, tokens):
 
 
 def test_check_kernel_gives_the_kernels_own_reason(tiny):
-    with pytest.raises(UserError, match='CUDA'):
+    with pytest.raises(ValueError, match='CUDA'):
         tiny(kernel='cudnn').check_kernel('cpu')
-    with pytest.raises(UserError, match='same last dimension.*10.*7'):
+    with pytest.raises(ValueError, match='same last dimension.*10.*7'):
         tiny(
             'mla', kernel='flash', qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7
         ).check_kernel('cpu')
-    with pytest.raises(UserError, match='same last dimension.*16.*12'):
+    with pytest.raises(ValueError, match='same last dimension.*16.*12'):
         tiny('mla', kernel='flash', absorb=True).check_kernel('cpu')
-    with pytest.raises(UserError, match='no dropout'):
+    with pytest.raises(ValueError, match='no dropout'):
         tiny(kernel='flex', dropout=0.1).check_kernel('cpu')
-    with pytest.raises(UserError, match='dropout'):
+    with pytest.raises(ValueError, match='dropout'):
         tiny(kernel='flash', dropout=0.1).train().check_kernel('cpu')
     tiny(kernel='flash', dropout=0.1).eval().check_kernel('cpu')
 
@@ -505,7 +504,7 @@ def test_crop_block_size(pos, tiny, tokens):
     assert model.config.block_size == 10 and torch.equal(model(tokens(10)), before)
     with pytest.raises(AssertionError, match='11 tokens do not fit a block of 10'):
         model(tokens(11))
-    with pytest.raises(UserError, match='block_size=11') as error:
+    with pytest.raises(ValueError, match='block_size=11') as error:
         model.crop_block_size(11)
     assert one_line(error)
     GPT(model.config).load_state_dict(model.state_dict())
@@ -546,7 +545,7 @@ def test_crop_block_size(pos, tiny, tokens):
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
 def test_settings_that_do_not_fit_are_told_in_one_line(model_class, wrong, word):
-    with pytest.raises(UserError, match=word) as error:
+    with pytest.raises(ValueError, match=word) as error:
         model_class.Config(**wrong)
     assert one_line(error)
 
@@ -598,7 +597,9 @@ def test_choose_draws_from_the_nucleus_and_from_all_of_it(
     )  # padding looks likeliest of all
     evenly = torch.arange(3000) / 3000
     drawn = (
-        choose(rows, temperature, top_k, top_p, len(logits), evenly).bincount(minlength=len(logits))
+        choose(rows, evenly, Sampling(temperature, top_k, top_p, len(logits))).bincount(
+            minlength=len(logits)
+        )
         / 3000
     )
     allowed, edge = nucleus(logits, temperature, top_k, top_p)
@@ -618,7 +619,9 @@ def test_choose_draws_from_the_nucleus_and_from_all_of_it(
 )
 def test_temperature_zero_takes_the_likeliest(rows, vocab_size):
     expected = [max(range(vocab_size), key=lambda i: (row[i], -i)) for row in rows]
-    assert choose(torch.tensor(rows), temperature=0, vocab_size=vocab_size).tolist() == expected
+    assert (
+        choose(torch.tensor(rows), sampling=Sampling(0, vocab_size=vocab_size)).tolist() == expected
+    )
 
 
 def test_choose_draws_equal_tokens_alike_and_keeps_one_at_least():
@@ -627,11 +630,11 @@ def test_choose_draws_equal_tokens_alike_and_keeps_one_at_least():
     )
     assert drawn.sub(1 / 8).abs().max() < 1e-3
     assert choose(
-        torch.tensor([[0.0, 1000.0, 1.0]]), top_p=1e-9, draw=torch.tensor([0.99])
+        torch.tensor([[0.0, 1000.0, 1.0]]), torch.tensor([0.99]), Sampling(top_p=1e-9)
     ).tolist() == [1]
-    assert choose(torch.tensor([[0.0, 3.0, 1.0]]), top_k=1, draw=torch.tensor([0.99])).tolist() == [
-        1
-    ]
+    assert choose(
+        torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), Sampling(top_k=1)
+    ).tolist() == [1]
     assert choose(torch.tensor([[-9e9, 1.0, -9e9]]), draw=torch.tensor([0.0])).tolist() == [
         1
     ]  # the improbable is not drawn, whatever the draw

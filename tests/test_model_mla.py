@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from model import GPT, GPTConfig, rope_tables
 from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
 from nanomla.checkpoints.native import MODELS
-from nanomla.core.configurator import UserError
 
 LATENT = dict(qk_norm=True, qk_norm_latent=True)
 EARLY = dict(qk_rope_head_dim=0, latent_norm=False, latent_init='gpt2', pos='learned')
@@ -342,13 +341,13 @@ def test_softmax_scale_takes_the_place_of_the_width(tokens, tiny, kind, set):
         assert block.attn.scale != 0.9
         block.attn.scale = 0.9
     assert torch.equal(same(idx), twice(idx)) and (plain(idx) - twice(idx)).abs().max() > 1e-3
-    with pytest.raises(UserError, match='softmax_scale=-1'):
+    with pytest.raises(ValueError, match='softmax_scale=-1'):
         tiny(kind, **set, softmax_scale=-1)
 
 
 def test_qk_norm_in_the_latent_needs_both_norms(tiny):
     for off in (dict(qk_norm=False), dict(qk_norm=True, latent_norm=False)):
-        with pytest.raises(UserError, match='needs qk_norm=True and latent_norm=True'):
+        with pytest.raises(ValueError, match='needs qk_norm=True and latent_norm=True'):
             tiny('mla', **off, qk_norm_latent=True)
 
 
@@ -479,5 +478,5 @@ def test_mla_differs_from_gpt_in_attention_alone(tiny):
 def test_an_mla_key_is_unknown_to_mha():
     with pytest.raises(TypeError, match='kv_lora_rank'):
         GPTConfig(kv_lora_rank=64)
-    with pytest.raises(UserError, match='every head reads the one latent'):
+    with pytest.raises(ValueError, match='every head reads the one latent'):
         MLAConfig(n_kv_head=1)

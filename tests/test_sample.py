@@ -108,7 +108,7 @@ def sample(monkeypatch, capsys):
 def says(monkeypatch, *ids, watch=lambda told: None, prompts=None):
     """Makes every model say these ids; `watch` is called before each with the number of those told."""
 
-    def generate(self, idx, max_new_tokens, *rest, **how):
+    def generate(model, idx, max_new_tokens, **options):
         if prompts is not None:
             prompts.append(idx.tolist())
         for told, i in enumerate(ids[:max_new_tokens]):
@@ -116,7 +116,7 @@ def says(monkeypatch, *ids, watch=lambda told: None, prompts=None):
             yield torch.tensor([i])
         watch(len(ids))
 
-    monkeypatch.setattr(GPT, 'generate', generate)
+    monkeypatch.setattr('nanomla.inference.generate.generate', generate)
 
 
 # -------------------------------------------------------------------------------------------------

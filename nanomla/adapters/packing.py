@@ -9,13 +9,14 @@ Legend: B rows, T tokens of a row, H heads, D head dim; N documents of a batch, 
 """
 
 from functools import cached_property
-from itertools import repeat
 
 import numpy as np
 import torch
 
+from model import Context, compiled_flex
 
-class Documents:
+
+class Documents(Context):
     """
     Where the documents of a batch begin and end: `lengths` holds for each row how many tokens its documents
     have, T in all (a padded rest counts as one more). It is made once a batch and serves every layer.
@@ -43,20 +44,14 @@ class Documents:
         )  # (N, L): which token stands here
         self.back = send(number * flat.max() + position)  # (B T,): where each token stands
         self.inside = send(inside)
-        self.layers = repeat(self)
 
     def begin(self, T):
         assert T == self.T
         return self.positions
 
-    def end(self):
-        pass
-
-    def isolate(self, attention, q, k, v):
+    def attend(self, attention, q, k, v):
         """Causal attention inside of each document: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv) -> (B, H, T, Dv)."""
         if attention.kernel == 'flex':
-            from model import compiled_flex
-
             return compiled_flex()(
                 q,
                 k,

@@ -19,7 +19,7 @@ from nanomla.checkpoints import native as checkpoint
 from nanomla.checkpoints.native import MODELS
 from nanomla.core.configurator import UserError
 from nanomla.core.tokenizers import StreamDecoder
-from nanomla.inference.cache import Cache, OutOfPages, Pages
+from nanomla.inference.cache import Cache, OutOfPages, PagePool
 from nanomla.inference.generate import generate, prefill, serve
 from nanomla.inference.quantize import dequantise, group_of, quantise
 
@@ -150,7 +150,13 @@ def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens)
     before, shapes = [t.data_ptr() for t in tensors], set()
     for t in range(20):
         model(tokens(1), context=cache)
-        shapes.add((cache.view.mask.shape, cache.target.to.shape, cache.view.held.shape))
+        shapes.add(
+            (
+                cache.current.read_view.mask.shape,
+                cache.current.write_slots.slots.shape,
+                cache.current.read_view.filled.shape,
+            )
+        )
     assert before == [t.data_ptr() for t in tensors] and len(shapes) == 1
 
 
@@ -252,10 +258,10 @@ def test_k_pe_is_never_quantised(tiny, tokens):
     cache, exact = Cache.of(model, 2, 24, dtype='int4', window=0), Cache.of(model, 2, 24)
     for c in (cache, exact):
         model(tokens(20), context=c)
-    (k_pe,), (expected,) = (c.layers[0].stores['k_pe'].places for c in (cache, exact))
+    (k_pe,), (expected,) = (c.layers[0].stores['k_pe'].data for c in (cache, exact))
     assert (
         torch.equal(k_pe, expected)
-        and cache.layers[0].stores['c_kv'].places[0].dtype == torch.uint8
+        and cache.layers[0].stores['c_kv'].data[0].dtype == torch.uint8
     )
 
 
@@ -351,7 +357,7 @@ def test_perplexity_of_quantised_caches(kind, trained):
     def perplexity(dtype, window):
         cache = Cache.of(models[kind], len(text), 128, dtype=dtype, window=window)
         logits = torch.cat(
-            [models[kind](part, cache=cache) for part in text[:, :-1].split(4, dim=1)], dim=1
+            [models[kind](part, context=cache) for part in text[:, :-1].split(4, dim=1)], dim=1
         )
         return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).exp().item()
 
@@ -408,7 +414,7 @@ def test_pages_under_any_load(load):
             cache.pages.free[:],
             cache.pages.holders[:],
             cache.block_table.clone(),
-            cache.table_here.clone(),
+            cache.block_table_on_host.clone(),
         ]
         if what == 'free':
             cache.free(a)
@@ -429,7 +435,7 @@ def test_pages_under_any_load(load):
                     cache.pages.holders,
                 ]
                 assert torch.equal(cache.block_table, state[4]) and torch.equal(
-                    cache.table_here, state[5]
+                    cache.block_table_on_host, state[5]
                 )
         assert cache.lengths.tolist() == cache.used
         check(cache)
@@ -439,10 +445,10 @@ def test_pages_under_any_load(load):
 
 
 def test_out_of_pages_says_how_many():
-    pages = Pages(3)
-    pages.take(2)
+    pages = PagePool(3)
+    pages.allocate(2)
     with pytest.raises(OutOfPages, match='out of pages: 2 needed, 1 free: end a sequence') as error:
-        pages.take(2)
+        pages.allocate(2)
     assert (error.value.needed, error.value.free, pages.free) == (2, 1, [2])
 
 
@@ -459,7 +465,10 @@ def test_copies_share_a_prefix_and_nothing_else(kind, layout, dtype, tiny, token
     for row in (1, 2, 3):
         cache.fork(0, row)
     if cache.pages:
-        assert len(cache.pages.free) == free and len({tuple(pages) for pages in cache.pages_of_row}) == 1
+        assert (
+            len(cache.pages.free) == free
+            and len({tuple(pages) for pages in cache.pages_of_row}) == 1
+        )
     for t in range(5):  # all three grow side by side, and slot 0 stays
         cache.plan(1, [1, 2, 3])
         logits = model(ends[:, t : t + 1], context=cache)
@@ -665,9 +674,9 @@ def test_a_stop_ends_a_sample(sample):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--cache=big'], '--cache=big is not known: use none, dense or paged'),
+        (['--cache=big'], "--cache='big' is not known: use none, dense, paged"),
         (['--cache_dtype=int2'], "cache_dtype='int2' is not known: use auto, float32"),
-        (['--cache=paged', '--page_size=17'], 'page_size=17 is not supported: use 16, 64, 128'),
+        (['--cache=paged', '--page_size=17'], 'page_size=17 is not known: use 16, 64, 128'),
         (
             ['--decode_kernel=fast'],
             "decode_kernel='fast' is not known: use auto, triton, torch, flex, flashinfer, flashmla",
@@ -760,12 +769,12 @@ def test_a_wrong_setting_ends_with_code_2(sample):
         (dict(dtype='fp8'), "cache_dtype='fp8' is not known"),
         (dict(size=0), 'a cache needs room'),
         (dict(window=-1), 'a cache needs room'),
-        (dict(slots=0), 'a cache needs room'),
+        (dict(rows=0), 'a cache needs room'),
     ],
 )
 def test_a_cache_that_cannot_be(how, message):
     with pytest.raises(UserError, match=message):
-        Cache([dict(k=4)], **(dict(slots=1, size=8) | how))
+        Cache([dict(k=4)], **(dict(rows=1, size=8) | how))
 
 
 def test_a_cache_that_is_too_small_stays_as_it_was(tiny, tokens):

@@ -36,9 +36,9 @@ def off(B, C, N, kind, act, bias, add, device='cpu', dtype=torch.float32):
             random(rows) if bias else None,
             random(B, N) if add else None,
         )
-        got = s.thin(x, weight, bias, norm, act, add if add is None else add.clone())
+        got = s.fused_linear(x, weight, bias, norm, act, add if add is None else add.clone())
         x, weight, bias, add = (None if t is None else t.double() for t in (x, weight, bias, add))
-        want = s.thin_reference(x, weight, bias, norm.double() if norm else None, act, add)
+        want = s.fused_linear_reference(x, weight, bias, norm.double() if norm else None, act, add)
     return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
@@ -66,10 +66,10 @@ def test_interpreted_thin_of_every_head(B):
     wide, weight = torch.randn(B, 3, 50), torch.randn(3, 24, 40)
     x = wide[..., 5:45]
     torch.testing.assert_close(
-        s.thin(x, weight), torch.einsum('bhc,hnc->bhn', x, weight), rtol=1e-4, atol=1e-4
+        s.fused_linear(x, weight), torch.einsum('bhc,hnc->bhn', x, weight), rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(
-        s.thin(x[..., :24], weight.mT),
+        s.fused_linear(x[..., :24], weight.mT),
         torch.einsum('bhc,hcn->bhn', x[..., :24], weight),
         rtol=1e-4,
         atol=1e-4,
