@@ -1,22 +1,24 @@
 """
-Instructions and answers of OpenOrca, as train.jsonl and val.jsonl: {"system", "question", "response"} a line.
+Instructions and answers of OpenOrca, as train.jsonl and val.jsonl.
 
-They come from huggingface.co (Open-Orca/OpenOrca, streamed: only as many rows as are wanted), or from a local JSONL or
-parquet file with --input. Without either, or with --input=rules, a small set of instructions with one right
-answer each is made by rule (sums, spelling, sorting, small Python functions), and meta.json says so.
+A line is {"system": ..., "question": ..., "response": ...}. They come from huggingface.co
+(Open-Orca/OpenOrca, streamed: only as many rows as are wanted), or from a local JSONL or parquet
+file with --input. Without either, or with --input=rules, a small set of instructions with one right
+answer each is made by rule (sums, spelling, sorting, small Python functions), and meta.json says
+so.
 """
 
 import json
-import os
 import random
-import ssl
 import sys
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # the repository
+sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
+
+import hugging_face
 
 from nanomla.adapters.instructions import KEYS, checked, examples
 from nanomla.core.configurator import UserError, configure
@@ -30,185 +32,187 @@ seed = 0  # draws them among the first `pool`
 pool = 2000  # so many rows are read before the draw
 out = ''  # the folder ('' = data/openorca)
 
-SPELLING = {
-    'system_prompt': 'system',
-    'instruction': 'question',
-    'prompt': 'question',
-    'output': 'response',
-    'answer': 'response',
-    'completion': 'response',
-}
+
+# -------------------------------------------------------------------------------------------------
+# from a file or from the hub
 
 
-def from_file(path):
+def with_our_names(row):
+    """Return a row with our names for the columns that other datasets have."""
+    names = {
+        'system_prompt': 'system',
+        'instruction': 'question',
+        'prompt': 'question',
+        'output': 'response',
+        'answer': 'response',
+        'completion': 'response',
+    }
+    if not isinstance(row, dict):
+        return row  # the check says what it should be
+    return {names.get(key, key): value for key, value in row.items()}
+
+
+def from_file(path: str, most: int) -> list[dict]:
+    """Return the first `most` examples of a JSONL or parquet file."""
     if not Path(path).is_file():
         raise UserError(f'--input={path}: there is no such file')
-    if Path(path).suffix == '.parquet':
-        return [
-            checked(named(row), f'{path}, row {n}')
-            for n, row in zip(range(1, pool + 1), hugging_face('parquet', data_files=path))
-        ]
-    if Path(path).suffix not in ('.jsonl', '.json'):
+    suffix = Path(path).suffix
+    if suffix == '.parquet':
+        rows = from_parquet(path)
+    elif suffix in ('.jsonl', '.json'):
+        rows = from_jsonl(path)
+    else:
         raise UserError(f'--input={path}: give a .jsonl or a .parquet file')
-    rows = []
+    return [checked(with_our_names(row), where) for where, row in islice(rows, most)]
+
+
+def from_parquet(path: str) -> Iterator[tuple[str, dict]]:
+    """Yield where each row is, and the row."""
+    for number, row in enumerate(load_rows('parquet', data_files=path), 1):
+        yield f'{path}, row {number}', row
+
+
+def from_jsonl(path: str) -> Iterator[tuple[str, object]]:
+    """Yield where each line is, and its JSON."""
     with open(path, encoding='utf-8') as file:
-        for number, line in zip(range(1, pool + 1), file):
+        for number, line in enumerate(file, 1):
+            where = f'{path}:{number}'
             try:
-                rows.append(checked(named(json.loads(line)), f'{path}:{number}'))
+                row = json.loads(line)
             except ValueError:
                 raise UserError(
-                    f'{path}:{number}: not JSON; a line is {{"question": ..., "response": ...}}'
+                    f'{where}: not JSON; a line is {{"question": ..., "response": ...}}'
                 ) from None
-    return rows
+            yield where, row
 
 
-def named(row):
-    return (
-        {SPELLING.get(key, key): value for key, value in row.items()}
-        if isinstance(row, dict)
-        else row
-    )
-
-
-def hugging_face(path, **files):
-    try:
-        import datasets
-    except ImportError:
-        raise UserError('this needs Hugging Face datasets: pip install datasets') from None
+def load_rows(path: str, **files):
+    """Return rows as Hugging Face's `datasets` streams them."""
+    datasets = hugging_face.import_datasets()
     try:
         return datasets.load_dataset(path, split='train', streaming=True, **files)
     except Exception as error:
         raise UserError(f'{files or path} cannot be read ({type(error).__name__})') from None
 
 
-def from_hub():
-    """ResultsTable of the hub, or None when it cannot be reached."""
+def from_hub(most: int) -> list[dict] | None:
+    """Return the first `most` examples of the dataset on the hub, None when it does not answer."""
+    hugging_face.use_cache_without_network()
+    rows = []
     try:
-        urllib.request.urlopen(
-            os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=10
-        ).close()
-    except urllib.error.HTTPError:
-        pass  # an answer
-    except OSError as error:
-        if not isinstance(
-            getattr(error, 'reason', None), ssl.SSLError
-        ):  # which may be Hugging Face's own client's business
-            os.environ['HF_HUB_OFFLINE'] = (
-                '1'  # from its cache or not at all, instead of half a minute of trying
-            )
-    try:
-        rows = []
-        for row in hugging_face(dataset):
-            row = named(row)
-            if row.get('question') and row.get('response'):  # a few of OpenOrca's answers are empty
+        for row in load_rows(dataset):
+            row = with_our_names(row)
+            if row.get('question') and row.get('response'):  # a few of OpenOrca's are empty
                 rows.append(checked(row, dataset))
-            if len(rows) == pool:
+            if len(rows) == most:
                 break
-        return rows
     except Exception as error:  # its network errors come in many classes
+        why = ' '.join(str(error).split())[:100]
         print(
-            f'{dataset} cannot be had ({" ".join(str(error).split())[:100]}): making instructions by rule instead (or give --input=FILE)',
+            f'{dataset} cannot be loaded ({why}): making instructions by rule instead '
+            '(or give --input=FILE)',
             file=sys.stderr,
         )
         return None
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------
 # by rule
 
-WORDS = (
-    'apple river stone cloud table green seven window garden silver music paper forest winter bridge candle '
-    'pocket island mirror ladder copper rabbit thunder velvet'
-).split()
-FUNCTIONS = dict(
-    add=('the sum of two numbers', 'a, b', 'a + b'),
-    square=('the square of a number', 'x', 'x * x'),
-    is_even=('whether a number is even', 'n', 'n % 2 == 0'),
-    last=('the last element of a list', 'items', 'items[-1]'),
-    longest=('the longest of some words', 'words', 'max(words, key=len)'),
-    middle=('the middle of two numbers', 'a, b', '(a + b) / 2'),
-    shout=('a text in capitals', 'text', 'text.upper()'),
-)
 
+def by_rule(rng: random.Random) -> dict:
+    """Return an instruction whose answer follows from it."""
+    words = (
+        'apple river stone cloud table green seven window garden silver music paper forest winter '
+        'bridge candle pocket island mirror ladder copper rabbit thunder velvet'
+    ).split()
+    functions = dict(  # name -> what it returns, arguments, the value
+        add=('the sum of two numbers', 'a, b', 'a + b'),
+        square=('the square of a number', 'x', 'x * x'),
+        is_even=('whether a number is even', 'n', 'n % 2 == 0'),
+        last=('the last element of a list', 'items', 'items[-1]'),
+        longest=('the longest of some words', 'words', 'max(words, key=len)'),
+        middle=('the middle of two numbers', 'a, b', '(a + b) / 2'),
+        shout=('a text in capitals', 'text', 'text.upper()'),
+    )
+    systems = ('', '', 'You are a careful assistant. Answer briefly.', 'Answer the question.')
 
-def by_rule(rng):
-    """One instruction whose answer follows from it."""
-    some = rng.sample(WORDS, rng.randint(3, 6))
-    a, b = rng.randint(2, 99), rng.randint(2, 99)
-    name = rng.choice(list(FUNCTIONS))
-    what, arguments, value = FUNCTIONS[name]
+    some = rng.sample(words, rng.randint(3, 6))
+    first, second = some[:2]
+    listed, spaced = ', '.join(some), ' '.join(some)
+    in_order, backwards = ', '.join(sorted(some)), ' '.join(reversed(some))
+    shortest = min(some, key=len)
+    a = rng.randint(2, 99)
+    b = rng.randint(2, 99)
+    name = rng.choice(list(functions))
+    what, arguments, value = functions[name]
     question, response = rng.choice(
         (
             (f'What is {a} plus {b}?', f'{a} plus {b} is {a + b}.'),
             (f'What is {a} times {b}?', f'{a} times {b} is {a * b}.'),
-            (f'Sort these words by the alphabet: {", ".join(some)}.', ', '.join(sorted(some))),
+            (f'Sort these words by the alphabet: {listed}.', in_order),
             (
-                f'Which of these words is the shortest: {", ".join(some)}?',
-                f'The shortest word is "{min(some, key=len)}".',
+                f'Which of these words is the shortest: {listed}?',
+                f'The shortest word is "{shortest}".',
             ),
-            (f'Spell the word "{some[0]}" letter by letter.', '-'.join(some[0])),
-            (
-                f'Write these words backwards, the last one first: {" ".join(some)}.',
-                ' '.join(some[::-1]),
-            ),
-            (f'Count the letters of "{some[1]}".', f'"{some[1]}" has {len(some[1])} letters.'),
+            (f'Spell the word "{first}" letter by letter.', '-'.join(first)),
+            (f'Write these words backwards, the last one first: {spaced}.', backwards),
+            (f'Count the letters of "{second}".', f'"{second}" has {len(second)} letters.'),
             (
                 f'Write a Python function {name} that returns {what}.',
                 f'def {name}({arguments}):\n    return {value}',
             ),
         )
     )
-    return dict(
-        system=rng.choice(
-            ('', '', 'You are a careful assistant. Answer briefly.', 'Answer the question.')
-        ),
-        question=question,
-        response=response,
-    )
+    return dict(system=rng.choice(systems), question=question, response=response)
 
 
-def made_by_rule(n):
-    rng, rows = random.Random(seed), {}
-    while len(rows) < n:
+def made_by_rule(number: int, seed: int) -> list[dict]:
+    """Return as many different instructions."""
+    if number > 5000:
+        raise UserError(f'rules make at most 5000 different instructions, not {number}')
+    rng = random.Random(seed)
+    rows = {}
+    while len(rows) < number:
         row = by_rule(rng)
         rows.setdefault(row['question'], row)
     return list(rows.values())
 
 
-if __name__ == '__main__':
+def read_rows(number: int) -> tuple[list[dict], str]:
+    """Return at least `number` examples, from the first `pool` if there are more; their source."""
+    most = max(pool, number)
+    if input and input != 'rules':
+        return from_file(input, most), f'{Path(input).name} (your own file)'
+    rows = None if input == 'rules' else from_hub(most)
+    if rows is None:
+        return made_by_rule(number, seed), 'instructions made by rule (no OpenOrca)'
+    return rows, dataset
+
+
+def main():
     configure(globals())
     if min(train, val) < 1:
         raise UserError(f'train={train} and val={val} must be at least 1')
-    pool = max(pool, train + val)
-    rows, source = (
-        (from_file(input), f'{Path(input).name} (your own file)')
-        if input and input != 'rules'
-        else (None if input else from_hub(), dataset)
-    )
-    if rows is None:
-        if train + val > 5000:
-            raise UserError(f'rules make at most 5000 different instructions, not {train + val}')
-        rows, source = made_by_rule(train + val), 'instructions made by rule (no OpenOrca)'
+    rows, source = read_rows(train + val)
     if len(rows) < train + val:
         raise UserError(
             f'{source} has {len(rows)} examples, too few for --train={train} and --val={val}'
         )
     rows = random.Random(seed).sample(rows, train + val)
     folder = Path(out) if out else HERE
-    folder.mkdir(parents=True, exist_ok=True)
     for split, part in (('train', rows[:train]), ('val', rows[train:])):
-        write_file(
-            folder / f'{split}.jsonl',
-            ''.join(
-                json.dumps({key: row[key] for key in KEYS}, ensure_ascii=False) + '\n'
-                for row in part
-            ).encode(),
-        )
-        examples(folder / f'{split}.jsonl')
-    write_file(
-        folder / 'meta.json',
-        (
-            json.dumps(dict(source=source, train=train, val=val, seed=seed), indent=1) + '\n'
-        ).encode(),
-    )
+        lines = []
+        for row in part:
+            wanted = {key: row[key] for key in KEYS}
+            lines.append(json.dumps(wanted, ensure_ascii=False) + '\n')
+        write_file(folder / f'{split}.jsonl', ''.join(lines))
+        examples(folder / f'{split}.jsonl')  # raises where it could not be read again
+    meta = dict(source=source, train=train, val=val, seed=seed)
+    write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
     print(f'{folder}: {train} examples to train on, {val} to evaluate on, of {source}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,39 +1,38 @@
 """
 OpenWebText in GPT-2 tokens: about 8 million documents, 9 billion tokens, 17 GiB of train.bin.
 
-The documents come from huggingface.co (tens of gigabytes of download, kept in Hugging Face's own cache), or
-from local files with --input. Each is followed by <|endoftext|>; one of every 2,000, drawn by the
-seed, validates. Kill it whenever you like: the next run with the same settings goes on.
+The documents come from huggingface.co (tens of gigabytes of download, kept in Hugging Face's own
+cache), or from local files with --input. Each is followed by <|endoftext|>; one of every 2,000,
+drawn by the seed, validates. Kill it whenever you like: the next run with the same settings goes
+on.
 
-train.bin and val.bin grow under the name *.partial, and progress.json says how far they can be trusted.
+train.bin and val.bin grow under the name *.partial, and progress.json says how far they can be
+trusted.
 """
 
 import glob
 import hashlib
 import json
-import os
-import ssl
 import sys
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # the repository
+sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
+
+import hugging_face
 
 from nanomla.core.configurator import UserError, configure
 from nanomla.core.files import progress_bar, write_file
-from nanomla.core.token_files import TokenWriter, in_order, summary
+from nanomla.core.token_files import SPLITS, TokenWriter, in_order, summary
 from nanomla.core.tokenizers import Tokenizer
 
 dataset = 'Skylion007/openwebtext'  # its name on huggingface.co
-input = (
-    ''  # instead: local .jsonl, .parquet or .txt files (each line a document); * stands for several
-)
+input = ''  # instead: .jsonl, .parquet or .txt files (a line a document); * stands for several
 column = 'text'  # the column or key that holds the text
 limit = 0  # the first so many documents only (0 = all)
 val_fraction = 0.0005  # the share of the documents that validates
@@ -43,94 +42,77 @@ batch = 1000  # documents that a thread takes at a time
 save_every = 5.0  # seconds of work that a kill may cost
 out = ''  # the folder of the dataset ('' = data/openwebtext)
 
-configure(globals())
 
-KINDS = {
-    '.jsonl': 'json',
-    '.json': 'json',
-    '.parquet': 'parquet',
-    '.txt': 'text',
-}  # suffix -> Hugging Face's reader
-
-
-def local_files():
-    """The files that `input` names and how to read them."""
-    files = sorted(glob.glob(input)) or [input]
-    kinds = set()
+def local_files(pattern: str) -> tuple[str, list[str]]:
+    """Return Hugging Face's name of the files' format, and the files that `pattern` names."""
+    formats = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet', '.txt': 'text'}
+    files = sorted(glob.glob(pattern)) or [pattern]
+    found = set()
     for file in map(Path, files):
         if not file.is_file():
             raise UserError(f'--input={file}: there is no such file')
-        kinds.add(
-            KINDS.get(file.suffix if file.suffix in KINDS else Path(file.stem).suffix)
-        )  # .jsonl or .jsonl.gz
-    if len(kinds) > 1 or None in kinds:
-        raise UserError(f'--input={input}: give files of one kind, .jsonl, .parquet or .txt')
-    return kinds.pop(), files
+        suffix = file.suffix
+        if suffix not in formats:  # .jsonl.gz
+            suffix = Path(file.stem).suffix
+        found.add(formats.get(suffix))
+    if len(found) > 1 or None in found:
+        raise UserError(f'--input={pattern}: give files of one kind, .jsonl, .parquet or .txt')
+    return found.pop(), files
 
 
-def online():
-    try:
-        urllib.request.urlopen(
-            os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=10
-        ).close()
-    except OSError as error:  # an HTTPError, or a certificate that only Hugging Face's own client knows, is an answer
-        return isinstance(error, urllib.error.HTTPError) or isinstance(
-            getattr(error, 'reason', None), ssl.SSLError
-        )
-    return True
+def load_rows():
+    """
+    Return the rows, and a dict that identifies them.
 
-
-def load():
-    """The rows, and what names them. With `limit` rows of a dataset on the hub are streamed, not all downloaded."""
-    if not input and not online():
-        os.environ['HF_HUB_OFFLINE'] = (
-            '1'  # from the cache or not at all, instead of half a minute of trying
-        )
-    try:
-        import datasets
-    except ImportError:
-        raise UserError('this needs Hugging Face datasets: pip install datasets') from None
+    With `limit`, rows of a dataset on the hub are streamed, so that not all is downloaded.
+    """
+    if not input:
+        hugging_face.use_cache_without_network()
+    hugging_face.import_datasets()
     if input:
-        kind, files = local_files()
-        what = dict(
-            input=[
-                [str(Path(f).resolve()), Path(f).stat().st_size, Path(f).stat().st_mtime_ns]
-                for f in files
-            ]
-        )
-        wanted = dict(path=kind, data_files=files, split='train')
+        file_format, files = local_files(input)
+        identity = dict(input=[identity_of(Path(file)) for file in files])
+        wanted = dict(path=file_format, data_files=files, split='train')
+        hint = 'check the file'
     else:
-        what = dict(dataset=dataset)
-        wanted = dict(path=dataset, split='train') | (
-            dict(streaming=True) if limit else dict(num_proc=num_proc or None)
-        )
+        identity = dict(dataset=dataset)
+        wanted = dict(path=dataset, split='train')
+        if limit:
+            wanted['streaming'] = True
+        else:
+            wanted['num_proc'] = num_proc or None
+        hint = 'check the name and the network, or give local files with --input='
     try:
-        try:
-            rows = datasets.load_dataset(**wanted)
-        except RuntimeError as error:
-            if 'scripts' not in str(error):
-                raise
-            rows = datasets.load_dataset(
-                **wanted, revision='refs/convert/parquet'
-            )  # what the hub makes of an old script
+        rows = load_dataset(wanted)
     except Exception as error:  # the hub's errors come in many classes
-        hint = (
-            'check the file'
-            if input
-            else 'check the name and the network, or give local files with --input='
-        )
-        raise UserError(
-            f'cannot load {input or dataset}: {hint} ({type(error).__name__}: {str(error)[:200]})'
-        ) from None
+        why = f'{type(error).__name__}: {str(error)[:200]}'
+        raise UserError(f'cannot load {input or dataset}: {hint} ({why})') from None
     if rows.column_names and column not in rows.column_names:
+        columns = ', '.join(rows.column_names)
         raise UserError(
-            f"{input or dataset} has no column '{column}': give --column= one of {', '.join(rows.column_names)}"
+            f"{input or dataset} has no column '{column}': give --column= one of {columns}"
         )
-    return rows, what
+    return rows, identity
 
 
-def batches(rows, done, documents):
-    """(number of the first document, the texts) for each batch after the first `done` documents."""
+def load_dataset(wanted: dict):
+    datasets = hugging_face.import_datasets()
+    try:
+        return datasets.load_dataset(**wanted)
+    except RuntimeError as error:
+        if 'scripts' not in str(error):
+            raise
+    # The dataset is a script, which is no longer run; the hub has converted its rows.
+    return datasets.load_dataset(**wanted, revision='refs/convert/parquet')
+
+
+def identity_of(file: Path) -> list:
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def batches(rows, done: int, documents: int) -> Iterator[tuple[int, list]]:
+    """Yield the number of its first document and the texts of each batch that is left to do."""
     try:
         for page in rows.skip(done).iter(batch):
             texts = page[column][: documents - done]
@@ -139,97 +121,120 @@ def batches(rows, done, documents):
             if done >= documents:
                 return
     except Exception as error:  # the network again, or a broken file
+        why = f'{type(error).__name__}: {str(error)[:200]}'
         raise UserError(
-            f'reading stopped after {done} documents: run the same command again to go on '
-            f'({type(error).__name__}: {str(error)[:200]})'
+            f'reading stopped after {done} documents: run the same command again to go on ({why})'
         ) from None
 
 
 @lru_cache
-def held_out(group):
-    """The one document of a group of `every` that validates."""
+def held_out(group: int, every: int, seed: int) -> int:
+    """Return the one document of a group of `every` that validates."""
     return group * every + int(np.random.default_rng((seed, group)).integers(every))
 
 
-def encode(part):
-    """The ids of a batch by split, each document with its <|endoftext|>."""
-    first, texts = part
-    ids = dict(train=[], val=[])
-    for i, text in enumerate(texts, first):
-        if not isinstance(text, str | None):
-            raise UserError(
-                f"column '{column}' holds {type(text).__name__}, not text: give --column="
-            )
-        if text:
-            ids['val' if i == held_out(i // every) else 'train'] += [codec.encode_array(text), end]
-    return len(texts), {split: np.concatenate(parts) for split, parts in ids.items() if parts}
+class BatchEncoder:
+    """Tokenise batches: one document of each `every` is for 'val', all others are for 'train'."""
+
+    def __init__(self, codec: Tokenizer, every: int):
+        self.codec, self.every = codec, every
+        self.end = [codec.bpe.eot_token]
+
+    def __call__(self, numbered: tuple[int, list]) -> tuple[int, dict[str, np.ndarray]]:
+        """Return the number of documents, and the ids of each split that has some."""
+        first, texts = numbered
+        ids = {split: [] for split in SPLITS}
+        for number, text in enumerate(texts, first):
+            if not isinstance(text, str | None):
+                kind = type(text).__name__
+                raise UserError(f"column '{column}' holds {kind}, not text: give --column=")
+            if text:
+                validates = number == held_out(number // self.every, self.every, seed)
+                split = 'val' if validates else 'train'
+                ids[split] += [self.codec.encode_array(text), self.end]
+        joined = {split: np.concatenate(parts) for split, parts in ids.items() if parts}
+        return len(texts), joined
 
 
-def resumable(plan):
-    """What progress.json says of an interrupted run of the same plan; None: begin anew."""
+def is_complete(folder: Path, plan: dict) -> bool:
+    """Return whether the folder has the dataset of this plan."""
     try:
-        saved = json.loads(progress.read_text())
-        whole = all(
-            (folder / f'{split}.bin.partial').stat().st_size >= size
-            for split, size in saved['sizes'].items()
-        )
-        return saved if saved['plan'] == plan and whole else None
+        meta = json.loads((folder / 'meta.json').read_text())
+    except (OSError, ValueError):
+        return False
+    return meta.get('plan') == plan and (folder / 'train.bin').exists()
+
+
+def interrupted_run(folder: Path, plan: dict) -> dict:
+    """Return the documents done and the sizes of the partial files of a run of the same plan."""
+    nothing = dict(documents=0, sizes=None)
+    try:
+        saved = json.loads((folder / 'progress.json').read_text())
+        for split, size in saved['sizes'].items():
+            if (folder / f'{split}.bin.partial').stat().st_size < size:
+                return nothing
+        return saved if saved['plan'] == plan else nothing
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return nothing
 
 
-if limit < 0 or batch < 1 or not 0 < val_fraction < 1:
-    raise UserError(
-        '--limit counts documents from 0, --batch from 1, and --val_fraction is between 0 and 1'
-    )
-folder = Path(out) if out else HERE
-progress = folder / 'progress.json'
-codec = Tokenizer(dict(tokenizer='gpt2'))
-end = [codec.bpe.eot_token]
-rows, what = load()
-documents = min(limit or sys.maxsize, len(rows) if hasattr(rows, '__len__') else sys.maxsize)
-every = max(min(round(1 / val_fraction), documents), 1)
-plan = what | dict(column=column, documents=documents, every=every, seed=seed)
-
-try:
-    complete = (
-        json.loads((folder / 'meta.json').read_text()).get('plan') == plan
-        and (folder / 'train.bin').exists()
-    )
-except (OSError, ValueError):
-    complete = False
-if complete:
-    print(f'{folder} has this dataset already: remove train.bin to make it again')
-    raise SystemExit
-
-saved = resumable(plan) or dict(documents=0, sizes=None)
-if saved['documents']:
-    print(f'going on after {saved["documents"]:,} documents')
-with (
-    TokenWriter(folder, codec.vocab_size, saved['sizes'], keep=True) as files,
-    progress_bar(documents, ' documents', saved['documents']) as bar,
-):
-    done, last = saved['documents'], time.monotonic()
-    for n, ids in in_order(encode, batches(rows, done, documents), num_proc):
-        for split, part in ids.items():
-            files.add(split, part)
-        done += n
-        bar.update(n)
-        if time.monotonic() - last >= save_every:
-            state = dict(plan=plan, documents=done, sizes=files.sync())
-            write_file(progress, json.dumps(state).encode())
-            last = time.monotonic()
-    files.sync()
-    digest = hashlib.sha256()  # of the tokens, train then val: the text is nowhere in one piece
-    for split in 'train', 'val':
+def sha256_of(files: TokenWriter) -> str:
+    """Return the checksum of all tokens, train then val: the text is nowhere in one piece."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
         with open(files.partial(split), 'rb') as file:
             while block := file.read(2**24):
                 digest.update(block)
-    source = f'{Path(input).name} (your own text)' if input else dataset
-    if limit:
-        source += f', the first {done:,} documents'
-    meta = files.publish(
-        dict(tokenizer='gpt2', source=source, sha256=digest.hexdigest(), documents=done, plan=plan)
-    )
-progress.unlink(missing_ok=True)
-print(summary(folder, meta))
+    return digest.hexdigest()
+
+
+def main():
+    configure(globals())
+    if limit < 0 or batch < 1 or not 0 < val_fraction < 1:
+        raise UserError(
+            '--limit counts documents from 0, --batch from 1, and --val_fraction is between 0 and 1'
+        )
+    folder = Path(out) if out else HERE
+    codec = Tokenizer(dict(tokenizer='gpt2'))
+    rows, identity = load_rows()
+    documents = limit or sys.maxsize
+    if hasattr(rows, '__len__'):  # not of streamed rows
+        documents = min(documents, len(rows))
+    every = max(min(round(1 / val_fraction), documents), 1)
+    plan = identity | dict(column=column, documents=documents, every=every, seed=seed)
+    if is_complete(folder, plan):
+        print(f'{folder} has this dataset already: remove train.bin to make it again')
+        return
+
+    saved = interrupted_run(folder, plan)
+    done = saved['documents']
+    if done:
+        print(f'going on after {done:,} documents')
+    progress = folder / 'progress.json'
+    with (
+        TokenWriter(folder, codec.vocab_size, saved['sizes'], keep=True) as files,
+        progress_bar(documents, ' documents', done) as bar,
+    ):
+        encode = BatchEncoder(codec, every)
+        last_save = time.monotonic()
+        for number, ids in in_order(encode, batches(rows, done, documents), num_proc):
+            for split, part in ids.items():
+                files.add(split, part)
+            done += number
+            bar.update(number)
+            if time.monotonic() - last_save >= save_every:
+                state = dict(plan=plan, documents=done, sizes=files.sync())
+                write_file(progress, json.dumps(state))
+                last_save = time.monotonic()
+        files.sync()
+        source = f'{Path(input).name} (your own text)' if input else dataset
+        if limit:
+            source += f', the first {done:,} documents'
+        meta = dict(tokenizer='gpt2', source=source, sha256=sha256_of(files))
+        meta = files.publish(meta | dict(documents=done, plan=plan))
+    progress.unlink(missing_ok=True)
+    print(summary(folder, meta))
+
+
+if __name__ == '__main__':
+    main()

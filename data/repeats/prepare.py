@@ -1,9 +1,11 @@
 """
-Repeated random texts, on which a transformer learns to copy: python data/repeats/prepare.py --documents=200000
+Repeated random texts, on which a transformer learns to copy.
 
-Each document is a line: a newline, L different symbols in random order, the same L symbols again. L is drawn
-anew for each, so that no head can copy by counting places. train.bin, val.bin and meta.json go to this folder,
-or to --out. A symbol is a character, so that a prompt can be typed.
+    python data/repeats/prepare.py --documents=200000
+
+Each document is a line: a newline, L different symbols in random order, the same L symbols again.
+L is drawn anew for each, so that no head can copy by counting places. train.bin, val.bin and
+meta.json go to this folder, or to --out. A symbol is a character, so that a prompt can be typed.
 """
 
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
-import repeated_text
+from repeated_text import RepeatedText
 
 from nanomla.core.configurator import configure
 from nanomla.core.token_files import summary
@@ -26,8 +28,6 @@ out = ''  # the folder of the dataset ('' = data/repeats, which is --dataset=rep
 
 configure(globals())
 
-print(
-    summary(
-        out or HERE, repeated_text.write(out or HERE, documents, symbols, shortest, longest, seed)
-    )
-)
+text = RepeatedText(documents, symbols, shortest, longest, seed)
+folder = out or HERE
+print(summary(folder, text.write(folder)))

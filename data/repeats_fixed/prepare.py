@@ -1,10 +1,11 @@
 """
-The trap: repeated random texts that are all of one length, so that a head can copy by counting places.
+The trap: repeated random texts of one length, so that a head can copy by counting places.
 
     python data/repeats_fixed/prepare.py
 
-As data/repeats, but L is fixed. A model that was trained on it may look as if it had an induction head, until
-something is put between the two copies: find_induction_heads.py calls such a head positional.
+As data/repeats, but L is fixed. A model that was trained on it may look as if it had an induction
+head, until something is put between the two copies: find_induction_heads.py calls such a head
+positional.
 """
 
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
-import repeated_text
+from repeated_text import RepeatedText
 
 from nanomla.core.configurator import configure
 from nanomla.core.token_files import summary
@@ -26,6 +27,6 @@ out = ''  # the folder of the dataset ('' = data/repeats_fixed)
 
 configure(globals())
 
-print(
-    summary(out or HERE, repeated_text.write(out or HERE, documents, symbols, length, length, seed))
-)
+text = RepeatedText(documents, symbols, length, length, seed)
+folder = out or HERE
+print(summary(folder, text.write(folder)))

@@ -1,8 +1,9 @@
 """
-Tiny Shakespeare, one token a character: writes train.bin, val.bin and meta.json into this folder.
+Tiny Shakespeare, one token a character: train.bin, val.bin and meta.json in this folder.
 
-The text is data/shakespeare_char/input.txt, which is downloaded when it is missing. Without a network
-the reference text of your Python stands in, and meta.json says so; a later run can mend that.
+The text is data/shakespeare_char/input.txt, which is downloaded when it is missing. Without a
+network the reference text of your Python stands in, and meta.json says so; a later run can mend
+that.
 
 Tiny Shakespeare has 65 characters; 1,003,854 of its 1,115,394 train and 111,540 validate.
 """
