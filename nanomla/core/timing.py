@@ -77,20 +77,52 @@ def median_and_range(name: str, times: Sequence[float], scale: float = 1.0) -> d
     }
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product of random numbers."""
+def repeated_seconds(
+    device: torch.device, step: Callable[[int], object], steps: int, repeats: int, warmup: int = 0
+) -> list[float]:
+    """
+    Return `repeats` times the seconds of one step(i), each over the steps i = 0 to steps - 1.
+
+    warmup: steps before the clock starts
+    """
+
+    def run():
+        for i in range(steps):
+            step(i)
+
+    for i in range(warmup):
+        step(i)
+    return [seconds(device, run) / steps for _ in range(repeats)]
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0, repeats: int = 1) -> float:
+    """
+    Return the FLOP/s of a large matrix product of random numbers, the median of `repeats` looks.
+
+    size: rows and columns of the matrices; 0 = 8192 on a GPU, 512 on a CPU
+    """
     if device.type == 'cuda':
-        size, times = 8192, 20
+        size, steps = size or 8192, 20
     else:
-        size, times = 512, 3
+        size, steps = size or 512, 3
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
-    a @ b  # warmup
-    clock = Clock(device)
-    for _ in range(times):
-        a @ b
-    clock.tick()
-    return 2 * size**3 * times / sum(clock.seconds())
+    times = repeated_seconds(device, lambda i: a @ b, steps, repeats, warmup=1)
+    return 2 * size**3 / statistics.median(times)
+
+
+def copy_bandwidth(device: torch.device, repeats: int = 1, warmup: int = 3) -> float:
+    """Return the bytes a second that a large copy reads and writes, both counted."""
+    if device.type == 'cuda':
+        size, copies = 2**30, 10
+    else:
+        size, copies = 2**26, 1
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = repeated_seconds(
+        device, lambda i: target.copy_(source), copies, repeats, warmup=warmup * copies
+    )
+    return 2 * source.nbytes / statistics.median(times)
 
 
 # -------------------------------------------------------------------------------------------------
