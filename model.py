@@ -60,6 +60,8 @@ class GPTConfig:
     zero_init: bool = False  # projections into the residual stream start at zero
     kernel: str = 'sdpa'  # attention kernel; results agree, speed and hooks differ
 
+    shape_names = ('gqa', 'mqa')  # what `shape_settings` knows beside the attention's own name
+
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -111,6 +113,34 @@ class GPTConfig:
         if self.n_kv_head == self.n_head:
             return 'MHA'
         return 'MQA' if self.n_kv_head == 1 else 'GQA'
+
+    @property
+    def shape(self) -> str:
+        """The shape of the attention, heads:key/value heads:width, for tables."""
+        return f'{self.n_head}:{self.n_kv_head}:{self.head_dim}'
+
+    @classmethod
+    def shape_settings(cls, name: str, widths: str, n_head: int) -> dict:
+        """
+        Return the settings that a short name stands for: mha, mqa, gqa (about a third of n_head
+        key/value heads) or, with widths after a colon, gqa:4. ValueError for others.
+        """
+        if widths and (name != 'gqa' or not widths.isdecimal()):
+            raise ValueError('write gqa:4 for 4 key/value heads')
+        if name == 'mqa':
+            return dict(n_kv_head=1)
+        if name != 'gqa':
+            return dict(n_kv_head=0)
+        between = [n for n in range(2, n_head) if n_head % n == 0]
+        n_kv_head = min(between, key=lambda n: abs(n - n_head / 3), default=0)
+        if widths:
+            n_kv_head = int(widths)
+        if n_kv_head not in between:
+            raise ValueError(
+                f'GQA has more than one key/value head and fewer than n_head={n_head}, and divides '
+                'them'
+            )
+        return dict(n_kv_head=n_kv_head)
 
     @classmethod
     def keys(cls) -> list[str]:

@@ -51,6 +51,8 @@ class MLAConfig(GPTConfig):
     kv_lora_ranks: tuple = ()  # one for each layer, where they differ; kv_lora_rank is the largest
     source_head_dim: int = 0  # converted: width of the source's heads (RoPE frequencies, scale)
 
+    shape_names = ()
+
     def __post_init__(self):
         super().__post_init__()
         if self.n_kv_head != self.n_head:
@@ -117,6 +119,21 @@ class MLAConfig(GPTConfig):
     @property
     def label(self) -> str:
         return 'MLA'
+
+    @property
+    def shape(self) -> str:
+        return f'{self.n_head}:{self.kv_lora_rank}+{self.qk_rope_head_dim}'
+
+    @classmethod
+    def shape_settings(cls, name: str, widths: str, n_head: int) -> dict:
+        """As GPTConfig's: mla:256+32 has a latent of 256 and a rotated key of 32."""
+        settings = dict(n_kv_head=0)
+        if widths:
+            R, plus, P = widths.partition('+')
+            if not (plus and R.isdecimal() and P.isdecimal()):
+                raise ValueError('write mla:256+32 for a latent of 256 and a rotated key of 32')
+            settings |= dict(kv_lora_rank=int(R), qk_rope_head_dim=int(P))
+        return settings
 
     def rank(self, layer: int) -> int:
         return self.kv_lora_ranks[layer] if self.kv_lora_ranks else self.kv_lora_rank

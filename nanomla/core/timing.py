@@ -95,7 +95,9 @@ def repeated_seconds(
     return [seconds(device, run) / steps for _ in range(repeats)]
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0, repeats: int = 1) -> float:
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, size: int = 0, repeats: int = 1, warmup: int = 1
+) -> float:
     """
     Return the FLOP/s of a large matrix product of random numbers, the median of `repeats` looks.
 
@@ -107,7 +109,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0, repeats
         size, steps = size or 512, 3
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
-    times = repeated_seconds(device, lambda i: a @ b, steps, repeats, warmup=1)
+    times = repeated_seconds(device, lambda i: a @ b, steps, repeats, warmup)
     return 2 * size**3 / statistics.median(times)
 
 
