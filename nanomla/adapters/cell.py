@@ -96,17 +96,23 @@ def to_mla(model, rows, rank, rope_pairs):
     The model with its attention converted (conversion.py): exact at rank 0 (full) and rope_pairs -1 (all, kept by each head),
     else rope_pairs pairs shared by all heads and a latent of `rank`. With `rows` of text it is calibrated on them.
     """
-    from nanomla.conversion import calibration
-    from nanomla.conversion import convert as conversion
+    from nanomla.conversion.calibration import measure
+    from nanomla.conversion.convert import convert
+    from nanomla.conversion.settings import ConversionSettings
 
-    moments = calibration.measure(model, rows, batch_size=2) if rows is not None and rank else None
+    moments = measure(model, rows, batch_size=2) if rows is not None and rank else None
     if rope_pairs < 0:
         which = dict(rope_heads='own', rope='high')
     else:
         which = dict(rope_heads='shared', rope='turn' if moments else 'uniform')
-    return conversion.convert(
-        model, moments, rank, rope_pairs, low_rank='balanced' if moments else 'joint', **which
-    )[0]
+    settings = ConversionSettings(
+        kv_lora_rank=rank,
+        rope_pairs=rope_pairs,
+        low_rank='balanced' if moments else 'joint',
+        **which,
+    )
+    mla, _ = convert(model, settings, moments)
+    return mla
 
 
 class Ours:

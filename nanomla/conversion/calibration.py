@@ -1,12 +1,14 @@
 """
-What text says of a model: the moments of what its attentions read and make, by which conversion.py decides
-what to keep, and its perplexity, with or without a cache.
+What text says of a model: moments of its activations, and its perplexity with or without a cache.
 
-Legend: as in model.py, and M windows of T tokens; x̃ = [x, 1], the input of an attention with a one behind it, so
-that a layer with a bias is one matrix [W | b] on x̃.
+The moments decide what a conversion keeps (convert.py).
+
+Legend: as in model.py, and M windows of T tokens; x̃ = [x, 1], the input of an attention with a one
+after it, so that a layer with a bias is one matrix [W | b] on x̃, and C̃ = C + 1.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,44 +16,83 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanomla.core import token_files as datasets
-from nanomla.core import tokenizers
+from model import GPT, MultiHeadAttention
+from nanomla.checkpoints.tokenizer import HFTokenizer
+from nanomla.conversion.source import check_source
+from nanomla.core import token_files
 from nanomla.core.configurator import UserError
+from nanomla.core.tokenizers import Tokenizer
+from nanomla.inference.cache import Cache
+
+GPT2_VOCABULARIES = (50257, 50304)  # as it is, and rounded up to a multiple of 64
+LOSS_ROWS = 4096  # tokens whose logits are in memory at a time
+LARGEST_NATS = 700.0  # exp of more overflows
+
+
+# -------------------------------------------------------------------------------------------------
+# moments
 
 
 @dataclass
 class Moments:
-    """Of one layer, over the calibration tokens."""
+    """
+    Moments of one layer over the calibration tokens.
 
-    cov: torch.Tensor  # (C + 1, C + 1): E[x̃ x̃ᵀ], not centred; its last row is the mean
-    q_norms: torch.Tensor  # (H, D / 2): mean norm of each pair (k, k + D/2) of each query head
-    k_norms: torch.Tensor  # (K, D / 2): the same of each key head
+    cov (C̃, C̃): E[x̃ x̃ᵀ], not centred; its last row is the mean.
+    q_norms (H, D / 2), k_norms (K, D / 2): mean norm of each pair (j, j + D / 2) of each head.
+    """
+
+    cov: torch.Tensor
+    q_norms: torch.Tensor
+    k_norms: torch.Tensor
+
+    def to(self, device: torch.device | str) -> 'Moments':
+        return Moments(self.cov.to(device), self.q_norms.to(device), self.k_norms.to(device))
+
+
+class MomentSums:
+    """Sums over tokens of one layer's moments; a hook that runs before its attention's forward."""
+
+    def __init__(self, attention: MultiHeadAttention, dtype: torch.dtype):
+        self.attention, self.dtype = attention, dtype
+        self.sums = [0, 0, 0]
+
+    def __call__(self, module, args) -> None:
+        attention, x = self.attention, args[0].flatten(0, 1)
+        parts = attention.c_attn(x).float().split(attention.widths, dim=-1)
+        q, k, _ = (part.unflatten(-1, (-1, attention.v_dim)) for part in parts)
+        # In float32 rounding alone would leave cov no positive matrix.
+        x = F.pad(x.to(self.dtype), (0, 1), value=1.0)
+        new = [x.T @ x, pair_norms(q).sum(0), pair_norms(k).sum(0)]
+        self.sums = [total + part.to(self.dtype) for total, part in zip(self.sums, new)]
+
+    def moments(self, tokens: int) -> Moments:
+        return Moments(*(total / tokens for total in self.sums))
+
+
+def pair_norms(x: torch.Tensor) -> torch.Tensor:
+    """Return the norms (tokens, heads, D / 2) of the pairs of x (tokens, heads, D)."""
+    return x.unflatten(-1, (2, -1)).norm(dim=-2)
 
 
 @torch.no_grad()
-def measure(model, windows, batch_size=8, tick=lambda: None):
-    """The Moments of each layer of `model`, a GPT with MHA, GQA or MQA, over `windows` (M, T); tick() after each batch."""
-    wide = torch.float32 if windows.device.type == 'mps' else torch.float64
+def measure(
+    model: GPT,
+    windows: torch.Tensor,
+    batch_size: int = 8,
+    tick: Callable[[], object] = lambda: None,
+) -> list[Moments]:
+    """
+    Return the Moments of each layer of `model` over `windows` (M, T); call tick after each batch.
+
+    UserError for a model that cannot be converted.
+    """
+    check_source(model)
+    dtype = torch.float32 if windows.device.type == 'mps' else torch.float64
     sums, hooks = [], []
-
-    def watch(attn, sums):
-        def see(module, args):
-            x = args[0].flatten(0, 1)
-            q, k, _ = (
-                t.unflatten(-1, (-1, attn.v_dim))
-                for t in attn.c_attn(x).float().split(attn.widths, dim=-1)
-            )
-            x = F.pad(
-                x.to(wide), (0, 1), value=1.0
-            )  # in float32 rounding alone would make cov indefinite
-            new = [x.T @ x, *(t.unflatten(-1, (2, -1)).norm(dim=-2).sum(0) for t in (q, k))]
-            sums[:] = [a + b.to(wide) for a, b in zip(sums or [0] * 3, new)]
-
-        hooks.append(attn.register_forward_pre_hook(see))
-
     for block in model.transformer.h:
-        sums.append([])
-        watch(block.attn, sums[-1])
+        sums.append(MomentSums(block.attn, dtype))
+        hooks.append(block.attn.register_forward_pre_hook(sums[-1]))
     training = model.training
     model.eval()
     try:
@@ -62,14 +103,27 @@ def measure(model, windows, batch_size=8, tick=lambda: None):
         for hook in hooks:
             hook.remove()
         model.train(training)
-    return [Moments(*(s / windows.numel() for s in layer)) for layer in sums]
+    return [layer.moments(windows.numel()) for layer in sums]
+
+
+# -------------------------------------------------------------------------------------------------
+# perplexity
 
 
 @torch.no_grad()
-def mean_loss(model, windows, batch_size=8, cache=None, chunk=64, tick=lambda: None):
+def mean_loss(
+    model: GPT,
+    windows: torch.Tensor,
+    batch_size: int = 8,
+    cache: Callable[[int, int], Cache] | None = None,
+    chunk: int = 64,
+    tick: Callable[[], object] = lambda: None,
+) -> float:
     """
-    Mean cross-entropy in nats of the last T of each of `windows` (M, T + 1), in fp32. With `cache`, a function of
-    (slots, size) that makes one, the tokens go through it `chunk` at a time, as a decoder would see them.
+    Return the mean cross-entropy in nats of the last T tokens of each of `windows` (M, T + 1).
+
+    Logits are fp32. cache(rows, size) makes a cache, through which the tokens then go `chunk` at a
+    time, as a decoder would see them. tick is called after each batch.
     """
     training, total = model.training, 0.0
     model.eval()
@@ -80,76 +134,137 @@ def mean_loss(model, windows, batch_size=8, cache=None, chunk=64, tick=lambda: N
         else:
             held = cache(len(part), idx.size(1))
             x = torch.cat([model.hidden(piece, held) for piece in idx.split(chunk, dim=1)], dim=1)
-        for rows, y in zip(
-            x.flatten(0, 1).split(4096), targets.flatten().split(4096)
-        ):  # logits of many tokens are large
-            total += F.cross_entropy(model.lm_head(rows).float(), y, reduction='sum').double()
+        rows = x.flatten(0, 1).split(LOSS_ROWS)
+        for x, y in zip(rows, targets.flatten().split(LOSS_ROWS)):
+            total += F.cross_entropy(model.lm_head(x).float(), y, reduction='sum').double()
         tick()
     model.train(training)
     return (total / windows[:, 1:].numel()).item()
 
 
-def tokens_of(name, vocab_size, meta=None, tokenizer=None):
+def cached_loss(
+    model: GPT,
+    windows: torch.Tensor,
+    dtype: str,
+    batch_size: int = 8,
+    tick: Callable[[], object] = lambda: None,
+) -> float:
     """
-    (tokens to calibrate on, held-out tokens, where they are from) as 1-D arrays: the train and val splits of a dataset
-    (a folder, or a name in data/), or the first 90 % and the rest of a text file. The model that reads them has
-    `vocab_size` tokens, which the dataset's `meta` or its own `tokenizer` tells. UserError when they are other tokens than the model's.
+    Return `mean_loss` through a cache of `dtype` (int8 or int4).
+
+    Most of what a token reads has to be in that dtype: the window of full precision is short, and
+    few tokens come at a time.
     """
-    meta, codec = meta or {}, tokenizer
+    T = windows.size(1) - 1
+
+    def make_cache(rows, size):
+        return Cache.of(model, rows, size, dtype=dtype, window=min(128, T // 8))
+
+    return mean_loss(model, windows, batch_size, make_cache, max(1, T // 16), tick)
+
+
+def perplexity(nats: float) -> float:
+    return math.exp(min(nats, LARGEST_NATS))
+
+
+def bytes_per_token(model: GPT, dtype: str = 'bfloat16') -> float:
+    """Return what one token takes in the caches of all layers, in bytes; k_pe is bf16 in any."""
+    cache = Cache(
+        [block.attn.cache_dims() for block in model.transformer.h],
+        rows=1,
+        size=256,
+        dtype=dtype,
+        window=0,
+        full=torch.bfloat16,
+        device=model.lm_head.weight.device,
+        kernel='torch',
+    )
+    return cache.bytes_per_token
+
+
+# -------------------------------------------------------------------------------------------------
+# text
+
+
+def tokens_of(
+    name: str, vocab_size: int, meta: dict | None = None, tokenizer: HFTokenizer | None = None
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """
+    Return tokens to calibrate on, held-out tokens, both 1-D, and where they are from.
+
+    name: a dataset (a folder, or a name in data/), whose splits train and val they are, or a text
+    file, of which they are the first 90 % and the rest. The model has `vocab_size` tokens, which
+    the `meta` of its dataset or its own `tokenizer` describes. UserError when the text cannot be
+    read, or has other tokens than the model.
+    """
     if Path(name).is_file():
-        if codec is None and not meta and vocab_size not in (50257, 50304):
-            raise UserError(
-                f'calibration={name}: the model does not say what its {vocab_size} tokens are; name a dataset of them'
-            )
-        codec = codec or tokenizers.Tokenizer(meta or dict(tokenizer='gpt2'))
-        try:
-            raw = Path(name).read_bytes()
-            ids = (
-                codec.encode_array(raw)
-                if codec.name == 'bytes'
-                else codec.encode(raw.decode('utf-8-sig'))
-            )
-        except (OSError, ValueError) as error:
-            why = (
-                error
-                if isinstance(error, UserError)
-                else getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-            )
-            raise UserError(f'calibration={name}: {why}') from None
-        ids = np.asarray(ids, np.int64)
-        return ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :], name
-    folder = datasets.find(name)
+        ids = file_tokens(name, vocab_size, meta or {}, tokenizer)
+        cut = len(ids) * 9 // 10
+        return ids[:cut], ids[cut:], name
+    return dataset_tokens(name, vocab_size, meta or {})
+
+
+def file_tokens(
+    name: str, vocab_size: int, meta: dict, tokenizer: HFTokenizer | None
+) -> np.ndarray:
+    """Return the token ids of a text file."""
+    if tokenizer is None and not meta and vocab_size not in GPT2_VOCABULARIES:
+        raise UserError(
+            f'calibration={name}: the model does not say what its {vocab_size} tokens are; name a '
+            'dataset of them'
+        )
+    codec = tokenizer or Tokenizer(meta or dict(tokenizer='gpt2'))
+    try:
+        raw = Path(name).read_bytes()
+        if codec.name == 'bytes':
+            ids = codec.encode_array(raw)
+        else:
+            ids = codec.encode(raw.decode('utf-8-sig'))
+    except UserError as error:
+        raise UserError(f'calibration={name}: {error}') from None
+    except OSError as error:
+        raise UserError(f'calibration={name}: {error.strerror or error}') from None
+    except ValueError:
+        raise UserError(f'calibration={name}: it is not UTF-8 text') from None
+    return np.asarray(ids, np.int64)
+
+
+def dataset_tokens(name: str, vocab_size: int, meta: dict) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return both splits of a dataset as memmaps, and its source."""
+    folder = token_files.find(name)
     if not (folder / 'train.bin').exists():
         raise UserError(
-            f'calibration={name}: there is no such file, and no dataset {folder} with train.bin: prepare it first, or name a text file'
+            f'calibration={name}: there is no such file, and no dataset {folder} with train.bin: '
+            'prepare it first, or name a text file'
         )
-    theirs = datasets.read_meta(folder)
-    if (
-        any(meta.get(key, theirs.get(key)) != theirs.get(key) for key in ('tokenizer', 'chars'))
-        or theirs['vocab_size'] > vocab_size
-    ):
+    theirs = token_files.read_meta(folder)
+    differs = any(key in meta and meta[key] != theirs.get(key) for key in ('tokenizer', 'chars'))
+    if differs or theirs['vocab_size'] > vocab_size:
         raise UserError(
-            f'calibration={name}: it has other tokens ({theirs["tokenizer"]}, {theirs["vocab_size"]}) than the model has'
+            f'calibration={name}: it has other tokens ({theirs["tokenizer"]}, '
+            f'{theirs["vocab_size"]}) than the model has'
         )
-    train, val = (
-        datasets.read_tokens(folder / f'{split}.bin', theirs['dtype']) for split in ('train', 'val')
-    )
+    train = token_files.read_tokens(folder / 'train.bin', theirs['dtype'])
+    val = token_files.read_tokens(folder / 'val.bin', theirs['dtype'])
     return train, val, theirs['source']
 
 
-def windows_of(ids, most, T, least=1, what='calibration'):
-    """Up to most // T windows (M, T), evenly spaced over the 1-D array `ids`. UserError where they would be fewer than `least` tokens."""
-    count = min(most, len(ids)) // T
-    if count * T < max(least, T):
+def windows_of(
+    ids: np.ndarray, most: int, T: int, least: int = 1, what: str = 'calibration'
+) -> torch.Tensor:
+    """
+    Return up to most // T windows (M, T), evenly spaced over the 1-D array `ids`.
+
+    UserError, in which `what` names the text, where they have fewer than `least` tokens.
+    """
+    available = min(most, len(ids))
+    count = available // T
+    needed = max(least, T)
+    if count * T < needed:
         raise UserError(
-            f'{what}: {min(most, len(ids)):,} tokens are too few: at least {max(least, T):,} are needed (windows of {T}); '
-            'name a longer text, or ask for more tokens'
+            f'{what}: {available:,} tokens are too few: at least {needed:,} are needed '
+            f'(windows of {T}); name a longer text, or ask for more tokens'
         )
     starts = np.linspace(0, len(ids) - T, count).astype(np.int64)
-    return torch.from_numpy(
-        np.stack([np.asarray(ids[start : start + T], np.int64) for start in starts])
-    )
-
-
-def perplexity(nats):
-    return math.exp(min(nats, 700.0))
+    windows = [np.asarray(ids[start : start + T], np.int64) for start in starts]
+    return torch.from_numpy(np.stack(windows))

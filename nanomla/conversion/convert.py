@@ -1,27 +1,33 @@
 """
-MHA, GQA and MQA turned into MLA, without training: `convert` takes a GPT and gives a GPT_MLA.
+MHA, GQA and MQA turned into MLA without training: `convert` takes a GPT and returns a GPT_MLA.
 
-Two things stand in the way of a small cache. Position: a rotated key cannot pass through a latent, so only some pairs
-of each head keep RoPE and become k_pe (MHA2MLA, Ji et al. 2025), and several heads may share what is kept (TransMLA,
-Meng et al. 2025). Rank: what remains of the keys, and the values, are read out of one latent of R numbers a token.
+Two things stand in the way of a small cache. Position: a rotated key cannot pass through a latent,
+so only some pairs of each head keep RoPE and become k_pe (MHA2MLA, Ji et al. 2025), and several
+heads may share them (TransMLA, Meng et al. 2025); rope_pairs.py chooses them. Rank: the other keys,
+and the values, are read out of one latent of R numbers a token; low_rank.py finds it.
 
-    pairs that keep RoPE    high | low | uniform | 2-norm | turn, `own` ones of each kv head, or components `shared` by all
-    low rank                split | joint | calibrated | balanced: which error the latent makes least
+    c_kv   = W^DKV x         down of the factors        k_pe = RoPE(W^KR x)    pairs with RoPE
+    k_nope = W^UK c_kv       up_k                        v    = W^UV c_kv      up_v
 
-Exact where nothing is left out: with every pair and the full rank the logits are the source's. A key's bias that no
-RoPE touches is the same for all tokens, which a softmax does not see; a value's goes through W^O into its bias.
+Exact where nothing is left out: with every pair and the full rank the logits are the source's. The
+bias of a key without RoPE is the same for all tokens, which a softmax does not see; that of a value
+goes through W^O into its bias.
 
-Legend: H query heads, K kv heads, G = H / K, D the source's head dim, F = D / 2 its pairs and frequencies, pair j being
-(j, j + F); N, P, R as in model_mla.py. C̃ = C + 1: x̃ = [x, 1] and W̃ = [W | b], as in calibration.py. A pair is one
-complex number: RoPE multiplies it by exp(i θ_j t), which commutes with every complex mixture of pairs of frequency j.
+Legend: H query heads, K kv heads, D the source's head dim; N, P, R as in model_mla.py; C̃ = C + 1,
+as matrices have their bias as a last column (source.py).
 """
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
-from model import GPT
+from model import GPT, GPTConfig, MultiHeadAttention
 from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
+from nanomla.conversion.calibration import Moments
 from nanomla.conversion.low_rank import (
     SMALL,
+    LatentFactors,
     factor,
     kept_energy,
     latent_factors,
@@ -29,284 +35,260 @@ from nanomla.conversion.low_rank import (
     share_out,
 )
 from nanomla.conversion.rope_pairs import (
+    RopeSplit,
+    choose_components,
     own_pairs,
-    shared_components,
-    with_own_pairs,
-    with_shared_components,
+    principal_components,
+    split_own_pairs,
+    split_shared_components,
+    split_without_rope,
 )
-from nanomla.core.configurator import UserError
-
-ROPES, HEADS = ('high', 'low', 'uniform', '2-norm', 'turn'), ('own', 'shared')
-LOW_RANKS, RANKS = ('split', 'joint', 'calibrated', 'balanced'), ('equal', 'spectrum')
+from nanomla.conversion.settings import ConversionSettings, full_rank, nope_width, pe_width
+from nanomla.conversion.source import check_source, layer_weights
 
 
-# ---------------------------------------------------------------------------------------------------
-# which pairs keep RoPE
-
-
-# ---------------------------------------------------------------------------------------------------
-# low rank
-
-
-# ---------------------------------------------------------------------------------------------------
-# the whole model
-
-
-def layer_weights(attn, dtype):
-    """W̃ of queries (H, D, C̃), keys and values (K, D, C̃)."""
-    w = attn.c_attn.weight.detach().to(dtype)
-    bias = w.new_zeros(len(w)) if attn.c_attn.bias is None else attn.c_attn.bias.detach().to(dtype)
-    return [
-        t.unflatten(0, (-1, attn.v_dim))
-        for t in torch.cat([w, bias[:, None]], dim=1).split(attn.widths)
-    ]
-
-
-def full_rank(config, rope_pairs, rope_heads, low_rank='joint'):
-    """The smallest kv_lora_rank that loses nothing."""
-    K, D, C = config.n_kv_head, config.head_dim, config.n_embd
-    k_rows = (
-        K * D - 2 * rope_pairs * (K if rope_heads == 'own' else 1)
-        if config.pos == 'rope'
-        else K * D
-    )
-    return min(C, k_rows) + min(C, K * D) if low_rank == 'split' else min(C, k_rows + K * D)
-
-
-def for_saving(config, saving, rope_heads, low_rank, rope_pairs=-1):
+@dataclass
+class LayerParts:
     """
-    (rope_pairs, kv_lora_rank) that leave 1 - saving of the cache of `config`. rope_pairs=-1: a third of what is left is for
-    k_pe. Larger ranks are multiples of 8, so that a quantised cache has groups of them. A rank below 1 says that nothing fits.
+    One layer of the source, taken apart.
+
+    q (H (N + P), C̃): W^UQ | W^QR with their bias; k_pe (P, C̃): W^KR with its bias
+    frequencies (P / 2,): which of the source's frequencies each pair of k_pe has
+    v_bias (K, D); keys_values (K (N + D), C): what the latent has to carry, k_nope and v
+    factors: the latent; cov (C, C): E[x xᵀ] of the layer's input, or None
     """
-    K, D, rope = config.n_kv_head, config.head_dim, config.pos == 'rope'
-    left, width = int((1 - saving) * 2 * K * D + 1e-9), 2 * (K if rope_heads == 'own' else 1)
-    pairs = (
-        rope_pairs if rope_pairs >= 0 else max(1, min(D // 2, left // (3 * width))) if rope else 0
-    )
-    rank = min(left - width * pairs, full_rank(config, pairs, rope_heads, low_rank))
-    spare = rank % 8 if rank > 16 else 0
-    return pairs + (
-        spare // width if rope and rope_pairs < 0 and pairs < D // 2 - 4 else 0
-    ), rank - spare
 
-
-def check(
-    config, moments, kv_lora_rank, rope_pairs, rope, rope_heads, fold, low_rank, ranks, q_lora_rank
-):
-    """UserError for what cannot be converted, or not so. Returns rope_pairs and kv_lora_rank with their defaults filled in."""
-    for name, value, choices in (
-        ('rope', rope, ROPES),
-        ('rope_heads', rope_heads, HEADS),
-        ('low_rank', low_rank, LOW_RANKS),
-        ('ranks', ranks, RANKS),
-    ):
-        if value not in choices:
-            raise UserError(f"{name}='{value}' is not known: use {', '.join(choices)}")
-    if isinstance(config, MLAConfig):
-        raise UserError('the source is an MLA model already: convert one with MHA, GQA or MQA')
-    if config.qk_norm:
-        raise UserError(
-            'the source has QK-norm (qk_norm=True), which cannot pass through a latent: its keys would have to be normed behind W^UK'
-        )
-    most = (
-        0
-        if config.pos != 'rope'
-        else config.head_dim // 2 * (config.n_kv_head if rope_heads == 'shared' else 1)
-    )
-    if rope_pairs > most or rope_pairs < -1:
-        what = (
-            f'pos={config.pos}, which has no RoPE'
-            if not most
-            else f'{most} pairs {"in all kv heads together" if rope_heads == "shared" else "in a head"}'
-        )
-        raise UserError(
-            f'rope_pairs={rope_pairs}: the source has {what}; use 0 to {most}, or -1 for all'
-        )
-    rope_pairs = most if rope_pairs == -1 else rope_pairs
-    if fold < 1 or fold > 1 and rope_heads != 'shared':
-        raise UserError(
-            f'fold={fold} must be at least 1, and more than 1 only with rope_heads=shared'
-        )
-    full = full_rank(config, rope_pairs, rope_heads, low_rank)
-    if kv_lora_rank < 0 or kv_lora_rank > full:
-        raise UserError(
-            f'kv_lora_rank={kv_lora_rank} is above the full rank of keys and values, {full}: use 1 to {full}, or 0 for all of it'
-        )
-    if q_lora_rank < 0 or q_lora_rank > config.n_embd:
-        raise UserError(
-            f'q_lora_rank={q_lora_rank} is above the full rank of the query, {config.n_embd}: use 1 to {config.n_embd}, or 0 for no latent'
-        )
-    if moments is None and (
-        low_rank not in ('split', 'joint')
-        or rope in ('2-norm', 'turn')
-        and rope_heads == 'own'
-        and 0 < rope_pairs < most
-    ):
-        raise UserError(
-            f'rope={rope} with low_rank={low_rank} needs calibration text: name some, or use rope=uniform and low_rank=joint'
-        )
-    return rope_pairs, kv_lora_rank or full
+    q: torch.Tensor
+    k_pe: torch.Tensor
+    frequencies: torch.Tensor
+    v_bias: torch.Tensor
+    keys_values: torch.Tensor
+    factors: LatentFactors
+    cov: torch.Tensor | None
 
 
 @torch.no_grad()
 def convert(
-    model,
-    moments=None,
-    kv_lora_rank=0,
-    rope_pairs=-1,
-    rope='turn',
-    rope_heads='shared',
-    fold=1,
-    real=False,
-    low_rank='balanced',
-    ranks='equal',
-    q_lora_rank=0,
-    rotate=False,
-    seed=0,
-    tick=lambda: None,
-):
+    model: GPT,
+    settings: ConversionSettings,
+    moments: list[Moments] | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[GPT_MLA, list[dict]]:
     """
-    A GPT_MLA out of `model`, a GPT, with which it shares all modules but the attentions; and for each layer a dict of its rank
-    and the share of its keys' and values' energy that is kept.
+    Convert `model`, with which the result shares all modules but the attentions.
 
-    moments       calibration.measure(model, ...); None: only what looks at weights alone
-    kv_lora_rank  R, 0 = full; with ranks='spectrum' the mean of all layers, shared out by their spectra
-    rope          which pairs: see `some_of`, `turning`
-    rope_pairs    pairs that keep RoPE, -1 = all: of each kv head (P = 2 K pairs), or with rope_heads='shared' of all together (P = 2 pairs)
-    fold          neighbouring frequencies that pass for one (shared); real: components by real rotations only
-    q_lora_rank   a latent for the query, too; 0 = none
-    rotate        turn the latent by a random rotation: the same function, and no channel stands out when it is quantised
+    moments: calibration.measure(model, ...); None for settings that look at weights alone.
+    tick: called twice a layer. Returns the new model and for each layer a dict of its rank and the
+    energy of its keys and values that is kept, 1 for all of it. UserError for a source that cannot
+    be converted, or not so.
     """
-    c = model.config
-    rope_pairs, R = check(
-        c, moments, kv_lora_rank, rope_pairs, rope, rope_heads, fold, low_rank, ranks, q_lora_rank
-    )
-    weight = model.lm_head.weight
-    dtype = (
-        torch.float64
-        if weight.device.type != 'mps' and (c.n_embd <= SMALL or weight.is_cuda or moments)
-        else torch.float32
-    )
-    attentions = [block.attn for block in model.transformer.h]
-    covs = [
-        None if moments is None else m.cov.to(weight.device, dtype) for m in moments or attentions
-    ]
-    layers = (layer_weights(attn, dtype) for attn in attentions)
-    shared = rope_heads == 'shared' and rope_pairs > 0
-    D, pe = c.head_dim, rope_pairs * (1 if rope_heads == 'shared' else c.n_kv_head)
-    if shared:
-        layers = list(layers)
-        runs, chosen = shared_components(c, layers, covs, rope_pairs, rope, fold, real)
-    elif rope_pairs:
-        pairs = [p.to(weight.device) for p in own_pairs(c, moments, rope_pairs, rope)]
-    nope = D if not pe else 0 if pe == c.n_kv_head * D // 2 else D if shared else D - 2 * rope_pairs
+    check_source(model)
+    config = model.config
+    settings = settings.for_source(config, calibrated=moments is not None)
 
-    parts = []  # of each layer: queries, k_pe, frequencies, biases and the two factors
-    for n, (q, k, v) in enumerate(layers):
-        if shared:
-            q_nope, q_pe, k_nope, k_pe, frequencies = with_shared_components(q, k, runs[n], chosen)
-        elif rope_pairs:
-            q_nope, q_pe, k_nope, k_pe, frequencies = with_own_pairs(q, k, pairs[n])
-        else:
-            q_nope, q_pe, k_nope, k_pe, frequencies = (
-                q,
-                q[:, :0],
-                k,
-                q.new_zeros(0, q.size(-1)),
-                torch.zeros(0, dtype=torch.long),
-            )
-        most = (
-            min(full_rank(c, rope_pairs, rope_heads, low_rank), 2 * R) if ranks == 'spectrum' else R
-        )
-        found = latent_factors(
-            k_nope[..., :-1],
-            v[..., :-1],
-            None if covs[n] is None else covs[n][:-1, :-1],
-            most,
-            low_rank,
-        )
-        whole = torch.cat([k_nope[..., :-1].flatten(0, 1), v[..., :-1].flatten(0, 1)])
-        parts.append(
-            (
-                torch.cat([q_nope.flatten(0, 1), q_pe.flatten(0, 1)]).to(weight.dtype),
-                k_pe.to(weight.dtype),
-                frequencies,
-                v[..., -1],
-                found,
-                whole.to(weight.dtype),
-            )
-        )
+    parts = []
+    for layer in split_layers(model, settings, moments):
+        parts.append(layer)
         tick()
-    each = (
-        share_out([found[3] for *_, found, _ in parts], R * c.n_layer)
-        if ranks == 'spectrum'
-        else [R] * c.n_layer
+    ranks = [settings.kv_lora_rank] * config.n_layer
+    if settings.ranks_differ:
+        spectra = [layer.factors.singular_values for layer in parts]
+        ranks = share_out(spectra, settings.kv_lora_rank * config.n_layer)
+
+    mla = shell_of(model, mla_config(config, settings, ranks))
+    reference = model.lm_head.weight  # its device and dtype are the model's
+    generator = torch.Generator().manual_seed(settings.seed)
+    report = []
+    for n, (block, old) in enumerate(zip(mla.transformer.h, model.transformer.h)):
+        layer = parts[n]
+        parts[n] = None  # the memory of large models is tight
+        factors = layer.factors.cut(ranks[n])
+        energy = kept_energy(layer.keys_values, factors, layer.cov)
+        report.append(dict(rank=ranks[n], energy=energy))
+        if settings.rotate:
+            factors = factors.rotated(generator)
+        block.ln_1, block.ln_2, block.mlp = old.ln_1, old.ln_2, old.mlp
+        block.attn = MultiHeadLatentAttention(mla.config, n).to(reference.device, reference.dtype)
+        weights = key_value_weights(layer, factors, config)
+        weights |= query_weights(layer, settings, config)
+        weights |= output_weights(layer, old.attn, config)
+        block.attn.load_state_dict(weights)
+        tick()
+    return mla.train(model.training), report
+
+
+# -------------------------------------------------------------------------------------------------
+# the source, taken apart
+
+
+def split_layers(
+    model: GPT, settings: ConversionSettings, moments: list[Moments] | None
+) -> Iterator[LayerParts]:
+    """Yield the parts of each layer, for settings that `for_source` has filled in."""
+    dtype = arithmetic_dtype(model, calibrated=moments is not None)
+    covs = [None] * model.config.n_layer
+    if moments is not None:
+        device = model.lm_head.weight.device
+        covs = [layer.cov.to(device, dtype) for layer in moments]
+    split = rope_splitter(model, settings, moments, covs)
+    for n, block in enumerate(model.transformer.h):
+        q, k, v = layer_weights(block.attn, dtype)
+        yield layer_parts(model, settings, split(n, q, k), v, covs[n])
+
+
+def arithmetic_dtype(model: GPT, calibrated: bool) -> torch.dtype:
+    """Return float64, or float32 where a device lacks float64 or would take too long in it."""
+    weight = model.lm_head.weight
+    if weight.device.type == 'mps':
+        return torch.float32
+    if model.config.n_embd <= SMALL or weight.is_cuda or calibrated:
+        return torch.float64
+    return torch.float32
+
+
+def rope_splitter(
+    model: GPT,
+    settings: ConversionSettings,
+    moments: list[Moments] | None,
+    covs: list[torch.Tensor | None],
+) -> Callable[[int, torch.Tensor, torch.Tensor], RopeSplit]:
+    """
+    Return a function that splits queries and keys of a layer by what keeps RoPE.
+
+    It takes the layer's number, its queries (H, D, C̃) and its keys (K, D, C̃).
+    """
+    if settings.rope_pairs == 0:
+        return lambda n, q, k: split_without_rope(q, k)
+    if not settings.shared:
+        device = model.lm_head.weight.device
+        pairs = [layer.to(device) for layer in own_pairs(model.config, settings, moments)]
+        return lambda n, q, k: split_own_pairs(q, k, pairs[n])
+    dtype = arithmetic_dtype(model, calibrated=moments is not None)
+    layers = []
+    for block, cov in zip(model.transformer.h, covs):
+        q, k, _ = layer_weights(block.attn, dtype)
+        layers.append(list(principal_components(q, k, cov, settings.fold, settings.real)))
+    chosen = choose_components(model.config, settings, layers)
+    return lambda n, q, k: split_shared_components(q, k, layers[n], chosen)
+
+
+def layer_parts(
+    model: GPT,
+    settings: ConversionSettings,
+    split: RopeSplit,
+    v: torch.Tensor,
+    cov: torch.Tensor | None,
+) -> LayerParts:
+    """Return the parts of a layer from its split queries and keys and its values v (K, D, C̃)."""
+    stored_dtype = model.lm_head.weight.dtype
+    rank = settings.kv_lora_rank
+    if settings.ranks_differ:  # a layer may get more than the mean
+        rank = min(full_rank(model.config, settings), 2 * rank)
+    if cov is not None:
+        cov = cov[:-1, :-1]
+    k_nope, values = split.k_nope[..., :-1], v[..., :-1]
+    q = torch.cat([split.q_nope.flatten(0, 1), split.q_pe.flatten(0, 1)])
+    keys_values = torch.cat([k_nope.flatten(0, 1), values.flatten(0, 1)])
+    return LayerParts(
+        q=q.to(stored_dtype),
+        k_pe=split.k_pe.to(stored_dtype),
+        frequencies=split.frequencies,
+        v_bias=v[..., -1],
+        keys_values=keys_values.to(stored_dtype),
+        factors=latent_factors(k_nope, values, cov, rank, settings.low_rank),
+        cov=cov,
     )
 
-    config = MLAConfig(
-        **{key: getattr(c, key) for key in GPT.Config.keys()}
-        | dict(
-            n_kv_head=0,
-            head_dim=nope + 2 * pe,
-            kv_lora_rank=max(each),
-            kv_lora_ranks=tuple(each) if len(set(each)) > 1 else (),
-            q_lora_rank=q_lora_rank,
-            qk_nope_head_dim=nope,
-            qk_rope_head_dim=2 * pe,
-            v_head_dim=D,
-            latent_norm=False,
-            source_head_dim=D,
-            pos='none' if c.pos == 'rope' and not pe else c.pos,
-        )
+
+# -------------------------------------------------------------------------------------------------
+# the new model
+
+
+def mla_config(config: GPTConfig, settings: ConversionSettings, ranks: list[int]) -> MLAConfig:
+    """Return the config of the converted model, whose layers have latents of `ranks`."""
+    nope, pe = nope_width(config, settings), pe_width(config, settings)
+    pos = config.pos
+    if pos == 'rope' and pe == 0:
+        pos = 'none'
+    fields = {key: getattr(config, key) for key in GPT.Config.keys()}
+    fields |= dict(
+        n_kv_head=0,
+        head_dim=nope + pe,
+        kv_lora_rank=max(ranks),
+        kv_lora_ranks=tuple(ranks) if len(set(ranks)) > 1 else (),
+        q_lora_rank=settings.q_lora_rank,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=pe,
+        v_head_dim=config.head_dim,
+        latent_norm=False,
+        source_head_dim=config.head_dim,
+        pos=pos,
     )
+    return MLAConfig(**fields)
+
+
+def shell_of(model: GPT, config: MLAConfig) -> GPT_MLA:
+    """Return a GPT_MLA with the modules of `model` around blocks that are still to be filled."""
     with torch.device('meta'):
         mla = GPT_MLA(config)
     for name in mla.transformer:
         if name != 'h':
             mla.transformer[name] = model.transformer[name]
     mla.lm_head, mla.stream = model.lm_head, model.stream
-    told, generator = [], torch.Generator().manual_seed(seed)
-    for n, (block, old) in enumerate(zip(mla.transformer.h, model.transformer.h)):
-        q, k_pe, frequencies, v_bias, (down, up_k, up_v, s), whole = parts[n]
-        parts[n] = None
-        r = each[n]
-        down, up_k, up_v = down[:r], up_k[..., :r], up_v[..., :r]
-        told.append(dict(rank=r, energy=kept_energy(whole, up_k, up_v, down, covs[n])))
-        if rotate:
-            turn = torch.linalg.qr(
-                torch.randn(len(down), len(down), dtype=torch.float64, generator=generator)
-            ).Q.to(down)
-            down, up_k, up_v = turn @ down, up_k @ turn.T, up_v @ turn.T
-        up_k, up_v = (
-            t.repeat_interleave(c.n_head // c.n_kv_head, dim=0).flatten(0, 1) for t in (up_k, up_v)
-        )
-        block.ln_1, block.ln_2, block.mlp = old.ln_1, old.ln_2, old.mlp
-        block.attn = attn = MultiHeadLatentAttention(config, n).to(weight.device, weight.dtype)
-        new = {
-            'kv_a_proj_with_mqa.weight': torch.cat([down.to(k_pe.dtype), k_pe[:, :-1]]),
-            'kv_b_proj.weight': torch.cat([up_k, up_v]),
-            'c_proj.weight': old.attn.c_proj.weight,
-            'rope_pairs': frequencies,
-        }
-        if q_lora_rank:
-            root = None if covs[n] is None else root_of(covs[n][:-1, :-1])
-            new['q_b_proj.weight'], new['q_a_proj.weight'], _ = factor(
-                q[:, :-1].to(dtype), min(q_lora_rank, len(q)), root
-            )
-        else:
-            new['q_proj.weight'] = q[:, :-1]
-        if c.bias:
-            through = torch.einsum(
-                'che,he->c',
-                old.attn.c_proj.weight.to(dtype).unflatten(1, (c.n_head, D)),
-                v_bias.repeat_interleave(c.n_head // c.n_kv_head, dim=0),
-            )
-            new |= {
-                f'q_{"b_" if q_lora_rank else ""}proj.bias': q[:, -1],
-                'kv_a_proj_with_mqa.bias': torch.cat([k_pe.new_zeros(len(down)), k_pe[:, -1]]),
-                'c_proj.bias': old.attn.c_proj.bias + through.to(weight.dtype),
-            }
-            new |= {'q_a_proj.bias': q.new_zeros(q_lora_rank)} if q_lora_rank else {}
-        attn.load_state_dict(new)
-        tick()
-    return mla.train(model.training), told
+    return mla
+
+
+def key_value_weights(
+    layer: LayerParts, factors: LatentFactors, config: GPTConfig
+) -> dict[str, torch.Tensor]:
+    """Return the state of W^DKV | W^KR and W^UK | W^UV (model_mla.py, equations 9 to 11 and 15)."""
+    group = config.n_head // config.n_kv_head
+    up_k = factors.up_k.repeat_interleave(group, dim=0).flatten(0, 1)
+    up_v = factors.up_v.repeat_interleave(group, dim=0).flatten(0, 1)
+    k_pe, k_pe_bias = layer.k_pe[:, :-1], layer.k_pe[:, -1]
+    weights = {
+        'kv_a_proj_with_mqa.weight': torch.cat([factors.down.to(k_pe.dtype), k_pe]),
+        'kv_b_proj.weight': torch.cat([up_k, up_v]),
+        'rope_pairs': layer.frequencies,
+    }
+    if config.bias:
+        no_bias = k_pe.new_zeros(len(factors.down))
+        weights['kv_a_proj_with_mqa.bias'] = torch.cat([no_bias, k_pe_bias])
+    return weights
+
+
+def query_weights(
+    layer: LayerParts, settings: ConversionSettings, config: GPTConfig
+) -> dict[str, torch.Tensor]:
+    """Return the state of W^UQ | W^QR, with q_lora_rank behind W^DQ (equations 12 to 14)."""
+    q, bias = layer.q[:, :-1], layer.q[:, -1]
+    if not settings.q_lora_rank:
+        weights = {'q_proj.weight': q}
+        if config.bias:
+            weights['q_proj.bias'] = bias
+        return weights
+    root = None
+    if layer.cov is not None:
+        root = root_of(layer.cov)
+    rank = min(settings.q_lora_rank, len(q))
+    up, down, _ = factor(q.to(layer.factors.down.dtype), rank, root)
+    weights = {'q_a_proj.weight': down, 'q_b_proj.weight': up}
+    if config.bias:
+        weights['q_a_proj.bias'] = q.new_zeros(settings.q_lora_rank)
+        weights['q_b_proj.bias'] = bias
+    return weights
+
+
+def output_weights(
+    layer: LayerParts, source: MultiHeadAttention, config: GPTConfig
+) -> dict[str, torch.Tensor]:
+    """Return the state of W^O: the source's, whose bias takes up the bias of the values."""
+    projection = source.c_proj
+    weights = {'c_proj.weight': projection.weight}
+    if config.bias:
+        dtype = layer.v_bias.dtype
+        of_heads = projection.weight.to(dtype).unflatten(1, (config.n_head, config.head_dim))
+        v_bias = layer.v_bias.repeat_interleave(config.n_head // config.n_kv_head, dim=0)
+        through = torch.einsum('che,he->c', of_heads, v_bias)
+        weights['c_proj.bias'] = projection.bias + through.to(projection.weight.dtype)
+    return weights

@@ -1,166 +1,268 @@
-"""Which pairs of dimensions keep RoPE when a model is converted to MLA."""
+"""
+Which pairs of dimensions keep RoPE when a model is converted to MLA, and become k_pe.
+
+Pair j of a head is the dimensions (j, j + F), here one complex number. RoPE multiplies it at
+position t by exp(i θ_j t), which commutes with every complex mixture of pairs of frequency j.
+
+Legend: H query heads, K kv heads, D their width, F = D / 2 pairs and frequencies of a head, pair 0
+the fastest; p pairs that keep RoPE; N, P the widths of q_nope and q_pe; C̃ = C + 1, as the matrices
+have their bias as a last column (source.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from nanomla.conversion.low_rank import upright
+from model import GPTConfig
+from nanomla.conversion.calibration import Moments
+from nanomla.conversion.low_rank import TINY, fix_phases
+from nanomla.conversion.settings import ConversionSettings
 
 
-def some_of(n, p, rope):
-    """p of n frequencies in order, 0 being the fastest (MHA2MLA, section 3.1)."""
-    return dict(high=range(p), low=range(n - p, n), uniform=[i * n // p for i in range(p)])[rope]
-
-
-def turning(c, rope):
+@dataclass
+class RopeSplit:
     """
-    How much each of the F frequencies counts beside the power of its pairs. 2-norm: all the same. turn: by what becomes of a
-    pair that turns no more, the mean of 1 - cos(θ t) over a block; the slow ones hardly turn, and lose nothing without RoPE.
+    Queries and keys of one layer, divided into a part with RoPE and one without.
+
+    q_nope (H, N, C̃), q_pe (H, P, C̃), k_nope (K, N, C̃), k_pe (P, C̃); frequencies (P / 2,) says
+    which of the source's F frequencies each pair of k_pe has.
     """
+
+    q_nope: torch.Tensor
+    q_pe: torch.Tensor
+    k_nope: torch.Tensor
+    k_pe: torch.Tensor
+    frequencies: torch.Tensor
+
+
+def split_without_rope(q: torch.Tensor, k: torch.Tensor) -> RopeSplit:
+    """Return the split of queries q (H, D, C̃) and keys k (K, D, C̃) of which no pair keeps RoPE."""
+    return RopeSplit(
+        q_nope=q,
+        q_pe=q[:, :0],
+        k_nope=k,
+        k_pe=q.new_zeros(0, q.size(-1)),
+        frequencies=torch.zeros(0, dtype=torch.long),
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# frequencies
+
+
+def pick_frequencies(n: int, p: int, rope: str) -> list[int]:
+    """Return p of n frequencies in order, 0 the fastest (MHA2MLA, section 3.1)."""
+    if rope == 'high':
+        return list(range(p))
+    if rope == 'low':
+        return list(range(n - p, n))
+    return [i * n // p for i in range(p)]  # uniform
+
+
+def frequency_weights(config: GPTConfig, rope: str) -> torch.Tensor:
+    """
+    Return how much each of the F frequencies counts, beside the power of its pairs.
+
+    2-norm: all alike. turn: by what a pair loses that turns no more, the mean of 1 - cos(θ t) over
+    a block; slow pairs hardly turn in it, and lose nothing without RoPE.
+    """
+    D = config.head_dim
     if rope == '2-norm':
-        return torch.ones(c.head_dim // 2, dtype=torch.float64)
-    theta = (
-        c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-        / c.rope_scaling
-    )
-    return (1 - (torch.arange(c.block_size)[:, None] * theta).cos()).mean(0)
+        return torch.ones(D // 2, dtype=torch.float64)
+    exponents = -torch.arange(0, D, 2, dtype=torch.float64) / D
+    theta = config.rope_theta**exponents / config.rope_scaling
+    angles = torch.arange(config.block_size)[:, None] * theta
+    return (1 - angles.cos()).mean(0)
 
 
-def own_pairs(c, moments, p, rope):
-    """For each layer the p pairs of each kv head that keep RoPE, (K, p) in order. 2-norm: those of the largest mean |q| · mean |k|."""
-    if rope in ('high', 'low', 'uniform') or p == c.head_dim // 2:
-        return [
-            torch.tensor(
-                [
-                    list(
-                        some_of(
-                            c.head_dim // 2, p, 'high' if rope not in ('low', 'uniform') else rope
-                        )
-                    )
-                ]
-                * c.n_kv_head,
-                dtype=torch.long,
-            )
-        ] * c.n_layer
-    return [
-        (
-            m.k_norms
-            * m.q_norms.unflatten(0, (c.n_kv_head, -1)).sum(1)
-            * turning(c, rope).to(m.k_norms)
-        )
-        .topk(p)
-        .indices.sort()
-        .values
-        for m in moments
-    ]
-
-
-def with_own_pairs(q, k, pairs):
-    """
-    q (H, D, C̃), k (K, D, C̃), pairs (K, p) -> q_nope (H, N, C̃), q_pe (H, P, C̃), k_nope (K, N, C̃), k_pe (P, C̃) and
-    the frequency of each of the P / 2 = K p pairs of k_pe. A query is zero in the slots of other heads.
-    """
-    K, p = pairs.shape
-    group = torch.arange(len(q), device=q.device) // (len(q) // K)
-    kept = torch.zeros(K, q.size(1) // 2, dtype=torch.bool, device=q.device).scatter(1, pairs, True)
-    rest = (~kept).nonzero()[:, 1].view(K, -1)
-    q, k = paired(q), paired(k)
-    heads = torch.arange(len(q), device=q.device)[:, None]
-    q_pe = q.new_zeros(len(q), K, p, q.size(-1))
-    q_pe[heads[:, 0], group] = q[heads, pairs[group]]
-    own = torch.arange(K, device=q.device)[:, None]
-    return (
-        unpaired(q[heads, rest[group]]),
-        unpaired(q_pe.flatten(1, 2)),
-        unpaired(k[own, rest]),
-        unpaired(k[own, pairs].flatten(0, 1)),
-        pairs.flatten(),
-    )
-
-
-def paired(w):
-    """(..., 2n, C̃) -> (..., n, C̃) complex."""
+def as_complex(w: torch.Tensor) -> torch.Tensor:
+    """Return the rows (..., 2 n, C̃) of n pairs as complex numbers (..., n, C̃)."""
     return torch.complex(*w.chunk(2, dim=-2))
 
 
-def unpaired(z):
+def as_real(z: torch.Tensor) -> torch.Tensor:
+    """Undo `as_complex`."""
     return torch.cat([z.real, z.imag], dim=-2)
 
 
-def principal_components(q, k, cov, fold, real):
+# -------------------------------------------------------------------------------------------------
+# own pairs of each kv head (MHA2MLA)
+
+
+def own_pairs(
+    config: GPTConfig, settings: ConversionSettings, moments: list[Moments] | None
+) -> list[torch.Tensor]:
     """
-    The kv heads' pairs of one frequency (or of `fold` neighbouring ones, taken for one: FreqFold) as principal components of
-    the keys, each pair weighed by the power of the queries that it meets. RoRoPE (TransMLA, section 4.2) turns heads by
-    real rotations; complex ones find all that commutes with RoPE. Yields for each run of frequencies
-    js (f,), power (K f,) falling, there (m, K f) and back (K f, m): component = there · pairs, pairs = back · components.
+    Return for each layer the pairs of each kv head that keep RoPE, (K, p) in order.
+
+    high, low and uniform are the same in all layers. 2-norm takes those of the largest mean |q| ·
+    mean |k| (MHA2MLA, section 3.1), turn weighs these by `frequency_weights`.
     """
-    zq, zk, seen_q, seen_k = (
-        paired(w) for w in (q, k, *((q, k) if cov is None else (q @ cov, k @ cov)))
+    F, K, p = config.head_dim // 2, config.n_kv_head, settings.rope_pairs
+    if p == F:
+        return [torch.tensor([list(range(F))] * K, dtype=torch.long)] * config.n_layer
+    if settings.rope in ('high', 'low', 'uniform'):
+        picked = pick_frequencies(F, p, settings.rope)
+        return [torch.tensor([picked] * K, dtype=torch.long)] * config.n_layer
+    weights = frequency_weights(config, settings.rope)
+    layers = []
+    for layer in moments:
+        q_norms = layer.q_norms.unflatten(0, (K, -1)).sum(1)  # of the queries that meet each key
+        score = layer.k_norms * q_norms * weights.to(layer.k_norms)
+        layers.append(score.topk(p).indices.sort().values)
+    return layers
+
+
+def split_own_pairs(q: torch.Tensor, k: torch.Tensor, pairs: torch.Tensor) -> RopeSplit:
+    """
+    Split queries q (H, D, C̃) and keys k (K, D, C̃), of which `pairs` (K, p) keep RoPE.
+
+    k_pe holds the pairs of all kv heads side by side, P = 2 K p. A query is zero in the slots of
+    other kv heads.
+    """
+    K, p = pairs.shape
+    H, F = len(q), q.size(1) // 2
+    group = torch.arange(H, device=q.device) // (H // K)  # the kv head of each query head
+    keeps = torch.zeros(K, F, dtype=torch.bool, device=q.device).scatter(1, pairs, True)
+    others = (~keeps).nonzero()[:, 1].view(K, -1)
+    zq, zk = as_complex(q), as_complex(k)
+    q_head = torch.arange(H, device=q.device)[:, None]
+    k_head = torch.arange(K, device=q.device)[:, None]
+    q_pe = zq.new_zeros(H, K, p, zq.size(-1))
+    q_pe[q_head[:, 0], group] = zq[q_head, pairs[group]]
+    return RopeSplit(
+        q_nope=as_real(zq[q_head, others[group]]),
+        q_pe=as_real(q_pe.flatten(1, 2)),
+        k_nope=as_real(zk[k_head, others]),
+        k_pe=as_real(zk[k_head, pairs].flatten(0, 1)),
+        frequencies=pairs.flatten(),
     )
-    for js in torch.arange(zk.size(1), device=k.device).split(fold):
-        cov_z = seen_k[:, js].flatten(0, 1) @ zk[:, js].flatten(0, 1).mH
-        power = (seen_q[:, js] * zq[:, js].conj()).sum(-1).real
-        weight = power.unflatten(0, (len(k), -1)).sum(1).flatten()
-        weight = (weight + 1e-6 * weight.mean() + 1e-30).sqrt()
-        values, vectors = torch.linalg.eigh(
-            weight[:, None] * (cov_z.real if real else cov_z) * weight
-        )
-        values, vectors = values.flip(0), upright(vectors.flip(1)).to(cov_z.dtype)
-        yield js, values.clamp(min=0), vectors.mH * weight, vectors / weight[:, None]
 
 
-def shared_components(c, layers, covs, p, rope, fold, real):
+# -------------------------------------------------------------------------------------------------
+# components that all kv heads share (TransMLA)
+
+
+@dataclass
+class Components:
     """
-    The p components that keep RoPE, the same of all layers (so that one table of frequencies serves them): a list of
-    (run, m). 2-norm and turn: by their power, as a share of the layer's; otherwise the first ones of some runs, then the second ones ...
+    The principal components of the kv heads' pairs of one or some neighbouring frequencies.
+
+    frequencies (f,); power (K f,), falling. analysis (m, K f) and synthesis (K f, m):
+    component = analysis · pairs and pairs = synthesis · components.
     """
-    runs = [
-        list(principal_components(q, k, cov, fold, real)) for (q, k, _), cov in zip(layers, covs)
-    ]
-    if rope in ('2-norm', 'turn'):
-        counts = turning(c, rope).split(fold)
-        share = sum(
-            torch.nn.utils.rnn.pad_sequence(
-                [values.cpu() * count.mean() for (_, values, *_), count in zip(run, counts)],
-                batch_first=True,
-            )
-            / sum(values.sum().item() for _, values, *_ in run)
-            for run in runs
+
+    frequencies: torch.Tensor
+    power: torch.Tensor
+    analysis: torch.Tensor
+    synthesis: torch.Tensor
+
+
+def principal_components(
+    q: torch.Tensor, k: torch.Tensor, cov: torch.Tensor | None, fold: int, real: bool
+) -> Iterator[Components]:
+    """
+    Yield the components of each run of `fold` neighbouring frequencies, treated as one (FreqFold).
+
+    q (H, D, C̃), k (K, D, C̃) of one layer; cov (C̃, C̃) of its input, None for the weights alone.
+    The components are those of the keys, where each pair is weighted by the power of the queries
+    that it meets. real: rotate heads by real matrices only, as RoRoPE does (TransMLA, section 4.2);
+    complex ones are all that commutes with RoPE.
+    """
+    K = len(k)
+    zq, zk = as_complex(q), as_complex(k)
+    zq_cov, zk_cov = zq, zk
+    if cov is not None:
+        zq_cov, zk_cov = as_complex(q @ cov), as_complex(k @ cov)
+    for frequencies in torch.arange(zk.size(1), device=k.device).split(fold):
+        key_cov = zk_cov[:, frequencies].flatten(0, 1) @ zk[:, frequencies].flatten(0, 1).mH
+        query_power = (zq_cov[:, frequencies] * zq[:, frequencies].conj()).sum(-1).real
+        weight = query_power.unflatten(0, (K, -1)).sum(1).flatten()
+        weight = (weight + 1e-6 * weight.mean() + TINY).sqrt()
+        mixed = key_cov.real if real else key_cov
+        values, vectors = torch.linalg.eigh(weight[:, None] * mixed * weight)
+        vectors = fix_phases(vectors.flip(1)).to(key_cov.dtype)
+        yield Components(
+            frequencies,
+            power=values.flip(0).clamp(min=0),
+            analysis=vectors.mH * weight,
+            synthesis=vectors / weight[:, None],
         )
-        chosen = [divmod(i, share.size(1)) for i in share.flatten().topk(p).indices.tolist()]
+
+
+def choose_components(
+    config: GPTConfig, settings: ConversionSettings, layers: list[list[Components]]
+) -> list[tuple[int, int]]:
+    """
+    Return the components that keep RoPE as (run of frequencies, number of the component).
+
+    They are the same in all layers, so that one table of frequencies serves them. 2-norm and turn
+    take those of the largest power, as a share of their layer's. The others take the first
+    components of some runs, then the second ones, and so on.
+    """
+    if settings.rope in ('2-norm', 'turn'):
+        chosen = strongest_components(config, settings, layers)
     else:
-        chosen, m = [], 0
-        while len(chosen) < p:
-            with_m = [r for r, (_, values, *_) in enumerate(runs[0]) if len(values) > m]
-            chosen += [
-                (with_m[i], m)
-                for i in some_of(len(with_m), min(p - len(chosen), len(with_m)), rope)
-            ]
-            m += 1
-    return runs, sorted(chosen, key=lambda run_m: (run_m[1], run_m[0]))
+        chosen = first_components(settings, layers[0])
+    return sorted(chosen, key=lambda place: (place[1], place[0]))
 
 
-def with_shared_components(q, k, runs, chosen):
-    """As with_own_pairs, but k_pe holds the chosen components, and N = D: k_nope is what they leave of the keys, q_nope the query as it was."""
-    zq, zk = paired(q), paired(k)
-    left, group = zk.clone(), len(q) // len(k)
+def strongest_components(
+    config: GPTConfig, settings: ConversionSettings, layers: list[list[Components]]
+) -> list[tuple[int, int]]:
+    weights = frequency_weights(config, settings.rope).split(settings.fold)
+    share = 0.0  # (runs, components): summed over the layers
+    for runs in layers:
+        total = sum(run.power.sum().item() for run in runs)
+        power = [run.power.cpu() * weight.mean() for run, weight in zip(runs, weights)]
+        share = share + torch.nn.utils.rnn.pad_sequence(power, batch_first=True) / total
+    best = share.flatten().topk(settings.rope_pairs).indices.tolist()
+    return [divmod(i, share.size(1)) for i in best]
+
+
+def first_components(settings: ConversionSettings, runs: list[Components]) -> list[tuple[int, int]]:
+    chosen, number = [], 0
+    while len(chosen) < settings.rope_pairs:
+        candidates = [r for r, run in enumerate(runs) if len(run.power) > number]
+        count = min(settings.rope_pairs - len(chosen), len(candidates))
+        picked = pick_frequencies(len(candidates), count, settings.rope)
+        chosen += [(candidates[i], number) for i in picked]
+        number += 1
+    return chosen
+
+
+def split_shared_components(
+    q: torch.Tensor, k: torch.Tensor, runs: list[Components], chosen: list[tuple[int, int]]
+) -> RopeSplit:
+    """
+    Split queries q (H, D, C̃) and keys k (K, D, C̃), of which the `chosen` components keep RoPE.
+
+    P = 2 len(chosen), N = D: k_nope is what the components leave of the keys, q_nope the query as
+    it was. N = 0 where every component is chosen.
+    """
+    H, K = len(q), len(k)
+    zq, zk = as_complex(q), as_complex(k)
+    rest = zk.clone()
     q_pe, k_pe, frequencies = [], [], []
-    for r, m in chosen:
-        js, values, there, back = runs[r]
-        y = there[m] @ zk[:, js].flatten(0, 1)
-        back = back[:, m].view(len(k), len(js))
-        left[:, js] -= back[..., None] * y
-        q_pe.append(
-            torch.einsum('hf,hfc->hc', back.conj().repeat_interleave(group, dim=0), zq[:, js])
-        )
-        k_pe.append(y)
-        frequencies.append(
-            js[values.new_tensor([(back[:, f].abs() ** 2).sum() for f in range(len(js))]).argmax()]
-        )
-    everything = len(chosen) == zk.size(0) * zk.size(1)
-    nope = 0 if everything else q.size(1)
-    return (
-        q[:, :nope],
-        unpaired(torch.stack(q_pe, dim=1)),
-        unpaired(left)[:, :nope],
-        unpaired(torch.stack(k_pe)),
-        torch.stack(frequencies),
+    for r, number in chosen:
+        run = runs[r]
+        component = run.analysis[number] @ zk[:, run.frequencies].flatten(0, 1)
+        synthesis = run.synthesis[:, number].view(K, len(run.frequencies))
+        rest[:, run.frequencies] -= synthesis[..., None] * component
+        of_query_heads = synthesis.conj().repeat_interleave(H // K, dim=0)
+        q_pe.append(torch.einsum('hf,hfc->hc', of_query_heads, zq[:, run.frequencies]))
+        k_pe.append(component)
+        # A folded run turns as the one of its frequencies that the component has most of.
+        strength = [(column.abs() ** 2).sum() for column in synthesis.T]
+        frequencies.append(run.frequencies[run.power.new_tensor(strength).argmax()])
+    nope = q.size(1)
+    if len(chosen) == zk.size(0) * zk.size(1):
+        nope = 0
+    return RopeSplit(
+        q_nope=q[:, :nope],
+        q_pe=as_real(torch.stack(q_pe, dim=1)),
+        k_nope=as_real(rest)[:, :nope],
+        k_pe=as_real(torch.stack(k_pe)),
+        frequencies=torch.stack(frequencies),
     )

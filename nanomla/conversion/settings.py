@@ -1,0 +1,206 @@
+"""
+What a conversion to MLA is asked for, and which widths follow from it.
+
+Legend: H query heads, K key/value heads, D their width, F = D / 2 pairs of dimensions in a head,
+one for each frequency of RoPE; R kv_lora_rank, P the width of k_pe.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from model import GPTConfig
+from nanomla.core.checks import check_choice, check_range
+from nanomla.core.configurator import UserError
+
+CHOICES = dict(
+    rope=('high', 'low', 'uniform', '2-norm', 'turn'),
+    rope_heads=('own', 'shared'),
+    low_rank=('split', 'joint', 'calibrated', 'balanced'),
+    ranks=('equal', 'spectrum'),
+)
+LARGE_RANK = 16  # above it ranks are multiples of CHANNEL_GROUP
+CHANNEL_GROUP = 8  # channels of a quantised cache that share a scale, at least
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """
+    The choices of a conversion. UserError for a value that no source allows.
+
+    `for_source` holds the numbers against a model and fills in those that are derived.
+    """
+
+    kv_lora_rank: int = 0  # R; 0 = full; with ranks='spectrum' the mean of the layers
+    rope_pairs: int = -1  # pairs with RoPE: of each kv head (own), or of all (shared); -1 = all
+    rope: str = 'turn'  # which pairs keep RoPE, see rope_pairs.py
+    rope_heads: str = 'shared'  # own: pairs of each kv head | shared: components over the kv heads
+    fold: int = 1  # shared: neighbouring frequencies treated as one (FreqFold)
+    real: bool = False  # shared: components by real rotations only, as in RoRoPE
+    low_rank: str = 'balanced'  # which error the latent minimises, see low_rank.py
+    ranks: str = 'equal'  # equal | spectrum: layers share R · n_layer by their singular values
+    q_lora_rank: int = 0  # latent width of the query; 0 = none
+    rotate: bool = False  # rotate the latent at random, so that no channel is an outlier
+    seed: int = 0  # of the rotation
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        check_range('kv_lora_rank', self.kv_lora_rank, least=0)
+        check_range('q_lora_rank', self.q_lora_rank, least=0)
+        check_range('rope_pairs', self.rope_pairs, least=-1)
+        check_range('fold', self.fold, least=1)
+        if self.fold > 1 and not self.shared:
+            raise UserError(f'fold={self.fold} needs rope_heads=shared')
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+    @property
+    def shared(self) -> bool:
+        """Whether k_pe holds components that all kv heads share."""
+        return self.rope_heads == 'shared'
+
+    @property
+    def ranks_differ(self) -> bool:
+        return self.ranks == 'spectrum'
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the low rank is fitted to activations, not to the weights alone."""
+        return self.low_rank in ('calibrated', 'balanced')
+
+    def for_source(self, config: GPTConfig, calibrated: bool) -> 'ConversionSettings':
+        """
+        Return the settings with rope_pairs and kv_lora_rank filled in for a source of `config`.
+
+        calibrated: whether there are moments of its activations (calibration.py). UserError for
+        what does not fit the source, or needs text.
+        """
+        most = most_rope_pairs(config, self)
+        if self.rope_pairs > most:
+            raise UserError(
+                f'rope_pairs={self.rope_pairs}: the source has {pairs_in_words(config, self)}; '
+                f'use 0 to {most}, or -1 for all'
+            )
+        rope_pairs = most if self.rope_pairs < 0 else self.rope_pairs
+        settings = replace(self, rope_pairs=rope_pairs)
+
+        full = full_rank(config, settings)
+        if self.kv_lora_rank > full:
+            raise UserError(
+                f'kv_lora_rank={self.kv_lora_rank} is above the full rank of keys and values, '
+                f'{full}: use 1 to {full}, or 0 for all of it'
+            )
+        if self.q_lora_rank > config.n_embd:
+            raise UserError(
+                f'q_lora_rank={self.q_lora_rank} is above the full rank of the query, '
+                f'{config.n_embd}: use 1 to {config.n_embd}, or 0 for no latent'
+            )
+        chooses_pairs = not self.shared and self.rope in ('2-norm', 'turn')
+        leaves_pairs_out = 0 < rope_pairs < most
+        if not calibrated and (self.reads_text or chooses_pairs and leaves_pairs_out):
+            raise UserError(
+                f'rope={self.rope} with low_rank={self.low_rank} needs calibration text: name '
+                'some, or use rope=uniform and low_rank=joint'
+            )
+        return replace(settings, kv_lora_rank=self.kv_lora_rank or full)
+
+
+# -------------------------------------------------------------------------------------------------
+# widths, in numbers of a token in a layer
+
+
+def most_rope_pairs(config: GPTConfig, settings: ConversionSettings) -> int:
+    """Return how many pairs have RoPE in the source: in a kv head, or (shared) in all of them."""
+    if config.pos != 'rope':
+        return 0
+    pairs = config.head_dim // 2
+    if settings.shared:
+        return pairs * config.n_kv_head
+    return pairs
+
+
+def pairs_in_words(config: GPTConfig, settings: ConversionSettings) -> str:
+    most = most_rope_pairs(config, settings)
+    if not most:
+        return f'pos={config.pos}, which has no RoPE'
+    if settings.shared:
+        return f'{most} pairs in all kv heads together'
+    return f'{most} pairs in a head'
+
+
+def pair_width(config: GPTConfig, settings: ConversionSettings) -> int:
+    """Return what one of rope_pairs adds to the width of k_pe."""
+    if settings.shared:
+        return 2
+    return 2 * config.n_kv_head
+
+
+def pe_width(config: GPTConfig, settings: ConversionSettings) -> int:
+    """Return P, the width of k_pe, for settings whose rope_pairs are filled in."""
+    return pair_width(config, settings) * settings.rope_pairs
+
+
+def nope_width(config: GPTConfig, settings: ConversionSettings) -> int:
+    """Return N, the width of a head without position, for settings with rope_pairs filled in."""
+    width = pe_width(config, settings)
+    if width == 0:
+        return config.head_dim
+    if width == config.n_kv_head * config.head_dim:  # every pair keeps RoPE
+        return 0
+    if settings.shared:  # k_nope is what the components leave of the whole key
+        return config.head_dim
+    return config.head_dim - 2 * settings.rope_pairs
+
+
+def full_rank(config: GPTConfig, settings: ConversionSettings) -> int:
+    """Return the smallest kv_lora_rank without loss, for settings with rope_pairs filled in."""
+    C = config.n_embd
+    value_rows = config.n_kv_head * config.head_dim
+    key_rows = value_rows
+    if config.pos == 'rope':
+        key_rows -= pe_width(config, settings)
+    if settings.low_rank == 'split':
+        return min(C, key_rows) + min(C, value_rows)
+    return min(C, key_rows + value_rows)
+
+
+def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) -> tuple[int, int]:
+    """
+    Return rope_pairs and kv_lora_rank that leave 1 - `saving` of the cache of `config`.
+
+    Without settings.rope_pairs (-1) a third of what is left is for k_pe. Large ranks are multiples
+    of 8, so that a quantised cache has groups of channels. A rank below 1 means: nothing fits.
+    """
+    has_rope = config.pos == 'rope'
+    derived = settings.rope_pairs < 0
+    width = pair_width(config, settings)
+    left = int((1 - saving) * 2 * config.n_kv_head * config.head_dim + 1e-9)
+    pairs_in_head = config.head_dim // 2
+
+    pairs = settings.rope_pairs
+    if derived and has_rope:
+        pairs = max(1, min(pairs_in_head, left // (3 * width)))
+    elif derived:
+        pairs = 0
+    rank = min(left - width * pairs, full_rank(config, replace(settings, rope_pairs=pairs)))
+    spare = 0
+    if rank > LARGE_RANK:
+        spare = rank % CHANNEL_GROUP
+    rank -= spare
+    if derived and has_rope and pairs < pairs_in_head - 4:
+        pairs += spare // width
+    return pairs, rank
+
+
+def settings_for_saving(
+    config: GPTConfig, saving: float, settings: ConversionSettings
+) -> ConversionSettings:
+    """Return the settings with the widths of `split_cache`. UserError where no latent fits."""
+    pairs, rank = split_cache(config, saving, settings)
+    if rank < 1:
+        raise UserError(
+            f'saving={saving} leaves no room for a latent beside {pairs} pairs of k_pe: save less, '
+            'use fewer rope_pairs, or rope_heads=shared'
+        )
+    return replace(settings, rope_pairs=pairs, kv_lora_rank=rank)
