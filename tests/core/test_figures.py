@@ -1,4 +1,4 @@
-"""figures.py: what a log says after kills and resumes, and pictures that leave nothing else changed."""
+"""Logs after kills and resumes, curves, and pictures that leave nothing else changed."""
 
 import itertools
 import json
@@ -7,9 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..')
-sys.path.insert(0, ROOT)
 from nanomla.core import figures
 from nanomla.core.configurator import UserError
 
@@ -75,7 +74,7 @@ def steps(events, kind='train'):
     return [event['step'] for event in events if event['event'] == kind]
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # read_log
 
 
@@ -115,17 +114,9 @@ def test_cut_last_line_is_skipped(tmp_path):
 
 def test_resume_right_behind_a_cut_line_counts(tmp_path):
     cut = json.dumps(train(20, 3.0))[:40]
-    log = write(
-        tmp_path / 'log.jsonl',
-        SETTINGS,
-        train(0, 4.0),
-        train(10, 3.5),
-        tail=cut
-        + json.dumps({'event': 'resume', 'step': 5})
-        + '\n'
-        + json.dumps(train(10, 3.4))
-        + '\n',
-    )
+    resume = json.dumps({'event': 'resume', 'step': 5})
+    tail = f'{cut}{resume}\n{json.dumps(train(10, 3.4))}\n'
+    log = write(tmp_path / 'log.jsonl', SETTINGS, train(0, 4.0), train(10, 3.5), tail=tail)
     _, events = figures.read_log(log)
     assert [(e['event'], e['step']) for e in events] == [('train', 0), ('resume', 5), ('train', 10)]
 
@@ -139,7 +130,7 @@ def test_log_that_is_none(tmp_path):
     assert figures.read_log(write(tmp_path / 'empty.jsonl')) == ({}, [])
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # curve
 
 RUNS = {
@@ -167,10 +158,7 @@ RUNS = {
 @pytest.mark.parametrize('name', RUNS)
 def test_curve(tmp_path, name):
     figures.curve(write(tmp_path / 'log.jsonl', *RUNS[name]), tmp_path / 'curve.png')
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        'curve.png',
-        'log.jsonl',
-    ]  # no temporary left
+    assert sorted(os.listdir(tmp_path)) == ['curve.png', 'log.jsonl']  # no temporary left
     picture = (tmp_path / 'curve.png').read_bytes()
     assert picture.startswith(b'\x89PNG') and len(picture) < 200_000
     assert int.from_bytes(picture[16:20], 'big') == figures.WIDTH * figures.DPI
@@ -197,21 +185,26 @@ def test_clock_goes_on_after_a_resume(tmp_path):
     assert unit == 'min' and [round(60 * amount) for _, amount in points] == [0, 100, 120, 230]
 
 
-# ---------------------------------------------------------------------------------------------
-# the house
+# -------------------------------------------------------------------------------------------------
+# the style
 
 
 def test_import_is_free_of_matplotlib():
-    code = "import sys; from nanomla.core import figures; assert not {'matplotlib', 'numpy', 'torch'} & set(sys.modules)"
+    code = (
+        'import sys; from nanomla.core import figures; '
+        "assert not {'matplotlib', 'numpy', 'torch'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_drawing_is_free_of_pyplot(tmp_path):
+    log = write(tmp_path / 'log.jsonl', SETTINGS)
     code = (
-        f'import sys; from nanomla.core import figures; figures.curve({str(write(tmp_path / "log.jsonl", SETTINGS))!r}, '
-        f"{str(tmp_path / 'a.png')!r}); assert 'matplotlib.pyplot' not in sys.modules"
+        'import sys; from nanomla.core import figures; figures.curve(*sys.argv[1:]); '
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+    command = [sys.executable, '-c', code, str(log), str(tmp_path / 'a.png')]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def test_missing_matplotlib_says_what_to_do(monkeypatch):
@@ -233,18 +226,20 @@ def test_rcparams_and_backend_stay_the_callers(tmp_path):
         assert dict(matplotlib.rcParams.copy()) == before
 
 
+def full_disk(*_):
+    raise OSError(28, 'No space left on device')
+
+
 def test_unwritable_path_is_the_users_error_and_keeps_the_old_picture(tmp_path, monkeypatch):
     old = tmp_path / 'old.png'
     old.write_text('old')
     with figures.sheet(size=(2, 2)) as (fig, _):
-        with pytest.raises(UserError, match='missing.*cannot write'):
-            figures.save(fig, tmp_path / 'missing' / 'a.png')
+        with pytest.raises(UserError, match='cannot write .*old.png'):
+            figures.save(fig, old / 'a.png')
         with pytest.raises(UserError, match='ends in .png'):
             figures.save(fig, tmp_path / 'a.xyz')
-        monkeypatch.setattr(
-            os, 'replace', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
-        )
-        with pytest.raises(UserError, match='No space left'):
+        monkeypatch.setattr(os, 'replace', full_disk)
+        with pytest.raises(UserError, match='no space left'):
             figures.save(fig, old)
     assert [p.name for p in tmp_path.iterdir()] == ['old.png'] and old.read_text() == 'old'
 
@@ -265,22 +260,18 @@ SEES = {
 }
 
 
+XYZ_OF_RGB = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
 @pytest.mark.parametrize('eye', SEES)
 def test_kinds_stay_apart_for_every_eye(eye):
     np = pytest.importorskip('numpy')
 
     def lab(color):
         rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        rgb = np.clip(
-            np.array(SEES[eye])
-            @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4),
-            0,
-            1,
-        )
-        xyz = (
-            np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-            @ rgb
-        )
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(np.array(SEES[eye]) @ linear, 0, 1)
+        xyz = np.array(XYZ_OF_RGB) @ seen
         f = np.cbrt(xyz / (0.9505, 1.0, 1.089))
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
