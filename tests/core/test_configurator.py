@@ -35,7 +35,7 @@ batch_size = 12  # sequences in a micro-batch
 tokens = 5 * 8 * 1024  # 5 micro-steps * 8 GPUs * 1024 tokens
 
 # optimizer
-learning_rate = 6e-4  # at the peak of the schedule, after the warmup, from which it falls to min
+learning_rate = 6e-4  # at the peak of the schedule, which is after the warmup; then down to min_lr
 max_iters = 600_000
 lr_decay_iters = 600_000  # usually max_iters,
                           # as in Chinchilla
@@ -677,7 +677,7 @@ def test_help(capsys):
         == lines['--learning_rate'].index('at the peak')
         == column
     )
-    assert '\n' + ' ' * column + 'min\n' in text  # the end of a wrapped comment
+    assert '\n' + ' ' * column + 'min_lr\n' in text  # the end of a wrapped comment
     assert (
         text.index('\ndata')
         < text.index('--batch_size')
