@@ -1,37 +1,40 @@
 """
-Turn a model with MHA, GQA or MQA into an MLA model: python convert_mla.py SOURCE --out=FOLDER [--key=value ...]
+Turn a model with MHA, GQA or MQA into an MLA model: python convert_mla.py SOURCE --out=FOLDER
 
     python convert_mla.py out-shakespeare-char --out=out-mla --kv_lora_rank=128
     python convert_mla.py out-books --out=out-mla --saving=0.875
-    python convert_mla.py deepseek-ai/deepseek-coder-1.3b-base --out=out-mla --saving=0.875 --calibration=code.txt --export=out-hf
-    python convert_mla.py random:deepseek-coder-1.3b --out=out-mla --kv_lora_rank=448 --rope_pairs=32 --low_rank=joint --calibration=none
+    python convert_mla.py deepseek-ai/deepseek-coder-1.3b-base --out=out-mla --saving=0.875 \
+        --calibration=code.txt --export=out-hf
+    python convert_mla.py random:deepseek-coder-1.3b --out=out-mla --kv_lora_rank=448 \
+        --rope_pairs=32 --low_rank=joint --calibration=none
 
-SOURCE is a run's folder or checkpoint, gpt2*, or a Llama of the Hugging Face layout. What comes out is an ordinary
-checkpoint: train.py heals it (config/heal_mla.py), sample.py reads it, every cache holds it.
+SOURCE is a run's folder or checkpoint, gpt2*, or a Llama of the Hugging Face layout. The result is
+an ordinary checkpoint: train.py heals it (config/heal_mla.py), sample.py reads it, every cache
+holds it.
 """
 
 # output
-out = ''  # a new folder: ckpt.pt, conversion.png, and the tokenizer of a foreign source
+out = ''  # a new folder: ckpt.pt, conversion.png, and the source's tokenizer.json if it has one
 export = ''  # a new folder for a copy that stock transformers loads as deepseek_v3
 # what the cache holds
 kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
-saving = 0.0  # instead of kv_lora_rank: the share of the source's cache to save, 0.875 for an eighth of it
+saving = 0.0  # instead of kv_lora_rank: the share of the cache to save, 0.875 for an eighth of it
 ranks = 'equal'  # equal | spectrum: layers share kv_lora_rank · n_layer by what each needs
-rope_pairs = -1  # pairs of dimensions that keep RoPE, of each kv head (own) or of all together (shared); -1 = all, but with saving a third of the cache
-rope = 'turn'  # which: high | low | uniform (frequencies) | 2-norm (queries and keys are long there) | turn (and turn far in a block)
-rope_heads = 'shared'  # own: each kv head keeps its pairs | shared: the heads' principal components of each frequency (as RoRoPE)
-fold = 1  # shared: neighbouring frequencies that pass for one (FreqFold)
+rope_pairs = -1  # with RoPE: of each kv head (own) or of all (shared); -1 = all, or by --saving
+rope = 'turn'  # which pairs: high | low | uniform | 2-norm (large ones) | turn (and turn far)
+rope_heads = 'shared'  # own: pairs of each kv head | shared: components over the kv heads (RoRoPE)
+fold = 1  # shared: neighbouring frequencies treated as one (FreqFold)
 real = False  # shared: mix heads by real rotations only, as RoRoPE does; complex ones lose less
-low_rank = 'balanced'  # split | joint (weights alone) | calibrated | balanced (the least error on text; keys as long as values)
+low_rank = 'balanced'  # split | joint (weights alone) | calibrated | balanced (least error on text)
 q_lora_rank = 0  # a latent for the query, too; 0 = none
-rotate = False  # turn the latent so that no channel stands out, before it is quantised
+rotate = False  # rotate the latent, so that no channel is an outlier when it is quantised
 # text
-calibration = ''  # a dataset or a text file; '' = the dataset that the source was trained on; none = weights alone
+calibration = ''  # a dataset or a text file; '' = the source's own dataset; none = weights alone
 calibration_tokens = 65536  # of its training part, to see what matters
 eval_tokens = 65536  # of its held-out part, for perplexities
 block_size = 0  # tokens in a window; 0 = the source's, at most 1024
 batch_size = 8
-cache_dtype = ''  # tell the perplexity with such a cache, too: int8 | int4
+cache_dtype = ''  # report the perplexity with such a cache, too: int8 | int4
 # machine
 seed = 1337  # of the rotation
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
@@ -40,298 +43,277 @@ dtype = 'float32'  # of the arithmetic on text: float32 | auto | bfloat16
 import sys
 
 from nanomla.core.configurator import UserError, configure
-from nanomla.inference.generate import prefill
 
-source = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith('-') else ''
-config = configure(globals())
-if not source:
-    raise UserError(
-        'say what to convert: python convert_mla.py SOURCE --out=FOLDER [--key=value ...]'
-    )
+if __name__ == '__main__':
+    source = ''
+    if len(sys.argv) > 1 and not sys.argv[1].startswith('-'):
+        source = sys.argv.pop(1)
+    config = configure(globals())  # before the imports below, so that --help is quick
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nanomla.checkpoints import load
-from nanomla.checkpoints import native as checkpoint
-from nanomla.conversion import calibration as text
-from nanomla.conversion import convert as conversion
-from nanomla.core import devices as machine
-from nanomla.core import token_files as datasets
+from model import GPT, GPTConfig
+from nanomla.checkpoints import native
+from nanomla.checkpoints.export import export as write_export
+from nanomla.checkpoints.load import LoadedModel, load_model
+from nanomla.conversion.calibration import (
+    cached_loss,
+    mean_loss,
+    measure,
+    tokens_of,
+    windows_of,
+)
+from nanomla.conversion.convert import convert
+from nanomla.conversion.report import Report, draw_report, print_report, source_color
+from nanomla.conversion.settings import ConversionSettings, settings_for_saving
+from nanomla.conversion.source import check_source
+from nanomla.core import token_files
+from nanomla.core.checks import check_choice, check_range
+from nanomla.core.devices import commit, describe, pick_device, pick_dtype
 from nanomla.core.files import progress_bar
-from nanomla.inference.cache import Cache
 from nanomla.inference.quantize import BITS
 
-if not out:
-    raise UserError('say where to put it: --out=FOLDER')
-for folder in filter(None, (out, export)):
-    if os.path.exists(folder):
-        raise UserError(f'{folder} is there already: name a new folder, or remove it')
-for name, least in dict(calibration_tokens=1, eval_tokens=1, batch_size=1, block_size=0).items():
-    if config[name] < least:
-        raise UserError(f'{name}={config[name]} must be at least {least}')
-if not 0 <= saving < 1 or saving and kv_lora_rank:
-    raise UserError(
-        f'saving={saving} must be at least 0 and less than 1'
-        if not kv_lora_rank
-        else 'give one of --saving and --kv_lora_rank'
-    )
-if cache_dtype not in ('', *BITS):
-    raise UserError(f"cache_dtype='{cache_dtype}' is not known: use {' or '.join(BITS)}")
-device = machine.pick_device(device)
-loaded = load.load_model(source)
-model, content = loaded.model, loaded.checkpoint
-c = model.config
-if saving and isinstance(model, checkpoint.MODELS['mha']):
-    rope_pairs, kv_lora_rank = conversion.for_saving(c, saving, rope_heads, low_rank, rope_pairs)
-    if kv_lora_rank < 1:
-        raise UserError(
-            f'saving={saving} leaves no room for a latent beside {rope_pairs} pairs of k_pe: use fewer rope_pairs, or rope_heads=shared'
+LONGEST_WINDOW = 1024  # tokens, unless block_size asks for more
+
+
+@dataclass
+class Text:
+    """
+    Text to calibrate and to evaluate on.
+
+    windows (M, T): to calibrate on; held_out (M, T + 1): for perplexities
+    """
+
+    name: str
+    windows: torch.Tensor
+    held_out: torch.Tensor
+
+
+# -------------------------------------------------------------------------------------------------
+# what is asked for
+
+
+def check_settings(source: str) -> None:
+    """Raise a UserError for settings that do not fit, whatever the source is."""
+    if not source:
+        raise UserError('say what to convert: python convert_mla.py SOURCE --out=FOLDER')
+    if not out:
+        raise UserError('say where to put it: --out=FOLDER')
+    for folder in (out, export):
+        if folder and os.path.exists(folder):
+            raise UserError(f'{folder} is there already: name a new folder, or remove it')
+    for name in ('calibration_tokens', 'eval_tokens', 'batch_size'):
+        check_range(name, globals()[name], least=1)
+    check_range('block_size', block_size, least=0)
+    check_range('saving', saving, least=0, below=1)
+    if saving and kv_lora_rank:
+        raise UserError('give one of --saving and --kv_lora_rank')
+    if cache_dtype:
+        check_choice('cache_dtype', cache_dtype, BITS)
+
+
+def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
+    """Return the settings of the page, with the widths that `saving` asks for."""
+    settings = ConversionSettings(**{name: globals()[name] for name in ConversionSettings.names()})
+    if saving:
+        settings = settings_for_saving(source_config, saving, settings)
+    return settings
+
+
+def text_name(loaded: LoadedModel) -> str:
+    """Return the dataset or file to calibrate on; '' for none."""
+    if calibration == 'none':
+        return ''
+    if calibration:
+        return calibration
+    name = loaded.settings.get('dataset', '')
+    if name and (token_files.find(name) / 'train.bin').exists():
+        return name
+    return ''
+
+
+def read_text(name: str, loaded: LoadedModel, device: torch.device) -> Text:
+    """Cut the text into windows, on `device`."""
+    c = loaded.model.config
+    T = min(c.block_size, block_size or LONGEST_WINDOW)
+    train, val, _ = tokens_of(name, c.vocab_size, loaded.meta, loaded.tokenizer)
+    # With fewer tokens than channels the covariance would not have full rank.
+    least = c.n_embd + 1
+    windows = windows_of(train, calibration_tokens, T, least, f'calibration={name}')
+    held_out = windows_of(val, eval_tokens, T + 1, what=f'the held-out part of {name}')
+    return Text(name, windows.to(device), held_out.to(device))
+
+
+# -------------------------------------------------------------------------------------------------
+# converting
+
+
+def convert_and_measure(model: GPT, text: Text | None, report: Report) -> GPT:
+    """Convert `model`; report the source, the step before the latent, and the result."""
+    settings = report.settings
+    bar = progress_bar(number_of_steps(model, text), 'step')
+
+    def loss_of(model: GPT) -> float | None:
+        if text is None:
+            return None
+        return mean_loss(model, text.held_out, batch_size, tick=bar.update)
+
+    name = f'{model.config.label} (the source)'
+    report.add(name, model, source_color(model), loss_of(model))
+    moments = None
+    if text is not None:
+        moments = measure(model, text.windows, batch_size, bar.update)
+        full_rank = replace(
+            settings,
+            kv_lora_rank=0,
+            low_rank='calibrated',
+            ranks='equal',
+            q_lora_rank=0,
+            rotate=False,
         )
-how = {
-    key: globals()[key]
-    for key in (
-        'kv_lora_rank',
-        'rope_pairs',
-        'rope',
-        'rope_heads',
-        'fold',
-        'real',
-        'low_rank',
-        'ranks',
-        'q_lora_rank',
-        'rotate',
-        'seed',
-    )
-}
-settings = {
-    key: how[key]
-    for key in (
-        'kv_lora_rank',
-        'rope_pairs',
-        'rope',
-        'rope_heads',
-        'fold',
-        'low_rank',
-        'ranks',
-        'q_lora_rank',
-    )
-}
-named = calibration or (content.get('config') or {}).get('dataset', '')
-if not calibration and not (named and (datasets.find(named) / 'train.bin').exists()):
-    named = ''
-if calibration == 'none':
-    named = ''
-conversion.check(c, named or None, **settings)  # before anything takes long
-
-# ---------------------------------------------------------------------------------------------------
-windows = held_out = None
-if named:
-    T = min(c.block_size, block_size or 1024)  # tokens in a window
-    train, val, text_source = text.tokens_of(named, c.vocab_size, loaded.meta, loaded.tokenizer)
-    windows = text.windows_of(
-        train, calibration_tokens, T, c.n_embd + 1, f'calibration={named}'
-    ).to(device)
-    held_out = text.windows_of(val, eval_tokens, T + 1, what=f'the held-out part of {named}').to(
-        device
-    )
-model.to(device).eval()
-model.stream = machine.pick_dtype(dtype, device)
-passes = (
-    0
-    if windows is None
-    else -(-len(windows) // batch_size) + (3 + bool(cache_dtype)) * -(-len(held_out) // batch_size)
-)
-bar = progress_bar((2 + 2 * (windows is not None)) * c.n_layer + passes, 'step')
-rows, moments = [], None
+        partial, _ = convert(model, full_rank, moments, bar.update)
+        report.add(full_rank_name(settings), partial, 'muted', loss_of(partial))
+        del partial
+    mla, report.layers = convert(model, settings, moments, bar.update)
+    report.add(result_name(mla, settings), mla, 'mla', loss_of(mla))
+    if cache_dtype:
+        nats = quantised_loss(mla, text, bar.update)
+        report.add(f'the same in {cache_dtype}', mla, 'mla', nats, cache_dtype)
+    bar.close()
+    return mla
 
 
-def tell(name, model, storage='bfloat16'):
-    """A row of the table: bytes of a token in a real cache of bf16 or `storage`, and the perplexity."""
-    held = Cache(
-        [block.attn.cache_dims() for block in model.transformer.h],
-        1,
-        2048,
-        dtype=storage,
-        window=0,
-        full=torch.bfloat16,
-        device=device,
-        kernel='torch',
+def number_of_steps(model: GPT, text: Text | None) -> int:
+    """Return how often the progress bar is updated: by layers converted and batches read."""
+    of_a_conversion = 2 * model.config.n_layer
+    if text is None:
+        return of_a_conversion
+    evaluations = 4 if cache_dtype else 3
+    batches = len(text.windows.split(batch_size))
+    batches += evaluations * len(text.held_out.split(batch_size))
+    return 2 * of_a_conversion + batches
+
+
+def quantised_loss(mla: GPT, text: Text | None, tick: Callable[[], object]) -> float | None:
+    if text is None:
+        return None
+    return cached_loss(mla, text.held_out, cache_dtype, batch_size, tick)
+
+
+def full_rank_name(settings: ConversionSettings) -> str:
+    if settings.rope_pairs < 0:
+        return 'RoPE on all pairs, full rank'
+    pairs = f'{settings.rope_pairs} pairs ({settings.rope}, {settings.rope_heads})'
+    return f'RoPE on {pairs}, full rank'
+
+
+def result_name(mla: GPT, settings: ConversionSettings) -> str:
+    rank = f'{mla.config.kv_lora_rank} + {mla.config.qk_rope_head_dim}'
+    if mla.config.kv_lora_ranks:
+        rank = f'up to {rank}'
+    return f'MLA, rank {rank} ({settings.low_rank})'
+
+
+# -------------------------------------------------------------------------------------------------
+# writing
+
+
+def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
+    """Return a checkpoint of the result, with the history of the conversion."""
+    settings = asdict(report.settings) | dict(
+        calibration=report.text,
+        calibration_tokens=calibration_tokens,
+        eval_tokens=eval_tokens,
     )
-    prefill(model, [[0] * 8], held)
-    how = {}
-    if (
-        storage != 'bfloat16'
-    ):  # most of what a token reads must be in this dtype: a short window, and few tokens at a time
-        how = dict(
-            cache=lambda slots, size: Cache.of(
-                model, slots, size, dtype=storage, window=min(128, T // 8)
-            ),
-            chunk=max(1, T // 16),
+    history = dict(
+        source=report.source,
+        settings=settings,
+        table=[row.as_dict() for row in report.rows],
+        layers=report.layers,
+        before=loaded.checkpoint.get('conversion'),
+    )
+    best_val_loss = float('nan')
+    if report.text:
+        best_val_loss = report.rows[2].nats
+    checkpoint = dict(
+        kind=native.kind_of(mla),
+        model_args=native.model_args(mla),
+        model=mla.state_dict(),
+        step=loaded.checkpoint.get('step', 0),
+        config=dict(loaded.settings),
+        conversion=history,
+        commit=commit(),
+        best_val_loss=best_val_loss,
+    )
+    meta, codec = loaded.meta, loaded.tokenizer
+    if codec is not None:
+        ends = sorted(codec.eos)
+        meta = meta | dict(
+            tokenizer='hf', bos_token_id=codec.bos, eos_token_id=ends, source=report.source
         )
-    nats = (
-        None
-        if held_out is None
-        else text.mean_loss(model, held_out, batch_size, tick=bar.update, **how)
-    )
-    rows.append(
-        dict(
-            name=name,
-            bytes=held.bytes_per_token,
-            nats=nats,
-            perplexity=None if nats is None else text.perplexity(nats),
-        )
-    )
+    if meta:
+        checkpoint['meta'] = meta
+    return checkpoint
 
 
-tell(f'{checkpoint.kind_of(model).upper()} (the source)', model)
-if windows is not None:
-    moments = text.measure(model, windows, batch_size, bar.update)
-    partial, _ = conversion.convert(
-        model,
-        moments,
-        **how
-        | dict(kv_lora_rank=0, low_rank='calibrated', ranks='equal', q_lora_rank=0, rotate=False),
-        tick=bar.update,
-    )
-    tell(
-        'RoPE on '
-        + ('all pairs' if rope_pairs < 0 else f'{rope_pairs} pairs ({rope}, {rope_heads})')
-        + ', full rank',
-        partial,
-    )
-    del partial
-mla, layers = conversion.convert(model, moments, **how, tick=bar.update)
-r, pe = mla.config.kv_lora_rank, mla.config.qk_rope_head_dim
-tell(f'MLA, rank {"up to " if mla.config.kv_lora_ranks else ""}{r} + {pe} ({low_rank})', mla)
-if cache_dtype:
-    tell(f'the same in {cache_dtype}', mla, cache_dtype)
-bar.close()
-
-# ---------------------------------------------------------------------------------------------------
-# what came of it
-width = max(len(row['name']) for row in rows) + 2
-print(f'{"":{width}}bytes a token     saved' + ('   perplexity' if named else ''))
-for row in rows:
-    row['saved'] = 1 - row['bytes'] / rows[0]['bytes']
-    print(
-        f'{row["name"]:{width}}{row["bytes"]:13,.0f}{100 * row["saved"]:9.2f} %'
-        + (f'{row["perplexity"]:13.4f}' if named else '')
-    )
-print(
-    'energy of keys and values that is kept: '
-    + ', '.join(
-        f'{layer["energy"]:.4f}' + f' (rank {layer["rank"]})' * bool(mla.config.kv_lora_ranks)
-        for layer in layers
-    )
-)
-
-codec, run = loaded.tokenizer, loaded.settings
-history = dict(
-    source=str(source),
-    settings=how
-    | dict(calibration=named, calibration_tokens=calibration_tokens, eval_tokens=eval_tokens),
-    table=rows,
-    layers=layers,
-    before=content.get('conversion'),
-)
-meta = content.get('meta') or {}
-if codec:
-    meta = meta | dict(
-        tokenizer='hf', bos_token_id=codec.bos, eos_token_id=sorted(codec.eos), source=source
-    )
-saved = dict(
-    kind='mla',
-    model_args=checkpoint.model_args(mla),
-    model=mla.state_dict(),
-    step=content.get('step', 0),
-    config=dict(run),
-    conversion=history,
-    commit=machine.commit(),
-    best_val_loss=rows[2]['nats'] if named else float('nan'),
-) | (dict(meta=meta) if meta else {})
-
-
-def draw(path):
-    from nanomla.core import figures
-
-    with figures.sheet(
-        cols=2,
-        size=(figures.WIDTH, 4.6),
-        title=f'{Path(source).name} as MLA: {100 * rows[-1]["saved"]:.1f} % of the cache saved'
-        + f', in {cache_dtype}' * bool(cache_dtype),
-        note=f'{low_rank} low rank, RoPE {rope} ({rope_heads})'
-        + (f' · perplexity on {Path(named).name}' if named else ''),
-    ) as (fig, (left, right)):
-        colors = [
-            figures.COLORS[figures.kind_of(dict(kind='mha', config=checkpoint.model_args(model)))],
-            figures.COLORS['muted'],
-        ] + [figures.COLORS['mla']] * 2
-        shown = [row for row in rows if 'full rank' not in row['name']] if not named else rows
-        for at, (row, color) in enumerate(
-            zip(shown, colors if named else [colors[0], *colors[2:]])
-        ):
-            left.barh(at, row['bytes'], color=color, height=0.6)
-            told = f' {row["bytes"]:,.0f} B' + (
-                f', perplexity {row["perplexity"]:.3f}' if named else ''
-            )
-            left.text(
-                row['bytes'] if row['bytes'] < 0.5 * max(r['bytes'] for r in shown) else 0,
-                at,
-                told,
-                va='center',
-                color='white'
-                if row['bytes'] >= 0.5 * max(r['bytes'] for r in shown)
-                else figures.COLORS['ink'],
-                fontsize=10,
-            )
-        left.set_yticks(range(len(shown)), [row['name'].replace(' (', '\n(', 1) for row in shown])
-        left.invert_yaxis()
-        left.set_xlabel('bytes of a token in the cache, all layers')
-        left.grid(axis='y', visible=False)
-        right.plot(
-            range(1, len(layers) + 1),
-            [100 * layer['energy'] for layer in layers],
-            color=figures.COLORS['mla'],
-            marker='o',
-        )
-        right.set_xlabel('layer')
-        right.set_ylabel('energy of keys and values kept (%)')
-        from matplotlib.ticker import MaxNLocator
-
-        right.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figures.footer(fig, f'commit {saved["commit"]} · {machine.describe(device)}')
-        figures.save(fig, path)
-
-
-partial_folder = Path(f'{out}.{os.getpid()}.partial')
-try:
-    partial_folder.mkdir(parents=True)
-    checkpoint.save(partial_folder / 'ckpt.pt', saved)
-    for file in codec.files if codec else ():
-        shutil.copyfile(file, partial_folder / file.name)
+def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> None:
+    """Write the folder `out`, and the export: all of it or nothing."""
+    aside = Path(f'{out}.{os.getpid()}.partial')
     try:
-        draw(partial_folder / 'conversion.png')
-    except UserError as error:
-        print(f'no picture: {error}')
-    if export:
-        from nanomla.checkpoints.export import export as write_export
+        aside.mkdir(parents=True)
+        native.save(aside / 'ckpt.pt', checkpoint_of(mla, loaded, report))
+        if loaded.tokenizer is not None:
+            for file in loaded.tokenizer.files:
+                shutil.copyfile(file, aside / file.name)
+        try:
+            draw_report(report, aside / 'conversion.png', facts)
+        except UserError as error:  # without matplotlib
+            print(f'no picture: {error}')
+        if export:
+            write_export(mla, export, loaded.tokenizer)
+        os.rename(aside, out)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f'cannot write {out}: {why}; nothing is left of it') from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
-        write_export(mla, export, codec)
-    os.rename(partial_folder, out)
-except OSError as error:
-    raise UserError(
-        f'cannot write {out}: {error.strerror or error}; nothing is left of it'
-    ) from None
-finally:
-    shutil.rmtree(partial_folder, ignore_errors=True)
-print(
-    f'written: {out}/ckpt.pt'
-    + (f' and {export}' if export else '')
-    + f'; heal it with: python train.py config/heal_mla.py --init_from={out} --teacher={source}'
-    + (f' --dataset={run["dataset"]}' if 'dataset' in run else '')
-)
+
+def print_next_step(source: str, loaded: LoadedModel) -> None:
+    written = f'{out}/ckpt.pt'
+    if export:
+        written += f' and {export}'
+    command = f'python train.py config/heal_mla.py --init_from={out} --teacher={source}'
+    if 'dataset' in loaded.settings:
+        command += f' --dataset={loaded.settings["dataset"]}'
+    print(f'written: {written}; heal it with: {command}')
+
+
+def main(source: str) -> None:
+    check_settings(source)
+    picked_device = pick_device(device)
+    loaded = load_model(source)
+    model = loaded.model
+    check_source(model)
+    settings = conversion_settings(model.config)
+    name = text_name(loaded)
+    settings.for_source(model.config, calibrated=bool(name))  # refuses before anything takes long
+    text = read_text(name, loaded, picked_device) if name else None
+    model.to(picked_device).eval()
+    model.stream = pick_dtype(dtype, picked_device)
+    report = Report(source, settings, name, cache_dtype)
+    mla = convert_and_measure(model, text, report)
+    print_report(report)
+    write_outputs(mla, loaded, report, f'commit {commit()} · {describe(picked_device)}')
+    print_next_step(source, loaded)
+
+
+if __name__ == '__main__':
+    main(source)
