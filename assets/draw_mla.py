@@ -3,21 +3,22 @@ Draw assets/mla.png, the README's diagram: what MHA, GQA, MQA and MLA leave in t
 
     python assets/draw_mla.py
 
-Read from the top: a token's hidden state x is projected, what lies in the tinted band stays for every
-later token (one small bar is one vector of head_dim values; all widths in the band are to scale), and
-each query head reads the bars that its line leads to. In MLA the up-projections W^UK and W^UV move off
-the cache into the query and the output (DeepSeek-V2, arXiv 2405.04434, section 2.1), so a decode step
-never rebuilds K and V. With q_lora_rank > 0, W^UQ and W^QR are fed by W^DQ x; it is left out here.
+Read from the top: a token's hidden state x is projected, what lies in the tinted band stays for
+every later token (one small bar is one vector of head_dim values; all widths in the band are to
+scale), and each query head reads the bars that its line leads to. In MLA the up-projections W^UK
+and W^UV move off the cache into the query and the output (DeepSeek-V2, arXiv 2405.04434, section
+2.1), so a decode step never rebuilds K and V. With q_lora_rank > 0, W^UQ and W^QR are fed by
+W^DQ x; it is left out here.
 """
 
-import os
 import sys
+from pathlib import Path
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
 from nanomla.core import figures
 from nanomla.core.figures import COLORS
 
-# -----------------------------------------------------------------------------
 # the example in the picture: a GPT-2 sized layer
 n_embd = 768
 n_head = 12
@@ -25,8 +26,7 @@ head_dim = n_embd // n_head  # 64
 n_kv_head = 4  # of GQA
 kv_lora_rank = 384  # R
 qk_rope_head_dim = 32  # D_rope
-out = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mla.png')
-# -----------------------------------------------------------------------------
+out = Path(__file__).resolve().parent / 'mla.png'
 
 WIDTH, HEIGHT = 10.0, 6.20  # inches, and the drawing's unit
 LEFT = [1.12, 3.17, 5.22, 7.27]  # where each panel begins
@@ -38,7 +38,7 @@ TYPE = {**COLORS, 'gqa': '#2F86BD'}  # sky blue is too light for letters
 ROPE = '#8A3C00'  # MLA's position part, a darker shade of its colour
 
 # baselines, from the top
-Y_NAME, Y_SAYS, Y_WRITE = 5.92, 5.64, 5.16
+Y_NAME, Y_CAPTION, Y_WRITE = 5.92, 5.64, 5.16
 BAND = (3.64, 4.78)
 Y_K, Y_V = 4.30, 3.82  # lower edges of the rows of bars
 Y_Q = 2.80
@@ -55,74 +55,57 @@ def tint(color, share):
 def box(ax, x, y, w, h, face, edge='none', radius=0.03, **more):
     from matplotlib.patches import FancyBboxPatch
 
-    ax.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            w,
-            h,
-            boxstyle=f'round,pad=0,rounding_size={radius}',
-            facecolor=face,
-            edgecolor=edge,
-            **more,
-        )
-    )
+    style = f'round,pad=0,rounding_size={radius}'
+    ax.add_patch(FancyBboxPatch((x, y), w, h, style, facecolor=face, edgecolor=edge, **more))
 
 
-def say(ax, x, y, text, size=11, color=INK, ha='center', va='center', **more):
+def write(ax, x, y, text, size=11, color=INK, ha='center', va='center', **more):
     ax.text(x, y, text, fontsize=size, color=color, ha=ha, va=va, **more)
 
 
 def arrow(ax, start, end, color=LINE):
-    ax.annotate(
-        '',
-        end,
-        start,
-        arrowprops={
-            'arrowstyle': '-|>,head_length=0.32,head_width=0.16',
-            'color': color,
-            'linewidth': 1.1,
-            'shrinkA': 0,
-            'shrinkB': 0,
-        },
-    )
+    head = '-|>,head_length=0.32,head_width=0.16'
+    style = dict(arrowstyle=head, color=color, linewidth=1.1, shrinkA=0, shrinkB=0)
+    ax.annotate('', end, start, arrowprops=style)
+
+
+def half_width(symbol):
+    """Half the width of the chip of a weight matrix."""
+    return 0.185 + 0.042 * len(symbol)
 
 
 def chip(ax, x, y, symbol, color=None):
-    """A weight matrix around (x, y); in colour and dashed when it was absorbed. Returns its half width."""
-    half = 0.185 + 0.042 * len(symbol)
-    box(
-        ax,
-        x - half,
-        y - 0.15,
-        2 * half,
-        0.30,
-        tint(color, 0.14) if color else 'white',
-        color or LINE,
-        0.06,
-        linewidth=1.3 if color else 1.0,
-        linestyle=(0, (2.6, 1.6)) if color else '-',
-    )
-    say(ax, x, y - 0.012, f'$W^{{{symbol}}}$', 11, color or INK)
-    return half
+    """A weight matrix around (x, y); in colour and dashed when it was absorbed."""
+    half = half_width(symbol)
+    if color:
+        face, edge = tint(color, 0.14), color
+        line = dict(linewidth=1.3, linestyle=(0, (2.6, 1.6)))
+    else:
+        face, edge = 'white', LINE
+        line = dict(linewidth=1.0, linestyle='-')
+    box(ax, x - half, y - 0.15, 2 * half, 0.30, face, edge, 0.06, **line)
+    write(ax, x, y - 0.012, f'$W^{{{symbol}}}$', 11, color or INK)
 
 
 def chain(ax, x, y, items, color, start=None):
     """
     Words and matrices from left to right, arrows between them, centred on x or from `start` on.
 
-    An item is (word, half width), or a matrix's symbol; one that begins with * is absorbed. Returns its start.
+    An item is (word, half width), or a matrix's symbol; one that begins with * is absorbed.
+    Returns where it starts.
     """
-    halves = [
-        item[1] if isinstance(item, tuple) else 0.185 + 0.042 * len(item.lstrip('*'))
-        for item in items
-    ]
     gap = 0.20
-    start = x - sum(halves) - gap * (len(items) - 1) / 2 if start is None else start
+    halves = []
+    for item in items:
+        is_word = isinstance(item, tuple)
+        halves.append(item[1] if is_word else half_width(item.lstrip('*')))
+    if start is None:
+        start = x - sum(halves) - gap * (len(items) - 1) / 2
     x = start
     for i, (item, half) in enumerate(zip(items, halves)):
         x += half
         if isinstance(item, tuple):
-            say(ax, x, y, item[0], 11.5)
+            write(ax, x, y, item[0], 11.5)
         else:
             chip(ax, x, y, item.lstrip('*'), color if item.startswith('*') else None)
         x += half
@@ -133,41 +116,39 @@ def chain(ax, x, y, items, color, start=None):
 
 
 def bars(ax, xs, y, color, filled=True, tall=TALL):
+    face = color if filled else 'white'
     for x in xs:
-        box(
-            ax, x - BAR / 2, y, BAR, tall, color if filled else 'white', color, 0.025, linewidth=1.1
-        )
+        box(ax, x - BAR / 2, y, BAR, tall, face, color, 0.025, linewidth=1.1)
 
 
-def frame(ax, left, width, kind, name, says):
+def fan(ax, start, end, color):
+    """A line from a query to the bar that it reads, behind the bars."""
+    (x0, y0), (x1, y1) = start, end
+    ax.plot([x0, x1], [y0, y1], color=tint(color, 0.55), linewidth=1.0, zorder=0.9)
+
+
+def frame(ax, left, width, kind, caption):
     """What every panel has: its name, its share of the two tinted strips."""
     middle = left + width / 2
-    say(ax, middle, Y_NAME, name, 16, TYPE[kind], fontweight='bold')
-    say(ax, middle, Y_SAYS, says, 10, MUTED)
+    write(ax, middle, Y_NAME, kind.upper(), 16, TYPE[kind], fontweight='bold')
+    write(ax, middle, Y_CAPTION, caption, 10, MUTED)
     for low, high in (BAND, STRIP):
         box(ax, left, low, width, high - low, tint(COLORS[kind], 0.10), radius=0.07, zorder=0.5)
 
 
 def total(ax, x, kind, formula, values):
-    say(ax, x - 0.02, sum(STRIP) / 2, f'{formula}  =', 12, INK, ha='right')
-    say(
-        ax,
-        x + 0.06,
-        sum(STRIP) / 2 - 0.005,
-        f'{values:,}',
-        17,
-        TYPE[kind],
-        ha='left',
-        fontweight='bold',
-    )
+    write(ax, x - 0.02, sum(STRIP) / 2, f'{formula}  =', 12, INK, ha='right')
+    bold = dict(ha='left', fontweight='bold')
+    write(ax, x + 0.06, sum(STRIP) / 2 - 0.005, f'{values:,}', 17, TYPE[kind], **bold)
 
 
-def per_head(ax, left, width, kind, name, says, kv_heads, formula):
+def per_head(ax, panel, kind, caption, kv_heads, formula):
     """MHA, GQA and MQA differ in one number: how many heads of K and V there are."""
+    left, width = LEFT[panel], PANEL[panel]
     color = COLORS[kind]
     middle = left + width / 2 + 0.07  # room for the rows' letters
-    frame(ax, left, width, kind, name, says)
-    say(ax, middle - 0.82, Y_WRITE, '$x$', 11.5)
+    frame(ax, left, width, kind, caption)
+    write(ax, middle - 0.82, Y_WRITE, '$x$', 11.5)
     arrow(ax, (middle - 0.73, Y_WRITE), (middle - 0.51, Y_WRITE))
     chip(ax, middle - 0.25, Y_WRITE, 'K')
     chip(ax, middle + 0.25, Y_WRITE, 'V')
@@ -176,29 +157,24 @@ def per_head(ax, left, width, kind, name, says, kv_heads, formula):
     group = n_head // kv_heads
     heads = [sum(queries[i : i + group]) / group for i in range(0, n_head, group)]
     for i, x in enumerate(queries):
-        ax.plot(
-            [x, heads[i // group]],
-            [Y_Q + TALL, Y_V],
-            color=tint(color, 0.55),
-            linewidth=1.0,
-            zorder=0.9,
-        )
+        fan(ax, (x, Y_Q + TALL), (heads[i // group], Y_V), color)
     for letter, y, filled, xs in (
         ('K', Y_K, True, heads),
         ('V', Y_V, True, heads),
         ('q', Y_Q, False, queries),
     ):
         bars(ax, xs, y, color, filled)
-        say(ax, left + 0.12, y + TALL / 2, f'${letter}$', 11)
+        write(ax, left + 0.12, y + TALL / 2, f'${letter}$', 11)
     total(ax, left + width * 0.52, kind, formula, 2 * kv_heads * head_dim)
     chain(ax, left + width / 2, Y_QUERY, [('$x$', 0.07), 'Q', ('$q$', 0.07)], color)
     chain(ax, left + width / 2, Y_OUTPUT, [(r'$\Sigma\,a\,v$', 0.20), 'O', ('$y$', 0.07)], color)
 
 
-def latent(ax, left, width):
+def latent(ax, panel):
     """MLA: one latent for all heads, and a small key that carries the position."""
+    left, width = LEFT[panel], PANEL[panel]
     color = COLORS['mla']
-    frame(ax, left, width, 'mla', 'MLA', 'all heads read one latent')
+    frame(ax, left, width, 'mla', 'all heads read one latent')
     middle = left + width / 2 - 0.08
     queries = [middle + (i - (n_head - 1) / 2) * PITCH for i in range(n_head)]
     # the bars' scale: BAR is head_dim values wide
@@ -206,43 +182,34 @@ def latent(ax, left, width):
     y, x_pe = (Y_K + Y_V) / 2, middle + 1.04
 
     for x, symbol in ((middle, 'DKV'), (x_pe, 'KR')):
-        half = chip(ax, x, Y_WRITE, symbol)
-        say(ax, x - half - 0.31, Y_WRITE, '$x$', 11.5)
+        half = half_width(symbol)
+        chip(ax, x, Y_WRITE, symbol)
+        write(ax, x - half - 0.31, Y_WRITE, '$x$', 11.5)
         arrow(ax, (x - half - 0.22, Y_WRITE), (x - half - 0.02, Y_WRITE))
         arrow(ax, (x, Y_WRITE - 0.17), (x, y + TALL + 0.04))
     for x in queries:
-        ax.plot(
-            [x, middle + (x - middle) * wide / (PITCH * n_head)],
-            [Y_Q + TALL, y],
-            color=tint(color, 0.55),
-            linewidth=1.0,
-            zorder=0.9,
-        )
+        reads = middle + (x - middle) * wide / (PITCH * n_head)
+        fan(ax, (x, Y_Q + TALL), (reads, y), color)
     box(ax, middle - wide / 2, y, wide, TALL, color, color, 0.025, linewidth=1.1)
     box(ax, x_pe - narrow / 2, y, narrow, TALL, ROPE, ROPE, 0.01, linewidth=1.1)
-    say(ax, middle, y + TALL / 2 - 0.01, '$c_{kv}$', 12, 'white')
-    say(ax, x_pe - 0.10, y + TALL / 2 - 0.01, '$k_{pe}$', 12, ROPE, ha='right')
+    write(ax, middle, y + TALL / 2 - 0.01, '$c_{kv}$', 12, 'white')
+    write(ax, x_pe - 0.10, y + TALL / 2 - 0.01, '$k_{pe}$', 12, ROPE, ha='right')
 
     bars(ax, queries, Y_Q, color, filled=False)
-    say(ax, queries[0] - 0.22, Y_Q + TALL / 2, '$q$', 11)
+    write(ax, queries[0] - 0.22, Y_Q + TALL / 2, '$q$', 11)
     # every head's q_pe reads the one k_pe: a single line for all, lest twelve cross the fan
     low = Y_Q - 0.13
     bars(ax, queries, low, ROPE, filled=False, tall=0.09)
-    say(ax, queries[0] - 0.24, low + 0.02, '$q_{pe}$', 11, ROPE)
-    ax.plot(
-        [queries[-1] + BAR / 2, x_pe, x_pe],
-        [low + 0.045, low + 0.045, y],
-        color=tint(ROPE, 0.65),
-        linewidth=1.0,
-        zorder=0.9,
-    )
+    write(ax, queries[0] - 0.24, low + 0.02, '$q_{pe}$', 11, ROPE)
+    xs, ys = [queries[-1] + BAR / 2, x_pe, x_pe], [low + 0.045, low + 0.045, y]
+    ax.plot(xs, ys, color=tint(ROPE, 0.65), linewidth=1.0, zorder=0.9)
 
     total(ax, left + width * 0.56, 'mla', r'$R + D_{rope}$', kv_lora_rank + qk_rope_head_dim)
     middle = left + width / 2
     start = chain(ax, middle, Y_QUERY + 0.19, [('$x$', 0.07), 'UQ', '*UK', ('$q$', 0.07)], color)
     chain(ax, middle, Y_QUERY - 0.19, [('$x$', 0.07), 'QR', ('$q_{pe}$', 0.14)], color, start)
     chain(ax, middle, Y_OUTPUT, [(r'$\Sigma\,a\,c_{kv}$', 0.28), '*UV', 'O', ('$y$', 0.07)], color)
-    say(ax, middle, Y_OUTPUT - 0.29, 'absorbed: K, V are never rebuilt', 9.5, color)
+    write(ax, middle, Y_OUTPUT - 0.29, 'absorbed: K, V are never rebuilt', 9.5, color)
 
 
 def main():
@@ -259,29 +226,12 @@ def main():
             (Y_OUTPUT, 'output'),
             (sum(STRIP) / 2, 'values per\ntoken, layer'),
         ):
-            say(ax, 0.12, y, text, 10, MUTED, ha='left', linespacing=1.25)
-        per_head(
-            ax,
-            LEFT[0],
-            PANEL[0],
-            'mha',
-            'MHA',
-            'every head its own K, V',
-            n_head,
-            r'$2 \cdot H \cdot D$',
-        )
-        per_head(
-            ax,
-            LEFT[1],
-            PANEL[1],
-            'gqa',
-            'GQA',
-            f'{n_head // n_kv_head} heads share K, V',
-            n_kv_head,
-            r'$2 \cdot K \cdot D$',
-        )
-        per_head(ax, LEFT[2], PANEL[2], 'mqa', 'MQA', 'all heads share K, V', 1, r'$2 \cdot D$')
-        latent(ax, LEFT[3], PANEL[3])
+            write(ax, 0.12, y, text, 10, MUTED, ha='left', linespacing=1.25)
+        share = n_head // n_kv_head
+        per_head(ax, 0, 'mha', 'every head its own K, V', n_head, r'$2 \cdot H \cdot D$')
+        per_head(ax, 1, 'gqa', f'{share} heads share K, V', n_kv_head, r'$2 \cdot K \cdot D$')
+        per_head(ax, 2, 'mqa', 'all heads share K, V', 1, r'$2 \cdot D$')
+        latent(ax, 3)
         figures.footer(
             fig,
             f'Example: width {n_embd}, H = {n_head} heads of D = {head_dim}; GQA with K = '

@@ -213,7 +213,7 @@ def adapt(model, kind, r=32, alpha=16, dropout=0.0, targets='all', double=True):
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError('LoRA needs peft: pip install -r requirements-adapters.txt') from None
+        raise UserError('LoRA needs peft: pip install -e .[adapters]') from None
     for group in split(model.requires_grad_(False)):
         if kind == 'qlora':
             group.quantise(model.stream, double)
@@ -274,7 +274,7 @@ def bitsandbytes():
         return bnb
     except ImportError:
         raise UserError(
-            '4-bit weights need bitsandbytes: pip install -r requirements-adapters.txt'
+            '4-bit weights need bitsandbytes: pip install -e .[adapters]'
         ) from None
 
 

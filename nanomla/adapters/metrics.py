@@ -39,7 +39,7 @@ def rouge_scorer():
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise UserError(
-            'ROUGE needs rouge-score: pip install -r requirements-adapters.txt'
+            'ROUGE needs rouge-score: pip install -e .[adapters]'
         ) from None
 
     class Words:

@@ -28,7 +28,7 @@ class Peer:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise UserError(
-                f'the peer needs transformers and peft: pip install -r requirements-adapters.txt ({error})'
+                f'the peer needs transformers and peft: pip install -e .[adapters] ({error})'
             ) from None
         if kernel == 'flex' and device.type == 'cpu':
             raise NotHere('FlexAttention does not train on the CPU')

@@ -1,7 +1,7 @@
 """
 EleutherAI's lm-evaluation-harness on our models: an adapter that answers its requests through our caches.
 
-The harness is optional (requirements-eval.txt) and loaded late.
+The harness is optional (pip install -e .[eval]) and loaded late.
 """
 
 import difflib
@@ -31,7 +31,7 @@ def load():
         return lm_eval
     except ImportError as error:
         raise UserError(
-            f'tasks other than perplexity, needle and key_value need the lm-evaluation-harness ({error}): pip install -r requirements-eval.txt'
+            f'tasks other than perplexity, needle and key_value need the lm-evaluation-harness ({error}): pip install -e .[eval]'
         ) from None
 
 

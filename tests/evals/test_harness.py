@@ -28,7 +28,7 @@ CACHES = [
 
 @pytest.fixture(scope='module', autouse=True)
 def installed():
-    pytest.importorskip('lm_eval', reason='needs pip install -r requirements-eval.txt')
+    pytest.importorskip('lm_eval', reason='needs pip install -e .[eval]')
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield harness.load()
@@ -319,5 +319,5 @@ def test_an_unknown_task_tells_the_nearest_and_the_papers_set_is_known():
 
 def test_a_missing_harness_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
-    with pytest.raises(UserError, match='pip install -r requirements-eval.txt'):
+    with pytest.raises(UserError, match=r'pip install -e .\[eval\]'):
         harness.load()

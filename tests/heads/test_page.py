@@ -253,7 +253,7 @@ def chromium():
     if path is None:
         pytest.skip('needs a browser: neither chromium nor google-chrome is on the PATH')
     api = pytest.importorskip(
-        'playwright.sync_api', reason='needs playwright: pip install -r requirements-heads.txt'
+        'playwright.sync_api', reason='needs playwright: pip install -e .[heads]'
     )
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])

@@ -440,9 +440,7 @@ def test_gpu_keep_writes_what_the_cache_writes(layout, dtype):
                 assert all(map(torch.equal, want.buffers, got.buffers))
             else:  # the GPU divides a little differently, so what lies between two codes may become either
                 a, b = (dequantise(*store.data, store.width, store.bits) for store in (want, got))
-                step = (
-                    want.data[1][:, ::2].float().repeat_interleave(group_of(want.width), dim=-1)
-                )
+                step = want.data[1][:, ::2].float().repeat_interleave(group_of(want.width), dim=-1)
                 assert (
                     torch.equal(want.recent, got.recent)
                     and ((a - b).abs() <= 1.02 * step + 1e-6).all()

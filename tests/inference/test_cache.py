@@ -260,8 +260,7 @@ def test_k_pe_is_never_quantised(tiny, tokens):
         model(tokens(20), context=c)
     (k_pe,), (expected,) = (c.layers[0].stores['k_pe'].data for c in (cache, exact))
     assert (
-        torch.equal(k_pe, expected)
-        and cache.layers[0].stores['c_kv'].data[0].dtype == torch.uint8
+        torch.equal(k_pe, expected) and cache.layers[0].stores['c_kv'].data[0].dtype == torch.uint8
     )
 
 

@@ -141,7 +141,8 @@ def decoded(model, ids, fuse, **how):
     prompt = torch.stack([row.roll(b) for b, row in enumerate(ids)])[:, : ids.size(1) - 2]
     model(prompt, context=cache)
     return torch.cat(
-        [model(ids[:, t : t + 1], context=cache) for t in range(ids.size(1) - 2, ids.size(1))], dim=1
+        [model(ids[:, t : t + 1], context=cache) for t in range(ids.size(1) - 2, ids.size(1))],
+        dim=1,
     ), cache
 
 

@@ -292,7 +292,9 @@ def grid(dtype=torch.float32):
 
 def test_normal_cdf_against_float64():
     x = grid()
-    assert (model.normal_cdf(x) - torch.special.ndtr(x.double())).abs().max() < 1e-7  # erf: twice that
+    assert (
+        model.normal_cdf(x) - torch.special.ndtr(x.double())
+    ).abs().max() < 1e-7  # erf: twice that
 
 
 def test_gelu_against_float64():
