@@ -63,7 +63,7 @@ def export(
         raise UserError(f'{folder} is there already: name another folder, or remove it')
     for package in ('safetensors', 'huggingface_hub'):
         if find_spec(package) is None:
-            raise UserError(f"writing this layout needs {package}: pip install -e '.[convert]'")
+            raise UserError(f'writing this layout needs {package}: pip install -e .[convert]')
     if tokenizer is not None and not isinstance(tokenizer, HFTokenizer):
         tokenizer = tokenizer_in(tokenizer)
     stock = stock_model(model)

@@ -137,7 +137,7 @@ def tensors_in(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
             read = file.get
         keys = list(file.keys())
     except ImportError:
-        raise UserError(f"{path} needs safetensors: pip install -e '.[convert]'") from None
+        raise UserError(f'{path} needs safetensors: pip install -e .[convert]') from None
     except Exception:  # damaged, foreign and malicious files fail in many ways
         raise UserError(
             f'{path} cannot be read: it is damaged, or holds code, which is never run'

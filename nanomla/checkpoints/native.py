@@ -71,9 +71,9 @@ def new_model(kind: str, settings: Mapping, given: Mapping, vocab_size: int) -> 
     if vocab_size > 256:
         vocab_size = -(-vocab_size // 64) * 64
     model_class = MODELS[kind]
-    settings = dict(settings, vocab_size=vocab_size)
     with settings_errors():
-        return model_class(model_class.Config.from_settings(settings, given))
+        config = model_class.Config.from_settings(settings, given, vocab_size=vocab_size)
+        return model_class(config)
 
 
 def refuse_settings_of_others(kind: str, given: Mapping) -> None:

@@ -110,7 +110,7 @@ def open_tokenizer(path: Path):
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise UserError(f"{path} needs tokenizers: pip install -e '.[convert]'") from None
+        raise UserError(f'{path} needs tokenizers: pip install -e .[convert]') from None
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # its errors are bare Exceptions

@@ -1,21 +1,36 @@
 """
-Long-context retrieval on texts that a seed makes, by length and depth; and the heat map of it.
+Long-context retrieval on texts that a seed makes, by length and depth, and its heat map.
 
-    needle     one sentence, "The secret word of <name> is <word>.", somewhere in other text, and at the end the same
-               sentence again as far as "is" (after Kamradt 2023)
-    key_value  lines "<key>: <word>", and at the end one of the keys again (Liu et al. 2023, section 3)
+    needle     one sentence, "The secret word of <name> is <word>.", somewhere in other text, and at
+               the end the same sentence again as far as "is" (after Kamradt 2023)
+    key_value  lines "<key>: <word>", and at the end one of the keys again (Liu et al. 2023,
+               section 3)
 
-Names, keys and words are made up of six letters, so that nothing but the context can tell them. Each trial counts in
-three ways, from the strictest to the most sensitive, which sees what a small model begins to know:
+Names, keys and words are made up of six letters, so that only the context can answer. Each trial is
+counted in three ways, from the strictest to the most sensitive, which shows what a small model
+begins to learn:
 
     exact      greedy decoding would write the word
     ranked     of `candidates` words the right one is the most probable; by guessing 1 / candidates
-    pairwise   the share of the wrong candidates that are less probable than the right one; by guessing 1/2
+    pairwise   the share of the wrong candidates that are less probable than the right one; by
+               guessing 1/2
 
-In key_value the wrong ones are the words of other lines, so that only the right line gives the right answer.
+In key_value the wrong ones are the words of other lines, so that only the right line gives the
+right answer.
 """
 
+import math
 import random
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanomla.checkpoints.tokenizer import HFTokenizer
+from nanomla.core import figures
+from nanomla.core.tokenizers import Tokenizer
+from nanomla.evals.scoring import Request, Score, Scorer
 
 CONSONANTS, VOWELS = 'bdfghklmnprstvwz', 'aeiou'
 SENTENCES = (
@@ -24,178 +39,258 @@ SENTENCES = (
     'No {} is as {} as the {} in the {}.',
     'They saw the {} by the {}, and the {} was {}.',
 )
-TASKS, COUNTED = ('needle', 'key_value'), ('exact', 'ranked', 'pairwise')
+METRICS = ('exact', 'ranked', 'pairwise')
 
 
-def word(rng):
-    """Six letters that can be spoken, such as 'melodi'."""
+@dataclass(frozen=True)
+class Trials:
+    """
+    How the trials of a task are made. They depend on nothing else.
+
+    task: a name in TASKS
+    trials: for each length and depth
+    candidates: words to choose among
+    begin: ids in front of each text
+    haystack: (N,) ids to cut pieces from for the needle; None: sentences about nothing
+    """
+
+    task: str
+    tokenizer: Tokenizer | HFTokenizer
+    trials: int = 8
+    candidates: int = 8
+    seed: int = 1337
+    begin: Sequence[int] = ()
+    haystack: np.ndarray | None = None
+
+    def make(self, length: int, depth: float, rng: random.Random) -> Request | None:
+        return TASKS[self.task](self, length, depth, rng)
+
+
+# -------------------------------------------------------------------------------------------------
+# texts
+
+
+def word(rng: random.Random) -> str:
+    """Return six letters that can be spoken, such as 'melodi'."""
     return ''.join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(3))
 
 
-def words(rng, n):
-    """n different ones."""
-    made = {}
-    while len(made) < n:
-        made[word(rng)] = None
-    return list(made)
+def new_word(rng: random.Random, used: Container[str]) -> str:
+    while True:
+        made = word(rng)
+        if made not in used:
+            return made
 
 
-def inside(codec, text, before='\n'):
-    """The ids of `text` where it stands behind `before`, whatever a tokenizer puts at the beginning of a text."""
-    begin, whole = codec.encode(before), codec.encode(before + text)
-    return whole[len(begin) :] if whole[: len(begin)] == begin else codec.encode(text)
+def words(rng: random.Random, n: int) -> list[str]:
+    """Return n different words."""
+    made = []
+    for _ in range(n):
+        made.append(new_word(rng, made))
+    return made
 
 
-def filler(codec, n, rng, hay=None):
-    """n ids to hide something in: a piece of `hay` (an array of ids) that is long enough, else sentences about nothing."""
-    if hay is not None and len(hay) >= n:
-        at = rng.randrange(len(hay) - n + 1)
-        return list(map(int, hay[at : at + n]))
+def encode_inside(tokenizer: Tokenizer | HFTokenizer, text: str, before: str = '\n') -> list[int]:
+    """
+    Return the ids of `text` as it stands after `before`: some tokenizers put a blank at the
+    beginning of every text, but not inside one.
+    """
+    begin, whole = tokenizer.encode(before), tokenizer.encode(before + text)
+    if whole[: len(begin)] == begin:
+        return whole[len(begin) :]
+    return tokenizer.encode(text)
+
+
+def filler(trials: Trials, n: int, rng: random.Random) -> list[int]:
+    """Return n ids to hide something in: a piece of the haystack, or sentences about nothing."""
+    if trials.haystack is not None and len(trials.haystack) >= n:
+        start = rng.randrange(len(trials.haystack) - n + 1)
+        return trials.haystack[start : start + n].tolist()
     ids = []
     while len(ids) < n:
-        ids += inside(codec, rng.choice(SENTENCES).format(*(word(rng) for _ in range(4))) + '\n')
+        sentence = rng.choice(SENTENCES)
+        nouns = [word(rng) for _ in range(4)]
+        ids += encode_inside(trials.tokenizer, sentence.format(*nouns) + '\n')
     return ids[:n]
 
 
-def needle(codec, length, depth, candidates, rng, begin=(), hay=None):
+def needle(trials: Trials, length: int, depth: float, rng: random.Random) -> Request | None:
     """
-    One trial: (context ids, candidate continuations as ids, the right one first), or None where `length` tokens are too few.
-    Context and the right continuation together have `length` tokens; depth 0 hides at the beginning, 1 at the end.
+    Return one trial: the context and the candidates for its continuation, the right one first; None
+    where `length` tokens are too few. Context and right continuation have `length` tokens together.
+
+    depth: where the answer stands, 0 at the beginning, 1 at the end
     """
-    name, *options = words(rng, candidates + 1)
+    name, *options = words(rng, trials.candidates + 1)
     query = f'The secret word of {name.capitalize()} is'
-    question = inside(codec, '\n' + query)
-    answers = [inside(codec, ' ' + option, before=query) for option in options]
-    hidden = inside(codec, f'\n{query} {options[0]}.\n')
-    room = length - len(begin) - len(question) - len(answers[0]) - len(hidden)
+    question = encode_inside(trials.tokenizer, '\n' + query)
+    answers = [encode_inside(trials.tokenizer, f' {option}', before=query) for option in options]
+    hidden = encode_inside(trials.tokenizer, f'\n{query} {options[0]}.\n')
+    room = length - len(trials.begin) - len(question) - len(answers[0]) - len(hidden)
     if room < 0:
         return None
-    around = filler(codec, room, rng, hay)
-    at = round(depth * room)
-    return [*begin, *around[:at], *hidden, *around[at:], *question], answers
+    around = filler(trials, room, rng)
+    place = round(depth * room)
+    context = [*trials.begin, *around[:place], *hidden, *around[place:], *question]
+    return context, answers
 
 
-def key_value(codec, length, depth, candidates, rng, begin=(), hay=None):
-    """As `needle`; as many lines as fit into `length` tokens, and the one at `depth` is asked for."""
-    lines, left, made = [], length - len(begin), {}
-    longest = 0  # tokens of question and answer
-    while True:
-        key, value = (
-            next(w for w in iter(lambda: word(rng), None) if w not in made) for _ in range(2)
+@dataclass
+class Line:
+    """A line of key_value, the question for its key, and the answer, as ids."""
+
+    line: list[int]
+    question: list[int]
+    answer: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | HFTokenizer, key: str, value: str) -> 'Line':
+        return cls(
+            encode_inside(tokenizer, f'{key}: {value}\n'),
+            encode_inside(tokenizer, f'{key}:'),
+            encode_inside(tokenizer, f' {value}', before=f'{key}:'),
         )
-        line = inside(codec, f'{key}: {value}\n')
-        question, answer = inside(codec, f'{key}:'), inside(codec, ' ' + value, before=f'{key}:')
-        if key == value or len(line) + max(longest, len(question) + len(answer)) > left:
-            if key != value:
-                break
+
+
+def key_value(trials: Trials, length: int, depth: float, rng: random.Random) -> Request | None:
+    """As `needle`: as many lines as fit into `length` tokens; the one at `depth` is asked for."""
+    lines, used = [], set()
+    left = length - len(trials.begin)
+    longest = 0  # tokens of a question and its answer
+    while True:
+        key, value = new_word(rng, used), new_word(rng, used)
+        if key == value:
             continue
-        left -= len(line)
-        longest = max(longest, len(question) + len(answer))
-        made |= {key: None, value: None}
-        lines.append((line, question, answer))
+        line = Line.of(trials.tokenizer, key, value)
+        question_and_answer = len(line.question) + len(line.answer)
+        if len(line.line) + max(longest, question_and_answer) > left:
+            break
+        left -= len(line.line)
+        longest = max(longest, question_and_answer)
+        used |= {key, value}
+        lines.append(line)
     if len(lines) < 2:
         return None
-    asked = round(depth * (len(lines) - 1))
-    others = [answer for i, (_, _, answer) in enumerate(lines) if i != asked]
-    answers = [lines[asked][2], *rng.sample(others, min(candidates - 1, len(others)))]
-    return [*begin, *(i for line, _, _ in lines for i in line), *lines[asked][1]], answers
+    asked = lines[round(depth * (len(lines) - 1))]
+    others = [line.answer for line in lines if line is not asked]
+    wrong = rng.sample(others, min(trials.candidates - 1, len(others)))
+    context = list(trials.begin)
+    for line in lines:
+        context += line.line
+    return context + asked.question, [asked.answer, *wrong]
+
+
+TASKS = dict(needle=needle, key_value=key_value)
+
+
+# -------------------------------------------------------------------------------------------------
+# results
 
 
 def evaluate(
-    scorer, task, codec, lengths, depths, trials, candidates, seed, begin=(), hay=None, bar=None
-):
+    scorer: Scorer,
+    trials: Trials,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    progress: Callable[[int], object] | None = None,
+) -> dict:
     """
-    `trials` trials at each length (tokens) and depth (0 to 1), the same for every model with the same tokenizer. Returns
-    exact, ranked and pairwise over all, `cells` with those of each length and depth, and chance, what ranked is by guessing.
+    Run the trials at each length (tokens) and depth (0 to 1), which are the same for every model
+    with the same tokenizer. Return exact, ranked and pairwise over all, `cells` with those of each
+    length and depth, and `chance`, what ranked is by guessing.
     """
-    make, cells, chances = dict(needle=needle, key_value=key_value)[task], [], []
+    cells, chances = [], []
     for length in lengths:
         for depth in depths:
-            made = [
-                make(
-                    codec,
-                    length,
-                    depth,
-                    candidates,
-                    random.Random(f'{seed} {task} {length} {depth} {n}'),
-                    begin,
-                    hay,
-                )
-                for n in range(trials)
-            ]
-            exact = ranked = pairwise = 0
-            for answers, judged in zip(
-                (answers for _, answers in made), scorer.score(made, bar and bar.update)
-            ):
-                exact += all(judged[0][1])
-                total = [sum(logp) for logp, _ in judged]
-                beaten = sum(total[0] > other for other in total[1:])
-                ranked += beaten == len(total) - 1
-                pairwise += beaten / (len(total) - 1)
+            requests = []
+            for n in range(trials.trials):
+                rng = random.Random(f'{trials.seed} {trials.task} {length} {depth} {n}')
+                requests.append(trials.make(length, depth, rng))
+            counts = dict.fromkeys(METRICS, 0)
+            for (_, answers), scores in zip(requests, scorer.score(requests, progress)):
+                for name, value in judge(scores).items():
+                    counts[name] += value
                 chances.append(1 / len(answers))
-            cells.append(
-                dict(length=length, depth=depth)
-                | {name: value / trials for name, value in zip(COUNTED, (exact, ranked, pairwise))}
-            )
-    mean = {name: sum(cell[name] for cell in cells) / len(cells) for name in COUNTED}
-    return mean | dict(chance=sum(chances) / len(chances), trials=trials, cells=cells)
+            shares = {name: count / trials.trials for name, count in counts.items()}
+            cells.append(dict(length=length, depth=depth) | shares)
+    means = {name: sum(cell[name] for cell in cells) / len(cells) for name in METRICS}
+    chance = sum(chances) / len(chances)
+    return means | dict(chance=chance, trials=trials.trials, cells=cells)
 
 
-def least_length(task, codec, candidates, seed, begin=(), hay=None):
-    """The fewest tokens in which any trial of these fits, for lengths that are too short."""
-    make, length = dict(needle=needle, key_value=key_value)[task], 8
-    while any(
-        make(codec, length, 0.5, candidates, random.Random(f'{seed} {n}'), begin, hay) is None
-        for n in range(20)
-    ):
+def judge(scores: list[Score]) -> dict[str, float]:
+    """Return one trial's part of each metric; the first of its scores is that of the right word."""
+    right, *wrong = (sum(score.logp) for score in scores)
+    beaten = sum(right > other for other in wrong)
+    return dict(
+        exact=all(scores[0].greedy),
+        ranked=beaten == len(wrong),
+        pairwise=beaten / len(wrong),
+    )
+
+
+def least_length(trials: Trials) -> int:
+    """Return the fewest tokens in which any trial of these fits, up to a multiple of 8."""
+    length = 8
+    while not all_fit(trials, length):
         length += 8
     return length
 
 
-def heat_map(figures, results, task, path, footer):
-    """results: [(label, what `evaluate` returned)], two maps each: length to the right, depth downwards, exact and pairwise as colour."""
-    titles = dict(needle='Needle in a haystack', key_value='Key–value retrieval')
-    lengths, depths = (
-        sorted({cell[name] for _, result in results for cell in result['cells']})
-        for name in ('length', 'depth')
+def all_fit(trials: Trials, length: int) -> bool:
+    for n in range(20):
+        if trials.make(length, 0.5, random.Random(f'{trials.seed} {n}')) is None:
+            return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------
+# the heat map
+
+TITLES = dict(needle='Needle in a haystack', key_value='Key–value retrieval')
+MAPS = dict(exact='greedy decoding writes it', pairwise='more probable than a wrong word')
+
+
+def heat_map(results: list[tuple[str, dict]], task: str, path: Path, footer: str) -> None:
+    """
+    Draw two maps for each model and cache format: length to the right, depth downwards, exact and
+    pairwise as colour.
+
+    results: labels and what `evaluate` returned
+    """
+    cells = [cell for _, result in results for cell in result['cells']]
+    depths = {cell['depth'] for cell in cells}
+    height = 1.0 + len(results) * (1.0 + 0.3 * max(3, len(depths)))
+    note = (
+        f'share of {results[0][1]["trials"]} trials in each cell; '
+        'guessing is right in 0.5 of the pairs on the right'
     )
-    rows, note = (
-        len(results),
-        f'share of {results[0][1]["trials"]} trials in each cell; guessing is right in 0.5 of the pairs on the right',
-    )
-    size = (figures.WIDTH, 1.0 + rows * (1.0 + 0.3 * max(3, len(depths))))
-    with figures.sheet(rows, 2, size=size, title=titles[task], note=note) as (fig, axes):
-        for row, (label, result) in enumerate(results):
-            for column, (name, what) in enumerate(
-                (
-                    ('exact', 'greedy decoding writes it'),
-                    ('pairwise', 'more probable than a wrong word'),
-                )
-            ):
-                ax = axes[row, column] if rows > 1 else axes[column]
-                share = {(cell['depth'], cell['length']): cell[name] for cell in result['cells']}
-                grid = [
-                    [share.get((depth, length), float('nan')) for length in lengths]
-                    for depth in depths
-                ]
-                ax.imshow(grid, cmap='viridis', vmin=0, vmax=1, aspect='auto')
-                for i, values in enumerate(grid):
-                    for j, value in enumerate(values):
-                        if value == value:
-                            ax.text(
-                                j,
-                                i,
-                                f'{value:.2f}',
-                                ha='center',
-                                va='center',
-                                fontsize=9,
-                                color='white' if value < 0.6 else 'black',
-                            )
-                ax.set_xticks(range(len(lengths)), [f'{length:,}' for length in lengths])
-                ax.set_yticks(range(len(depths)), [f'{depth:.0%}' for depth in depths])
-                ax.grid(False)
-                ax.set_title(figures.plain(label) if column == 0 else '', fontsize=10.5)
-                ax.set_xlabel(f'tokens; {what}: {result[name]:.2f}', fontsize=10)
-                ax.set_ylabel('depth' if column == 0 else '')
+    look = dict(size=(figures.WIDTH, height), title=TITLES[task], note=note)
+    with figures.sheet(len(results), 2, **look) as (fig, axes):
+        axes = np.reshape(axes, (len(results), 2))
+        for (label, result), row in zip(results, axes):
+            for ax, (metric, meaning) in zip(row, MAPS.items()):
+                draw_map(ax, result['cells'], cells, metric)
+                ax.set_xlabel(f'tokens; {meaning}: {result[metric]:.2f}', fontsize=10)
+            row[0].set_title(figures.plain(label), fontsize=10.5)
+            row[0].set_ylabel('depth')
         figures.footer(fig, footer)
         figures.save(fig, path)
+
+
+def draw_map(ax, cells: list[dict], all_cells: list[dict], metric: str) -> None:
+    """Draw one map; `all_cells` are those of all maps, which share their lengths and depths."""
+    lengths = sorted({cell['length'] for cell in all_cells})
+    depths = sorted({cell['depth'] for cell in all_cells})
+    grid = np.full((len(depths), len(lengths)), math.nan)
+    for cell in cells:
+        grid[depths.index(cell['depth']), lengths.index(cell['length'])] = cell[metric]
+    ax.imshow(grid, cmap='viridis', vmin=0, vmax=1, aspect='auto')
+    for (i, j), value in np.ndenumerate(grid):
+        if not math.isnan(value):
+            color = 'white' if value < 0.6 else 'black'
+            text = dict(ha='center', va='center', fontsize=9, color=color)
+            ax.text(j, i, f'{value:.2f}', **text)
+    ax.set_xticks(range(len(lengths)), [f'{length:,}' for length in lengths])
+    ax.set_yticks(range(len(depths)), [f'{depth:.0%}' for depth in depths])
+    ax.grid(False)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanomla.checkpoints.load import TextCodec
 from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
 from nanomla.evals import harness
@@ -40,12 +41,9 @@ def model(tiny):
     return tiny('mla', vocab_size=len(CHARS), block_size=48)
 
 
-def bar(total, unit):
-    return SimpleNamespace(update=lambda n=1: None, close=lambda: None)
-
-
 def adapter(model, begin=None, ends=(), **how):
-    return harness.adapter(Scorer(model, CODEC.vocab_size, **how), CODEC, begin, set(ends), bar)
+    scorer = Scorer(model, CODEC.vocab_size, **how)
+    return harness.adapter(scorer, TextCodec(CODEC, begin, set(ends)))
 
 
 def ask(*pairs):
