@@ -409,7 +409,7 @@ def test_gpu_decode(shape, layout, dtype):
         group_of(K * C),
         P is not None,
     ):
-        pytest.skip(reason)
+        pytest.skip(f'the kernel refuses: {reason}')
     most = (
         3e-2 if dtype == 'int4' else 2e-2
     )  # the zero of 4 bits is rounded once more on its way (`unpack`)
