@@ -262,11 +262,19 @@ def _comment(node: ast.stmt, lines: list[str], comments: dict[int, str]) -> str:
     return ' '.join(comments[row] for row in rows if comments.get(row))
 
 
+def _command(script: dict) -> str:
+    """Return how a script is started: by its file, or by its module where python -m started it."""
+    spec = script.get('__spec__')
+    if script.get('__name__') == '__main__' and spec is not None:
+        return f'python -m {spec.name}'
+    return f'python {os.path.basename(script["__file__"])}'
+
+
 def _print_help(
     config: Settings, page: dict[str, _Setting], purpose: str, problem: UserError | None
 ) -> None:
-    script = os.path.basename(config._script['__file__'])
-    usage = f'usage: python {script} [config/x.py ...] [--key=value ...]'
+    command = _command(config._script)
+    usage = f'usage: {command} [config/x.py ...] [--key=value ...]'
     print(f'{usage}    (left to right, later wins)')
     if purpose:
         print('\n' + textwrap.fill(purpose, WIDTH))

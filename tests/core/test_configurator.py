@@ -6,6 +6,7 @@ import keyword
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -652,6 +653,15 @@ def printed_help(capsys, *argv):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
     return text
+
+
+def test_help_of_a_module_names_the_command_that_starts_it(capsys, monkeypatch):
+    """A module that is started by python -m knows its name; its file would not run by itself."""
+    monkeypatch.syspath_prepend('.')
+    monkeypatch.setattr(sys, 'argv', ['toy', '--help'])
+    with pytest.raises(SystemExit):
+        runpy.run_module('toy', run_name='__main__')
+    assert 'usage: python -m toy [config/x.py ...]' in capsys.readouterr().out
 
 
 def test_help(capsys):
