@@ -1,56 +1,63 @@
-"""Learning from a teacher's predictions beside the text."""
+"""Learn from a teacher's predictions beside the text."""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanomla.training.loss import BatchLoss
 
-class Distilled(nn.Module):
+
+class DistillationLoss(nn.Module):
     """
-    A model that learns from text and from a teacher's predictions: forward(idx, targets), both (B, T), gives
-    (1 - share) · cross-entropy + share · KL(teacher, model) in nats a token (Hinton et al. 2015, at temperature 1), and
-    hidden · the mean over the blocks of E |ours - theirs|² / E |theirs|² of their outputs (after Romero et al. 2015).
+    forward(idx, targets), both (B, T): (1 - share) · cross-entropy + share · KL(teacher, student)
+    in nats a token (Hinton et al. 2015, at temperature 1), and hidden_weight · the mean over the
+    blocks of E |student - teacher|² / E |teacher|² of their outputs (after Romero et al. 2015).
     """
 
-    def __init__(self, model, teacher, share, hidden=0.0):
+    def __init__(
+        self, student: BatchLoss, teacher: BatchLoss, share: float, hidden_weight: float = 0.0
+    ):
         super().__init__()
-        self.model, self.teacher, self.share, self.hidden = (
-            model,
-            teacher.eval().requires_grad_(False),
-            share,
-            hidden,
-        )
+        self.student = student
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.share = share
+        self.hidden_weight = hidden_weight
+        self.divergence = self.kl_divergence
+        self.distance = relative_distance
+
+    def compile_parts(self) -> None:
+        self.divergence = torch.compile(self.divergence, dynamic=False)
+        self.distance = torch.compile(self.distance, dynamic=False)
 
     def forward(self, idx, targets):
-        x, ours = self.outputs(self.model, idx)
+        x, ours = self.outputs(self.student, idx)
         with torch.no_grad():
-            x_theirs, theirs = self.outputs(self.teacher, idx)
-        loss = self.share * self.divergence(x, x_theirs)
+            x_teacher, theirs = self.outputs(self.teacher, idx)
+        loss = self.share * self.divergence(x, x_teacher)
         if self.share < 1:
-            loss = loss + (1 - self.share) * self.model.loss(x, targets)
-        if self.hidden:
-            loss = loss + self.hidden / len(ours) * sum(
-                self.distance(a, b) for a, b in zip(ours, theirs)
-            )
+            loss = loss + (1 - self.share) * self.student.head_loss(x, targets)
+        if self.hidden_weight:
+            distances = sum(self.distance(a, b) for a, b in zip(ours, theirs))
+            loss = loss + self.hidden_weight / len(ours) * distances
         return loss
 
-    def outputs(self, model, idx):
-        """model.hidden(idx), and the output (B, T, C) of each of its blocks."""
-        if not self.hidden:
-            return model.hidden(idx), []
-        x, rope = model.embed(idx)
-        after = []
-        for block in model.transformer.h:
-            x = block(x, rope)
-            after.append(x)
-        return model.transformer.ln_f(x), after
+    def outputs(self, part: BatchLoss, idx):
+        """Return the final hidden state (B, T, C), and the output of each block where it counts."""
+        if not self.hidden_weight:
+            return part.hidden(idx), []
+        return part.hidden_and_blocks(idx)
 
-    def distance(self, ours, theirs):
-        return (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean()
-
-    def divergence(self, x, theirs):
-        ours, theirs = (
-            model.lm_head(h).float().log_softmax(-1).flatten(0, 1)
-            for model, h in ((self.model, x), (self.teacher, theirs))
-        )
+    def kl_divergence(self, x, x_teacher):
+        """KL(teacher, student) of the predictions, by the final hidden states (B, T, C)."""
+        ours = log_predictions(self.student.model, x)
+        theirs = log_predictions(self.teacher.model, x_teacher)
         return F.kl_div(ours, theirs, reduction='batchmean', log_target=True)
+
+
+def log_predictions(model, x):
+    return model.lm_head(x).float().log_softmax(-1).flatten(0, 1)
+
+
+def relative_distance(ours, theirs):
+    """E |ours - theirs|² / E |theirs|²."""
+    return (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean()

@@ -1,12 +1,13 @@
 """
-The few places where a fused kernel pays: the head's cross-entropy, the exact GELU, SwiGLU's gradient, AdamW in bf16.
+The few places where a fused kernel pays: the head's cross-entropy, the exact GELU, SwiGLU's
+gradient, AdamW in bf16.
 
 Beside each Triton kernel stands its plain PyTorch reference, and the tests hold them together under
-Triton's interpreter on a CPU. Triton is loaded when a kernel is first wanted; without it, or without
-a GPU, `linear_cross_entropy` is F.cross_entropy.
+Triton's interpreter on a CPU. Triton is loaded when a kernel is first wanted; without it, or
+without a GPU, `linear_cross_entropy` is F.cross_entropy.
 
-Legend: N rows (batch x tokens), C channels, V vocabulary. Logarithms inside the kernels are to base 2,
-because the GPU's own exponential is 2^x.
+Legend: N rows (batch x tokens), C channels, V vocabulary. Logarithms inside the kernels are to base
+2, because the GPU's own exponential is 2^x.
 """
 
 from __future__ import annotations  # `tl.constexpr` below is read by Triton, not by Python
@@ -23,7 +24,8 @@ from nanomla.core.devices import RUNS_ON
 triton = tl = None  # set by kernels()
 LOG2E = 1.4426950408889634
 
-# Sizes for an H200 and V = 50304, where a row of bf16 logits is 100 kB: two rows a multiprocessor stay in L2.
+# Sizes for an H200 and V = 50304, where a row of bf16 logits is 100 kB: two rows a multiprocessor
+# stay in L2.
 LANES, WARPS, STAGES = (
     1024,
     32,
@@ -66,9 +68,9 @@ def softmax_rows_kernel(
     GRADIENT: tl.constexpr,
 ):
     """
-    One row a program. Each lane keeps its own running maximum and sum over vectors of 16 bytes, so the
-    row's threads meet once, at its end. The row's ragged rest comes first and, in the second pass, which
-    runs backwards to find what is still cached, last: only there a mask is needed.
+    One row a program. Each lane keeps its own running maximum and sum over vectors of 16 bytes, so
+    the row's threads meet once, at its end. The row's ragged rest comes first and, in the second
+    pass, which runs backwards to find what is still cached, last: only there a mask is needed.
     """
     BLOCK: tl.constexpr = LANES * VECTOR
     FULL: tl.constexpr = V // BLOCK * BLOCK
@@ -82,7 +84,8 @@ def softmax_rows_kernel(
     cols = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     rest = cols < V - FULL
 
-    # top: the maximum in bits, rounded up, because whole numbers subtract exactly; total: sum of 2^(x log2(e) - top)
+    # top: the maximum in bits, rounded up, because whole numbers subtract exactly; total: sum of
+    # 2^(x log2(e) - top)
     x = tl.load(
         logits + FULL + cols, mask=rest, other=float('-inf'), eviction_policy='evict_last'
     ).to(tl.float32)
@@ -137,9 +140,10 @@ def softmax_rows_reference(logits, targets, gradient):
 
 def softmax_rows(logits, targets, gradient):
     """
-    logits (N, V) of any float dtype, targets (N,) -> cross-entropy (N,) in nats and log2 of the softmax's
-    denominator (N,), fp32. With `gradient` the logits are overwritten by softmax - onehot. Where the
-    target is -1, loss and gradient are 0 and the denominator inf; a target of V or more gives nan.
+    logits (N, V) of any float dtype, targets (N,) -> cross-entropy (N,) in nats and log2 of the
+    softmax's denominator (N,), fp32. With `gradient` the logits are overwritten by softmax -
+    onehot. Where the target is -1, loss and gradient are 0 and the denominator inf; a target of V
+    or more gives nan.
     """
     N, V = logits.shape
     vector = 16 // logits.element_size()
@@ -162,7 +166,8 @@ def softmax_rows(logits, targets, gradient):
 
 
 # -------------------------------------------------------------------------------------------------
-# a matrix in fp8 and its transpose, because an fp8 product reads both factors along the summed dimension
+# a matrix in fp8 and its transpose, because an fp8 product reads both factors along the summed
+# dimension
 
 
 def fp8_tiles_kernel(
@@ -186,7 +191,8 @@ def fp8_tiles_kernel(
     here = rows.to(tl.int64)[:, None] * V + cols[None, :]
     inside = (rows[:, None] < N) & (cols[None, :] < V)
     x = tl.load(source + here, mask=inside, other=0.0, eviction_policy='evict_first')
-    # In halves and together again: no change, but Triton 3.6 would turn whole bf16 tiles and do all below twice.
+    # In halves and together again: no change, but Triton 3.6 would turn whole bf16 tiles and do all
+    # below twice.
     even, odd = tl.split(tl.reshape(x, [ROWS, COLS // 2, 2]))
     y = tl.interleave(even.to(tl.float32), odd.to(tl.float32))
     if SOFTMAX:
@@ -220,8 +226,9 @@ def fp8_tiles_reference(source, factor, targets, dtype, transposed=True):
 
 def fp8_tiles(source, factor, targets, dtype, transposed=True):
     """
-    source (N, V) times `factor` (0-dim, fp32) in `dtype`, and its transpose (V, N) or None. With targets
-    (N,): of logits, (softmax - onehot) 2^15, where `factor` (N,) is their lse from softmax_rows.
+    source (N, V) times `factor` (0-dim, fp32) in `dtype`, and its transpose (V, N) or None. With
+    targets (N,): of logits, (softmax - onehot) 2^15, where `factor` (N,) is their lse from
+    softmax_rows.
     """
     N, V = source.shape
     out = source.new_empty(N, V, dtype=dtype)
@@ -263,17 +270,20 @@ def quantize(x, transposed):
 
 def linear_cross_entropy(x, weight, targets, fp8=False):
     """
-    Mean cross-entropy in nats (fp32, 0-dim) of the logits x weightᵀ: x (..., C), weight (V, C), targets
-    (...) of ids below V. Targets of -1 do not count; the mean over none is nan, with zero gradients.
+    Mean cross-entropy in nats (fp32, 0-dim) of the logits x weightᵀ: x (..., C), weight (V, C),
+    targets (...) of ids below V. Targets of -1 do not count; the mean over none is nan, with zero
+    gradients.
 
-    The weight is used in x's dtype, and its gradient comes in its own. Logits are made in x's dtype, read
-    once and overwritten by their gradient in the same kernel, already in the forward pass; 1/count and
-    the upstream gradient scale only the two products of the backward pass. Nothing waits for the GPU.
+    The weight is used in x's dtype, and its gradient comes in its own. Logits are made in x's
+    dtype, read once and overwritten by their gradient in the same kernel, already in the forward
+    pass; 1/count and the upstream gradient scale only the two products of the backward pass.
+    Nothing waits for the GPU.
 
-    `fp8` (Hopper, Ada; N, C and V multiples of 16) is an approximation: x and weight are rounded to e4m3
-    (3 bits of mantissa, one scale a matrix, so small elements vanish), and softmax - onehot to e5m2 (2 bits;
-    below 2^-32 it is zero). Logits and sums are not: they are in x's dtype and in fp32, but the forward
-    product sums in the tensor core's shorter fast accumulator. Where Triton does not run, fp8 does nothing.
+    `fp8` (Hopper, Ada; N, C and V multiples of 16) is an approximation: x and weight are rounded to
+    e4m3 (3 bits of mantissa, one scale a matrix, so small elements vanish), and softmax - onehot to
+    e5m2 (2 bits; below 2^-32 it is zero). Logits and sums are not: they are in x's dtype and in
+    fp32, but the forward product sums in the tensor core's shorter fast accumulator. Where Triton
+    does not run, fp8 does nothing.
     """
     if x.device.type not in RUNS_ON:
         return linear_cross_entropy_reference(x, weight, targets)
@@ -404,8 +414,9 @@ def swiglu_gradient_reference(x, g):
 
 def swiglu_gradient(x, g):
     """
-    The gradient of x = gate | up (N, 2 C) from that of silu(gate) up, g (N, C), in fp32 inside; g is overwritten by silu(gate) up, which
-    the gradient of the next weight wants. Each number is moved once: torch.compile reads most twice, in two kernels. Both lie in one piece.
+    The gradient of x = gate | up (N, 2 C) from that of silu(gate) up, g (N, C), in fp32 inside; g
+    is overwritten by silu(gate) up, which the gradient of the next weight wants. Each number is
+    moved once: torch.compile reads most twice, in two kernels. Both lie in one piece.
     """
     if x.device.type not in RUNS_ON:
         return swiglu_gradient_reference(x, g)
@@ -439,8 +450,9 @@ def adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     """
-    One block of one tensor a program: owners (programs,) says of which; addresses (4, tensors) are weights', gradients', means' and
-    squares', firsts and sizes (tensors,) the number of its first program and of its values. EVEN: whole blocks at multiples of 16 bytes.
+    One block of one tensor a program: owners (programs,) says of which; addresses (4, tensors) are
+    weights', gradients', means' and squares', firsts and sizes (tensors,) the number of its first
+    program and of its values. EVEN: whole blocks at multiples of 16 bytes.
     """
     tensor = tl.load(owners + tl.program_id(0))
     at = (tl.program_id(0) - tl.load(firsts + tensor)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -485,10 +497,11 @@ def adamw(
     weights, gradients, means, squares, step, rate, betas=(0.9, 0.999), epsilon=1e-8, decay=0.0
 ):
     """
-    The update number `step` (from 1 on) of AdamW (Loshchilov & Hutter 2019, algorithm 2) to the tensors `weights`, in place: what
-    torch.optim.AdamW(fused=True) does, in fp32 inside and in the tensors' one dtype outside. In bf16 it moves them at the memory's
-    speed, which torch 2.11 does at half of it, and all in one launch: a GPU waits for each of many. The four lists are of the same
-    sizes, every tensor in one piece.
+    The update number `step` (from 1 on) of AdamW (Loshchilov & Hutter 2019, algorithm 2) to the
+    tensors `weights`, in place: what torch.optim.AdamW(fused=True) does, in fp32 inside and in the
+    tensors' one dtype outside. In bf16 it moves them at the memory's speed, which torch 2.11 does
+    at half of it, and all in one launch: a GPU waits for each of many. The four lists are of the
+    same sizes, every tensor in one piece.
     """
     kernel, gradients = kernels().adamw, [g.contiguous() for g in gradients]
     assert all(

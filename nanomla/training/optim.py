@@ -1,5 +1,6 @@
 """
-What moves the weights: Muon for the matrices of the blocks, AdamW for the rest, and a moving average.
+What moves the weights: Muon for the matrices of the blocks, AdamW for the rest, and a moving
+average.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of each matrix is
 replaced by the nearest semi-orthogonal matrix, so that every direction moves by the same amount.
@@ -8,20 +9,19 @@ Matrices of one shape are orthogonalised together, as one batch.
 
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # the quintic that Muon's authors tuned for speed of convergence
+# The quintic that Muon's authors tuned for speed of convergence.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrices, steps=5):
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
-    U Vᵀ of each of the matrices (N, rows, cols) with SVD U S Vᵀ, roughly: singular values end within
-    about 0.7 to 1.2. Five steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X; bf16 on a GPU, fp32 on a CPU.
+    Return U Vᵀ of each of the matrices (N, rows, cols) with SVD U S Vᵀ, roughly: singular values end
+    within about 0.7 to 1.2. Five steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X; bf16 on a GPU, fp32
+    on a CPU.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
@@ -38,8 +38,9 @@ class Muon(torch.optim.Optimizer):
     """
     Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / cols)); decoupled weight decay.
 
-    A weight that stacks several matrices says so in `weight.splits` (rows of each); with split=True they are
-    taken apart first. `lr` may be a 0-dim tensor on the device, so that a CUDA graph can read a new value.
+    A weight that stacks several matrices says so in `weight.splits` (rows of each); with split=True
+    they are taken apart first. `lr` may be a 0-dim tensor on the device, so that a CUDA graph can
+    read a new value.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5, split=True):
@@ -57,7 +58,8 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 if 'momentum' not in self.state[p]:
                     self.state[p]['momentum'] = torch.zeros_like(p)
-            grads, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+            grads = [p.grad for p in params]
+            momenta = [self.state[p]['momentum'] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
             updates = torch._foreach_lerp(grads, momenta, group['momentum'])
             if group['weight_decay']:
@@ -74,52 +76,60 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_sub_(list(weights), list(moves.unbind()))
 
 
-def optimizers(
-    model, kind, learning_rate, muon_lr, weight_decay, betas, graph=False, split=True, up=1.0
-):
+@dataclass
+class OptimizerSettings:
     """
-    The optimizers for `model`, as a list: AdamW for all, or Muon for the blocks' matrices and AdamW
-    for embeddings, head, norms and biases. Only matrices decay. Every group keeps its peak rate as
-    'base_lr'; with `graph` rates are tensors on the device; `split` as in Muon. Matrices that read a latent of MLA
-    (W^UQ, W^UK, W^UV) get `up` times muon_lr.
+    What trains a model. graph: rates are tensors on the device, for a CUDA graph; split: as in
+    Muon; up: share of muon_lr for the matrices that read a latent of MLA (W^UQ, W^UK, W^UV).
+    """
+
+    kind: str  # adamw | muon
+    learning_rate: float
+    muon_lr: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    graph: bool = False
+    split: bool = True
+    up: float = 1.0
+
+
+def make_optimizers(model: torch.nn.Module, s: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """
+    Return the optimizers for `model`: AdamW for all, or Muon for the blocks' matrices and AdamW for
+    embeddings, head, norms and biases. Only matrices decay. Every group keeps its peak rate as
+    'base_lr'.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     device = named[0][1].device
-    hidden = {n: p for n, p in named if kind == 'muon' and p.ndim == 2 and '.h.' in n}
-    behind = [n for n in hidden if up != 1 and '_b_proj' in n]
-    taken = {id(p) for p in hidden.values()}
-    rest = [p for _, p in named if id(p) not in taken]
+    hidden, reads_latent, others = [], [], []
+    for name, p in named:
+        if s.kind != 'muon' or p.ndim != 2 or '.h.' not in name:
+            others.append(p)
+        elif s.up != 1 and '_b_proj' in name:
+            reads_latent.append(p)
+        else:
+            hidden.append(p)
 
     def group(params, lr, decay):
-        return dict(
-            params=params,
-            weight_decay=decay,
-            base_lr=lr,
-            lr=torch.tensor(lr, device=device) if graph else lr,
-        )
+        rate = torch.tensor(lr, device=device) if s.graph else lr
+        return dict(params=params, weight_decay=decay, base_lr=lr, lr=rate)
 
-    adam = [
-        group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
-        group([p for p in rest if p.ndim < 2], learning_rate, 0.0),
+    adamw_groups = [
+        group([p for p in others if p.ndim >= 2], s.learning_rate, s.weight_decay),
+        group([p for p in others if p.ndim < 2], s.learning_rate, 0.0),
     ]
-    adam = [
-        g for g in adam if g['params']
-    ]  # none is left where only matrices of the blocks are trained
-    made = (
-        [
-            torch.optim.AdamW(
-                adam, betas=betas, fused=device.type in ('cpu', 'cuda'), capturable=graph
-            )
-        ]
-        if adam
-        else []
-    )
-    if hidden:
-        groups = [
-            group([p for n, p in hidden.items() if n not in behind], muon_lr, weight_decay),
-            group([hidden[n] for n in behind], muon_lr * up, weight_decay),
-        ]
-        made.append(Muon([g for g in groups if g['params']], split=split))
+    muon_groups = [
+        group(hidden, s.muon_lr, s.weight_decay),
+        group(reads_latent, s.muon_lr * s.up, s.weight_decay),
+    ]
+    adamw_groups = [g for g in adamw_groups if g['params']]
+    muon_groups = [g for g in muon_groups if g['params']]
+    made = []
+    if adamw_groups:  # none is left where only matrices of the blocks are trained
+        fused = device.type in ('cpu', 'cuda')
+        made.append(torch.optim.AdamW(adamw_groups, betas=s.betas, fused=fused, capturable=s.graph))
+    if muon_groups:
+        made.append(Muon(muon_groups, split=s.split))
     return made
 
 

@@ -12,7 +12,8 @@ from nanomla.training.optim import (
     NEWTON_SCHULZ,
     MovingAverage,
     Muon,
-    optimizers,
+    OptimizerSettings,
+    make_optimizers,
     orthogonalize,
     set_rate,
 )
@@ -175,8 +176,11 @@ def test_muon_resumes_where_it_was_saved():
 @pytest.mark.parametrize('tie', [True, False])
 def test_optimizers_cover_every_parameter_once(kind, which, tie, tiny, tokens):
     model = tiny(kind, tie_weights=tie)
-    made = optimizers(
-        model, which, learning_rate=1e-3, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95)
+    made = make_optimizers(
+        model,
+        OptimizerSettings(
+            which, learning_rate=1e-3, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95)
+        ),
     )
     covered = [id(p) for o in made for g in o.param_groups for p in g['params']]
     assert sorted(covered) == sorted(id(p) for p in model.parameters())
@@ -199,7 +203,7 @@ def test_optimizers_cover_every_parameter_once(kind, which, tie, tiny, tokens):
 def test_frozen_parameters_are_left_out(tiny):
     model = tiny()
     model.transformer.wpe.weight.requires_grad_(False)
-    made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95))
+    made = make_optimizers(model, OptimizerSettings('muon', 1e-3, 0.02, 0.1, (0.9, 0.95)))
     assert all(
         p is not model.transformer.wpe.weight
         for o in made
@@ -212,7 +216,7 @@ def test_muon_may_be_alone(tiny):
     model = tiny('mla')
     for name, p in model.named_parameters():
         p.requires_grad_('kv_b_proj' in name)
-    made = optimizers(model, 'muon', 1e-3, 0.02, 0.0, (0.9, 0.95))
+    made = make_optimizers(model, OptimizerSettings('muon', 1e-3, 0.02, 0.0, (0.9, 0.95)))
     assert [type(o) for o in made] == [Muon] and len(
         made[0].param_groups[0]['params']
     ) == model.config.n_layer
@@ -220,7 +224,7 @@ def test_muon_may_be_alone(tiny):
 
 @pytest.mark.parametrize('as_tensors', [False, True])
 def test_set_rate_is_a_share_of_the_peak(as_tensors, tiny):
-    made = optimizers(tiny(), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95))
+    made = make_optimizers(tiny(), OptimizerSettings('muon', 1e-3, 0.02, 0.1, (0.9, 0.95)))
     for o in made:
         for g in o.param_groups:
             g['lr'] = torch.tensor(g['lr']) if as_tensors else g['lr']
@@ -242,7 +246,9 @@ def test_tensor_rates_on_the_gpu_move_as_plain_ones(kind, tiny, tokens):
     for graph in (False, True):
         model = tiny(kind).cuda()
         start = [p.detach().clone() for p in model.parameters()]
-        made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), graph=graph)
+        made = make_optimizers(
+            model, OptimizerSettings('muon', 1e-3, 0.02, 0.1, (0.9, 0.95), graph=graph)
+        )
         set_rate(made, 0.5)
         for _ in range(3):
             model(tokens(13).cuda(), tokens(13).roll(-1).cuda()).backward()
@@ -320,7 +326,9 @@ def test_stacked_matrices_may_be_taken_whole():
 def test_the_setting_reaches_muon(tiny):
     for split in (True, False):
         assert (
-            optimizers(tiny('mla'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), split=split)[1].split
+            make_optimizers(
+                tiny('mla'), OptimizerSettings('muon', 1e-3, 0.02, 0.1, (0.9, 0.95), split=split)
+            )[1].split
             is split
         )
 
@@ -332,7 +340,9 @@ def test_what_reads_a_latent_moves_by_a_share_of_the_rate(up, tiny, tokens):
     slow.load_state_dict(whole.state_dict())
     before = {n: p.detach().clone() for n, p in whole.named_parameters()}
     for model, share in ((whole, 1.0), (slow, up)):
-        made = optimizers(model, 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=share)
+        made = make_optimizers(
+            model, OptimizerSettings('muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=share)
+        )
         set_rate(made, 0.5)
         model(tokens(13), tokens(13).roll(-1)).backward()
         for o in made:
@@ -343,6 +353,10 @@ def test_what_reads_a_latent_moves_by_a_share_of_the_rate(up, tiny, tokens):
             p - before[name], (up if behind else 1.0) * (fast - before[name]), rtol=1e-3, atol=1e-7
         )
     assert (
-        len(optimizers(tiny('mha'), 'muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=up)[1].param_groups)
+        len(
+            make_optimizers(
+                tiny('mha'), OptimizerSettings('muon', 1e-3, 0.02, 0.1, (0.9, 0.95), up=up)
+            )[1].param_groups
+        )
         == 1
     )
