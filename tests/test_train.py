@@ -42,7 +42,7 @@ from nanomla.core import devices as machine
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
 from nanomla.training import batches
-from nanomla.training.trainer import Trainer, rate
+from nanomla.training.trainer import Trainer, get_lr_share
 
 CONFIGS = [
     path
@@ -69,10 +69,11 @@ def val_losses(out='out'):
 
 
 def files(folder):
-    """Everything in a folder: path -> bytes."""
+    """Everything in a folder but the lock of its last run: path -> bytes."""
+    paths = [path for path in sorted(Path(folder).rglob('*')) if path.name != 'lock']
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(Path(folder).rglob('*'))
+        for path in paths
     }
 
 
@@ -153,7 +154,7 @@ def test_a_run_learns_and_leaves_its_files(kind, monkeypatch, capsys):
     monkeypatch.setattr(figures, 'curve', draw_curve)
     train(max_iters=60, eval_interval=20, sample_tokens=20, **MODELS[kind])
     out, err = capsys.readouterr()
-    assert sorted(os.listdir('out')) == ['ckpt.pt', 'curve.png', 'last.pt', 'log.jsonl']
+    assert sorted(files('out')) == ['ckpt.pt', 'curve.png', 'last.pt', 'log.jsonl']
     settings, *lines = log()
     assert (
         settings['event'] == 'settings'
@@ -733,41 +734,41 @@ def settings_of(**changes):
 def test_warmup_is_linear_and_reaches_the_peak():
     for schedule in ('cosine', 'wsd'):
         s = settings_of(schedule=schedule)
-        assert [rate(s, step) for step in range(10)] == [
+        assert [get_lr_share(s, step) for step in range(10)] == [
             pytest.approx((step + 1) / 11) for step in range(10)
         ]
-        assert rate(s, 10) == pytest.approx(1)
+        assert get_lr_share(s, 10) == pytest.approx(1)
 
 
 def test_cosine_is_a_half_wave_down_to_min_lr():
     s = settings_of()
     for step in range(10, 111):
-        assert rate(s, step) == pytest.approx(
+        assert get_lr_share(s, step) == pytest.approx(
             0.1 + 0.9 * math.cos((step - 10) / 100 * math.pi / 2) ** 2
         )
-    assert rate(s, 60) == pytest.approx(0.55) and {rate(s, step) for step in range(110, 300)} == {
-        0.1
-    }
+    assert get_lr_share(s, 60) == pytest.approx(0.55) and {
+        get_lr_share(s, step) for step in range(110, 300)
+    } == {0.1}
 
 
 def test_wsd_is_constant_and_then_linear():
     s = settings_of(schedule='wsd')
-    assert all(rate(s, step) == 1 for step in range(10, 67))
-    assert [rate(s, step) for step in (66, 88)] == [1, pytest.approx(0.55)] and {
-        rate(s, step) for step in range(110, 300)
+    assert all(get_lr_share(s, step) == 1 for step in range(10, 67))
+    assert [get_lr_share(s, step) for step in (66, 88)] == [1, pytest.approx(0.55)] and {
+        get_lr_share(s, step) for step in range(110, 300)
     } == {0.1}
-    falls = [rate(s, step) - rate(s, step + 1) for step in range(66, 110)]
+    falls = [get_lr_share(s, step) - get_lr_share(s, step + 1) for step in range(66, 110)]
     assert falls == [pytest.approx(0.9 / 44)] * 44
-    assert rate(settings_of(schedule='wsd', cooldown=0.0), 109) == 1
+    assert get_lr_share(settings_of(schedule='wsd', cooldown=0.0), 109) == 1
 
 
 def test_without_decay_the_rate_is_constant():
-    assert {rate(settings_of(decay_lr=False), step) for step in range(300)} == {1.0}
+    assert {get_lr_share(settings_of(decay_lr=False), step) for step in range(300)} == {1.0}
 
 
 def test_the_decay_ends_with_the_run_unless_told_otherwise():
-    assert rate(settings_of(lr_decay_iters=0), 105) == pytest.approx(0.55)
-    assert rate(settings_of(lr_decay_iters=0, max_iters=60), 60) == 0.1
+    assert get_lr_share(settings_of(lr_decay_iters=0), 105) == pytest.approx(0.55)
+    assert get_lr_share(settings_of(lr_decay_iters=0, max_iters=60), 60) == 0.1
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
@@ -782,13 +783,13 @@ def test_a_run_follows_its_schedule(schedule):
         schedule=schedule,
     )
     assert series('out', 'train', 'lr') == {
-        step + 1: pytest.approx(1e-2 * rate(s, step)) for step in range(6)
+        step + 1: pytest.approx(1e-2 * get_lr_share(s, step)) for step in range(6)
     }
     adamw, muon = checkpoint.load('out/last.pt')['optimizers']
     assert [group['lr'] for group in adamw['param_groups']] == [
-        pytest.approx(1e-2 * rate(s, 5))
+        pytest.approx(1e-2 * get_lr_share(s, 5))
     ] * 2
-    assert muon['param_groups'][0]['lr'] == pytest.approx(0.05 * rate(s, 5))
+    assert muon['param_groups'][0]['lr'] == pytest.approx(0.05 * get_lr_share(s, 5))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -854,7 +855,7 @@ def test_model_settings_have_the_defaults_of_the_models():
     wanted = fields | dict(
         bias=False, pos='learned'
     )  # MLA without a word about positions takes rope
-    assert {name: page[name][0] for name in fields.keys() & page.keys()} == {
+    assert {name: page[name].default for name in fields.keys() & page.keys()} == {
         name: wanted[name] for name in fields.keys() & page.keys()
     }
     assert {field.name: field.default for field in dataclasses.fields(GPT.Config)}.items() - {
@@ -920,8 +921,8 @@ def place(tmp_path_factory):
         (dict(eval_interval=-1), 'eval_interval=-1 must be at least 1'),
         (dict(max_iters=0), 'max_iters=0 must be at least 1'),
         (dict(block_size=0), 'block_size=0 must be at least 1'),
-        (dict(optimizer='sgd'), "optimizer='sgd' is not known: use adamw or muon"),
-        (dict(schedule='linear'), "schedule='linear' is not known: use cosine or wsd"),
+        (dict(optimizer='sgd'), "optimizer='sgd' is not known: use adamw, muon"),
+        (dict(schedule='linear'), "schedule='linear' is not known: use cosine, wsd"),
         (dict(kernel='fast'), "kernel='fast' is not known"),
         (dict(kernel='cudnn'), '--kernel=cudnn cannot run on cpu'),
         (dict(kernel='flex'), '--kernel=flex cannot run on cpu'),
@@ -1105,7 +1106,7 @@ def one_error(capsys, begins):
 def test_a_full_disk_leaves_the_last_checkpoint(name, capsys):
     train(max_iters=4)
     before = files('out')
-    Path('out', f'{name}.partial').symlink_to('/dev/full')
+    Path('out', f'{name}.{os.getpid()}.partial').symlink_to('/dev/full')
     assert (
         exit_code('train.py', words(TINY | dict(init_from='resume', always_save_checkpoint=True)))
         == 2

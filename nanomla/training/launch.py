@@ -26,6 +26,7 @@ from nanomla.core.files import ROOT, FolderLock, lock, writing
 PROMPT = '$ python train.py '  # begins an attempt in output.txt
 IN_USE = 'is in use by another train.py'
 FAILURE_LENGTH = 300  # letters of a reason
+LOCKS_OF_THIS_PROCESS: dict[Path, FolderLock] = {}  # by the run's folder
 
 
 # -------------------------------------------------------------------------------------------------
@@ -111,11 +112,17 @@ def lock_run_folder(folder: str | os.PathLike) -> FolderLock:
     """
     Hold FOLDER/lock while a run trains there. UserError when another train.py does.
 
-    A kill releases the lock, too. `failed_in_use` recognises the message in the output of a run.
+    A kill releases the lock, too, and a process trains one run at a time: where it holds the lock
+    already, that is the lock of a run of its own that has failed. `failed_in_use` recognises the
+    message in the output of a run.
     """
+    path = Path(folder).resolve()
+    if path in LOCKS_OF_THIS_PROCESS:
+        LOCKS_OF_THIS_PROCESS.pop(path).release()
     held = lock(folder)
     if held is None:
         raise UserError(f'--out_dir={folder} {IN_USE}: wait for its end, or name another folder')
+    LOCKS_OF_THIS_PROCESS[path] = held
     return held
 
 
