@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ pytest.importorskip('peft')
 pytest.importorskip('bitsandbytes')
 pytest.importorskip('rouge_score')
 
-from helpers import exit_code, words
+from helpers import PATIENCE, exit_code, wait_until, words
 
 from model import GPT, GPTConfig
 from nanomla.adapters import cell as cells
@@ -382,7 +381,7 @@ def bench(*arguments):
         [sys.executable, ROOT / 'bench_adapters.py', *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 
@@ -582,9 +581,7 @@ def test_the_whole_grid_and_its_resumption_after_a_kill():
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    until = time.time() + 200
-    while len(list(Path('out/cells').glob('*.json'))) < 4 and time.time() < until:
-        time.sleep(0.05)
+    wait_until(lambda: len(list(Path('out/cells').glob('*.json'))) >= 4, first)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     before = {path: path.stat().st_mtime_ns for path in Path('out/cells').glob('*.json')}

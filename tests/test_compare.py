@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TEXT, TINY, exit_code, log, run, series, wait_until, words
+from helpers import PATIENCE, ROOT, TEXT, TINY, exit_code, log, run, series, wait_until, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -1055,7 +1055,7 @@ def test_a_run_whose_process_was_killed_goes_on_in_a_new_one(in_process):
     process = start(**LONG, in_process=in_process)
     wait_until(lambda: Path('cmp/mla/seed-1/last.pt').exists(), process)
     os.kill(worker_of(process), signal.SIGSEGV)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert (
         process.returncode == 0
         and 'mla, seed 1: its process or its device broke down (see output.txt), it goes on in a new one'
@@ -1097,7 +1097,7 @@ def test_a_run_that_kills_its_process_each_time_is_a_row_and_the_others_go_on():
         return len(killed) == runs.DEATHS + 1
 
     wait_until(kill, process)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and len(set(killed)) == 3
     assert [line.get('error') for line in found()[2]] == ['killed by SIGSEGV, 3 times', None]
 
@@ -1116,7 +1116,7 @@ def test_a_signal_saves_and_stops(number, in_process):
         process,
     )
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert (
         process.returncode == runs.STOPPED
         and f'stopped by {signal.Signals(number).name} with 2 of 2 runs to go' in out
@@ -1134,7 +1134,7 @@ def test_a_signal_saves_and_stops(number, in_process):
 def test_two_processes_share_the_runs():
     both = [start(seeds=[1, 2, 3], max_iters=150, in_process=False) for _ in range(2)]
     for process in both:
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, out
     logs = [log(f'cmp/{name}/seed-{seed}') for name in CONTENDERS for seed in (1, 2, 3)]
     assert all(

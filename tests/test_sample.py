@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import PATIENCE
 
 from model import GPT
 from nanomla.checkpoints import native as checkpoint
@@ -501,12 +502,12 @@ def test_its_processes_end_well(saved):
     wrong, piped, interrupted = start('--start=Ω'), start(*endless), start(*endless)
     assert piped.stdout.read(100)[0] == '\n'  # it is written while it comes, to a pipe as well
     piped.stdout.close()
-    assert piped.wait(60) == 0 and HELD.fullmatch(piped.stderr.read())
+    assert piped.wait(PATIENCE) == 0 and HELD.fullmatch(piped.stderr.read())
     assert interrupted.stdout.read(100)[0] == '\n'
     interrupted.send_signal(signal.SIGINT)
-    _, err = interrupted.communicate(timeout=60)
+    _, err = interrupted.communicate(timeout=PATIENCE)
     assert interrupted.returncode == 130 and HELD.sub('', err) == '\ninterrupted\n'
-    out, err = wrong.communicate(timeout=60)
+    out, err = wrong.communicate(timeout=PATIENCE)
     assert (wrong.returncode, out) == (2, '') and re.fullmatch(
         r"error: --start: the text has characters .*'Ω'.*\n", err
     )

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    PATIENCE,
     ROOT,
     TEXT,
     TINY,
@@ -142,7 +143,7 @@ def start():
     for process in started:
         process.terminate()  # a launcher tells its workers
     for process in started:
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def test_signals_stop_a_process_that_can_be_resumed(start):
         wait_until(lambda: path.exists() and '"train"' in path.read_text(), process)
         process.send_signal(getattr(signal, name))
     for name, process in running.items():
-        assert process.wait(60) == 0 and Path(f'my {name}.err').read_text() == ''
+        assert process.wait(PATIENCE) == 0 and Path(f'my {name}.err').read_text() == ''
         assert log(f'my {name}')[-1]['why'] == f'stopped by {name}'
         line = Path(f'my {name}.out').read_text().splitlines()[-1]
         assert line.startswith('go on with: python train.py ') and line.endswith(
@@ -549,7 +550,7 @@ def test_two_processes_are_one_with_more_accumulation(start):
     }
     said, code = {}, {}
     for name, process in launched.items():
-        code[name] = process.wait(120)
+        code[name] = process.wait(PATIENCE)
         said |= {
             (name, *path.parts[-2:]): path.read_text()
             for path in Path(f'{name}.logs').rglob('std*.log')
@@ -1050,7 +1051,7 @@ def test_without_a_compiler_one_line_and_the_earlier_run_is_kept(start, monkeypa
     monkeypatch.setenv('CXX', '/nonexistent')
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(Path('cache').absolute()))
     process = start(compile=True)
-    assert process.wait(100) == 2
+    assert process.wait(PATIENCE) == 2
     err = Path('out.err').read_text()
     assert (
         err.startswith('error: torch.compile cannot work here (')

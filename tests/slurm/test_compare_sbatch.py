@@ -23,7 +23,7 @@ asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
 open('ready', 'w').write(' '.join(sys.argv[1:]))
-until = time.time() + (0.1 if sys.argv[-1].startswith('ends') else 20)
+until = time.time() + (0.1 if sys.argv[-1].startswith('ends') else 300)
 while time.time() < until and not asked:
     time.sleep(0.01)
 time.sleep(0.2)  # saving takes its time

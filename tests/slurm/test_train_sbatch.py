@@ -69,7 +69,7 @@ sys.exit(max(abs(worker.wait()) for worker in workers))
 TRAIN = """
 out_dir = 'out'
 init_from = 'scratch'  # scratch | resume
-ends = 'when asked'  # when asked | soon | badly | complete: asked or not, in one second
+ends = 'when asked'  # when asked | soon | badly | complete (in the moment it is asked)
 
 from nanomla.core.configurator import configure
 configure(globals())
@@ -80,8 +80,8 @@ name, asked = os.environ['SLURM_NODEID'] + os.environ['LOCAL_RANK'], []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
 open('ready.' + name, 'w').close()
-until = time.time() + {'soon': 0, 'complete': 1}.get(ends, 30)
-while time.time() < until and (ends == 'complete' or not os.path.exists('stop')):
+until = time.time() + (0 if ends == 'soon' else 300)
+while time.time() < until and not os.path.exists('stop'):
     time.sleep(0.01)
     if asked:
         open('stop', 'w').close()  # this is how these processes agree
