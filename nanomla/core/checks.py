@@ -1,7 +1,7 @@
 """Checks of what a person asked for: known words, numbers in their range, lists with commas."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from nanomla.core.configurator import UserError
@@ -24,19 +24,19 @@ def check_range(
     below: float = math.inf,
 ) -> None:
     """Raise a UserError unless least <= value <= most and above < value < below; nan never is."""
-    if least <= value <= most and (value > above or above == -math.inf):
-        if value < below or below == math.inf:
-            return
-    rules = []
+    rules = []  # (whether the value keeps to it, its words)
     if least > -math.inf:
-        rules.append(f'at least {least:g}')
+        rules.append((value >= least, f'at least {least:g}'))
     if above > -math.inf:
-        rules.append(f'more than {above:g}')
+        rules.append((value > above, f'more than {above:g}'))
     if most < math.inf:
-        rules.append(f'at most {most:g}')
+        rules.append((value <= most, f'at most {most:g}'))
     if below < math.inf:
-        rules.append(f'less than {below:g}')
-    raise UserError(f'{name}={value} must be {" and ".join(rules)}')
+        rules.append((value < below, f'less than {below:g}'))
+    is_nan = value != value
+    if is_nan or not all(fits for fits, _ in rules):
+        words = ' and '.join(rule for _, rule in rules) or 'a number'
+        raise UserError(f'{name}={value} must be {words}')
 
 
 def split_list(text: str) -> list[str]:
@@ -54,7 +54,7 @@ def split_numbers(name: str, text: str, kind: Callable = int) -> list:
 
 
 @contextmanager
-def settings_errors():
+def settings_errors() -> Iterator[None]:
     """Turn a ValueError of the models, which know no UserError, into a UserError."""
     try:
         yield
