@@ -1,442 +1,323 @@
 """
-What decoding costs: tokens a second, microseconds a step, bytes a token and peak memory of models with and
-without a cache (`cells`), and what a batch of mixed lengths leaves unused in its buffers (`fragmentation`). Every figure is a row of `Rows`; bench.py prints and draws them.
+Time prefill and decode steps of models with and without a cache, and count bytes.
 
-A cell is a model, a cache, its dtype, a batch and a context. Its sequences hold `context` tokens when its last
-timed step is over: their prompts are as much shorter as tokens are decoded. Prefill is timed on all of context.
-A cell that does not fit is a row with its reason.
+A configuration is a model, a cache and its dtype, a batch size and a context. Its sequences hold
+`context` tokens when the last timed step is over: their prompts are as much shorter as tokens are
+decoded. Prefill is timed on all of the context. Each configuration is a row of a ResultsTable, and
+one that runs out of memory is reported with the reason.
 """
 
 import math
 import random
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
-from nanomla.checkpoints import gpt2, load
-from nanomla.checkpoints import native as checkpoint
-from nanomla.core import devices as machine
-from nanomla.core import timing
+from model import GPT
+from nanomla.benchmarks.plan import UNCACHED_STEPS, DecodePlan, build_model, make_cache
+from nanomla.core import devices
 from nanomla.core.configurator import UserError
-from nanomla.core.timing import attempt, free_memory, median_and_range, peaks, reset_peak_memory
-from nanomla.inference.cache import LAYOUTS, PAGE_SIZES, Cache
-from nanomla.inference.generate import generate
+from nanomla.core.files import ResultsTable
+from nanomla.core.timing import (
+    attempt,
+    free_memory,
+    median_and_range,
+    peaks,
+    repeated_seconds,
+    reset_peak_memory,
+    seconds,
+)
+from nanomla.inference.cache import PAGE_SIZES, Cache, CacheOptions
+from nanomla.inference.generate import generate, prefill
 from nanomla.inference.quantize import BITS, FULL, NEVER_QUANTISED, group_of
 
-PREFILL_TOKENS = 32768  # in one pass, where --prefill_chunk does not say it: the mask of a pass is T x N a sequence
-UNCACHED_STEPS = 1  # between two looks at the clock: each is a whole forward pass
-KEYS = (
-    'what',
-    'model',
-    'shape',
-    'cache',
-    'cache_dtype',
-    'page_size',
-    'batch',
-    'context',
-    'prompt_tokens',
-    'new_tokens',
-    'against',
-    'candidate',
-    'device',
-)
+# Tokens of all prompts in one pass where --prefill_chunk does not say it: a pass has a mask of
+# T x N a sequence.
+PREFILL_TOKENS = 32768
+
+LayerDims = list[dict[str, int]]  # for each layer what a token leaves behind: name -> width
 
 
-# ---------------------------------------------------------------------------------------------------
-# what to measure
-
-
-def numbers(config, name, default):
-    """A setting like '1,64' as a sorted list of ints from 1 on; `default` where it is ''."""
-    text = config[name] or default
-    try:
-        found = sorted({int(part) for part in text.split(',')})
-    except ValueError:
-        found = [0]
-    if found[0] < 1:
-        raise UserError(
-            f'--{name}={text}: write whole numbers from 1 on with commas between them, like {default}'
-        )
-    return found
-
-
-def choices(config, name, known):
-    found = config[name].split(',')
-    for word in found:
-        if word not in known:
-            raise UserError(
-                f"--{name}={config[name]}: '{word}' is not known: use {', '.join(known)}"
-            )
-    return found
-
-
-def read_shape(shape):
-    """(kind, H, widths, width of a head) of '12:4:64' (heads : key/value heads : width) or '16:512+64' (heads : latent + k_pe)."""
-    try:
-        H, *rest = shape.split(':')
-        if len(rest) == 1:
-            R, P = map(int, rest[0].split('+'))
-            found = 'latent', int(H), dict(c_kv=R, k_pe=P), None
-        else:
-            K, D = map(int, rest)
-            found = 'kv', int(H), dict(k=K * D, v=K * D), D
-            if int(H) % K:
-                raise ValueError
-        if min(found[1], *found[2].values()) < 1:
-            raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise UserError(
-            f"--attention_shapes: '{shape}' is none: write heads:key/value heads:width like 12:4:64, or for MLA heads:latent+k_pe like 16:512+64"
-        ) from None
-    return found
-
-
-class Plan:
-    """What bench.py's settings ask for. UserError, before anything is built, for what cannot be."""
-
-    def __init__(self, config, device):
-        cpu = device.type == 'cpu'
-        self.config, self.device, self.dtype = (
-            config,
-            device,
-            machine.pick_dtype(config['dtype'], device),
-        )
-        self.models = (
-            'mha' if config['peer'] and 'models' not in config.given else config['models']
-        ).split(',')
-        self.caches = choices(config, 'caches', ('none', *LAYOUTS))
-        self.cache_dtypes = choices(config, 'cache_dtypes', ('auto', *FULL, *BITS))
-        self.batches = numbers(config, 'batch_sizes', '1,4' if cpu else '1,64')
-        self.contexts = numbers(
-            config, 'contexts', '128,256,512' if cpu else '128,256,512,1024,2048,4096,8192'
-        )
-        self.warmup, self.steps, self.repeats = (
-            config['warmup_steps'],
-            config['timed_steps'],
-            config['repeats'],
-        )
-        self.page_size = config['page_size']
-        if self.page_size not in PAGE_SIZES:
-            raise UserError(
-                f'page_size={self.page_size} is not supported: use {", ".join(map(str, PAGE_SIZES))}'
-            )
-        for name, least in dict(
-            new_tokens=1,
-            prompt_tokens=1,
-            peer_repeats=1,
-            peer_new_tokens=0,
-            warmup_steps=0,
-            prefill_chunk=0,
-        ).items():
-            if config[name] < least:
-                raise UserError(f'{name}={config[name]} must be at least {least}')
-        least = 1 + max(self.decoded(name) for name in self.caches)
-        if not config['peer'] and not config['attention_only'] and self.contexts[0] < least:
-            raise UserError(
-                f'--contexts={",".join(map(str, self.contexts))}: the cache is too small: a context holds a prompt, warmup_steps={self.warmup} and repeats={self.repeats} '
-                f'times timed_steps={self.steps} tokens, so it is at least {least}: raise it, or lower one of these'
-            )
-        if config['peer'] and not {*self.caches} - {'none'}:
-            raise UserError(
-                '--peer times whole texts decoded with a cache: use --caches=dense or paged'
-            )
-        if config['peer'] and config['prompt_tokens'] + config['new_tokens'] > config['block_size']:
-            raise UserError(
-                f'prompt_tokens={config["prompt_tokens"]} and new_tokens={config["new_tokens"]} are beyond block_size={config["block_size"]}: ask for fewer'
-            )
-        self.block_size = max(self.contexts[-1], config['block_size'])
-        for name in self.models:
-            self.describe(name)
-        self.shapes = {shape: read_shape(shape) for shape in config['attention_shapes'].split(',')}
-
-    def decoded(self, cache):
-        """Tokens that one cell decodes."""
-        return (
-            self.warmup + self.steps * self.repeats
-            if cache != 'none'
-            else 1 + UNCACHED_STEPS * self.repeats
-        )
-
-    def describe(self, name):
-        """(kind, settings) of one of --models, or None for a checkpoint."""
-        head, _, widths = name.partition(':')
-        if head not in ('mha', 'gqa', 'mqa', 'mla'):
-            if head in gpt2.HUB or Path(name).exists() or name.startswith('random:'):
-                return None
-            raise UserError(
-                f"--models={self.config['models']}: '{name}' is not known: use mha, gqa (or gqa:4 for 4 key/value heads), mqa, mla (or mla:256+32 "
-                'for a latent of 256 and a rotated key of 32), or a checkpoint file or folder'
-            )
-        H, changed = self.config['n_head'], dict(n_kv_head=0)
-        try:
-            if head == 'mla' and widths:
-                R, P = map(int, widths.split('+'))
-                changed |= dict(kv_lora_rank=R, qk_rope_head_dim=P)
-            elif head == 'gqa':
-                K = (
-                    int(widths)
-                    if widths
-                    else min(
-                        (k for k in range(2, H) if H % k == 0),
-                        key=lambda k: abs(k - H / 3),
-                        default=0,
-                    )
-                )
-                if not 1 < K < H or H % K:
-                    raise UserError(
-                        f"--models={self.config['models']}: '{name}' with n_head={H}: GQA has fewer key/value heads than heads and more than one, and divides them"
-                    )
-                changed |= dict(n_kv_head=K)
-            elif widths:
-                raise ValueError
-            elif head == 'mqa':
-                changed |= dict(n_kv_head=1)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"--models={self.config['models']}: '{name}': write gqa:4 for 4 key/value heads, mla:256+32 for a latent of 256 and a rotated key of 32"
-            ) from None
-        return ('mla' if head == 'mla' else 'mha'), changed
-
-    def build(self, name):
-        """
-        A model on the device, in its dtype and in eval mode: a checkpoint, or the shape of the settings with random
-        weights. For cells it has RoPE unless the settings say otherwise, because contexts go beyond GPT-2's.
-        """
-        config, described = self.config, self.describe(name)
-        if described is None:
-            model = load.load_model(name, dropout=0.0).model
-        else:
-            kind, changed = described
-            settings = dict(config) | changed | dict(dropout=0.0)
-            if not config['peer']:
-                settings['block_size'] = self.block_size
-                if 'pos' not in config.given:
-                    settings['pos'] = 'rope'
-            own = checkpoint.MODELS[kind].Config.keys()
-            given = {
-                key: where for key, where in config.given.items() if key in own
-            }  # MLA's widths are for the MLA models among them
-            torch.manual_seed(0)
-            model = checkpoint.new_model(kind, settings, given, config['vocabulary'])
-        model.stream = self.dtype
-        return model.to(self.device, self.dtype).eval()
-
-    def cache(self, model, layout, dtype, slots, size):
-        return Cache.of(
-            model,
-            slots,
-            size,
-            layout=layout,
-            dtype=dtype,
-            page_size=self.page_size,
-            static=self.device.type == 'cuda',
-            kernel=self.config['decode_kernel'],
-        )
-
-
-def shape_of(model):
-    """'12:12:64' heads : key/value heads : width of a head; MLA '12:512+32' heads : latent + rotated key."""
-    c = model.config
-    return (
-        f'{c.n_head}:{c.kv_lora_rank}+{c.qk_rope_head_dim}'
-        if checkpoint.kind_of(model) == 'mla'
-        else f'{c.n_head}:{c.n_kv_head}:{c.head_dim}'
+def facts(device: torch.device, dtype: torch.dtype) -> dict:
+    """Return what every row says of where it was measured."""
+    return dict(
+        device=devices.describe(device),
+        dtype=str(dtype).removeprefix('torch.'),
+        torch=torch.__version__,
+        commit=devices.commit(),
+        date=time.strftime('%Y-%m-%d'),
     )
 
 
-def formula_bytes(dims, slots, size, layout, dtype, page_size, full, window=128):
+def layer_dims(model: GPT) -> LayerDims:
+    return [block.attn.cache_dims() for block in model.transformer.h]
+
+
+def formula_bytes(
+    dims: LayerDims, rows: int, size: int, full: torch.dtype, options: CacheOptions
+) -> int:
     """
-    Bytes of a cache by the README's formula, from numbers alone. dims: a dict name -> width for each layer;
-    full: bytes of an element of the full precision; dtype: a float's name, int8 or int4.
+    Return the bytes of a cache of `rows` sequences of `size` tokens by the formula of
+    nanomla/inference/cache.py, from numbers alone. full: the full precision of its model
     """
-    places, window = (
-        slots * size if layout == 'dense' else slots * math.ceil(size / page_size) * page_size,
-        min(window, size),
-    )
+    slots = rows * size
+    if options.layout == 'paged':
+        slots = rows * math.ceil(size / options.page_size) * options.page_size
+    window = min(options.window, size)
     total = 0
     for widths in dims:
         for name, width in widths.items():
-            if dtype in BITS and name not in NEVER_QUANTISED:
-                total += (
-                    places * (math.ceil(width * BITS[dtype] / 8) + 4 * width // group_of(width))
-                    + slots * window * width * full
-                )
+            if options.dtype in BITS and name not in NEVER_QUANTISED:
+                codes = math.ceil(width * BITS[options.dtype] / 8)
+                scales = 4 * width // group_of(width)
+                total += slots * (codes + scales) + rows * window * width * full.itemsize
             else:
-                total += places * width * (FULL[dtype].itemsize if dtype in FULL else full)
+                total += slots * width * FULL.get(options.dtype, full).itemsize
     return total
 
 
-# ---------------------------------------------------------------------------------------------------
-# cells
+# -------------------------------------------------------------------------------------------------
+# decode steps
 
 
-def timed_tokens(tokens, device, warmup, steps, repeats):
-    """Seconds of one of the generator's tokens, `repeats` times over `steps` of them, after the first one (a prefill) and a warm-up."""
-    for _ in range(1 + warmup):
-        next(tokens)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-    return [
-        timing.seconds(device, lambda: [next(tokens) for _ in range(steps)]) / steps
-        for _ in range(repeats)
-    ]
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table. layout: 'none', 'dense' or 'paged'; dtype: 'none' without a cache."""
 
+    model: str
+    layout: str
+    dtype: str
+    batch: int
+    context: int
 
-@torch.no_grad()
-def cell(plan, model, cache, dtype, batch, context):
-    """The figures of one cell, as a dict of row entries. Raises what does not fit."""
-    device, n = plan.device, plan.decoded(cache)
-    if context > model.config.block_size:
-        raise UserError(f'the context is beyond block_size={model.config.block_size}')
-    before = reset_peak_memory(device)
-    held, row = None, {}
-    if cache != 'none':
-        held = plan.cache(model, cache, dtype, batch, context)
-        formula = formula_bytes(
-            [block.attn.cache_dims() for block in model.transformer.h],
-            batch,
-            context,
-            cache,
-            held.dtype,
-            plan.page_size,
-            plan.dtype.itemsize,
+    def key(self, plan: DecodePlan) -> dict:
+        """Return the entries by which its row is found again."""
+        paged = self.layout == 'paged'
+        key = dict(
+            what='cell',
+            model=self.model,
+            cache=self.layout,
+            cache_dtype=self.dtype,
+            page_size=plan.page_size if paged else None,
+            batch=self.batch,
+            context=self.context,
         )
-        row |= dict(
-            decode_kernel_ran=held.kernel,
-            cache_bytes=held.nbytes,
-            bytes_per_token=held.nbytes / held.slots,
-            bytes_per_token_formula=formula / held.slots,
-        )
-    idx = torch.randint(model.config.vocab_size, (batch, context), device=device)
-    if held is None:
-        chunk = context
-
-        def prefill():
-            return model.lm_head(model.hidden(idx)[:, -1])
-
-        tokens, counts = (
-            generate(model, idx[:, : context - n], n + 1, temperature=0),
-            (0, UNCACHED_STEPS, plan.repeats),
-        )
-    else:
-        chunk, texts = (
-            min(context, plan.config['prefill_chunk'] or max(64, PREFILL_TOKENS // batch)),
-            idx.tolist(),
-        )
-
-        def prefill():
-            return model.lm_head(prefill(model, texts, held, chunk=chunk))
-
-        tokens = generate(
-            model,
-            [text[: context - n] for text in texts],
-            n + 1,
-            temperature=0,
-            cache=held,
-            prefill_chunk=chunk,
-        )
-        counts = (plan.warmup, plan.steps, plan.repeats)
-
-    times = []
-    for i in range(1 + plan.repeats):
-        for slot in range(batch if held else 0):
-            held.free(slot)
-        times.append(timing.seconds(device, prefill))
-    times = times[1:]
-    row |= dict(
-        prefill_tok_per_s=batch * context / statistics.median(times), prefill_chunk=chunk
-    ) | median_and_range('prefill_ms', times, 1e3)
-    for slot in range(batch if held else 0):
-        held.free(slot)
-    row |= peaks(device)
-    steps = timed_tokens(tokens, device, *counts)
-    step_peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else None
-    row |= dict(
-        decode_tok_per_s=batch / statistics.median(steps),
-        timed_steps=counts[1],
-        repeats=plan.repeats,
-    ) | median_and_range('step_us', steps, 1e6)
-    whole = {
-        key: max(value, row[key]) if value else value for key, value in peaks(device).items()
-    }  # prefill and steps
-    return row | whole | dict(step_peak_allocated=step_peak, allocated_before=before)
+        if self.layout != 'none':
+            key['decode_kernel'] = plan.settings['decode_kernel']
+        return key
 
 
-def cells(plan, rows, tell=print):
-    """Measures every cell that `rows` does not hold yet; one line of `tell` for each."""
-    kinds = [
-        (cache, dtype)
-        for cache in plan.caches
-        for dtype in (plan.cache_dtypes if cache != 'none' else ['none'])
-    ]
-    total, i = len(plan.models) * len(kinds) * len(plan.batches) * len(plan.contexts), 0
-    for name in plan.models:
-        model, weights = None, 0
-        for cache, dtype in kinds:
-            for batch in plan.batches:
+def configurations(plan: DecodePlan, model: str) -> Iterator[Configuration]:
+    """Yield all configurations of one of the plan's models."""
+    for layout in plan.caches:
+        dtypes = ['none'] if layout == 'none' else plan.cache_dtypes
+        for dtype in dtypes:
+            for batch in plan.batch_sizes:
                 for context in plan.contexts:
-                    i += 1
-                    key = dict(
-                        what='cell',
-                        model=name,
-                        cache=cache,
-                        cache_dtype=dtype,
-                        page_size=plan.page_size if cache == 'paged' else None,
-                        batch=batch,
-                        context=context,
-                    )
-                    key |= (
-                        dict(decode_kernel=plan.config['decode_kernel']) if cache != 'none' else {}
-                    )
-                    if row := rows.find(**key, device=rows.facts['device']):
-                        tell(f'[{i}/{total}] {line_of(row)}  (kept)')
-                        continue
-                    if model is None:
-                        model = plan.build(name)
-                        weights = sum(p.nbytes for p in model.parameters())
-                    row = key | dict(
-                        shape=shape_of(model), parameters=model.num_params(), weight_bytes=weights
-                    )
-                    tell(
-                        f'[{i}/{total}] '
-                        + line_of(
-                            rows.add(
-                                **row
-                                | attempt(
-                                    lambda: cell(plan, model, cache, dtype, batch, context),
-                                    plan.device,
-                                )
-                            )
-                        )
-                    )
+                    yield Configuration(model, layout, dtype, batch, context)
+
+
+def measure_steps(plan: DecodePlan, rows: ResultsTable, report: Callable = print) -> None:
+    """Measure every configuration that `rows` does not hold yet and report a line for each."""
+    by_model = {name: list(configurations(plan, name)) for name in plan.models}
+    total = sum(map(len, by_model.values()))
+    done = 0
+    for name, chosen in by_model.items():
+        model = None  # built when a configuration needs it
+        for configuration in chosen:
+            done += 1
+            key = configuration.key(plan)
+            row = rows.find(**key, device=rows.facts['device'])
+            if row is not None:
+                report(f'[{done}/{total}] {row_text(row)}  (kept)')
+                continue
+            if model is None:
+                model = build_model(plan, name)
+            row = rows.add(**key, **measure_configuration(plan, model, configuration))
+            report(f'[{done}/{total}] {row_text(row)}')
         del model
         free_memory(plan.device)
 
 
-def line_of(row):
-    where = f'{row["model"]:<5} {row["cache"] + (" " + row["cache_dtype"] if row["cache"] != "none" else ""):<14} {row["batch"]:>3} x {row["context"]:<6}'
-    if row['reason']:
-        return f'{where} {row["reason"]}'
-    return (
-        f'{where} {row["step_us"]:>10,.0f} µs a step ({row["step_us_least"]:,.0f} to {row["step_us_most"]:,.0f})  decode {row["decode_tok_per_s"]:>9,.0f} tok/s  '
-        f'prefill {row["prefill_tok_per_s"]:>11,.0f} tok/s  peak {row["peak_allocated"] / 2**20:>8,.0f} MiB'
-        + (f'  {row["bytes_per_token"]:,.0f} B a token' if 'bytes_per_token' in row else '')
+def measure_configuration(plan: DecodePlan, model: GPT, configuration: Configuration) -> dict:
+    """Return the figures of one configuration, or the reason why there are none."""
+    about = dict(
+        shape=model.config.shape,
+        parameters=model.num_params(),
+        weight_bytes=sum(p.nbytes for p in model.parameters()),
+    )
+    return about | attempt(lambda: time_configuration(plan, model, configuration), plan.device)
+
+
+@dataclass
+class Work:
+    """
+    What one configuration runs.
+
+    prefill: runs the whole context once
+    tokens: a generator that decodes; its first token is a prefill of the prompts
+    chunk: tokens of each sequence in one pass of the prefill
+    warmup, steps: tokens before the clock starts, and between two looks at it
+    """
+
+    prefill: Callable
+    tokens: Iterator
+    chunk: int
+    warmup: int
+    steps: int
+
+
+def uncached_work(plan: DecodePlan, model: GPT, idx: torch.Tensor) -> Work:
+    """Every step runs the whole text, idx (B, context) in the end, again."""
+    new = plan.decoded_tokens('none')
+    return Work(
+        prefill=lambda: model.lm_head(model.hidden(idx)[:, -1]),
+        tokens=generate(model, idx[:, :-new], new + 1, temperature=0),
+        chunk=idx.size(1),
+        warmup=0,
+        steps=UNCACHED_STEPS,
     )
 
 
-# ---------------------------------------------------------------------------------------------------
-# what the cells say
+def cached_work(plan: DecodePlan, model: GPT, idx: torch.Tensor, cache: Cache) -> Work:
+    """Every step runs one token of each sequence of idx (B, context)."""
+    batch, context = idx.shape
+    chunk = plan.settings['prefill_chunk'] or max(64, PREFILL_TOKENS // batch)
+    chunk = min(context, chunk)
+    texts = idx.tolist()
+    new = plan.decoded_tokens(cache.layout)
+    prompts = [text[:-new] for text in texts]
+    return Work(
+        prefill=lambda: model.lm_head(prefill(model, texts, cache, chunk=chunk)),
+        tokens=generate(model, prompts, new + 1, cache=cache, prefill_chunk=chunk, temperature=0),
+        chunk=chunk,
+        warmup=plan.warmup,
+        steps=plan.steps,
+    )
 
 
-def crossing(plain, cached):
+@torch.no_grad()
+def time_configuration(plan: DecodePlan, model: GPT, configuration: Configuration) -> dict:
+    """Return bytes, and times of prefill and of decode steps. Raises what does not fit."""
+    device, batch, context = plan.device, configuration.batch, configuration.context
+    block_size = model.config.block_size
+    if context > block_size:
+        raise UserError(f'the context is beyond block_size={block_size}')
+    allocated_before = reset_peak_memory(device)
+    cache, row = None, {}
+    if configuration.layout != 'none':
+        cache = make_cache(plan, model, configuration.layout, configuration.dtype, batch, context)
+        row = cache_columns(model, cache)
+    idx = torch.randint(model.config.vocab_size, (batch, context), device=device)
+    if cache is None:
+        work = uncached_work(plan, model, idx)
+    else:
+        work = cached_work(plan, model, idx, cache)
+
+    times = []
+    for _ in range(1 + plan.repeats):
+        empty(cache)
+        times.append(seconds(device, work.prefill))
+    empty(cache)
+    times = times[1:]  # the first is the warm-up
+    row |= dict(
+        prefill_tok_per_s=batch * context / statistics.median(times), prefill_chunk=work.chunk
+    )
+    row |= median_and_range('prefill_ms', times, 1e3)
+    prefill_peaks = peaks(device)
+    row |= prefill_peaks
+
+    times = time_tokens(device, work, plan.repeats)
+    row |= dict(
+        decode_tok_per_s=batch / statistics.median(times),
+        timed_steps=work.steps,
+        repeats=plan.repeats,
+    )
+    row |= median_and_range('step_us', times, 1e6)
+    step_peaks = peaks(device)
+    row |= larger(prefill_peaks, step_peaks)
+    row['step_peak_allocated'] = None
+    if device.type == 'cuda':
+        row['step_peak_allocated'] = step_peaks['peak_allocated']
+    row['allocated_before'] = allocated_before
+    return row
+
+
+def cache_columns(model: GPT, cache: Cache) -> dict:
+    formula = formula_bytes(layer_dims(model), cache.rows, cache.size, cache.full, cache.options)
+    return dict(
+        decode_kernel_ran=cache.kernel,
+        cache_bytes=cache.nbytes,
+        bytes_per_token=cache.nbytes / cache.slots,
+        bytes_per_token_formula=formula / cache.slots,
+    )
+
+
+def empty(cache: Cache | None) -> None:
+    """End all sequences of a cache."""
+    if cache is not None:
+        for row in range(cache.rows):
+            cache.free(row)
+
+
+def time_tokens(device: torch.device, work: Work, repeats: int) -> list[float]:
+    """Return `repeats` times the seconds of a token, after the prefill and the warm-up."""
+    for _ in range(1 + work.warmup):
+        next(work.tokens)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    return repeated_seconds(device, lambda i: next(work.tokens), work.steps, repeats)
+
+
+def larger(first: dict, second: dict) -> dict:
+    """Return the larger of two values for each name; None where there are none."""
+    both = {}
+    for name, value in first.items():
+        both[name] = None if value is None else max(value, second[name])
+    return both
+
+
+def row_text(row: dict) -> str:
+    """Return the line that reports a configuration."""
+    cache = row['cache']
+    if cache != 'none':
+        cache = f'{cache} {row["cache_dtype"]}'
+    where = f'{row["model"]:<5} {cache:<14} {row["batch"]:>3} x {row["context"]:<6}'
+    if row['reason']:
+        return f'{where} {row["reason"]}'
+    peak = row['peak_allocated'] / 2**20
+    parts = [
+        f'{where} {row["step_us"]:>10,.0f} µs a step '
+        f'({row["step_us_least"]:,.0f} to {row["step_us_most"]:,.0f})',
+        f'decode {row["decode_tok_per_s"]:>9,.0f} tok/s',
+        f'prefill {row["prefill_tok_per_s"]:>11,.0f} tok/s',
+        f'peak {peak:>8,.0f} MiB',
+    ]
+    if 'bytes_per_token' in row:
+        parts.append(f'{row["bytes_per_token"]:,.0f} B a token')
+    return '  '.join(parts)
+
+
+# -------------------------------------------------------------------------------------------------
+# what the rows say about caches and pages
+
+PAYS = {
+    'from': 'pays from {:,.0f} tokens on',
+    'always': 'pays at every length from {:,} tokens on',
+    'never': 'does not pay up to {:,} tokens',
+}
+
+
+def crossing(plain: dict[int, float], cached: dict[int, float]) -> tuple[str, float] | None:
     """
-    The length from which the cache pays: plain and cached are {length: time}. Returns (word, length): 'from' where the
-    cached line goes below the plain one for good, by straight lines between the lengths on log-log paper; 'always' and
-    the least length, 'never' and the greatest. None without a common length.
+    Return from which length on a cache pays; plain and cached are {length: time}.
+
+    ('from', length): the cached line goes below the plain one for good there, by straight lines
+    between the lengths on log-log paper. ('always', least length), ('never', greatest length).
+    None without a common length.
     """
     lengths = sorted(plain.keys() & cached.keys())
     if not lengths:
@@ -444,127 +325,137 @@ def crossing(plain, cached):
     gain = [math.log(plain[length] / cached[length]) for length in lengths]
     if gain[-1] <= 0:
         return 'never', lengths[-1]
-    last = next((i for i in range(len(gain) - 1, -1, -1) if gain[i] <= 0), None)
-    if last is None:
+    losses = [i for i, value in enumerate(gain) if value <= 0]
+    if not losses:
         return 'always', lengths[0]
+    last = losses[-1]
     share = gain[last] / (gain[last] - gain[last + 1])
     return 'from', lengths[last] * (lengths[last + 1] / lengths[last]) ** share
 
 
-def answers(rows):
-    """What the cells say about caches and pages, as lines of text."""
-    good = [row for row in rows if row['what'] == 'cell' and not row['reason']]
+def summary(rows: list[dict]) -> list[str]:
+    """Return what the measured steps say about caches and pages, as lines of text."""
+    measured = [row for row in rows if row['what'] == 'cell' and not row['reason']]
+    groups = {}  # (model, batch) -> (cache, dtype) -> context -> µs of a step
+    for row in measured:
+        times = groups.setdefault((row['model'], row['batch']), {})
+        by_context = times.setdefault((row['cache'], row['cache_dtype']), {})
+        by_context[row['context']] = row['step_us']
     lines = []
-    for name, batch in dict.fromkeys((row['model'], row['batch']) for row in good):
-        times = {}
-        for row in good:
-            if (row['model'], row['batch']) == (name, batch):
-                times.setdefault((row['cache'], row['cache_dtype']), {})[row['context']] = row[
-                    'step_us'
-                ]
-        for (cache, dtype), points in times.items():
-            found = crossing(times.get(('none', 'none'), {}), points) if cache != 'none' else None
-            if found:
-                said = dict(
-                    zip(
-                        ('from', 'always', 'never'),
-                        (
-                            'pays from {:,.0f} tokens on',
-                            'pays at every length from {:,} tokens on',
-                            'does not pay up to {:,} tokens',
-                        ),
-                    )
-                )
-                lines.append(
-                    f'{name}, batch {batch}: a {cache} {dtype} cache '
-                    + said[found[0]].format(found[1])
-                )
-            dense = times.get(('dense', dtype), {})
-            if cache == 'paged' and (common := sorted(points.keys() & dense.keys())):
-                lines.append(
-                    f'{name}, batch {batch}: a step with {dtype} pages takes '
-                    + ', '.join(
-                        f'{points[length] / dense[length]:.2f} x dense at {length:,}'
-                        for length in common
-                    )
-                )
+    for (model, batch), times in groups.items():
+        for (cache, dtype), by_context in times.items():
+            texts = []
+            if cache != 'none':
+                texts.append(gain_text(cache, dtype, times.get(('none', 'none'), {}), by_context))
+            if cache == 'paged':
+                texts.append(paging_text(dtype, times.get(('dense', dtype), {}), by_context))
+            lines += [f'{model}, batch {batch}: {text}' for text in texts if text]
     return lines
 
 
-def mixed_lengths(batch, longest, seed=0):
-    """`batch` lengths from 1 to `longest`, even on a logarithmic scale: many short texts, a few long ones."""
+def gain_text(cache: str, dtype: str, plain: dict, cached: dict) -> str:
+    """Return from which length on this cache pays, '' where it is not known."""
+    found = crossing(plain, cached)
+    if found is None:
+        return ''
+    word, length = found
+    return f'a {cache} {dtype} cache {PAYS[word].format(length)}'
+
+
+def paging_text(dtype: str, dense: dict, paged: dict) -> str:
+    """Return how much longer a step over pages takes than a dense one, '' where not known."""
+    common = sorted(dense.keys() & paged.keys())
+    if not common:
+        return ''
+    ratios = [f'{paged[length] / dense[length]:.2f} x dense at {length:,}' for length in common]
+    return f'a step with {dtype} pages takes {", ".join(ratios)}'
+
+
+# -------------------------------------------------------------------------------------------------
+# fragmentation
+
+
+def mixed_lengths(batch: int, longest: int, seed: int = 0) -> list[int]:
+    """Return lengths from 1 to `longest`, even on a logarithmic scale: most texts are short."""
     draw = random.Random(seed)
-    return [
-        min(longest, int(math.exp(draw.uniform(0, math.log(longest + 1))))) for _ in range(batch)
-    ]
+    lengths = []
+    for _ in range(batch):
+        length = math.exp(draw.uniform(0, math.log(longest + 1)))
+        lengths.append(min(longest, int(length)))
+    return lengths
 
 
-def fragmentation(dims, lengths, size, full, device):
+def fragmentation(
+    dims: LayerDims, lengths: list[int], size: int, full: torch.dtype, device: torch.device
+) -> list[dict]:
     """
-    What a batch of mixed lengths leaves unused: a row for a dense cache and for each page size, from real caches that
-    hold it, with exactly the pages that it takes. Bytes used are those of its tokens; lost_percent of what is
-    allocated is not; saved_percent is against the dense cache.
+    Return how much of a cache sequences of these lengths leave unused, with room for `size` tokens
+    each: a row for a dense cache and one for each page size, from real caches with exactly the
+    pages that the sequences take.
+
+    used_bytes are those of their tokens; lost_percent of allocated_bytes are not used;
+    saved_percent is against the dense cache.
     """
-    found, dense = [], None
-    for page_size in (0, *PAGE_SIZES):
+    dense = dict(layout='dense')
+    found = [unused_bytes(Cache(dims, len(lengths), size, full, device, **dense), lengths)]
+    for page_size in PAGE_SIZES:
         free_memory(device)
-        how = (
-            dict(
-                layout='paged',
-                page_size=page_size,
-                pages=sum(-(-length // page_size) for length in lengths),
-            )
-            if page_size
-            else dict(layout='dense')
-        )
-        cache = Cache(dims, len(lengths), size, full=full, device=device, **how)
-        cache.plan(lengths)  # takes the pages
-        assert not page_size or not cache.pages.free
-        allocated, used = cache.nbytes, round(sum(cache.used) * cache.bytes_per_token)
-        dense = dense or allocated
-        found.append(
-            dict(
-                cache=cache.layout,
-                page_size=page_size or None,
-                allocated_bytes=allocated,
-                used_bytes=used,
-                lost_percent=100 * (1 - used / allocated),
-                saved_percent=100 * (1 - allocated / dense),
-            )
-        )
+        pages = sum(math.ceil(length / page_size) for length in lengths)
+        paged = dict(layout='paged', page_size=page_size, pages=pages)
+        cache = Cache(dims, len(lengths), size, full, device, **paged)
+        found.append(unused_bytes(cache, lengths))
+        assert not cache.pages.free
+    for row in found:
+        share = row['allocated_bytes'] / found[0]['allocated_bytes']
+        row['saved_percent'] = 100 * (1 - share)
     return found
 
 
-def fragmentations(plan, rows, tell=print):
-    """A table for the first of the models, the largest batch and the longest context."""
-    name, batch, size = plan.models[0], plan.batches[-1], plan.contexts[-1]
-    lengths, model = mixed_lengths(batch, size), plan.build(name)
-    dims = [block.attn.cache_dims() for block in model.transformer.h]
+def unused_bytes(cache: Cache, lengths: list[int]) -> dict:
+    cache.plan(lengths)  # takes the pages
+    used = round(sum(cache.used) * cache.bytes_per_token)
+    return dict(
+        cache=cache.layout,
+        page_size=cache.page_size if cache.pages else None,
+        allocated_bytes=cache.nbytes,
+        used_bytes=used,
+        lost_percent=100 * (1 - used / cache.nbytes),
+    )
+
+
+def measure_fragmentation(plan: DecodePlan, rows: ResultsTable, report: Callable = print) -> None:
+    """Add a table for the first of the models, the largest batch and the longest context."""
+    name, batch, size = plan.models[0], plan.batch_sizes[-1], plan.contexts[-1]
+    lengths = mixed_lengths(batch, size)
+    mean = statistics.mean(lengths)
+    dims = layer_dims(build_model(plan, name))
     key = dict(what='fragmentation', model=name, batch=batch, context=size)
     result = attempt(
-        lambda: dict(found=fragmentation(dims, lengths, size, plan.dtype, plan.device)), plan.device
+        lambda: dict(found=fragmentation(dims, lengths, size, plan.dtype, plan.device)),
+        plan.device,
     )
     if result['reason']:
-        return tell(f'fragmentation: {rows.add(**key, **result)["reason"]}')
-    tell(
-        f'{name}, {batch} sequences of 1 to {size:,} tokens (mean {statistics.mean(lengths):,.0f}, even on a logarithmic scale), room for {size:,} each:'
+        rows.add(**key, **result)
+        report(f'fragmentation: {result["reason"]}')
+        return
+    report(
+        f'{name}, {batch} sequences of 1 to {size:,} tokens (mean {mean:,.0f}, even on a '
+        f'logarithmic scale), room for {size:,} each:'
     )
     for found in result['found']:
-        if old := rows.find(**key, page_size=found['page_size']):
+        old = rows.find(**key, page_size=found['page_size'])
+        if old is not None:
             rows.remove(old)
-        row = rows.add(**key | found | dict(mean_length=statistics.mean(lengths), reason=''))
-        tell(
-            f'  {row["cache"]:<5} {"page size " + str(row["page_size"]) if row["page_size"] else "contiguous":<13} {row["allocated_bytes"] / 2**20:>9,.1f} MiB allocated, '
-            f'{row["used_bytes"] / 2**20:,.1f} used: {row["lost_percent"]:.1f} % lost, {row["saved_percent"]:.1f} % less than contiguous'
-        )
+        row = rows.add(**key, **found, mean_length=mean, reason='')
+        report(fragmentation_text(row))
 
 
-def facts(device, dtype):
-    """What every row says of where it was measured."""
-    return dict(
-        device=machine.describe(device),
-        dtype=str(dtype)[6:],
-        torch=torch.__version__,
-        commit=machine.commit(),
-        date=time.strftime('%Y-%m-%d'),
+def fragmentation_text(row: dict) -> str:
+    size = 'contiguous'
+    if row['page_size']:
+        size = f'page size {row["page_size"]}'
+    allocated, used = row['allocated_bytes'] / 2**20, row['used_bytes'] / 2**20
+    return (
+        f'  {row["cache"]:<5} {size:<13} {allocated:>9,.1f} MiB allocated, {used:,.1f} used: '
+        f'{row["lost_percent"]:.1f} % lost, {row["saved_percent"]:.1f} % less than contiguous'
     )

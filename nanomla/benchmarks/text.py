@@ -1,22 +1,47 @@
 """
-Whole texts, ours beside other people's `generate` (peers.py) in one process: seconds a token with median_and_range, and the ratio.
-The first text of each is a warm-up and does not count; ours keeps its cache from text to text, as sample.py does.
+Time whole texts, ours beside other people's `generate` (peers.py) in one process.
+
+Rows hold seconds a token with their median and range, and the ratio of theirs to ours. The first
+text of each is a warm-up and does not count; ours keeps its cache from text to text, as sample.py
+does.
 """
 
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from model import GPT
 from nanomla.benchmarks import peers
-from nanomla.benchmarks.decode import shape_of
+from nanomla.benchmarks.decode import empty
+from nanomla.benchmarks.plan import DecodePlan, build_model, make_cache
 from nanomla.core import timing
+from nanomla.core.checks import split_list
 from nanomla.core.configurator import UserError
+from nanomla.core.files import ResultsTable
 from nanomla.core.timing import attempt, free_memory, median_and_range, peaks, reset_peak_memory
+from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate
 
+WARMUP_TOKENS = 8  # of a peer's first text
 
-def ratio(theirs, ours):
-    """Theirs over ours, of seconds a token: {ratio, ratio_least, ratio_most}; the extremes pair the slowest of the one with the fastest of the other."""
+
+@dataclass
+class PeerTimes:
+    """Seconds a token of a peer's texts."""
+
+    peer: str
+    batch: int
+    seconds: list[float]
+
+
+def ratios(theirs: list[float], ours: list[float]) -> dict:
+    """
+    Return theirs over ours, of seconds a token: ratio, ratio_least and ratio_most.
+
+    The extremes pair the slowest of the one with the fastest of the other.
+    """
     return dict(
         ratio=statistics.median(theirs) / statistics.median(ours),
         ratio_least=min(theirs) / max(ours),
@@ -24,110 +49,134 @@ def ratio(theirs, ours):
     )
 
 
-def texts(plan, rows, tell=print):
-    """Seconds of whole texts: each of --peer, then each model and cache with that peer's sampling, and the ratio."""
-    config, device = plan.config, plan.device
-    n, theirs_n, prompt = (
-        config['new_tokens'],
-        config['peer_new_tokens'] or config['new_tokens'],
-        config['prompt_tokens'],
-    )
-    vocab_size = -(-config['vocabulary'] // 64) * 64
-    theirs = {}
-    for name in config['peer'].split(','):
-        who, run = peers.generator(name, config, vocab_size, device, plan.dtype)
-        for batch in plan.batches:
-            idx = torch.randint(config['vocabulary'], (batch, prompt), device=device)
-
-            def whole():
-                assert run(idx, theirs_n).shape == (batch, prompt + theirs_n)
-
-            run(idx, min(8, theirs_n))
-            theirs[who, batch] = [
-                timing.seconds(device, whole) / theirs_n for _ in range(config['peer_repeats'])
-            ]
-            row = rows.add(
-                what='text',
-                model=who,
-                batch=batch,
-                prompt_tokens=prompt,
-                new_tokens=theirs_n,
-                repeats=config['peer_repeats'],
-                sampling=peers.SAMPLING[who],
-                tok_per_s=batch / statistics.median(theirs[who, batch]),
-                reason='',
-                **median_and_range('step_us', theirs[who, batch], 1e6),
-            )
-            tell(text_line(row))
-        del run
-        free_memory(device)
+def measure_texts(plan: DecodePlan, rows: ResultsTable, report: Callable = print) -> None:
+    """Time texts of each of --peer, then of each model and cache with that peer's sampling."""
+    theirs = []
+    for name in split_list(plan.settings['peer']):
+        theirs += measure_peer(plan, name, rows, report)
+        free_memory(plan.device)
     for name in plan.models:
-        model = plan.build(name)
-        for cache in (cache for cache in plan.caches if cache != 'none'):
+        model = build_model(plan, name)
+        for layout in plan.cached_layouts:
             for dtype in plan.cache_dtypes:
-                for (who, batch), seconds in theirs.items():
-
-                    def ours():
-                        size, idx = (
-                            prompt + n,
-                            torch.randint(config['vocabulary'], (batch, prompt), device=device),
-                        )
-                        if size > model.config.block_size:
-                            raise UserError(
-                                f'{prompt} + {n} tokens are beyond block_size={model.config.block_size}'
-                            )
-                        reset_peak_memory(device)
-                        held, times = plan.cache(model, cache, dtype, batch, size), []
-                        for _ in range(1 + plan.repeats):
-                            for slot in range(batch):
-                                held.free(slot)
-                            tokens = generate(
-                                model,
-                                idx,
-                                n,
-                                vocab_size=config['vocabulary'],
-                                cache=held,
-                                **peers.SAMPLING[who],
-                            )
-                            times.append(
-                                timing.seconds(device, lambda: torch.stack(list(tokens), dim=1)) / n
-                            )
-                        return (
-                            dict(tok_per_s=batch / statistics.median(times[1:]))
-                            | median_and_range('step_us', times[1:], 1e6)
-                            | ratio(seconds, times[1:])
-                            | peaks(device)
-                        )
-
-                    row = rows.add(
-                        what='text',
-                        model=name,
-                        shape=shape_of(model),
-                        cache=cache,
-                        cache_dtype=dtype,
-                        batch=batch,
-                        prompt_tokens=prompt,
-                        new_tokens=n,
-                        repeats=plan.repeats,
-                        sampling=peers.SAMPLING[who],
-                        against=who,
-                        **attempt(ours, device),
-                    )
-                    tell(text_line(row))
+                for peer in theirs:
+                    row = measure_ours(plan, model, (layout, dtype), peer)
+                    row = rows.add(what='text', model=name, **row)
+                    report(row_text(row))
         del model
-        free_memory(device)
+        free_memory(plan.device)
 
 
-def text_line(row):
-    who = row['model'] + (f', {row["cache"]} {row["cache_dtype"]}' if 'cache' in row else '')
+def measure_peer(
+    plan: DecodePlan, name: str, rows: ResultsTable, report: Callable
+) -> list[PeerTimes]:
+    """Time the texts of one of --peer at every batch size; add and report a row for each."""
+    settings, device = plan.settings, plan.device
+    new_tokens = settings['peer_new_tokens'] or settings['new_tokens']
+    vocab_size = -(-settings['vocabulary'] // 64) * 64
+    peer, continue_text = peers.generator(name, settings, vocab_size, device, plan.dtype)
+    found = []
+    for batch in plan.batch_sizes:
+        idx = random_prompts(plan, batch)
+        continue_text(idx, min(WARMUP_TOKENS, new_tokens))
+        times = []
+        for _ in range(settings['peer_repeats']):
+            times.append(time_peer_text(continue_text, idx, new_tokens) / new_tokens)
+        found.append(PeerTimes(peer, batch, times))
+        row = rows.add(
+            what='text',
+            model=peer,
+            batch=batch,
+            prompt_tokens=settings['prompt_tokens'],
+            new_tokens=new_tokens,
+            repeats=settings['peer_repeats'],
+            sampling=peers.SAMPLING[peer],
+            tok_per_s=batch / statistics.median(times),
+            reason='',
+            **median_and_range('step_us', times, 1e6),
+        )
+        report(row_text(row))
+    return found
+
+
+def time_peer_text(continue_text: Callable, idx: torch.Tensor, new_tokens: int) -> float:
+    """Return the seconds of continuing idx (B, T) by new_tokens."""
+
+    def run():
+        batch, length = idx.shape
+        assert continue_text(idx, new_tokens).shape == (batch, length + new_tokens)
+
+    return timing.seconds(idx.device, run)
+
+
+def random_prompts(plan: DecodePlan, batch: int) -> torch.Tensor:
+    shape = (batch, plan.settings['prompt_tokens'])
+    return torch.randint(plan.settings['vocabulary'], shape, device=plan.device)
+
+
+def measure_ours(plan: DecodePlan, model: GPT, cache: tuple[str, str], theirs: PeerTimes) -> dict:
+    """Return the row of our texts beside a peer's. cache: its layout and dtype"""
+    layout, dtype = cache
+    row = dict(
+        shape=model.config.shape,
+        cache=layout,
+        cache_dtype=dtype,
+        batch=theirs.batch,
+        prompt_tokens=plan.settings['prompt_tokens'],
+        new_tokens=plan.settings['new_tokens'],
+        repeats=plan.repeats,
+        sampling=peers.SAMPLING[theirs.peer],
+        against=theirs.peer,
+    )
+    return row | attempt(lambda: time_ours(plan, model, cache, theirs), plan.device)
+
+
+def time_ours(plan: DecodePlan, model: GPT, cache: tuple[str, str], theirs: PeerTimes) -> dict:
+    """Return the times of our texts as entries of a row. Raises what does not fit."""
+    prompt_tokens, new_tokens = plan.settings['prompt_tokens'], plan.settings['new_tokens']
+    size = prompt_tokens + new_tokens
+    idx = random_prompts(plan, theirs.batch)
+    if size > model.config.block_size:
+        raise UserError(
+            f'{prompt_tokens} + {new_tokens} tokens are beyond block_size={model.config.block_size}'
+        )
+    reset_peak_memory(plan.device)
+    layout, dtype = cache
+    cache = make_cache(plan, model, layout, dtype, theirs.batch, size)
+    sampling = peers.SAMPLING[theirs.peer] | dict(vocab_size=plan.settings['vocabulary'])
+    times = []
+    for _ in range(1 + plan.repeats):
+        times.append(time_text(model, cache, idx, new_tokens, sampling) / new_tokens)
+    times = times[1:]  # the first is the warm-up
+    row = dict(tok_per_s=theirs.batch / statistics.median(times))
+    row |= median_and_range('step_us', times, 1e6)
+    return row | ratios(theirs.seconds, times) | peaks(plan.device)
+
+
+def time_text(
+    model: GPT, cache: Cache, idx: torch.Tensor, new_tokens: int, sampling: dict
+) -> float:
+    """Return the seconds of continuing idx (B, T) by new_tokens, in a cache that is emptied."""
+    empty(cache)
+    tokens = generate(model, idx, new_tokens, cache=cache, **sampling)
+    return timing.seconds(cache.device, lambda: torch.stack(list(tokens), dim=1))
+
+
+def row_text(row: dict) -> str:
+    """Return the line that reports a row."""
+    name = row['model']
+    if 'cache' in row:
+        name += f', {row["cache"]} {row["cache_dtype"]}'
     if row['reason']:
-        return f'{who}, batch {row["batch"]}: {row["reason"]}'
-    line = (
-        f'{who}, batch {row["batch"]}, {row["new_tokens"]} new tokens, {row["repeats"]} x: {row["tok_per_s"]:,.0f} tok/s, '
-        f'{row["step_us"]:,.0f} µs a step ({row["step_us_least"]:,.0f} to {row["step_us_most"]:,.0f})'
+        return f'{name}, batch {row["batch"]}: {row["reason"]}'
+    text = (
+        f'{name}, batch {row["batch"]}, {row["new_tokens"]} new tokens, {row["repeats"]} x: '
+        f'{row["tok_per_s"]:,.0f} tok/s, {row["step_us"]:,.0f} µs a step '
+        f'({row["step_us_least"]:,.0f} to {row["step_us_most"]:,.0f})'
     )
-    return line + (
-        f', {row["ratio"]:.1f} x {row["against"]} ({row["ratio_least"]:.1f} to {row["ratio_most"]:.1f})'
-        if 'ratio' in row
-        else ''
-    )
+    if 'ratio' in row:
+        text += (
+            f', {row["ratio"]:.1f} x {row["against"]} '
+            f'({row["ratio_least"]:.1f} to {row["ratio_most"]:.1f})'
+        )
+    return text
