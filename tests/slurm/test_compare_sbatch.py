@@ -1,6 +1,8 @@
 """
-slurm/compare.sbatch without SLURM: a scontrol that only notes what it is told, and a compare.py without torch that
-keeps compare.py's promise: told to stop it saves and ends with exit code 75.
+slurm/compare.sbatch without SLURM: a scontrol that only writes down how it is called.
+
+A compare.py without torch keeps compare.py's promise: told to stop it saves and ends with exit code
+75.
 """
 
 import os
@@ -72,9 +74,8 @@ def test_when_the_time_is_up_a_task_goes_back_into_the_queue(task, tmp_path):
     process.send_signal(signal.SIGUSR1)
     code, out, err = wait_for_end(process)
     assert (code, err) == (0, '') and 'the time is up' in out.splitlines()[-1]
-    assert (tmp_path / 'ready').read_text() == 'config/x.py --out_dir=y' and (
-        tmp_path / 'asked'
-    ).read_text() == 'SIGUSR1'
+    assert (tmp_path / 'ready').read_text() == 'config/x.py --out_dir=y'
+    assert (tmp_path / 'asked').read_text() == 'SIGUSR1'
     assert (tmp_path / 'scontrol').read_text() == 'requeue 4711_2\n'
 
 
@@ -82,45 +83,40 @@ def test_outside_of_an_array_it_is_the_job(task, tmp_path):
     process = task(SLURM_ARRAY_JOB_ID='', SLURM_ARRAY_TASK_ID='')
     wait_for_files(tmp_path, 'ready', 1)
     process.send_signal(signal.SIGUSR1)
-    assert wait_for_end(process)[0] == 0 and (tmp_path / 'scontrol').read_text() == 'requeue 4713\n'
+    assert wait_for_end(process)[0] == 0
+    assert (tmp_path / 'scontrol').read_text() == 'requeue 4713\n'
 
 
 @pytest.mark.parametrize(
     'last, code', [('ends=0', 0), ('ends=1', 1), ('ends=2', 2), (f'ends={STOPPED}', STOPPED)]
 )
 def test_its_exit_code_is_that_of_the_comparison(last, code, task, tmp_path):
-    assert (
-        wait_for_end(task(last))[0] == code and not (tmp_path / 'scontrol').exists()
-    )  # it had time left
+    assert wait_for_end(task(last))[0] == code
+    assert not (tmp_path / 'scontrol').exists()  # it had time left
 
 
 def test_a_task_that_completes_in_the_last_minutes_stays_ended(task, tmp_path):
     process = task('completes')
     wait_for_files(tmp_path, 'ready', 1)
     process.send_signal(signal.SIGUSR1)
-    assert (
-        wait_for_end(process)[0] == 0
-        and (tmp_path / 'asked').read_text() == 'SIGUSR1'
-        and not (tmp_path / 'scontrol').exists()
-    )
+    assert wait_for_end(process)[0] == 0
+    assert (tmp_path / 'asked').read_text() == 'SIGUSR1'
+    assert not (tmp_path / 'scontrol').exists()
 
 
 def test_a_cancelled_task_saves_and_stays_away(task, tmp_path):
     process = task()
     wait_for_files(tmp_path, 'ready', 1)
     process.terminate()
-    assert (
-        wait_for_end(process)[0] == STOPPED
-        and (tmp_path / 'asked').read_text() == 'SIGTERM'
-        and not (tmp_path / 'scontrol').exists()
-    )
+    assert wait_for_end(process)[0] == STOPPED
+    assert (tmp_path / 'asked').read_text() == 'SIGTERM'
+    assert not (tmp_path / 'scontrol').exists()
 
 
 def test_it_is_submitted_from_the_repository(task, tmp_path):
     code, out, err = wait_for_end(task(cwd=tmp_path / 'bin'))
-    assert (
-        code == 2 and err.startswith('error: there is no compare.py in ') and err.count('\n') == 1
-    )
+    assert code == 2
+    assert err.startswith('error: there is no compare.py in ') and err.count('\n') == 1
 
 
 def test_what_sbatch_reads():

@@ -1,7 +1,8 @@
 """
-slurm/train.sbatch without SLURM: shims stand in for its commands and for torchrun, and a train.py
-without torch keeps train.py's promise: when one of its processes gets SIGUSR1 they all end with exit
-code 0, after the first has saved last.pt and logged that it was stopped.
+slurm/train.sbatch without SLURM: shims stand in for its commands and for torchrun.
+
+A train.py without torch keeps train.py's promise: when one of its processes gets SIGUSR1 they all
+end with exit code 0, after the first has saved last.pt and logged that it was stopped.
 """
 
 import json
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 SHIMS = dict(
-    # One task a node. A task starts with signals at their default, as slurmstepd starts it, whatever srun ignores.
+    # One task a node. It starts with signals at their default, as slurmstepd starts it, whatever
+    # srun ignores.
     srun="""
 import os, signal, subprocess, sys
 command, tasks = sys.argv[sys.argv.index('bash'):], []
@@ -31,7 +33,8 @@ open('tasks', 'w').write(' '.join(str(task.pid) for task in tasks))
 open('srun', 'w').write(' '.join(sys.argv[1:sys.argv.index('bash')]))
 sys.exit(max(task.wait() for task in tasks))
 """,
-    # Signals the tasks, as proctrack/cgroup does, or all their descendants too, as proctrack/linuxproc does.
+    # Signals the tasks, as proctrack/cgroup does, or all their descendants, too, as
+    # proctrack/linuxproc does.
     scancel="""
 import os, signal, subprocess, sys
 assert sys.argv[1:] == ['--signal=USR1', '4711'], sys.argv
@@ -49,7 +52,8 @@ if sys.argv[1:3] == ['show', 'hostnames']:
 else:
     open('scontrol', 'a').write(' '.join(sys.argv[1:]))
 """,
-    # Like the real one: workers in sessions of their own, SIGTERM goes on to them, SIGUSR1 is not known to it.
+    # Like the real one: workers in sessions of their own, SIGTERM goes on to them, and it does not
+    # know SIGUSR1.
     torchrun="""
 import os, signal, subprocess, sys
 at, node = sys.argv.index('train.py'), os.environ['SLURM_NODEID']
@@ -61,7 +65,9 @@ def end(number, frame):
         worker.terminate()
 signal.signal(signal.SIGTERM, end)
 for rank in range(n):
-    workers.append(subprocess.Popen(['python', *sys.argv[at:]], env=os.environ | dict(LOCAL_RANK=str(rank)), start_new_session=True))
+    environment = os.environ | dict(LOCAL_RANK=str(rank))
+    command = ['python', *sys.argv[at:]]
+    workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
 sys.exit(max(abs(worker.wait()) for worker in workers))
 """,
 )
@@ -93,15 +99,22 @@ if ends == 'badly':
 if name == '00':
     os.makedirs(out_dir, exist_ok=True)
     open(out_dir + '/last.pt', 'w').write('saved')
-    why = 'stopped by a signal' if os.path.exists('stop') and ends != 'complete' else 'max_iters reached'
-    open(out_dir + '/log.jsonl', 'a').write(json.dumps(dict(event='end', step=7, why=why, best_val_loss=1.5)) + chr(10))
+    stopped = os.path.exists('stop') and ends != 'complete'
+    why = 'stopped by a signal' if stopped else 'max_iters reached'
+    end = dict(event='end', step=7, why=why, best_val_loss=1.5)
+    open(out_dir + '/log.jsonl', 'a').write(json.dumps(end) + chr(10))
 """
 
 
 @pytest.fixture
 def job(tmp_path):
-    """job(*arguments, **environment) -> a started batch script in tmp_path, where the shims leave their files."""
-    started, commands = [], tmp_path / 'bin'
+    """
+    job(*arguments, **environment) -> a started batch script in tmp_path.
+
+    There the shims leave their files.
+    """
+    started = []
+    commands = tmp_path / 'bin'
     commands.mkdir()
     for name, source in SHIMS.items():
         (commands / name).write_text(f'#!{sys.executable} -SE\n{source}')
@@ -113,32 +126,27 @@ def job(tmp_path):
     shutil.copy(ROOT / 'nanomla' / 'core' / 'configurator.py', tmp_path / 'nanomla' / 'core')
 
     def start(*arguments, nodes=1, cwd=tmp_path, **environment):
-        environment = (
-            dict(
-                SLURM_JOB_ID='4711',
-                SLURM_JOB_NODELIST='node[00-07]',
-                SLURM_JOB_NUM_NODES=str(nodes),
-                SLURM_GPUS_ON_NODE='2',
-                SLURM_CPUS_PER_TASK='3',
-                TRACKING='cgroup',
-            )
-            | environment
+        slurm = dict(
+            SLURM_JOB_ID='4711',
+            SLURM_JOB_NODELIST='node[00-07]',
+            SLURM_JOB_NUM_NODES=str(nodes),
+            SLURM_GPUS_ON_NODE='2',
+            SLURM_CPUS_PER_TASK='3',
+            TRACKING='cgroup',
         )
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith('SLURM')
-        } | environment
-        started.append(
-            subprocess.Popen(
-                ['bash', SCRIPT, *arguments],
-                cwd=cwd,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment | dict(PATH=f'{commands}:{os.environ["PATH"]}'),
-                start_new_session=True,
-            )
+        own = {k: v for k, v in os.environ.items() if not k.startswith('SLURM')}
+        path = dict(PATH=f'{commands}:{os.environ["PATH"]}')
+        process = subprocess.Popen(
+            ['bash', SCRIPT, *arguments],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=own | slurm | environment | path,
+            start_new_session=True,
         )
-        return started[-1]
+        started.append(process)
+        return process
 
     yield start
     for process in started:
@@ -168,9 +176,8 @@ def test_when_the_time_is_up_it_saves_and_goes_back_into_the_queue(nodes, tracki
 
 def test_the_nodes_meet_at_the_first_one(job, tmp_path):
     assert wait_for_end(job('--ends=soon', nodes=3))[0] == 0
-    assert (
-        tmp_path / 'srun'
-    ).read_text() == '--ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1'
+    options = '--ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1'
+    assert (tmp_path / 'srun').read_text() == options
     calls = [(tmp_path / f'torchrun.{node}').read_text().split() for node in range(3)]
     for node, call in enumerate(calls):
         assert f'--rdzv_conf=is_host={"true" if node == 0 else "false"}' in call
@@ -196,13 +203,12 @@ def test_a_restarted_job_resumes_what_is_there(restarts, saved, resumes, job, tm
         job('own.py', '--init_from=gpt2', '--ends=soon', SLURM_RESTART_COUNT=restarts)
     )
     assert (code, err) == (0, '')
-    assert out.splitlines()[0].endswith(
-        'train.py own.py --init_from=gpt2 --ends=soon' + ' --init_from=resume' * resumes
-    )
-    assert (
-        json.loads((tmp_path / 'of the config' / 'log.jsonl').read_text())['why']
-        == 'max_iters reached'
-    )
+    command = 'train.py own.py --init_from=gpt2 --ends=soon'
+    if resumes:
+        command += ' --init_from=resume'
+    assert out.splitlines()[0].endswith(command)
+    log = json.loads((tmp_path / 'of the config' / 'log.jsonl').read_text())
+    assert log['why'] == 'max_iters reached'
 
 
 def test_a_run_that_completes_in_the_last_minutes_stays_ended(job, tmp_path):
@@ -231,23 +237,21 @@ def test_a_cancelled_run_is_told(job, tmp_path):
     assert not (tmp_path / 'scontrol').exists()
 
 
+WRONG_NAME = "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n"
+
+
 def test_what_is_wrong_is_told_before_anything_starts(job, tmp_path):
     code, out, err = wait_for_end(job('--out_dri=x'))
-    assert (code, err) == (
-        2,
-        "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n",
-    )
+    assert (code, err) == (2, WRONG_NAME)
     code, out, err = wait_for_end(job(cwd=tmp_path / 'bin'))
-    assert code == 2 and err.startswith('error: there is no train.py in ') and err.count('\n') == 1
+    assert code == 2
+    assert err.startswith('error: there is no train.py in ') and err.count('\n') == 1
     assert not (tmp_path / 'srun').exists()
 
 
 def test_it_reads_the_real_settings(job, tmp_path):
     code, out, err = wait_for_end(job('--out_dri=x', cwd=ROOT))
-    assert (code, err) == (
-        2,
-        "error: --out_dri=x: unknown setting 'out_dri'; did you mean --out_dir?\n",
-    )
+    assert (code, err) == (2, WRONG_NAME)
 
 
 def test_what_sbatch_reads():
@@ -255,9 +259,8 @@ def test_what_sbatch_reads():
     lines = SCRIPT.read_text().splitlines()
     directives = [number for number, line in enumerate(lines) if line.startswith('#SBATCH ')]
     first_command = next(number for number, line in enumerate(lines) if line and line[0] != '#')
-    assert (
-        lines[0] == '#!/bin/bash' and max(directives) < first_command
-    )  # sbatch stops reading at the first command
+    # sbatch stops reading at the first command.
+    assert lines[0] == '#!/bin/bash' and max(directives) < first_command
     assert {
         '#SBATCH --signal=B:USR1@180',
         '#SBATCH --requeue',
