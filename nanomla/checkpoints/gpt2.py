@@ -7,7 +7,6 @@ import torch
 
 from model import GPT
 from nanomla.checkpoints import hub
-from nanomla.core.checks import settings_errors
 from nanomla.core.configurator import UserError
 
 HUB = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -33,10 +32,9 @@ def from_pretrained(name: str | Path, **changes) -> GPT:
         )
     tensors = hub.read_tensors(source)
     try:
-        with settings_errors():
-            model = GPT(config_of(shape, changes))
+        model = GPT(config_of(shape, changes))
         model.load_state_dict(state_of(tensors))
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         why = ' '.join(str(error).split())[:160]
         raise UserError(f'{name} is not a GPT-2 checkpoint: {why}') from None
     return model
