@@ -13,7 +13,7 @@ from interpreter import ROOT, interpreted, needs_triton, python, run_interpreted
 
 from nanomla.inference import attention_kernel as d
 from nanomla.inference.cache import Cache
-from nanomla.inference.generate import Step, generate, prefill
+from nanomla.inference.generate import DecodeStep, Sampling, generate, prefill
 from nanomla.inference.quantize import dequantise, group_of
 
 
@@ -34,7 +34,7 @@ def filled(dims, lengths, size, device='cpu', full=torch.float32, **how):
         random.Random(0).shuffle(cache.pages.free)
     cache.plan(lengths)
     cache.begin(max(lengths))
-    cache.layers[0].extend(
+    cache.layers[0].append(
         **{
             name: torch.randn(len(lengths), max(lengths), width, device=device, dtype=full)
             for name, width in dims.items()
@@ -77,21 +77,20 @@ def error(H, K, C, P, lengths, size, **how):
     B, full = len(lengths), cache.full
     q = torch.randn(B, H, C, device=cache.device, dtype=full)
     q_pe = torch.randn(B, H, P, device=cache.device, dtype=full) if latent and P else None
-    got = d.decode(
+    got = d.decode_attention(
         q,
-        first.held,
-        None if latent else second.held,
-        cache.lengths,
-        0.2,
-        cache.size,
-        q_pe,
-        second.data[0] if q_pe is not None else None,
-        cache.block_table,
-        cache.page_size,
-        None,
-        first.bits,
-        group_of(first.width),
-        cache.window,
+        first.kernel_buffers,
+        v=None if latent else second.kernel_buffers,
+        q_pe=q_pe,
+        k_pe=second.data[0] if q_pe is not None else None,
+        lengths=cache.lengths,
+        scale=0.2,
+        size=cache.size,
+        block_table=cache.block_table,
+        page_size=cache.page_size,
+        bits=first.bits,
+        group=first.group,
+        window=cache.window,
     )
     k, v = (
         held(cache, name).double().unflatten(-1, (K, -1))
@@ -167,7 +166,8 @@ def test_interpreted_other_tiles_and_splits(tiles, layout, monkeypatch):
 def test_interpreted_widths_that_are_no_power_of_two_and_empty_sequences():
     assert error(5, 1, 48, 6, [70, 3], 80) < 2e-6
     q, k = torch.randn(2, 4, 32), torch.full((20, 32), torch.nan)
-    assert d.decode(q, (k, None, None), None, torch.tensor([0, 0]), 1.0, 10).eq(0).all()
+    y = d.decode_attention(q, (k, None, None), lengths=torch.tensor([0, 0]), scale=1.0, size=10)
+    assert y.eq(0).all()
 
 
 @interpreted
@@ -186,35 +186,23 @@ def test_interpreted_some_rows_only(layout, dtype):
     cache.plan(1, rows.tolist())
     cache.begin(1)
     first, second = cache.stores
-    d.keep(
-        [
-            (x, store.held, store.bits, group_of(store.width))
-            for x, store in zip(new.values(), cache.stores)
-        ],
-        cache.now.lengths,
-        cache.now.counts,
-        cache.size,
-        cache.block_table,
-        cache.page_size,
-        rows,
-        cache.window,
-    )
+    layer = cache.layers[0]
+    d.append_tokens(layer.kernel_inputs(new), **layer.kernel_options())
     q, q_pe = torch.randn(2, 4, 64), torch.randn(2, 4, 8)
-    got = d.decode(
+    got = d.decode_attention(
         q,
-        first.held,
-        None,
-        cache.now.lengths,
-        0.2,
-        cache.size,
-        q_pe,
-        second.data[0],
-        cache.block_table,
-        cache.page_size,
-        rows,
-        first.bits,
-        64,
-        cache.window,
+        first.kernel_buffers,
+        q_pe=q_pe,
+        k_pe=second.data[0],
+        lengths=cache.current.lengths,
+        scale=0.2,
+        size=cache.size,
+        block_table=cache.block_table,
+        page_size=cache.page_size,
+        rows=rows,
+        bits=first.bits,
+        group=first.group,
+        window=cache.window,
     )
     cache.end()
     for b, row in enumerate(rows.tolist()):
@@ -251,30 +239,12 @@ def kept(device, full, dims, dtype, layout):
         for by_kernel, cache in enumerate(caches):
             cache.plan([1, int(step % 3 != 0), int(step < 5)])
             cache.begin(1)
-            layer, now = cache.layers[0], cache.now
+            layer = cache.layers[0]
             if by_kernel:
-                d.keep(
-                    [
-                        (
-                            x,
-                            layer.stores[n].held,
-                            layer.stores[n].bits,
-                            group_of(layer.stores[n].width),
-                        )
-                        for n, x in new.items()
-                        if dims[n]
-                    ],
-                    now.lengths,
-                    now.counts,
-                    cache.size,
-                    cache.block_table,
-                    cache.page_size,
-                    None,
-                    cache.window,
-                )
+                d.append_tokens(layer.kernel_inputs(new), **layer.kernel_options())
             else:
                 for name, x in new.items():
-                    layer.stores[name].keep(x)
+                    layer.stores[name].write(x)
             cache.end()
     return list(zip(*(cache.stores for cache in caches)))
 
@@ -455,7 +425,7 @@ def told_what_to_say(model, texts, size, **how):
     say: the tokens that it would, (steps, B), and how clearly, as the distance of its two best logits.
     """
     cache, said, margins = Cache.of(model, len(texts), size, **how), [], []
-    step = Step.of(model, cache, temperature=0)
+    step = DecodeStep.of(model, cache, Sampling(temperature=0))
     prefill(model, [text[:3] for text in texts], cache)
     rows = list(range(len(texts)))
     for t in range(3, min(map(len, texts))):
@@ -521,10 +491,10 @@ def test_gpu_steps_never_wait_and_compile_nothing(kind, layout, sampling, tiny, 
     steps = generate(model, [[1, 2, 3], list(range(40)), [7] * 9], 80, cache=cache, **sampling)
     for _ in range(6):  # compiles, records
         next(steps)
-    assert cache.step.graph is not None
-    monkeypatch.setattr(
-        cache.step, 'run', lambda: 1 / 0
-    )  # from here on no Python runs the model, so nothing can be compiled
+    recorded = cache.decode_step.run
+    assert recorded.graph is not None
+    # From here on no Python runs the model, so nothing can be compiled.
+    monkeypatch.setattr(recorded, 'run', lambda: 1 / 0)
     torch.cuda.set_sync_debug_mode('error')
     try:
         for _ in range(64):

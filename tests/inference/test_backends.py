@@ -249,7 +249,7 @@ def installed(monkeypatch):
     for module in (flashinfer, mla, flash_mla):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(decode_libraries, 'find_spec', lambda name: True)
-    monkeypatch.setattr(decode_libraries, 'WORKSPACE', 16)
+    monkeypatch.setattr(decode_libraries, 'FLASHINFER_WORKSPACE', 16)
     return lambda: monkeypatch.setattr(
         decode_libraries, 'reason_not_to_run', lambda name, cache: ''
     )
@@ -296,7 +296,7 @@ def test_libraries_are_called_as_their_documentations_say(name, kind, tiny, inst
             'flashinfer',
             dict(c_kv=256, k_pe=32),
             dict(layout='paged', device='meta', full=torch.bfloat16),
-            '512 and a rotated key of 64, and for MHA',
+            'its MLA kernel is made for a latent of 512',
         ),
         (
             'flashmla',

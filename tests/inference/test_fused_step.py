@@ -7,10 +7,11 @@ import pytest
 import torch
 from interpreter import interpreted, needs_triton, run_interpreted
 
-from model import GPTConfig, Norm
+from model import GPT, MLP, GPTConfig, Linear, MultiHeadAttention, Norm
+from model_mla import GPT_MLA, MultiHeadLatentAttention
 from nanomla.inference import fused_step as s
-from nanomla.inference import generate as decoding
 from nanomla.inference.cache import Cache
+from nanomla.inference.generate import Sampling, choose
 
 
 @needs_triton
@@ -85,7 +86,7 @@ def chosen(device, PART):
     for top_k, temperature in ((0, 1.3), (1, 0.7), (20, 0.7), (999, 1)):
         yield (
             s.choose(logits[:, :650], draw, temperature, top_k, PART=PART),
-            decoding.choose(logits.float(), temperature, top_k, vocab_size=650, draw=draw),
+            choose(logits.float(), draw, Sampling(temperature, top_k, vocab_size=650)),
         )
 
 
@@ -140,10 +141,9 @@ def decoded(model, ids, fuse, **how):
     cache.plan([ids.size(1) - 2 - b for b in range(len(ids))])
     prompt = torch.stack([row.roll(b) for b, row in enumerate(ids)])[:, : ids.size(1) - 2]
     model(prompt, context=cache)
-    return torch.cat(
-        [model(ids[:, t : t + 1], context=cache) for t in range(ids.size(1) - 2, ids.size(1))],
-        dim=1,
-    ), cache
+    last_two = range(ids.size(1) - 2, ids.size(1))
+    steps = [s.hidden(model, ids[:, t : t + 1], cache) for t in last_two]
+    return model.lm_head(torch.cat(steps, dim=1)), cache
 
 
 @interpreted
@@ -157,12 +157,12 @@ def decoded(model, ids, fuse, **how):
 def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
     model = tiny(VARIANTS[variant][0], **dict(n_layer=1) | VARIANTS[variant][1])
     for B in (1, 2) if variant in ('gpt2', 'mla') else (2,):
-        calls, block = [], s.block
-        monkeypatch.setattr(s, 'block', lambda *args: calls.append(1) or block(*args))
+        calls, run_block = [], s.run_block
+        monkeypatch.setattr(s, 'run_block', lambda *args: calls.append(1) or run_block(*args))
         (got, cache), (want, plain) = (
             decoded(model, tokens(8, B=B), fuse, **HOW[variant]) for fuse in (True, False)
         )
-        monkeypatch.setattr(s, 'block', block)
+        monkeypatch.setattr(s, 'run_block', run_block)
         assert len(calls) == 2 * model.config.n_layer and cache.kernel == 'triton'
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
         for a, b in zip(cache.stores, plain.stores):
@@ -186,179 +186,148 @@ def test_interpreted_quantised_blocks(kind, settings, tiny, tokens):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
 
 
+@pytest.fixture
+def fusable(tiny):
+    """A block, one token for it, and a layer of a cache that says Triton reads it."""
+    cache = Cache([dict(k=32, v=32)], 2, 8, kernel='torch')
+    cache.plan(1)
+    cache.begin(1)
+    cache.end()
+    cache.plan(1)
+    cache.begin(1)
+    cache.kernel = 'triton'
+    return tiny().transformer.h[0], torch.zeros(2, 1, 32), cache.layers[0]
+
+
 @torch.no_grad()
-def test_what_a_fused_block_does_not_stand_for(tiny):
-    class Layer:
-        fresh, cache = False, Cache([dict(k=32, v=32)], 2, 8, kernel='torch')
-        extend = None
+def test_a_plain_block_can_be_fused(fusable):
+    assert s.can_fuse(*fusable)
 
-    model, x = tiny(), torch.zeros(2, 1, 32)
-    block, Layer.cache.kernel = model.transformer.h[0], 'triton'
-    assert s.serves(block, x, Layer)
-    assert not s.serves(block, torch.zeros(2, 2, 32), Layer) and not s.serves(
-        block, x.bfloat16(), Layer
-    )
+
+@torch.no_grad()
+def test_prompts_gradients_and_other_dtypes_are_not_fused(fusable):
+    block, x, layer = fusable
+    assert not s.can_fuse(block, torch.zeros(2, 2, 32), layer)
+    assert not s.can_fuse(block, x.bfloat16(), layer)
     with torch.enable_grad():
-        assert not s.serves(block, x, Layer)
-    hook = block.mlp.c_fc.register_forward_hook(lambda *args: None)
-    assert not s.serves(block, x, Layer)
-    hook.remove()
-    for owner, name, value in (
-        (Layer, 'fresh', True),
-        (Layer.cache, 'fuse', False),
-        (Layer.cache, 'kernel', 'flex'),
-        (block.attn, 'kernel', 'eager'),
-        (block, 'training', True),
-    ):
-        before = getattr(owner, name)
-        setattr(owner, name, value)
-        assert not s.serves(block, x, Layer)
-        setattr(owner, name, before)
-    block.attn.c_proj = torch.nn.Linear(32, 32)  # such as an adapter's
-    assert not s.serves(block, x, Layer)
-    assert not s.chooses(torch.zeros(1, 9), 1.0, 1.0)  # 32 bits, which the kernel does not order
+        assert not s.can_fuse(block, x, layer)
 
 
-def test_what_is_as_likely_as_the_last_of_top_k_is_kept():
-    logits, draw = torch.tensor([[1.0, 3, 2, 2, 2]] * 100), torch.linspace(0, 0.999, 100)
-    assert set(decoding.choose(logits, top_k=2, draw=draw).tolist()) == {1, 2, 3, 4}
-    assert set(decoding.choose(logits, top_k=1, draw=draw).tolist()) == {1}
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda block, layer: setattr(layer.cache, 'fuse', False),
+        lambda block, layer: setattr(layer.cache, 'kernel', 'flex'),
+        lambda block, layer: setattr(layer.cache.current, 'fresh', True),
+        lambda block, layer: setattr(block.attn, 'kernel', 'eager'),
+        lambda block, layer: block.train(),
+        lambda block, layer: block.mlp.c_fc.register_forward_hook(lambda *args: None),
+        lambda block, layer: block.attn.register_forward_pre_hook(lambda *args: None),
+        lambda block, layer: setattr(block.attn, 'c_proj', torch.nn.Linear(32, 32)),  # an adapter's
+        lambda block, layer: setattr(block.attn, 'forward', block.attn.forward),
+        lambda block, layer: setattr(
+            block, 'mlp', type('Wider', (MLP,), {})(GPTConfig(n_head=4, n_embd=32)).eval()
+        ),
+        lambda block, layer: setattr(block, 'ln_2', type('Other', (Norm,), {})(32, GPTConfig())),
+    ],
+)
+def test_what_a_fused_block_does_not_compute_is_not_fused(change, fusable):
+    block, x, layer = fusable
+    change(block, layer)
+    assert not s.can_fuse(block, x, layer)
+
+
+def test_32_bit_logits_are_not_ordered_by_the_kernel():
+    assert not s.can_choose(torch.zeros(1, 9), 1.0, 1.0)
 
 
 # -------------------------------------------------------------------------------------------------
+# attentions that the fused step does not know
+
+
+class GatedAttention(MultiHeadAttention):
+    """MHA with a gate on its output."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.gate = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, rope, context=None):
+        return self.gate(x).sigmoid() * super().forward(x, rope, context)
+
+
+class GatedGPT(GPT):
+    Attention = GatedAttention
+
+
+class GroupedLatentAttention(MultiHeadLatentAttention):
+    """MLA with two latents, each read by half of the heads: two blocks of W^UK and W^UV are zero."""
+
+    def read_out(self, q_nope, q_pe, c_kv, k_pe):
+        first, second = (c_kv * mask for mask in self.masks(c_kv))
+        q, k, v = super().read_out(q_nope, q_pe, first, k_pe)
+        _, k_second, v_second = super().read_out(q_nope, q_pe, second, k_pe)
+        half = self.n_head // 2
+        k = torch.cat([k[:, :half], k_second[:, half:]], dim=1)
+        return q, k, torch.cat([v[:, :half], v_second[:, half:]], dim=1)
+
+    def masks(self, c_kv):
+        in_first = torch.arange(c_kv.size(-1), device=c_kv.device) < c_kv.size(-1) // 2
+        return in_first, ~in_first
+
+
+class GroupedGPT(GPT_MLA):
+    Attention = GroupedLatentAttention
+
+
+class ShiftedGPT(GPT):
+    """A model with a pass of its own."""
+
+    def hidden(self, idx, context=None):
+        return super().hidden(idx, context) + 1
+
+
+OTHER_MODELS = dict(gate=GatedGPT, latent_groups=GroupedGPT, own_pass=ShiftedGPT)
+
+
+def check_plain_path(model_class, device, kernel):
+    """Decoding from a cache gives the logits of the model without one."""
+    torch.manual_seed(0)
+    config = dict(block_size=32, vocab_size=40, n_layer=2, n_head=4, n_embd=32)
+    if issubclass(model_class, GPT_MLA):
+        config |= dict(kv_lora_rank=16, qk_rope_head_dim=4)
+    model = model_class(model_class.Config(**config)).to(device).eval()
+    idx = torch.randint(40, (2, 12), device=device)
+    cache = Cache.of(model, 2, 32, kernel=kernel)
+    assert cache.kernel == kernel
+    with torch.no_grad():
+        model(idx[:, :8], context=cache)
+        for t in range(8, 12):
+            got = model.lm_head(s.hidden(model, idx[:, t : t + 1], cache))[:, -1]
+            want = model(idx[:, : t + 1])[:, -1]
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize('name', OTHER_MODELS)
+def test_interpreted_other_attentions_take_the_plain_path(name):
+    check_plain_path(OTHER_MODELS[name], 'cpu', 'triton')
+
+
+@pytest.mark.parametrize('name', OTHER_MODELS)
+def test_other_attentions_decode_with_the_torch_kernel(name):
+    check_plain_path(OTHER_MODELS[name], 'cpu', 'torch')
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    'case',
-    CASES
-    + [
-        (1, 768, 2304, 'layernorm', '', False, False),
-        (64, 3072, 768, None, '', False, True),
-        (64, 768, 3072, 'layernorm', 'gelu', True, False),
-        (8, 768, 50304, 'layernorm', '', False, False),
-        (1, 2048, 11008, 'rmsnorm', 'swiglu', False, False),
-        (1, 8192, 64, None, '', False, True),
-    ],
-    ids=str,
-)
-def test_gpu_thin(case):
-    assert off(*case, device='cuda', dtype=torch.bfloat16) < 1.5e-2
+@pytest.mark.parametrize('name', OTHER_MODELS)
+def test_gpu_other_attentions_take_the_plain_path(name):
+    check_plain_path(OTHER_MODELS[name], 'cuda', 'triton')
 
 
-@pytest.mark.gpu
-def test_gpu_choice():
-    for got, want in chosen('cuda', 512):
-        assert torch.equal(got, want)
-    logits, draw = (
-        3 * torch.randn(64, 50304, device='cuda').bfloat16(),
-        torch.rand(64, device='cuda'),
-    )
-    got, want = (
-        s.choose(logits[:, :50257], draw, 0.8, 200),
-        decoding.choose(logits.float(), 0.8, 200, vocab_size=50257, draw=draw),
-    )
-    assert (got == want).float().mean() > 0.95  # sums of 50257 numbers round a little differently
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('B', [1, 5])
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_gpu_blocks(variant, B, tiny, tokens):
-    kind, settings = VARIANTS[variant]
-    settings = settings | (
-        dict(n_embd=128)
-        if kind == 'mha'
-        else dict(n_embd=128, kv_lora_rank=64)
-        if 'kv_lora_ranks' not in settings
-        else {}
-    )
-    model = tiny(kind, **settings).to('cuda').bfloat16()
-    model.stream = torch.bfloat16
-    (got, cache), (want, _) = (
-        decoded(model, tokens(8, B=B).cuda(), fuse, **HOW[variant]) for fuse in (True, False)
-    )
-    assert cache.kernel == 'triton'
-    exact = (
-        decoded(model.float(), tokens(8, B=B).cuda(), False, **HOW[variant], kernel='torch')[0]
-        if setattr(model, 'stream', torch.float32) is None
-        else None
-    )
-    assert (got.float() - exact).abs().max() < 2 * (want.float() - exact).abs().max() + 0.02
-
-
-def compiled(kernel, constants, **types):
-    """Assembly of a kernel for an H200, without one: arguments are pointers and numbers by `types`, or constants; x_head and the like are multiples of 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = [parameter.name for parameter in kernel.params]
-    types |= {name: 'constexpr' for name in constants}
-    whole = {
-        (i,): [['tt.divisibility', 16]]
-        for i, name in enumerate(names)
-        if types[name][0] == '*' or name in ('x_head', 'w_out', 'w_head')
-    }
-    source = ASTSource(
-        kernel,
-        {name: types[name] for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        whole,
-    )
-    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4)).asm[
-        'ptx'
-    ]
-
-
-@pytest.mark.slow
-@needs_triton
-@pytest.mark.parametrize(
-    'NORM, ACT, BIAS, ADD',
-    [
-        ('layernorm', 'gelu', True, False),
-        ('', 'swiglu', True, False),
-        ('rmsnorm', 'gelu_tanh', False, False),
-        ('', 'relu2', False, True),
-    ],
-)
-def test_kernels_compile_for_an_h200(NORM, ACT, BIAS, ADD):
-    """The interpreter takes more for Python than Triton's compiler does."""
-    kernels, SHIFT = s.kernels(), NORM == 'layernorm'
-    constants = dict(C=768, N=3072, NORM=NORM, ACT=ACT, BIAS=BIAS, SHIFT=SHIFT, ADD=ADD, w_in=1)
-    there = dict(bias=BIAS, gain=bool(NORM), shift=SHIFT, add=ADD)
-    types = dict.fromkeys(
-        ['x', 'weight', 'out'] + [name for name in there if there[name]], '*bf16'
-    ) | dict.fromkeys(('x_head', 'w_head', 'w_out'), 'i32')
-    constants |= {name: None for name in there if not there[name]}
-    assert '.entry' in compiled(kernels.one, constants | dict(CP=1024, TILE=4), eps='fp32', **types)
-    if NORM:
-        types = dict.fromkeys(['x', 'gain', 'out'] + ['shift'] * SHIFT, '*bf16') | dict(
-            eps='fp32', stride='i32'
-        )
-        assert '.entry' in compiled(
-            kernels.norm,
-            dict(C=768, CP=1024, NORM=NORM, SHIFT=SHIFT) | ({} if SHIFT else dict(shift=None)),
-            **types,
-        )
-    if ADD:
-        types = (
-            dict.fromkeys(('high', 'low', 'leasts'), '*i32')
-            | dict.fromkeys(('largest', 'sums', 'draws'), '*fp32')
-            | dict(
-                logits='*bf16',
-                tokens='*i64',
-                stride='i32',
-                V='i32',
-                k='i32',
-                parts='i32',
-                inverse='fp32',
-            )
-        )
-        for kernel in (kernels.high, kernels.low, kernels.sum, kernels.draw):
-            names = [parameter.name for parameter in kernel.params]
-            assert '.entry' in compiled(
-                kernel,
-                {name: value for name, value in dict(PART=2048, SP=32).items() if name in names},
-                **{name: kind for name, kind in types.items() if name in names},
-            )
+def test_a_subclass_makes_no_claim_that_its_base_class_makes():
+    for attention in (GatedAttention, GroupedLatentAttention):
+        assert attention.fused_step is None
+        assert attention.circuit_weights is None
+        assert not attention.can_absorb
