@@ -43,6 +43,7 @@ prompt_tokens = 16  # they begin with
 peer_new_tokens = 0  # of the peers' texts, to save time; 0 = new_tokens
 peer_repeats = 3
 keep = False  # measure only the rows that out_dir does not hold yet
+plot_only = False  # draw the rows in out_dir (scale: those in --results) again, measure nothing
 out_dir = 'out-bench'  # tables (csv, jsonl) and pictures
 # one layer's attention; a shape is heads:key/value heads:width, for MLA heads:latent+k_pe
 attention_only = False  # measure it by several kernels, in % of the copy bandwidth
@@ -80,12 +81,17 @@ import torch
 from nanomla.benchmarks import peers
 from nanomla.benchmarks.attention import choose_candidates, measure_attention, read_shapes
 from nanomla.benchmarks.decode import facts, measure_fragmentation, measure_steps, summary
-from nanomla.benchmarks.figures import draw_latency, draw_memory
+from nanomla.benchmarks.figures import draw_latency, draw_memory, draw_scaling
 from nanomla.benchmarks.plan import make_plan
 from nanomla.benchmarks.race import race
 from nanomla.benchmarks.text import measure_texts
-from nanomla.benchmarks.training import Benchmark, measure_scaling, measure_training
-from nanomla.core.checks import check_range, split_list, split_numbers
+from nanomla.benchmarks.training import (
+    Benchmark,
+    measure_scaling,
+    measure_training,
+    scaling_rows,
+)
+from nanomla.core.checks import check_range, settings_errors, split_list, split_numbers
 from nanomla.core.configurator import Settings
 from nanomla.core.devices import join_processes, pick_device, pick_dtype
 from nanomla.core.files import ResultsTable
@@ -150,10 +156,32 @@ def measure_decoding(config: Settings, device: torch.device) -> None:
         measure_fragmentation(plan, rows)
         for line in summary(rows):
             print(line)
-        draw_latency(rows, rows.folder / 'latency.png')
-        draw_memory(rows, rows.folder / 'memory.png')
-        print(f'pictures: {rows.folder}/latency.png and memory.png')
+        draw_decoding(rows)
     print(f'rows: {rows.folder}/{rows.name}.csv and .jsonl')
+
+
+def draw_again(mode: str, config: Settings) -> None:
+    """Draw the pictures of rows that were measured before."""
+    out = Path(config['out_dir'])
+    if mode == 'scale' and config['results']:
+        if not Path(config['results']).exists():
+            raise UserError(f'--results={config["results"]}: there is no such file')
+        with settings_errors():
+            rows = scaling_rows(config['results'])
+        draw_scaling(rows, out / 'scale.png')
+        print(f'picture: {out}/scale.png')
+    elif mode == 'decode' and (out / 'decode.jsonl').exists():
+        draw_decoding(ResultsTable(out, 'decode', {}, keep=True))
+    else:
+        raise UserError(
+            '--plot_only=True draws out_dir/decode.jsonl (decode) or the rows in --results (scale)'
+        )
+
+
+def draw_decoding(rows: ResultsTable) -> None:
+    draw_latency(rows, rows.folder / 'latency.png')
+    draw_memory(rows, rows.folder / 'memory.png')
+    print(f'pictures: {rows.folder}/latency.png and memory.png')
 
 
 def start_processes(count: int, arguments: list[str]) -> None:
@@ -166,6 +194,9 @@ def start_processes(count: int, arguments: list[str]) -> None:
 
 def main(mode: str, arguments: list[str], config: Settings) -> None:
     check_settings(mode, config)
+    if config['plot_only']:
+        draw_again(mode, config)
+        return
     device = pick_device(config['device'])
     if device.type == 'cpu':
         config.apply_on_cpu()

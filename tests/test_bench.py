@@ -264,6 +264,28 @@ def test_a_peer_that_prints_no_losses_is_an_error():
 
 
 # -------------------------------------------------------------------------------------------------
+# pictures of committed logs
+
+
+@pytest.mark.parametrize(
+    'arguments, log, drawn, committed',
+    [
+        (['scale', '--results=log.jsonl'], 'h200_scale', 'scale.png', 'scale_h200.png'),
+        (['decode', '--out_dir=out'], 'h200_decode_steps', 'latency.png', 'decode_h200.png'),
+    ],
+)
+def test_plot_only_draws_the_committed_figures(arguments, log, drawn, committed):
+    content = (ROOT / f'assets/logs/{log}.jsonl').read_bytes()
+    Path('out').mkdir()
+    Path('log.jsonl').write_bytes(content)
+    Path('out/decode.jsonl').write_bytes(content)
+    assert exit_code('bench.py', [*arguments, '--plot_only=True', '--out_dir=out']) == 0
+    # width and height, as the header of a png has them
+    picture = Path('out', drawn).read_bytes()[:24]
+    assert picture == (ROOT / 'assets' / committed).read_bytes()[:24]
+
+
+# -------------------------------------------------------------------------------------------------
 # errors and the script itself
 
 
@@ -283,6 +305,8 @@ def test_a_peer_that_prints_no_losses_is_an_error():
         (['scale'], dict(gpus='1,two'), '--gpus=1,two'),
         (['scale'], dict(gpus='0,1'), '--gpus=0 must be at least 1'),
         (['scale'], dict(micro_batches=''), '--micro_batches=0 must be at least 1'),
+        (['train'], dict(plot_only=True), '--plot_only=True draws out_dir/decode.jsonl'),
+        (['scale'], dict(plot_only=True), '--results=r.jsonl: there is no such file'),
         (['train'], dict(repeats=0), 'repeats=0 must be at least 1'),
     ],
     ids=lambda value: ' '.join(map(str, value)) if isinstance(value, (list, dict)) else '',

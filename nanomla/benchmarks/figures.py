@@ -159,13 +159,11 @@ def draw_memory(rows: list[dict], path: str | Path) -> None:
 
 
 def draw_steps(rows: list[dict], path: str | Path, quantity: Quantity) -> None:
-    """Draw a panel for each batch size, for the first cache dtype among the rows."""
+    """Draw a panel for each batch size."""
     rows = [row for row in rows if row['what'] == 'cell' and not row['reason']]
     if not rows:
         return
-    cached = [row['cache_dtype'] for row in rows if row['cache'] != 'none']
-    dtype = cached[0] if cached else 'none'
-    rows = [row for row in rows if row['cache_dtype'] in (dtype, 'none')]
+    rows, dtype = comparable(rows)
     batches = sorted({row['batch'] for row in rows})[:MOST_PANELS]
     with figures.sheet(
         cols=len(batches),
@@ -182,6 +180,25 @@ def draw_steps(rows: list[dict], path: str | Path, quantity: Quantity) -> None:
             ax.set_xlabel('context (tokens a sequence)')
         figures.footer(fig, footer_text(rows[-1], dtype))
         figures.save(fig, path, palette=True)
+
+
+def comparable(rows: list[dict]) -> tuple[list[dict], str]:
+    """
+    Return the rows without a cache and those with the dtype and the kernel of the first cached row,
+    and that dtype: 'none' where there is no cached row.
+    """
+    kinds = [(row['cache_dtype'], row.get('decode_kernel')) for row in rows if is_cached(row)]
+    if not kinds:
+        return rows, 'none'
+    chosen = []
+    for row in rows:
+        if not is_cached(row) or (row['cache_dtype'], row.get('decode_kernel')) == kinds[0]:
+            chosen.append(row)
+    return chosen, kinds[0][0]
+
+
+def is_cached(row: dict) -> bool:
+    return row['cache'] != 'none'
 
 
 def footer_text(row: dict, cache_dtype: str) -> str:

@@ -77,6 +77,17 @@ def test_the_committed_decode_log_draws_the_committed_picture(tmp_path):
     assert png_size(tmp_path / 'memory.png') == committed
 
 
+def test_rows_of_several_kernels_are_not_mixed_in_a_line():
+    rows = [
+        dict(cache='none', cache_dtype='none'),
+        dict(cache='paged', cache_dtype='auto', decode_kernel='auto'),
+        dict(cache='paged', cache_dtype='auto', decode_kernel='flex'),
+        dict(cache='paged', cache_dtype='int8', decode_kernel='auto'),
+    ]
+    assert figures.comparable(rows) == (rows[:2], 'auto')
+    assert figures.comparable(rows[:1]) == (rows[:1], 'none')
+
+
 def png_size(path):
     """Return width and height as the header of a png has them."""
     header = path.read_bytes()[:24]
