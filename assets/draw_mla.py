@@ -52,15 +52,18 @@ def tint(color, share):
     return '#' + ''.join(f'{round(255 - share * (255 - part)):02X}' for part in parts)
 
 
-def box(ax, x, y, w, h, face, edge='none', radius=0.03, **more):
+def box(ax, corner, size, face, edge='none', radius=0.03, **more):
+    """A box with round corners; `corner` is its lower left one."""
     from matplotlib.patches import FancyBboxPatch
 
     style = f'round,pad=0,rounding_size={radius}'
-    ax.add_patch(FancyBboxPatch((x, y), w, h, style, facecolor=face, edgecolor=edge, **more))
+    ax.add_patch(FancyBboxPatch(corner, *size, style, facecolor=face, edgecolor=edge, **more))
 
 
-def write(ax, x, y, text, size=11, color=INK, ha='center', va='center', **more):
-    ax.text(x, y, text, fontsize=size, color=color, ha=ha, va=va, **more)
+def write(ax, x, y, text, size=11, color=INK, **more):
+    """Text around (x, y), unless `more` has another ha or va."""
+    more = dict(ha='center', va='center') | more
+    ax.text(x, y, text, fontsize=size, color=color, **more)
 
 
 def arrow(ax, start, end, color=LINE):
@@ -83,7 +86,7 @@ def chip(ax, x, y, symbol, color=None):
     else:
         face, edge = 'white', LINE
         line = dict(linewidth=1.0, linestyle='-')
-    box(ax, x - half, y - 0.15, 2 * half, 0.30, face, edge, 0.06, **line)
+    box(ax, (x - half, y - 0.15), (2 * half, 0.30), face, edge, 0.06, **line)
     write(ax, x, y - 0.012, f'$W^{{{symbol}}}$', 11, color or INK)
 
 
@@ -118,7 +121,7 @@ def chain(ax, x, y, items, color, start=None):
 def bars(ax, xs, y, color, filled=True, tall=TALL):
     face = color if filled else 'white'
     for x in xs:
-        box(ax, x - BAR / 2, y, BAR, tall, face, color, 0.025, linewidth=1.1)
+        box(ax, (x - BAR / 2, y), (BAR, tall), face, color, 0.025, linewidth=1.1)
 
 
 def fan(ax, start, end, color):
@@ -133,7 +136,8 @@ def frame(ax, left, width, kind, caption):
     write(ax, middle, Y_NAME, kind.upper(), 16, TYPE[kind], fontweight='bold')
     write(ax, middle, Y_CAPTION, caption, 10, MUTED)
     for low, high in (BAND, STRIP):
-        box(ax, left, low, width, high - low, tint(COLORS[kind], 0.10), radius=0.07, zorder=0.5)
+        face = tint(COLORS[kind], 0.10)
+        box(ax, (left, low), (width, high - low), face, radius=0.07, zorder=0.5)
 
 
 def total(ax, x, kind, formula, values):
@@ -190,8 +194,8 @@ def latent(ax, panel):
     for x in queries:
         reads = middle + (x - middle) * wide / (PITCH * n_head)
         fan(ax, (x, Y_Q + TALL), (reads, y), color)
-    box(ax, middle - wide / 2, y, wide, TALL, color, color, 0.025, linewidth=1.1)
-    box(ax, x_pe - narrow / 2, y, narrow, TALL, ROPE, ROPE, 0.01, linewidth=1.1)
+    box(ax, (middle - wide / 2, y), (wide, TALL), color, color, 0.025, linewidth=1.1)
+    box(ax, (x_pe - narrow / 2, y), (narrow, TALL), ROPE, ROPE, 0.01, linewidth=1.1)
     write(ax, middle, y + TALL / 2 - 0.01, '$c_{kv}$', 12, 'white')
     write(ax, x_pe - 0.10, y + TALL / 2 - 0.01, '$k_{pe}$', 12, ROPE, ha='right')
 

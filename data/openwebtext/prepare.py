@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import lru_cache
 from pathlib import Path
 
@@ -198,7 +198,7 @@ def main():
     codec = Tokenizer(dict(tokenizer='gpt2'))
     rows, identity = load_rows()
     documents = limit or sys.maxsize
-    if hasattr(rows, '__len__'):  # not of streamed rows
+    if isinstance(rows, Sized):  # streamed rows have no length
         documents = min(documents, len(rows))
     every = max(min(round(1 / val_fraction), documents), 1)
     plan = identity | dict(column=column, documents=documents, every=every, seed=seed)

@@ -99,7 +99,9 @@ def csv_table(rows: list[dict]) -> str:
         flat.append(cells)
     if not flat:
         return ''
-    columns = dict.fromkeys(key for cells in flat for key in cells)
+    columns = {}  # all keys in the order in which they first appear
+    for cells in flat:
+        columns |= cells
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns))
     writer.writeheader()
