@@ -11,8 +11,9 @@ def check_source(model: GPT) -> None:
     """
     Raise a UserError unless `model` can be converted: MHA, GQA or MQA without QK-norm.
 
-    The class of its attentions has to be model.py's own. A subclass may do more with these matrices
-    than they say (a gate on the output, for instance), and its conversion would be another model.
+    Its class and that of its attentions have to be model.py's own. A subclass may do more with
+    these matrices than they say (a gate on the output, for instance), and its conversion would be
+    another model.
     """
     if isinstance(model.config, MLAConfig):
         raise UserError('the source is an MLA model already: convert one with MHA, GQA or MQA')
@@ -23,6 +24,11 @@ def check_source(model: GPT) -> None:
                 'converted: only MHA, GQA and MQA as in model.py are made of plain query, key and '
                 'value matrices'
             )
+    if type(model) is not GPT:
+        raise UserError(
+            f'the source is a {type(model).__name__}, which may compute something of its own: only '
+            'a GPT as in model.py can be converted'
+        )
     if model.config.qk_norm:
         raise UserError(
             'the source has QK-norm (qk_norm=True), which cannot pass through a latent: its keys '

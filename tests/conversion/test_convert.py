@@ -355,6 +355,15 @@ def test_an_attention_of_another_class_is_refused_by_its_name(attention, tokens)
     assert_refused(attention.__name__, measure, model, tokens(24))
 
 
+def test_a_model_of_another_class_is_refused_by_its_name():
+    class Doubled(GPT):
+        def hidden(self, idx, context=None):
+            return 2 * super().hidden(idx, context)
+
+    config = GPT.Config(block_size=24, vocab_size=40, n_layer=1, n_head=4, n_embd=32)
+    assert_refused('Doubled', converted, Doubled(config), low_rank='joint')
+
+
 def test_sources_that_cannot_be_converted_are_refused(tiny):
     normed = tiny('mha', **LLAMA | dict(qk_norm=True))
     assert_refused('QK-norm', converted, normed, low_rank='joint')
