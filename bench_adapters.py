@@ -1,11 +1,13 @@
 """
-Fine-tune under every attention kernel and compare: python bench_adapters.py MODEL CONFIG.json OUT [--key=value ...]
+Fine-tune under every attention kernel and compare:
+python bench_adapters.py MODEL CONFIG.json OUT [--key=value ...]
 
     python bench_adapters.py deepseek-ai/deepseek-coder-1.3b-base config/adapters.json runs/bench
     python bench_adapters.py random:deepseek-coder-1.3b config/adapters_speed.json runs/speed
 
-MODEL is a name on the Hugging Face hub, a folder, or random:NAME. A cell is one adapter under one kernel, a process of its
-own; its row is kept in OUT/cells, and a second run with the same settings does only what is missing.
+MODEL is a name on the Hugging Face hub, a folder, or random:NAME. A cell is one adapter under one
+kernel, measured in a process of its own. Its row is written to OUT/cells, and a second run with the
+same settings does only what is missing. What cannot run is a row with its reason.
 """
 
 # the grid
@@ -16,15 +18,15 @@ peer_kernels = 'sdpa'  # eager, sdpa, flash, flex
 peer_checkpointing = True
 cell = ''  # one cell in this process, by its name (lora/sdpa, lora/sdpa/peer) or number
 show_grid = False  # print the cells and their numbers
-report = False  # only gather what is there
+report = False  # only put the table together
 # the model
-block_size = 2048  # tokens of a row
+block_size = 2048  # tokens of a row; less for a model that has fewer positions
 dtype = 'auto'  # of the residual stream: auto, bfloat16, float32
-master_weights = True  # full fine-tuning keeps fp32 weights and AdamW states; False: all in dtype
+master_weights = True  # full fine-tuning in fp32 weights and AdamW states; False: all in dtype
 lora_r = 32
 lora_alpha = 16
 lora_dropout = 0.0
-targets = 'all'  # Linears with adapters: all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+targets = 'all'  # or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 double_quant = True  # NF4's scales are quantised, too
 mla_rank = 512  # 0: full, and with mla_rope_pairs=-1 exact
 mla_rope_pairs = 32  # pairs with RoPE, shared by all heads
@@ -33,7 +35,7 @@ latents = 64  # of the exhibit
 data = 'openorca'  # data/<name>, a folder with train.jsonl and val.jsonl, or 'random' tokens
 n_train = 100
 n_val = 20
-template = 'marked'  # or 'joined': prompt and response one behind the other, and no end
+template = 'marked'  # or 'joined': prompt and response one after the other, and no end
 completion_only = True  # only the response is learned
 packing = True  # several documents in a row, each attending to itself
 # training
@@ -51,117 +53,51 @@ seeds = 3  # runs of a cell
 device = 'auto'
 compile = False
 recompute = 'none'  # none, selective, full
-save_width = 1.0  # selective: products up to so many n_embd wide are kept
-spared_layers = 0  # selective: the last so many layers keep all products
+save_width = 1.0  # selective: products up to so many n_embd wide are stored
+spared_layers = 0  # selective: the last so many layers store all products
 loss_chunk = 2048  # tokens whose logits exist at a time
 max_new_tokens = 64
-# what is told
+# output
 profile = True
 wandb_log = False  # offline, unless WANDB_MODE says otherwise
 wandb_project = 'nanomla-adapters'
 
+import hashlib
+import importlib
 import json
+import os
+import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 
-from nanomla.core.configurator import UserError, configure
+from nanomla.core.checks import check_choice, check_range, split_list
+from nanomla.core.configurator import Settings, UserError, configure
+from nanomla.core.files import progress_bar, write_file
 
-words = [word for word in sys.argv[1:] if not word.startswith('-')]
-options = [word for word in sys.argv[1:] if word.startswith('-')]
-
-
-def as_options(settings, path):
-    """What a JSON object says, as --key=value."""
-    if not isinstance(settings, dict) or any(
-        isinstance(value, dict) or value is None for value in settings.values()
-    ):
-        raise UserError(
-            f'{path}: settings are one object of key: value, and "per_adapter" an object of such objects'
-        )
-    return [
-        f'--{key}={",".join(map(str, value)) if isinstance(value, list) else value}'
-        for key, value in settings.items()
-    ]
-
-
-def configured(more=()):
-    """The settings by the JSON file, `more` and the command line, in this order."""
-    try:
-        configure({'__file__': __file__}, [*given, *more])
-    except UserError as error:
-        raise UserError(f'{words[1]}: {str(error).removeprefix("--")}') from None
-    return configure({'__file__': __file__}, [*given, *more, *options])
-
-
-given, per_adapter = [], {}
-configure({'__file__': __file__}, options)  # --help, and what is wrong there
-if len(words) == 3:
-    try:
-        with open(words[1], encoding='utf-8') as file:
-            said = json.load(file)
-        per_adapter = said.pop('per_adapter', {}) if isinstance(said, dict) else {}
-    except OSError as error:
-        raise UserError(f'{words[1]}: cannot be read: {error.strerror}') from None
-    except ValueError as error:
-        raise UserError(f'{words[1]}: not JSON: {error}') from None
-    given = as_options(said, words[1])
-elif words:
-    raise UserError(
-        f'give MODEL CONFIG.json OUT, not {" ".join(words)}: python bench_adapters.py random:tiny config/adapters.json runs/bench'
-    )
-else:
-    raise UserError(
-        'give MODEL CONFIG.json OUT: python bench_adapters.py random:deepseek-coder-1.3b config/adapters.json runs/bench'
-    )
-config = configured()
-globals().update(config)
-ALL = dict(
+EXAMPLE = 'python bench_adapters.py random:tiny config/adapters.json runs/bench'
+CHOICES = dict(
     adapters=('full', 'lora', 'qlora'),
     kernels=('eager', 'sdpa', 'flash', 'cudnn', 'flex', 'paged', 'mla', 'latent'),
     peer_kernels=('eager', 'sdpa', 'flash', 'flex'),
 )
-
-
-def chosen(name):
-    values = [value.strip() for value in config[name].split(',') if value.strip()]
-    for value in values:
-        if value not in ALL[name]:
-            raise UserError(f"{name}: '{value}' is not known: use {', '.join(ALL[name])}")
-    return values
-
-
-def grid():
-    """The names of all cells: ours, and the peer's behind the same adapter's."""
-    theirs = chosen('peer_kernels') if peer else []
-    return [
-        name
-        for kind in chosen('adapters')
-        for name in [f'{kind}/{k}' for k in chosen('kernels')]
-        + [f'{kind}/{k}/peer' for k in theirs]
-    ]
-
-
-names = grid()
-if show_grid:
-    print('\n'.join(f'{number} {name}' for number, name in enumerate(names)))
-    sys.exit()
-
-# ---------------------------------------------------------------------------------------------------
-import hashlib
-import importlib
-import os
-import subprocess
-import time
-import traceback
-from contextlib import suppress
-from functools import lru_cache
-from pathlib import Path
-from types import SimpleNamespace
-
-from nanomla.adapters import report as adapter_table
-from nanomla.core.files import progress_bar, write_file
-
-MODEL, OUT = words[0], Path(words[2])
-NOT_OF_A_CELL = (
+LEAST = dict(
+    block_size=2,
+    n_train=1,
+    n_val=1,
+    batch_size=1,
+    accumulation=1,
+    seeds=1,
+    warmup_steps=0,
+    max_new_tokens=1,
+    loss_chunk=1,
+)
+NOT_OF_A_CELL = (  # settings that do not change a cell's row
     'adapters',
     'kernels',
     'peer',
@@ -172,186 +108,328 @@ NOT_OF_A_CELL = (
     'wandb_log',
     'wandb_project',
 )
-DONE = ('ok', 'n/a', 'out of memory')
+DONE = ('ok', 'n/a', 'out of memory')  # a cell with another status is run again
 
 
-def settings_of(name):
-    kind = name.split('/')[0]
-    return dict(configured(as_options(per_adapter.get(kind, {}), words[1])), model=MODEL)
+# -------------------------------------------------------------------------------------------------
+# the command line
 
 
-def data_folder():
-    """Where the examples are; OpenOrca is prepared when it has not been yet."""
+@dataclass
+class Command:
+    """
+    What was asked for: MODEL, CONFIG.json and OUT, the file's settings, and --key=value.
+
+    file_options: the file's settings as options; per_adapter: adapter -> settings of it alone
+    """
+
+    model: str
+    config_file: str
+    out: Path
+    options: list[str]
+    file_options: list[str] = field(default_factory=list)
+    per_adapter: dict = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> 'Command':
+        words = [word for word in argv if not word.startswith('-')]
+        options = [word for word in argv if word.startswith('-')]
+        configure({'__file__': __file__}, options)  # --help, and what is wrong there
+        if len(words) != 3:
+            given = f', not {" ".join(words)}' if words else ''
+            raise UserError(f'give MODEL CONFIG.json OUT{given}: {EXAMPLE}')
+        command = cls(words[0], words[1], Path(words[2]), options)
+        command.read_file()
+        return command
+
+    def read_file(self) -> None:
+        path = self.config_file
+        try:
+            with open(path, encoding='utf-8') as file:
+                content = json.load(file)
+        except OSError as error:
+            raise UserError(f'{path}: cannot be read: {error.strerror}') from None
+        except ValueError as error:
+            raise UserError(f'{path}: not JSON: {error}') from None
+        if isinstance(content, dict):
+            self.per_adapter = content.pop('per_adapter', {})
+        self.file_options = self.as_options(content)
+        if not isinstance(self.per_adapter, dict):
+            self.as_options(self.per_adapter)  # says what it should be
+        for kind in self.per_adapter:
+            if kind not in CHOICES['adapters']:
+                known = ', '.join(CHOICES['adapters'])
+                raise UserError(f'{path}: per_adapter knows {known}, not {kind}')
+
+    def as_options(self, settings: object) -> list[str]:
+        """Return the settings of a JSON object as --key=value."""
+        values = settings.values() if isinstance(settings, dict) else [None]
+        if any(value is None or isinstance(value, dict) for value in values):
+            raise UserError(
+                f'{self.config_file}: settings are one object of key: value, and "per_adapter" '
+                'an object of such objects'
+            )
+        options = []
+        for key, value in settings.items():
+            if isinstance(value, list):
+                value = ','.join(map(str, value))
+            options.append(f'--{key}={value}')
+        return options
+
+    def settings(self, kind: str = '') -> Settings:
+        """Return the settings by the file, its part for the adapter `kind`, and the options."""
+        given = [*self.file_options, *self.as_options(self.per_adapter.get(kind, {}))]
+        try:
+            configure({'__file__': __file__}, given)
+        except UserError as error:
+            raise UserError(f'{self.config_file}: {str(error).removeprefix("--")}') from None
+        return configure({'__file__': __file__}, [*given, *self.options])
+
+
+def cell_names(settings: dict) -> list[str]:
+    """Return the names of all cells: ours, then the peer's with the same adapter."""
+    chosen = {}
+    for name, choices in CHOICES.items():
+        chosen[name] = split_list(settings[name])
+        for value in chosen[name]:
+            check_choice(name, value, choices)
+    names = []
+    for kind in chosen['adapters']:
+        names += [f'{kind}/{kernel}' for kernel in chosen['kernels']]
+        if settings['peer']:
+            names += [f'{kind}/{kernel}/peer' for kernel in chosen['peer_kernels']]
+    return names
+
+
+def check_settings(settings: dict) -> None:
+    for name, least in LEAST.items():
+        check_range(name, settings[name], least=least)
+    steps, warmup_steps = settings['steps'], settings['warmup_steps']
+    if steps and steps <= warmup_steps:
+        raise UserError(
+            f'steps={steps} must be more than warmup_steps={warmup_steps}, which are not timed'
+        )
+
+
+def data_folder(name: str) -> Path | None:
+    """Return the folder of the examples, which are prepared if missing; None: random tokens."""
+    if name == 'random':
+        return None
     from nanomla.adapters.instructions import folder_of
 
-    folder = folder_of(data)
+    folder = folder_of(name)
     if not (folder / 'train.jsonl').exists():
-        if not (folder / 'prepare.py').exists():
-            raise UserError(f'--data={data}: there is no train.jsonl in {folder}')
-        if subprocess.run([sys.executable, str(folder / 'prepare.py')]).returncode:
-            raise UserError(
-                f'{folder}/prepare.py could not prepare the data (its message is above)'
-            )
+        script = folder / 'prepare.py'
+        if not script.exists():
+            raise UserError(f'--data={name}: there is no train.jsonl in {folder}')
+        if subprocess.run([sys.executable, str(script)]).returncode:
+            raise UserError(f'{script} could not prepare the data (its message is above)')
     return folder
 
 
-def place(name):
-    """The file of this cell's row: its name tells the settings and the data, so a row is never taken for another's."""
-    s = {key: value for key, value in settings_of(name).items() if key not in NOT_OF_A_CELL}
-    files = (
-        []
-        if folder is None
-        else [(folder / f'{split}.jsonl').read_bytes() for split in ('train', 'val')]
-    )
-    told = hashlib.sha256(
-        json.dumps([name, s], sort_keys=True).encode() + b''.join(files)
-    ).hexdigest()[:10]
-    return OUT / 'cells' / f'{name.replace("/", "-")}-{told}.json'
+def positions_of(model: str) -> int:
+    """Return the most tokens of a row of this model. UserError where it cannot be loaded."""
+    from nanomla.checkpoints import hf, hub
+
+    _, config = hf.make_config(model, hf.read_shape(model), {})
+    if not model.startswith('random:'):
+        hub.weight_files(model)
+    return config.block_size
 
 
-def row_of(name):
-    """The row that is there, or None; a damaged one counts as missing."""
-    try:
-        return json.loads(place(name).read_text())
-    except (OSError, ValueError):
+# -------------------------------------------------------------------------------------------------
+# cells and their rows
+
+
+class Grid:
+    """The cells of a command, and the files of their rows."""
+
+    def __init__(self, command: Command, settings: Settings):
+        self.command, self.settings, self.out = command, settings, command.out
+        self.names = cell_names(settings)
+        self.data = data_folder(settings['data'])
+        try:
+            self.positions = positions_of(command.model)
+        except UserError:
+            if not settings['report']:
+                raise
+            self.positions = settings['block_size']  # the table needs no model
+        if settings['block_size'] > self.positions:
+            print(
+                f'block_size={self.positions}: {command.model} has no more positions '
+                f'({settings["block_size"]} were asked for)',
+                file=sys.stderr,
+            )
+
+    def settings_of(self, name: str) -> dict:
+        """Return the settings of a cell, `model` among them."""
+        kind = name.split('/')[0]
+        settings = dict(self.command.settings(kind), model=self.command.model)
+        settings['block_size'] = min(settings['block_size'], self.positions)
+        return settings
+
+    def row_file(self, name: str) -> Path:
+        """
+        Return the file of a cell's row.
+
+        Its name is a hash of settings and data, so a row is never taken for another's.
+        """
+        settings = self.settings_of(name)
+        for key in NOT_OF_A_CELL:
+            del settings[key]
+        content = json.dumps([name, settings], sort_keys=True).encode()
+        if self.data is not None:
+            for split in ('train', 'val'):
+                content += (self.data / f'{split}.jsonl').read_bytes()
+        digest = hashlib.sha256(content).hexdigest()[:10]
+        return self.out / 'cells' / f'{name.replace("/", "-")}-{digest}.json'
+
+    def row_of(self, name: str) -> dict | None:
+        """Return the row that is there, or None; a damaged one counts as missing."""
+        try:
+            row = json.loads(self.row_file(name).read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            return None
+        if isinstance(row, dict) and 'status' in row:
+            return row
         return None
 
+    def is_done(self, name: str) -> bool:
+        row = self.row_of(name)
+        return row is not None and row['status'] in DONE
 
-def keep(name, **row):
-    kind, kernel, *theirs = name.split('/')
-    path = place(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    row = dict(cell=name, adapter=kind, kernel=kernel, peer=bool(theirs), model=MODEL) | row
-    write_file(path, (json.dumps(row, indent=1) + '\n').encode())
-    return row
+    def write_row(self, name: str, row: dict) -> dict:
+        kind, kernel, *peer = name.split('/')
+        model = self.command.model
+        row = dict(cell=name, adapter=kind, kernel=kernel, peer=bool(peer), model=model) | row
+        write_file(self.row_file(name), json.dumps(row, indent=1) + '\n')
+        return row
 
+    def write_results(self, draw: bool = True) -> list[dict]:
+        """Put the table together from all rows that are there; see report.py."""
+        from nanomla.adapters.report import write_results
 
-def gather(draw=True):
-    """All rows that are there, as files: see adapter_table.py."""
-    rows = [row for row in map(row_of, names) if row]
-    adapter_table.write(
-        rows, OUT, dict(model=MODEL, settings=dict(config), per_adapter=per_adapter), draw
-    )
-    return rows
-
-
-def run_here(name):
-    """One cell in this process."""
-    import torch
-
-    from nanomla.adapters import cell as cells
-    from nanomla.adapters import step as finetuning
-    from nanomla.core import devices as machine
-
-    torch.set_float32_matmul_precision('high')
-    kind, kernel, *theirs = name.split('/')
-    s = SimpleNamespace(**settings_of(name))
-    begin = time.time()
-    trace = OUT / 'traces' / place(name).with_suffix('.trace.json.gz').name
-    try:
-        row = dict(status='ok') | cells.measure(
-            s,
-            kind,
-            kernel,
-            bool(theirs),
-            folder,
-            trace,
-            lambda text: print(f'{name}: {text}', file=sys.stderr, flush=True),
+        rows = [row for row in map(self.row_of, self.names) if row is not None]
+        about = dict(
+            model=self.command.model,
+            settings=dict(self.settings),
+            per_adapter=self.command.per_adapter,
         )
-    except (torch.OutOfMemoryError, MemoryError):
-        row = dict(
-            status='out of memory',
-            reason=f'more than {machine.describe(machine.pick_device(s.device))} has',
+        return write_results(rows, self.out, about, draw)
+
+    # ---------------------------------------------------------------------------------------------
+    # running
+
+    def run_here(self, name: str) -> dict:
+        """Measure one cell in this process."""
+        import torch
+
+        from nanomla.adapters.adapted import CellName, CellSettings
+        from nanomla.adapters.cell import measure_or_reason
+        from nanomla.core.devices import commit
+
+        torch.set_float32_matmul_precision('high')
+        settings = self.settings_of(name)
+        trace = self.out / 'traces' / self.row_file(name).with_suffix('.trace.json.gz').name
+
+        def log(text):
+            print(f'{name}: {text}', file=sys.stderr, flush=True)
+
+        begin = time.time()
+        row = measure_or_reason(
+            CellSettings.of(settings), CellName.parse(name), self.data, trace, log
         )
-    except finetuning.NotHere as error:
-        row = dict(status='n/a', reason=str(error))
-    except UserError as error:
-        if 'pip install' not in str(error):
-            raise
-        row = dict(status='n/a', reason=str(error))
-    row = keep(name, **row, seconds=time.time() - begin, commit=machine.commit(), settings=vars(s))
-    if wandb_log and row['status'] == 'ok':
+        facts = dict(seconds=time.time() - begin, commit=commit(), settings=settings)
+        row = self.write_row(name, row | facts)
+        if settings['wandb_log'] and row['status'] == 'ok':
+            self.log_to_wandb(row)
+        return row
+
+    def log_to_wandb(self, row: dict) -> None:
         os.environ.setdefault('WANDB_MODE', 'offline')
         import wandb
 
-        with wandb.init(project=wandb_project, name=name, config=vars(s), dir=str(OUT)) as run:
-            run.log({key: value for key, value in row.items() if isinstance(value, (int, float))})
-    return row
+        settings = row['settings']
+        how = dict(project=settings['wandb_project'], name=row['cell'], dir=str(self.out))
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        with wandb.init(config=settings, **how) as run:
+            run.log(numbers)
 
+    def run_apart(self, name: str) -> dict:
+        """Measure one cell in a process of its own."""
+        log = self.out / 'logs' / self.row_file(name).with_suffix('.log').name
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, 'w') as file:
+            if can_fork(self.settings['device']):
+                code = run_in_fork(lambda: self.run_here(name), file)
+            else:
+                command = self.command
+                words = [command.model, command.config_file, str(command.out), *command.options]
+                arguments = [sys.executable, __file__, *words, f'--cell={name}']
+                code = subprocess.run(arguments, stdout=file, stderr=file).returncode
+        row = self.row_of(name)
+        if code == 0 and row is not None:
+            return row
+        return self.write_row(name, self.failure(name, code, log))
 
-def run_apart(name):
-    """One cell in a process of its own. UserError is what its settings, its model or its data made it say."""
-    log = OUT / 'logs' / place(name).with_suffix('.log').name
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, 'w') as file:
-        if forks():
-            code = in_fork(lambda: run_here(name), file)
-        else:
-            code = subprocess.run(
-                [sys.executable, __file__, *words, *options, f'--cell={name}'],
-                stdout=file,
-                stderr=file,
-            ).returncode
-    said = (log.read_text().strip().splitlines() or [''])[-1]
-    if code == 2:
-        raise UserError(f'{name}: {said.removeprefix("error: ")}')
-    if code == -9:
-        return keep(
-            name,
-            status='out of memory',
-            reason='the process was killed, as systems do that run out of memory',
-        )
-    if code or row_of(name) is None:
-        return keep(name, status='failed', reason=f'exit code {code}: {said[:200]} (see {log})')
-    return row_of(name)
+    def failure(self, name: str, code: int, log: Path) -> dict:
+        """Return status and reason of a cell whose process ended with this exit code."""
+        if code == -9:
+            reason = 'the process was killed, as systems do that run out of memory'
+            return dict(status='out of memory', reason=reason)
+        lines = log.read_text(errors='replace').strip().splitlines()
+        last = lines[-1][:200] if lines else ''
+        if code == 2:  # a UserError
+            return dict(status='failed', reason=last.removeprefix('error: '))
+        return dict(status='failed', reason=f'exit code {code}: {last} (see {log})')
 
 
 @lru_cache
-def forks():
+def can_fork(device: str) -> bool:
     """
-    Whether a cell's process is a fork of this one, which has then loaded the large packages for all. CUDA does not outlive a
-    fork, so with a GPU this process must not have woken it: a first fork tries whether the GPU answers.
+    Return whether a cell's process is a fork of this one, with the large packages loaded.
+
+    CUDA does not outlive a fork, so with a GPU this process must not have woken it: a first fork
+    tries whether the GPU answers.
     """
     if not hasattr(os, 'fork'):
         return False
-    os.environ.setdefault(
-        'PYTORCH_NVML_BASED_CUDA_CHECK', '1'
-    )  # to ask whether there is a GPU does not wake it
-    from nanomla.core import devices as machine
-
-    kind = machine.pick_device(device).type
+    # To ask whether there is a GPU does not wake it then.
+    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
     import torch
 
-    from nanomla.adapters import cell as cells  # noqa: F401
+    import nanomla.adapters.cell  # noqa: F401
+    from nanomla.core.devices import pick_device
 
+    kind = pick_device(device).type
     packages = ['torch._dynamo', 'torch._inductor.compile_fx', 'rouge_score.rouge_scorer']
-    packages += (
-        ['peft', 'bitsandbytes'] if kind == 'cpu' else ['transformers.models.llama.modeling_llama']
-    )  # bitsandbytes, which peft loads, wakes a GPU
+    if kind == 'cpu':
+        packages += ['peft', 'bitsandbytes']
+    else:  # bitsandbytes, which peft loads, wakes a GPU
+        packages.append('transformers.models.llama.modeling_llama')
     for package in packages:
-        with suppress(ImportError):  # the cells that need it will say so
+        with suppress(ImportError):  # the cells that need it give the reason
             importlib.import_module(package)
-    return (
-        kind == 'cpu'
-        or kind == 'cuda'
-        and in_fork(
-            lambda: torch.ones(1, device=device.replace('auto', 'cuda')).item(), subprocess.DEVNULL
-        )
-        == 0
-    )
+    if kind == 'cpu':
+        return True
+    if kind != 'cuda':
+        return False
+    gpu = device.replace('auto', 'cuda')
+    with open(os.devnull, 'w') as nowhere:
+        return run_in_fork(lambda: torch.ones(1, device=gpu).item(), nowhere) == 0
 
 
-def in_fork(run, file):
-    """The exit code of run(), in a fork that writes to `file`."""
+def run_in_fork(run: Callable, file) -> int:
+    """Return the exit code of run() in a fork that writes to `file`; 2 for a UserError."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        _, status = os.waitpid(pid, 0)
+        return os.waitstatus_to_exitcode(status)
     code = 1
     try:
-        target = os.open(os.devnull, os.O_WRONLY) if file == subprocess.DEVNULL else file.fileno()
-        os.dup2(target, 1)
-        os.dup2(target, 2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
         run()
         code = 0
     except UserError as error:
@@ -364,65 +442,75 @@ def in_fork(run, file):
         os._exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# what to do
 
-for name, least in dict(
-    block_size=2,
-    n_train=1,
-    n_val=1,
-    batch_size=1,
-    accumulation=1,
-    seeds=1,
-    warmup_steps=0,
-    max_new_tokens=1,
-    loss_chunk=1,
-).items():
-    if config[name] < least:
-        raise UserError(f'{name}={config[name]} must be at least {least}')
-if steps and steps <= warmup_steps:
-    raise UserError(
-        f'steps={steps} must be more than warmup_steps={warmup_steps}, which are not timed'
-    )
-if unknown := [kind for kind in per_adapter if kind not in ALL['adapters']]:
-    raise UserError(f'{words[1]}: per_adapter knows {", ".join(ALL["adapters"])}, not {unknown[0]}')
-folder = None if data == 'random' else data_folder()
-if cell:
-    name = names[int(cell)] if cell.isdigit() and int(cell) < len(names) else cell
-    if name not in names:
+
+def run_one_cell(grid: Grid, wanted: str) -> None:
+    """Run a cell, given by name or number, in this process, if its row is not there yet."""
+    name = wanted
+    if wanted.isdigit() and int(wanted) < len(grid.names):
+        name = grid.names[int(wanted)]
+    if name not in grid.names:
         raise UserError(
-            f'--cell={cell} is none of this grid: --show_grid=True shows its {len(names)} cells'
+            f'--cell={wanted} is none of this grid: --show_grid=True shows its '
+            f'{len(grid.names)} cells'
         )
-    row = row_of(name)
-    if row is None or row['status'] not in DONE:
-        row = run_here(name)
-    print(
-        f'{name}: {row["status"]}'
-        + (
-            f', {row["train_tok_per_s"]:,.0f} tok/s'
-            if row['status'] == 'ok'
-            else f': {row["reason"]}'
+    row = grid.row_of(name) if grid.is_done(name) else grid.run_here(name)
+    if row['status'] == 'ok':
+        print(f'{name}: ok, {row["train_tok_per_s"]:,.0f} tok/s')
+    else:
+        print(f'{name}: {row["status"]}: {row["reason"]}')
+
+
+def run_cells(grid: Grid, missing: list[str]) -> None:
+    total = len(grid.names)
+    with progress_bar(total, 'cell', done=total - len(missing)) as bar:
+        for name in missing:
+            bar.set_postfix_str(name)
+            grid.run_apart(name)
+            grid.write_results(draw=False)
+            bar.update()
+
+
+def print_results(grid: Grid) -> None:
+    """Write and print the table. Exit code 1 when a cell failed."""
+    from nanomla.adapters.report import markdown_table
+
+    rows = grid.write_results()
+    print(markdown_table(rows))
+    print(f'{grid.out}/results.json, results.csv, results.md and results.png')
+    failed = [row for row in rows if row['status'] == 'failed']
+    if failed:
+        first = failed[0]
+        sys.exit(
+            f'error: {len(failed)} of {len(grid.names)} cells failed, the first: '
+            f'{first["cell"]}: {first["reason"]}'
         )
-    )
-    sys.exit()
-missing = (
-    [] if report else [name for name in names if (row_of(name) or {}).get('status') not in DONE]
-)
-there = len(names) - len(missing)
-print(
-    f'{there} of {len(names)} cells are there already'
-    if there
-    else f'{len(names)} cells, each in a process of its own',
-    file=sys.stderr,
-)
-with progress_bar(len(names), 'cell', done=there) as bar:
-    for name in missing:
-        bar.set_postfix_str(name)
-        run_apart(name)
-        gather(draw=False)
-        bar.update()
-rows = gather()
-print(adapter_table.table(rows) + f'\n{OUT}/results.json, results.csv, results.md and results.png')
-if failed := [row for row in rows if row['status'] == 'failed']:
-    sys.exit(
-        f'error: {len(failed)} of {len(names)} cells failed, the first: {failed[0]["cell"]}: {failed[0]["reason"]}'
-    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    command = Command.parse(sys.argv[1:] if argv is None else argv)
+    settings = command.settings()
+    if settings['show_grid']:
+        for number, name in enumerate(cell_names(settings)):
+            print(number, name)
+        return
+    check_settings(settings)
+    grid = Grid(command, settings)
+    if settings['cell']:
+        run_one_cell(grid, settings['cell'])
+        return
+    missing = [name for name in grid.names if not grid.is_done(name)]
+    total = len(grid.names)
+    if len(missing) < total:
+        print(f'{total - len(missing)} of {total} cells are there already', file=sys.stderr)
+    else:
+        print(f'{total} cells, each in a process of its own', file=sys.stderr)
+    if not settings['report']:
+        run_cells(grid, missing)
+    print_results(grid)
+
+
+if __name__ == '__main__':
+    main()

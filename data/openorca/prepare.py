@@ -20,7 +20,7 @@ sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
 import hugging_face
 
-from nanomla.adapters.instructions import KEYS, checked, examples
+from nanomla.adapters.instructions import KEYS, check_example, read_examples
 from nanomla.core.configurator import UserError, configure
 from nanomla.core.files import write_file
 
@@ -63,7 +63,7 @@ def from_file(path: str, most: int) -> list[dict]:
         rows = from_jsonl(path)
     else:
         raise UserError(f'--input={path}: give a .jsonl or a .parquet file')
-    return [checked(with_our_names(row), where) for where, row in islice(rows, most)]
+    return [check_example(with_our_names(row), where) for where, row in islice(rows, most)]
 
 
 def from_parquet(path: str) -> Iterator[tuple[str, dict]]:
@@ -103,7 +103,7 @@ def from_hub(most: int) -> list[dict] | None:
         for row in load_rows(dataset):
             row = with_our_names(row)
             if row.get('question') and row.get('response'):  # a few of OpenOrca's are empty
-                rows.append(checked(row, dataset))
+                rows.append(check_example(row, dataset))
             if len(rows) == most:
                 break
     except Exception as error:  # its network errors come in many classes
@@ -208,7 +208,7 @@ def main():
             wanted = {key: row[key] for key in KEYS}
             lines.append(json.dumps(wanted, ensure_ascii=False) + '\n')
         write_file(folder / f'{split}.jsonl', ''.join(lines))
-        examples(folder / f'{split}.jsonl')  # raises where it could not be read again
+        read_examples(folder / f'{split}.jsonl')  # raises where it could not be read again
     meta = dict(source=source, train=train, val=val, seed=seed)
     write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
     print(f'{folder}: {train} examples to train on, {val} to evaluate on, of {source}')

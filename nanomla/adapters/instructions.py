@@ -1,118 +1,149 @@
 """
 Instructions and their answers: read from JSON lines, turned into tokens to learn from.
 
-A line is {"system": ..., "question": ..., "response": ...}, as OpenOrca has it; "system" may be missing. Two ways
-to make one text of it: 'marked' writes headings between the parts and ends with the end-of-text token, 'joined' is the
-first study's bare concatenation of prompt and response.
+A line is {"system": ..., "question": ..., "response": ...}, as OpenOrca has it; "system" may be
+missing. Two templates make one text of it: 'marked' writes headings between the parts and ends with
+the end-of-text token; 'joined' is the first study's bare concatenation of prompt and response.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from nanomla.core.checks import check_choice
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import DATA
 from nanomla.core.tokenizers import Tokenizer
 
 TEMPLATES = ('marked', 'joined')
 KEYS = ('system', 'question', 'response')
+A_LINE = 'a line is {"question": ..., "response": ...}'
 
 
-def examples(path, most=0):
-    """The examples of a JSONL file, each a dict of KEYS, at most `most` (0 = all). UserError names the line that is none."""
-    found = []
+def read_examples(path: str | Path, most: int = 0) -> list[dict]:
+    """
+    Return the examples of a JSONL file, each a dict of KEYS, at most `most` (0 = all).
+
+    UserError names the line that is none.
+    """
+    examples = []
     try:
         with open(path, encoding='utf-8') as file:
             for number, line in enumerate(file, 1):
-                if most and len(found) == most:
+                if most and len(examples) == most:
                     break
                 if line.strip():
-                    found.append(example(line, f'{path}:{number}'))
+                    examples.append(parse_example(line, f'{path}:{number}'))
     except UnicodeDecodeError:
         raise UserError(f'{path} is not UTF-8 text') from None
     except OSError as error:
         raise UserError(
             f'cannot read {path}: {error.strerror}; make it with python data/openorca/prepare.py'
         ) from None
-    if not found:
+    if not examples:
         raise UserError(f'{path} has no examples')
-    return found
+    return examples
 
 
-def example(line, where):
+def parse_example(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except ValueError:
-        raise UserError(
-            f'{where}: not JSON; a line is {{"question": ..., "response": ...}}'
-        ) from None
-    return checked(row, where)
+        raise UserError(f'{where}: not JSON; {A_LINE}') from None
+    return check_example(row, where)
 
 
-def checked(row, where):
-    """The row as a dict of KEYS, all texts. UserError: it has no question or no response."""
+def check_example(row: object, where: str) -> dict:
+    """Return the row as a dict of KEYS, all texts. UserError: no question or no response."""
     if not isinstance(row, dict):
-        raise UserError(f'{where}: no object; a line is {{"question": ..., "response": ...}}')
-    row = {key: row.get(key, '' if key == 'system' else None) for key in KEYS}
-    for key, value in row.items():
-        if not isinstance(value, str) or key != 'system' and not value.strip():
-            raise UserError(
-                f"{where}: '{key}' is {'missing or empty' if value is None or value == '' or isinstance(value, str) else 'no text'}"
-            )
-    return row
+        raise UserError(f'{where}: no object; {A_LINE}')
+    example = {}
+    for key in KEYS:
+        value = row.get(key)
+        if key == 'system' and key not in row:
+            value = ''
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: '{key}' is no text")
+        if value is None or (key != 'system' and not value.strip()):
+            raise UserError(f"{where}: '{key}' is missing or empty")
+        example[key] = value
+    return example
 
 
-def folder_of(name):
-    """The folder of a dataset of instructions: a path, or data/<name>."""
-    folder = Path(name)
-    return folder if (folder / 'train.jsonl').exists() else DATA / name
+def folder_of(name: str) -> Path:
+    """Return the folder of a dataset of instructions: a path, or data/<name>."""
+    if (Path(name) / 'train.jsonl').exists():
+        return Path(name)
+    return DATA / name
 
 
-def prompt_of(row, template):
+def prompt_of(example: dict, template: str) -> str:
+    """Return the text in front of the response."""
+    system, question = example['system'], example['question']
     if template == 'joined':
-        return '\n'.join(part for part in (row['system'], row['question']) if part) + '\n'
-    parts = [f'### System:\n{row["system"]}\n\n'] if row['system'] else []
-    return ''.join([*parts, f'### Instruction:\n{row["question"]}\n\n### Response:\n'])
+        return f'{system}\n{question}\n' if system else f'{question}\n'
+    heading = f'### System:\n{system}\n\n' if system else ''
+    return f'{heading}### Instruction:\n{question}\n\n### Response:\n'
 
 
 class Encoder:
-    """Examples in the tokens of a model: of its own tokenizer, or bytes for a model that has none."""
+    """
+    Examples in the tokens of a model: of its own tokenizer, or bytes for a model that has none.
 
-    def __init__(self, tokenizer, vocab_size, template='marked', completion_only=True):
-        if template not in TEMPLATES:
-            raise UserError(f"template='{template}' is not known: use {' or '.join(TEMPLATES)}")
-        if tokenizer is None and vocab_size < 256:
-            raise UserError(
-                f'the model has no tokenizer, and its vocabulary of {vocab_size} has no room for bytes'
-            )
-        self.tokenizer = tokenizer or Tokenizer(dict(tokenizer='bytes'))
+    completion_only: nothing but the response is learned
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        vocab_size: int,
+        template: str = 'marked',
+        completion_only: bool = True,
+    ):
+        check_choice('template', template, TEMPLATES)
         self.template, self.completion_only = template, completion_only
-        self.name = 'bytes (the model has no tokenizer)' if tokenizer is None else tokenizer.name
-        self.begin = [tokenizer.bos] if getattr(tokenizer, 'bos', None) is not None else []
-        self.ends = sorted(
-            getattr(tokenizer, 'eos', None) or [0]
-        )  # NUL is the end of a text of bytes
+        if tokenizer is not None:
+            self.tokenizer, self.name = tokenizer, tokenizer.name
+            self.begin = [] if tokenizer.bos is None else [tokenizer.bos]
+            self.ends = sorted(tokenizer.eos or [0])
+            return
+        if vocab_size < 256:
+            raise UserError(
+                f'the model has no tokenizer, and its vocabulary of {vocab_size} '
+                'has no room for bytes'
+            )
+        self.tokenizer = Tokenizer(dict(tokenizer='bytes'))
+        self.name = 'bytes (the model has no tokenizer)'
+        self.begin, self.ends = [], [0]  # NUL ends a text of bytes
 
-    def encode(self, row):
-        """(prompt ids, response ids with the end of text behind them, unless 'joined')."""
-        prompt = self.begin + list(self.tokenizer.encode(prompt_of(row, self.template)))
-        return prompt, list(self.tokenizer.encode(row['response'])) + (
-            self.ends[:1] if self.template == 'marked' else []
-        )
+    def encode(self, example: dict) -> tuple[list[int], list[int]]:
+        """Return the ids of the prompt and of the response, which 'marked' ends with an end."""
+        prompt = self.tokenizer.encode(prompt_of(example, self.template))
+        response = list(self.tokenizer.encode(example['response']))
+        if self.template == 'marked':
+            response.append(self.ends[0])
+        return [*self.begin, *prompt], response
 
-    def document(self, row):
-        """(ids, targets): targets[t] is ids[t + 1], or -1 behind the end and, completion_only, within the prompt."""
-        prompt, response = self.encode(row)
+    def document(self, example: dict) -> tuple[list[int], list[int]]:
+        """
+        Return ids and targets of an example.
+
+        targets[t] is ids[t + 1]; it is -1 after the last token and, with completion_only, within
+        the prompt.
+        """
+        prompt, response = self.encode(example)
         ids = prompt + response
         targets = ids[1:] + [-1]
         if self.completion_only:
-            targets[: len(prompt) - 1] = [-1] * (len(prompt) - 1)
+            not_learned = len(prompt) - 1
+            targets[:not_learned] = [-1] * not_learned
         return ids, targets
 
-    def decode(self, ids):
-        """Text of token ids, up to the first end of text."""
-        ids = [int(i) for i in ids]
-        ends = [ids.index(end) for end in self.ends if end in ids]
-        ids = ids[: min(ends, default=len(ids))]
-        if self.tokenizer.name == 'bytes':
-            return bytes(i for i in ids if i < 256).decode(errors='replace')
-        return self.tokenizer.decode_bytes(ids).decode(errors='replace')
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, up to the first end of text."""
+        text = []
+        for i in map(int, ids):
+            if i in self.ends:
+                break
+            text.append(i)
+        return self.tokenizer.decode_bytes(text).decode(errors='replace')

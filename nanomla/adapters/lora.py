@@ -1,363 +1,499 @@
 """
-LoRA and QLoRA on our GPT: adapters by PEFT, 4-bit weights by bitsandbytes, and a forward pass that takes
-both in few large products.
+LoRA and QLoRA on our GPT: adapters by PEFT, 4-bit weights by bitsandbytes, few large products.
 
-GPT keeps query, key and value in one matrix, and gate and up of SwiGLU in another. `split` shows each Linear
-of the blocks as a Group of Linears under the names that transformers gives them (q_proj ... down_proj), so
-that PEFT and bitsandbytes find what they know. A Group computes
+GPT holds query, key and value in one matrix, and gate and up of SwiGLU in another. `split` turns
+each Linear of the blocks into a LinearGroup: Linears under the names that transformers gives them
+(q_proj ... down_proj), so that PEFT and bitsandbytes find what they know. A group computes
 
-    x W^T  +  s_i dropout(x) A_i^T B_i^T    for each member i that is adapted (LoRA: Hu et al. 2021, eq. 3)
+    x W^T  +  s_i dropout(x) A_i^T B_i^T    for each member i with an adapter
 
-with one product for all its members' weights, of which they are slices, and, where there is no dropout, one
-for all A. Base weights are frozen: no gradient of theirs is ever computed. In 4 bits (NF4 with double
-quantisation: Dettmers et al. 2023, section 3) they are dequantised inside the compiled block, forward and again backward.
+(LoRA: Hu et al. 2021, eq. 3) with one product for the weights of all members, which are slices of
+one matrix, and, where there is no dropout, one for all A. Base weights are frozen: they never get a
+gradient. In 4 bits (NF4 with double quantisation: Dettmers et al. 2023, section 3) they are
+dequantised inside the compiled block, in the forward pass and again in the backward pass.
 
 Legend: x (..., in), W (out, in), A (r, in), B (out, r); s = alpha / r.
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Linear
+from model import GPT, MLP, Linear
+from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import UserError
 
-logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(
-    logging.ERROR
-)  # it takes our kernels.py for the hub's package of that name
-
 ADAPTERS = ('full', 'lora', 'qlora')
-NAMES = dict(
-    c_attn=('q_proj', 'k_proj', 'v_proj')
-)  # our Linear -> its members; others are one and the same
-IN_MLA = dict(k_proj='kv_a_proj_with_mqa', v_proj='kv_b_proj')  # where MLA has what MHA calls so
+NAMES_IN_MLA = dict(k_proj='kv_a_proj_with_mqa', v_proj='kv_b_proj')  # MLA's nearest to MHA's
+# MLA multiplies by parts of this matrix itself: in its absorbed form, and in QK-norm of the latent.
+READ_BY_ATTENTION = 'kv_b_proj'
+INSTALL = 'pip install -e .[adapters]'
+
+# bitsandbytes warns at its import of an optional package for CPUs that nothing here needs.
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 
 
-class Group(nn.Module):
-    """One Linear of a block as the Linears it consists of, `members`: views of one matrix, or in 4 bits."""
+class UnavailableError(UserError):
+    """A package, a kernel or a conversion that cannot be had here, for the reason it gives."""
 
-    def __init__(self, linear, names, widths):
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """
+    What adapters to add.
+
+    r, alpha: width, and scale s = alpha / r
+    targets:  as in `target_names`; '' adds no adapters
+    double:   quantise the scales of 4-bit weights, too
+    """
+
+    r: int = 32
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: str = 'all'
+    double: bool = True
+
+
+class LinearGroup(nn.Module):
+    """
+    A Linear of a block as the Linears it consists of.
+
+    names: of the members, each an attribute; widths: their rows. In full precision their weights
+    are views of `whole` (out, in); in 4 bits each has its own and `whole` is None.
+    """
+
+    def __init__(self, linear: nn.Linear, names: Sequence[str], widths: Sequence[int]):
         super().__init__()
-        self.names, self.held = names, None
+        self.names = names
+        self.cached_weight = None
         self.splits = getattr(linear.weight, 'splits', widths)
         self.register_buffer('whole', linear.weight.detach(), persistent=False)
-        biases = [None] * len(names) if linear.bias is None else linear.bias.detach().split(widths)
+        biases = [None] * len(names)
+        if linear.bias is not None:
+            biases = linear.bias.detach().split(widths)
         for name, rows, bias in zip(names, self.whole.split(widths), biases):
-            member = Linear(linear.in_features, len(rows), bias=bias is not None, device='meta')
-            member.weight = nn.Parameter(rows, requires_grad=False)
-            if bias is not None:
-                member.bias = nn.Parameter(bias, requires_grad=False)
-            setattr(self, name, member)
+            setattr(self, name, linear_of(rows, bias))
 
     @property
-    def members(self):
+    def members(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self.names]
 
     @property
-    def linears(self):
+    def linears(self) -> list[nn.Module]:
         """The members without their adapters."""
         return [getattr(member, 'base_layer', member) for member in self.members]
 
     @property
-    def quantised(self):
+    def in_four_bits(self) -> bool:
         return self.whole is None
 
     @property
-    def bias(self):
+    def bias(self) -> torch.Tensor | None:
         biases = [linear.bias for linear in self.linears]
-        return None if biases[0] is None else torch.cat([b.detach() for b in biases])
+        if biases[0] is None:
+            return None
+        return torch.cat([bias.detach() for bias in biases])
 
     def forward(self, x):
-        if not self.quantised:
-            bias = self.bias
-            y = F.linear(x, self.whole.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        elif torch.compiler.is_compiling():
-            bias = self.bias
-            weights = [
-                nf4(*parts, shape, x.dtype) for parts, shape in zip(self.parts(), self.shapes)
-            ]
-            y = F.linear(
-                x,
-                weights[0] if len(weights) == 1 else torch.cat(weights),
-                None if bias is None else bias.to(x.dtype),
-            )
-        else:  # bitsandbytes' own, which keeps no dequantised weight for the backward pass
-            y = (
-                torch.cat([linear(x) for linear in self.linears], dim=-1)
-                if len(self.names) > 1
-                else self.linears[0](x)
-            )
-        return self.adapt(x, y)
+        return self.add_adapters(x, self.base(x))
 
-    def adapt(self, x, y):
-        """y plus what the adapters add. With dropout each member drops for itself, as in PEFT."""
-        adapted = [member for member in self.members if hasattr(member, 'lora_A')]
+    def base(self, x):
+        """Return x W^T + bias without the adapters, (..., out)."""
+        if not self.in_four_bits:
+            weight = self.whole.to(x.dtype)
+        elif torch.compiler.is_compiling():
+            weight = join([self.dequantised(i, x.dtype) for i in range(len(self.names))], dim=0)
+        else:
+            # bitsandbytes' own product stores no dequantised weight for the backward pass.
+            return join([linear(x) for linear in self.linears], dim=-1)
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return F.linear(x, weight, bias)
+
+    def add_adapters(self, x, y):
+        """Return y plus the adapters' part. With dropout each member drops by itself (PEFT)."""
+        adapted = [member for member in self.members if has_adapter(member)]
         if not adapted:
             return y
-        drops = self.training and any(
-            isinstance(m.lora_dropout['default'], nn.Dropout) for m in adapted
-        )
-        if drops:
-            low = [
-                F.linear(m.lora_dropout['default'](x), m.lora_A['default'].weight.to(x.dtype))
-                for m in adapted
-            ]
-        else:
-            a = torch.cat([m.lora_A['default'].weight for m in adapted])
-            low = F.linear(x, a.to(x.dtype)).split([m.r['default'] for m in adapted], dim=-1)
-        low, added = iter(low), []
+        low_ranks = iter(self.low_ranks(x, adapted))  # x A^T of each adapted member
+        added = []
         for member, linear in zip(self.members, self.linears):
-            if hasattr(member, 'lora_A'):
+            if has_adapter(member):
                 b = member.lora_B['default'].weight * member.scaling['default']
-                added.append(F.linear(next(low), b.to(x.dtype)))
+                added.append(F.linear(next(low_ranks), b.to(x.dtype)))
             else:
                 added.append(y.new_zeros(*y.shape[:-1], linear.out_features))
-        return y + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
+        return y + join(added, dim=-1)
 
-    def plain(self, x):
-        """The same by PEFT's own layers: the reference of `forward`."""
+    def low_ranks(self, x, adapted):
+        """Return x A^T of each adapted member, (..., r)."""
+        dropouts = [member.lora_dropout['default'] for member in adapted]
+        if self.training and any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
+            low_ranks = []
+            for member, dropout in zip(adapted, dropouts):
+                a = member.lora_A['default'].weight
+                low_ranks.append(F.linear(dropout(x), a.to(x.dtype)))
+            return low_ranks
+        a = torch.cat([member.lora_A['default'].weight for member in adapted])
+        return F.linear(x, a.to(x.dtype)).split([m.r['default'] for m in adapted], dim=-1)
+
+    def reference(self, x):
+        """Return `forward`'s result by PEFT's own layers."""
         return torch.cat([member(x) for member in self.members], dim=-1)
 
-    # -----------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # weights
 
     @property
-    def weight(self):
-        """(out, in): the matrix that the group is, adapters and all, in full precision; MLA's absorbed decoding asks for it."""
-        return self.merged() if self.held is None else self.held
+    def weight(self) -> torch.Tensor:
+        """
+        The matrix (out, in) that the group stands for, with its adapters, in full precision.
 
-    @torch.no_grad()
-    def merged(self):
+        For modules that read a Linear's weight. It is a function of lora_A and lora_B, so gradients
+        reach them through it; dropout, which belongs to an input, has no part in it.
+        """
+        if self.cached_weight is not None and not torch.is_grad_enabled():
+            return self.cached_weight
+        return self.merged()
+
+    def merged(self) -> torch.Tensor:
+        """Compute `weight` anew."""
         rows = []
-        for member, linear in zip(self.members, self.linears):
-            w = dequantise(linear) if self.quantised else linear.weight
-            if hasattr(member, 'lora_A'):
-                w = (w.float() + member.get_delta_weight('default').float()).to(w.dtype)
+        for i, member in enumerate(self.members):
+            w = self.base_weight(i)
+            if has_adapter(member):
+                a, b = member.lora_A['default'].weight, member.lora_B['default'].weight
+                delta = (b @ a) * member.scaling['default']
+                wide = torch.promote_types(w.dtype, torch.float32)
+                w = (w.to(wide) + delta.to(wide)).to(w.dtype)
             rows.append(w)
         return torch.cat(rows)
 
-    def quantise(self, compute_dtype, double=True):
+    def base_weight(self, i: int) -> torch.Tensor:
+        """Return the weight of member i without its adapter, in the dtype that it was given in."""
+        linear = self.linears[i]
+        if not self.in_four_bits:
+            return linear.weight
+        if torch.compiler.is_compiling():
+            return self.dequantised(i, linear.weight.quant_state.dtype)
+        return dequantise(linear)
+
+    def quantise(self, compute_dtype: torch.dtype, double: bool = True) -> None:
+        """Turn the members into 4-bit Linears, in place."""
         for name, linear in zip(self.names, self.members):
             setattr(self, name, in_four_bits(linear, compute_dtype, double))
         self.whole = None
         self.shapes = [linear.weight.quant_state.shape for linear in self.linears]
+        # Plain tensors, which torch.compile can read.
         for i, linear in enumerate(self.linears):
-            for n, part in enumerate(parts_of(linear)):
-                self.register_buffer(
-                    f'part_{i}_{n}', part, persistent=False
-                )  # plain tensors: what torch.compile can read
+            for n, part in enumerate(nf4_parts(linear)):
+                self.register_buffer(f'part_{i}_{n}', part, persistent=False)
 
-    def parts(self):
-        return [[getattr(self, f'part_{i}_{n}') for n in range(6)] for i in range(len(self.names))]
+    def parts(self, i: int) -> list[torch.Tensor]:
+        """Return the 4-bit weight of member i as `nf4` takes it."""
+        return [getattr(self, f'part_{i}_{n}') for n in range(6)]
+
+    def dequantised(self, i: int, dtype: torch.dtype) -> torch.Tensor:
+        return nf4(self.parts(i), self.shapes[i], dtype)
 
 
-def split(model):
-    """Every Linear of the blocks becomes a Group. The model is where it will stay: moving it would tear the views apart."""
+def join(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate; a single tensor is not copied."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(tensors, dim=dim)
+
+
+def has_adapter(member: nn.Module) -> bool:
+    """Return whether PEFT has put its layer in the place of this Linear."""
+    return hasattr(member, 'lora_A')
+
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """Return a frozen Linear that holds these tensors themselves."""
+    rows, columns = weight.shape
+    linear = Linear(columns, rows, bias=bias is not None, device='meta')
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+# -------------------------------------------------------------------------------------------------
+# a model with adapters
+
+
+def split(model: GPT) -> list[LinearGroup]:
+    """
+    Turn every Linear of the blocks into a LinearGroup and return the groups.
+
+    The model must be on its device already: moving it afterwards would copy the views.
+    """
     for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if not isinstance(linear, nn.Linear):
-                    continue
-                names, widths = NAMES.get(name, (name,)), [linear.out_features]
-                if name == 'c_attn':
-                    widths = part.widths
-                elif name == 'c_fc' and part.act == 'swiglu':
-                    names, widths = ('gate_proj', 'up_proj'), [linear.out_features // 2] * 2
-                elif name == 'c_proj':
-                    names = ('o_proj',) if part is block.attn else ('down_proj',)
-                elif name == 'c_fc':
-                    names = ('up_proj',)
-                setattr(part, name, Group(linear, names, widths))
+        for name, linear in linears_of(block.attn):
+            setattr(block.attn, name, LinearGroup(linear, *attention_members(block, name, linear)))
+        for name, linear in linears_of(block.mlp):
+            setattr(block.mlp, name, LinearGroup(linear, *mlp_members(block.mlp, name, linear)))
     return groups(model)
 
 
-def groups(model):
-    return [module for module in model.modules() if isinstance(module, Group)]
+def linears_of(part: nn.Module | None) -> list[tuple[str, nn.Linear]]:
+    if part is None:  # a block without MLP
+        return []
+    return [(name, m) for name, m in part.named_children() if isinstance(m, nn.Linear)]
 
 
-def targets_of(model, wanted):
-    """The members that `wanted` means ('all' or transformers' names with commas) in this model. UserError names what it has not."""
-    known = list(dict.fromkeys(name for group in groups(model) for name in group.names))
+def attention_members(block, name: str, linear: nn.Linear) -> tuple[tuple[str, ...], list[int]]:
+    """Return names and widths of the Linears in a Linear of the attention."""
+    if name == 'c_attn':
+        return ('q_proj', 'k_proj', 'v_proj'), block.attn.widths
+    if name == 'c_proj':
+        name = 'o_proj'
+    return (name,), [linear.out_features]
+
+
+def mlp_members(mlp: MLP, name: str, linear: nn.Linear) -> tuple[tuple[str, ...], list[int]]:
+    """Return names and widths of the Linears in a Linear of the MLP."""
+    if name == 'c_fc' and mlp.act == 'swiglu':
+        return ('gate_proj', 'up_proj'), [linear.out_features // 2] * 2
+    name = dict(c_fc='up_proj', c_proj='down_proj').get(name, name)
+    return (name,), [linear.out_features]
+
+
+def groups(model: nn.Module) -> list[LinearGroup]:
+    return [module for module in model.modules() if isinstance(module, LinearGroup)]
+
+
+def member_names(model: nn.Module) -> list[str]:
+    """Return the names of all members, each once."""
+    names = {}
+    for group in groups(model):
+        names |= dict.fromkeys(group.names)
+    return list(names)
+
+
+def is_in_four_bits(model: nn.Module) -> bool:
+    return any(group.in_four_bits for group in groups(model))
+
+
+def target_names(model: GPT, wanted: str) -> list[str]:
+    """
+    Return the names of the members that get adapters.
+
+    wanted: 'all', or names as in transformers with commas; k_proj and v_proj mean their nearest
+    relatives in an MLA model. UserError names what the model does not have.
+    """
+    known = member_names(model)
     if wanted == 'all':
         return known
-    names = [name.strip() for name in wanted.split(',')]
-    names = list(
-        dict.fromkeys(
-            IN_MLA[name] if name not in known and IN_MLA.get(name) in known else name
-            for name in names
-        )
-    )
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(
-            f"target '{unknown[0]}' is none of this model's Linears: use all, or some of {', '.join(known)}"
-        )
-    return names
+    names = []
+    for name in split_list(wanted):
+        if name not in known and NAMES_IN_MLA.get(name) in known:
+            name = NAMES_IN_MLA[name]
+        if name not in known:
+            raise UserError(
+                f"target '{name}' is none of this model's Linears: use all, or some of "
+                f'{", ".join(known)}'
+            )
+        names.append(name)
+    return list(dict.fromkeys(names))
 
 
-def adapt(model, kind, r=32, alpha=16, dropout=0.0, targets='all', double=True):
+def adapt(model: GPT, kind: str, lora: LoraSettings | None = None) -> GPT:
     """
-    Makes `model` (on its device, its stream set) trainable as `kind` says: 'full' all of it, 'lora' low-rank
-    adapters alone, 'qlora' these over 4-bit weights. Adapters are fp32 whatever the base is; targets '': none. Returns the model.
+    Make `model` trainable in place and return it.
+
+    model: on its device, its stream set
+    kind:  'full': all of it; 'lora': adapters alone; 'qlora': adapters over 4-bit weights
+
+    Adapters are fp32 whatever the base is. UserError for what cannot be adapted so.
     """
-    if kind not in ADAPTERS:
-        raise UserError(f"adapter '{kind}' is not known: use {', '.join(ADAPTERS)}")
+    check_choice('adapter', kind, ADAPTERS)
     if kind == 'full':
         return model.requires_grad_(True)
-    if r < 1 or not 0 <= dropout < 1:
-        raise UserError(
-            f'lora_r={r} must be at least 1 and lora_dropout={dropout} at least 0 and less than 1'
-        )
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError('LoRA needs peft: pip install -e .[adapters]') from None
-    for group in split(model.requires_grad_(False)):
+    lora = lora or LoraSettings()
+    check_range('lora_r', lora.r, least=1)
+    check_range('lora_dropout', lora.dropout, least=0, below=1)
+    model.requires_grad_(False)
+    for group in split(model):
         if kind == 'qlora':
-            group.quantise(model.stream, double)
-    model.is_loaded_in_4bit = kind == 'qlora'  # what PEFT asks before it takes its 4-bit layer
-    if not targets:
-        return model
-    members = rf'.*\.(attn|mlp)\.\w+\.({"|".join(targets_of(model, targets))})'  # of a group, not a group that has its member's name
-    inject_adapter_in_model(
-        LoraConfig(
-            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=members, bias='none'
-        ),
-        model,
-    )
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+            group.quantise(model.stream, lora.double)
+    if lora.targets:
+        add_adapters(model, lora)
     return model
 
 
-def merge(model):
-    """Groups become Linears again, adapters added to their weights (dequantised ones, too), in place."""
-    for part in [part for block in model.transformer.h for part in (block.attn, block.mlp)]:
-        for name, group in list(part.named_children()):
-            if isinstance(group, Group):
-                weight, bias = group.merged(), group.bias
-                linear = Linear(
-                    weight.size(1), weight.size(0), bias=bias is not None, device='meta'
-                )
-                linear.weight = nn.Parameter(weight)
-                linear.weight.splits = group.splits
-                if bias is not None:
-                    linear.bias = nn.Parameter(bias)
-                setattr(part, name, linear)
+def add_adapters(model: GPT, lora: LoraSettings) -> None:
+    """Let PEFT add fp32 adapters to the members of the groups."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UnavailableError(f'LoRA needs peft: {INSTALL}') from None
+    names = '|'.join(target_names(model, lora.targets))
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        # The members of groups, not a group that has the name of its member.
+        target_modules=rf'.*\.(attn|mlp)\.\w+\.({names})',
+        bias='none',
+    )
+    # PEFT asks a model for this attribute before it takes its own 4-bit layer.
+    model.is_loaded_in_4bit = is_in_four_bits(model)
+    inject_adapter_in_model(config, model)
+    del model.is_loaded_in_4bit
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+@torch.no_grad()
+def merge(model: GPT) -> GPT:
+    """Turn groups into Linears again, in place: adapters added, 4-bit weights dequantised."""
+    for block in model.transformer.h:
+        for part in filter(None, (block.attn, block.mlp)):
+            for name, group in list(part.named_children()):
+                if isinstance(group, LinearGroup):
+                    linear = linear_of(group.merged(), group.bias).requires_grad_(True)
+                    linear.weight.splits = group.splits
+                    setattr(part, name, linear)
     return model
 
 
 @contextmanager
-def held_weights(model):
-    """For decoding: matrices that attention asks for as such (MLA's kv_b_proj) are put together once, not once a token."""
-    asked = [group for group in groups(model) if group.names == ('kv_b_proj',)]
-    for group in asked:
-        group.held = group.merged()
+def cached_weights(model: GPT) -> Iterator[None]:
+    """Merge the matrices that attention reads once, not at every token: for decoding."""
+    read = [group for group in groups(model) if READ_BY_ATTENTION in group.names]
+    with torch.no_grad():
+        for group in read:
+            group.cached_weight = group.merged()
     try:
         yield
     finally:
-        for group in asked:
-            group.held = None
+        for group in read:
+            group.cached_weight = None
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 4 bits
 
 
-def bitsandbytes():
+def import_bitsandbytes():
     try:
-        import bitsandbytes as bnb
-
-        return bnb
+        import bitsandbytes
     except ImportError:
-        raise UserError(
-            '4-bit weights need bitsandbytes: pip install -e .[adapters]'
-        ) from None
+        raise UnavailableError(f'4-bit weights need bitsandbytes: {INSTALL}') from None
+    return bitsandbytes
 
 
-def in_four_bits(linear, compute_dtype, double=True):
-    """A Linear4bit by bitsandbytes with the weights of `linear` in NF4, its scales quantised, too, if `double`."""
-    bnb, device = bitsandbytes(), linear.weight.device
+def in_four_bits(linear: nn.Linear, compute_dtype: torch.dtype, double: bool = True) -> nn.Module:
+    """
+    Return bitsandbytes' Linear4bit with the weights of `linear` in NF4.
+
+    double: its scales are quantised, too.
+    """
+    bnb = import_bitsandbytes()
+    how = dict(compress_statistics=double, quant_type='nf4')
     new = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
         compute_dtype=compute_dtype,
-        compress_statistics=double,
-        quant_type='nf4',
         device='meta',
+        **how,
     )
-    new.weight = bnb.nn.Params4bit(
-        linear.weight.detach().clone(),
-        requires_grad=False,
-        compress_statistics=double,
-        quant_type='nf4',
-        module=new,
-    )
+    weight = linear.weight.detach().clone()
+    new.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **how)
     new.bias = linear.bias
-    new = new.to(device)
-    new.support_avx512bf16_for_cpu = False  # else an evaluation repacks the weights there, and the next backward pass cuts the input's gradient
+    new = new.to(linear.weight.device)
+    # Else an evaluation on such a CPU repacks the weights, and the next backward pass gives the
+    # input no gradient.
+    new.support_avx512bf16_for_cpu = False
     return new
 
 
-def dequantise(linear):
-    """The weight of a Linear4bit, by bitsandbytes, in the dtype it was quantised from."""
-    return bitsandbytes().functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+def dequantise(linear: nn.Module) -> torch.Tensor:
+    """Return the weight of a Linear4bit, by bitsandbytes, in the dtype it was quantised from."""
+    functional = import_bitsandbytes().functional
+    return functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
-def parts_of(linear):
-    """What `nf4` wants of a Linear4bit, as plain tensors that share its memory: packed, codes, scales, codes and scales of the scales, offset."""
+def nf4_parts(linear: nn.Module) -> tuple[torch.Tensor, ...]:
+    """
+    Return what `nf4` takes of a Linear4bit: plain tensors that share its memory.
+
+    Packed levels, their codes, scales of blocks; codes, scales and offset of the scales, which are
+    empty without double quantisation.
+    """
     state = linear.weight.quant_state
     packed = linear.weight.detach().as_subclass(torch.Tensor).flatten()
     if not state.nested:
-        none = state.absmax.new_zeros(0)
-        return packed, state.code, state.absmax, none, none, none
-    return packed, state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset
+        empty = state.absmax.new_zeros(0)
+        return packed, state.code, state.absmax, empty, empty, empty
+    second = state.state2
+    return packed, state.code, state.absmax, second.code, second.absmax, state.offset
 
 
-def nf4(packed, code, scales, code2, scales2, offset, shape, dtype):
+def nf4(parts: Sequence[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """
-    Weights (out, in) of `dtype` from NF4: one of 16 levels for each, two a byte, the first in its upper half, times the
-    scale of its block of 64. Double quantisation keeps scales as one of 256 levels times a scale of every 256, plus an
-    offset. Plain operations: torch.compile makes one kernel of them, and runs it again backward instead of keeping weights.
+    Return the weight (out, in) of NF4's `parts`, as `nf4_parts` gives them.
+
+    A weight is one of 16 levels, two a byte, the first in its upper half, times the scale of its
+    block of 64. Double quantisation stores scales as one of 256 levels times a scale of every 256,
+    plus an offset. Plain operations: torch.compile makes one kernel of them, and runs it again in
+    the backward pass instead of storing weights.
     """
-    if len(code2):
-        block = len(scales) if not len(scales2) else 256
-        scales = code2[scales.int()] * scales2.repeat_interleave(block)[: len(scales)] + offset
+    packed, code, scales, scale_code, scale_scales, offset = parts
+    if len(scale_code):
+        block = 256 if len(scale_scales) else len(scales)
+        spread = scale_scales.repeat_interleave(block)[: len(scales)]
+        scales = scale_code[scales.int()] * spread + offset
     level = torch.stack([packed >> 4, packed & 15], dim=-1).view(len(scales), -1)
     return (code[level.int()] * scales[:, None]).to(dtype).view(shape)
 
 
-# ---------------------------------------------------------------------------------------------------
-# what there is
+# -------------------------------------------------------------------------------------------------
+# sizes
 
 
-def size(p):
-    """Parameters as the model means them: a 4-bit tensor holds two in a byte."""
+def size(p: torch.Tensor) -> int:
+    """Return the number of weights in a parameter: a 4-bit tensor holds two in a byte."""
     state = getattr(p, 'quant_state', None)
-    return state.shape.numel() if state is not None else p.numel()
+    if state is None:
+        return p.numel()
+    return state.shape.numel()
 
 
-def count(model):
-    """(trainable, all) parameters, quantised ones counted as what they stand for."""
+def count(model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of trainable and of all parameters, 4-bit ones by their `size`."""
     params = list(model.parameters())
-    return sum(p.numel() for p in params if p.requires_grad), sum(map(size, params))
+    trainable = sum(p.numel() for p in params if p.requires_grad)
+    return trainable, sum(size(p) for p in params)
 
 
-def storage(model):
-    """Bytes a parameter of the blocks' Linears, without adapters: weights, scales and their tables."""
-    weights = [linear.weight for group in groups(model) for linear in group.linears] or [
-        m.weight for m in model.transformer.h.modules() if isinstance(m, nn.Linear)
-    ]
+def bytes_per_parameter(model: GPT) -> float:
+    """Return the bytes a weight of the blocks' Linears takes, with its scales, without adapters."""
+    weights = []
+    for group in groups(model):
+        weights += [linear.weight for linear in group.linears]
+    if not weights:
+        modules = model.transformer.h.modules()
+        weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
+    return sum(stored_bytes(w) for w in weights) / sum(size(w) for w in weights)
 
-    def nbytes(w):
-        state = getattr(w, 'quant_state', None)
-        if state is None:
-            return w.nbytes
-        second = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-        return sum(t.nbytes for t in (w.data, state.absmax, state.code, *second))
 
-    return sum(map(nbytes, weights)) / sum(map(size, weights))
+def stored_bytes(weight: torch.Tensor) -> int:
+    """Return the bytes of a weight, in 4 bits with its scales and tables."""
+    state = getattr(weight, 'quant_state', None)
+    if state is None:
+        return weight.nbytes
+    tensors = [weight.data, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,187 +1,230 @@
 """
-Documents of different lengths as batches of one shape: packed one behind the other, or padded, one a row.
+Documents of different lengths as batches of one shape: packed one after the other, or one a row.
 
-Packed documents stay strangers. `Documents` goes to `model.hidden` in the place of a cache: positions begin
-again at each document and attention works document by document, with the kernel that the model was given,
-so packed documents have exactly the logits that they have alone.
+Packed documents do not attend to one another. `Documents` is the context that a model's forward
+pass is given: positions begin again at each document, and attention works document by document with
+the kernel of the model, so packed documents have exactly the logits that they have alone.
 
-Legend: B rows, T tokens of a row, H heads, D head dim; N documents of a batch, L tokens of the longest.
+Legend: B rows, T tokens of a row, H heads, D head dim; N documents of a batch, L tokens of the
+longest.
 """
 
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from model import Context, compiled_flex
+from model import Attention, Context, compiled_flex
+
+NO_TARGET = -1  # a token whose successor is not learned
+
+Document = tuple[Sequence[int], Sequence[int]]  # token ids, and the target of each
 
 
 class Documents(Context):
     """
-    Where the documents of a batch begin and end: `lengths` holds for each row how many tokens its documents
-    have, T in all (a padded rest counts as one more). It is made once a batch and serves every layer.
+    Where the documents of a batch begin and end. One serves all layers.
+
+    lengths: for each row the tokens of its documents, T in all (padding counts as one more)
+    flex:    make the mask of FlexAttention, too
     """
 
-    def __init__(self, lengths, device='cpu'):
+    def __init__(self, lengths: Sequence[Sequence[int]], device='cpu', flex: bool = False):
         self.rows, self.T = len(lengths), sum(lengths[0])
-        assert all(sum(row) == self.T and min(row) > 0 for row in lengths), (
-            'documents must fill their rows'
-        )
-        flat = np.array([n for row in lengths for n in row])
-        begin = np.concatenate([[0], np.cumsum(flat)[:-1]])
+        for row in lengths:
+            assert sum(row) == self.T and min(row) > 0, 'documents must fill their rows'
+        flat = np.concatenate(lengths)  # (N,)
+        longest = flat.max()
+        begin = np.cumsum(flat) - flat  # (N,): the first token of each document
         number = np.repeat(np.arange(len(flat)), flat)  # (B T,): the document of each token
-        position = np.arange(self.rows * self.T) - begin[number]
-        place = np.arange(flat.max())
-        inside = place < flat[:, None]  # (N, L)
+        position = np.arange(self.rows * self.T) - begin[number]  # (B T,): of each token in it
+        at = np.arange(longest)
+        inside = at < flat[:, None]  # (N, L): False behind a document's end
 
         def send(array):
             return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
         self.positions = send(position.reshape(self.rows, self.T))
         self.number = send(number.reshape(self.rows, self.T))
-        self.into = send(
-            np.where(inside, begin[:, None] + place, 0)
-        )  # (N, L): which token stands here
-        self.back = send(number * flat.max() + position)  # (B T,): where each token stands
         self.inside = send(inside)
+        self.token_at = send(np.where(inside, begin[:, None] + at, 0))  # (N, L): of the B T tokens
+        self.slot_of = send(number * longest + position)  # (B T,): of the N L slots
+        self.block_mask = self.make_block_mask() if flex else None
 
-    def begin(self, T):
-        assert T == self.T
+    def begin(self, T: int) -> torch.Tensor:
+        assert T == self.T, f'the documents fill rows of {self.T} tokens, not {T}'
         return self.positions
 
-    def attend(self, attention, q, k, v):
-        """Causal attention inside of each document: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv) -> (B, H, T, Dv)."""
-        if attention.kernel == 'flex':
-            return compiled_flex()(
-                q,
-                k,
-                v,
-                block_mask=self.blocks,
-                scale=attention.scale,
-                enable_gqa=q.size(1) != k.size(1),
-            )
-        return self.one_by_one(attention, q, k, v)
+    def attend(self, attention: Attention, q, k, v):
+        """
+        Return causal attention inside of each document.
+
+        q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv) -> (B, H, T, Dv).
+        """
+        if attention.kernel != 'flex':
+            return self.attend_separately(attention, q, k, v)
+        assert self.block_mask is not None, 'Documents for FlexAttention are made with flex=True'
+        grouped = q.size(1) != k.size(1)
+        how = dict(scale=attention.scale, enable_gqa=grouped)
+        return compiled_flex()(q, k, v, block_mask=self.block_mask, **how)
 
     @torch.compiler.disable  # its shapes change with every batch
-    def one_by_one(self, attention, q, k, v):
-        """As a batch of N documents, shorter ones filled up: behind a document's end there is nothing that a causal query sees."""
-        q, k, v = (Apart.apply(t.transpose(1, 2), self).transpose(1, 2) for t in (q, k, v))
-        return Together.apply(attention.attend(q, k, v).transpose(1, 2), self).transpose(1, 2)
+    def attend_separately(self, attention: Attention, q, k, v):
+        """
+        Attend in a batch of N documents, where shorter ones are filled up.
 
-    @cached_property
-    def blocks(self):
+        A causal query does not see what stands behind the end of its document.
+        """
+        q, k, v = (Unpack.apply(t.transpose(1, 2), self).transpose(1, 2) for t in (q, k, v))
+        y = attention.attend(q, k, v)
+        return Repack.apply(y.transpose(1, 2), self).transpose(1, 2)
+
+    def make_block_mask(self):
         from torch.nn.attention.flex_attention import create_block_mask
 
-        number = self.number
+        number, T = self.number, self.T
 
         def same_document(b, h, i, j):
             return (i >= j) & (number[b, i] == number[b, j])
 
-        return create_block_mask(
-            same_document, self.rows, None, self.T, self.T, device=number.device
-        )
+        return create_block_mask(same_document, self.rows, None, T, T, device=number.device)
 
 
-class Apart(torch.autograd.Function):
-    """(B, T, H, D) -> (N, L, H, D). Its backward pass is a gather, too: no token stands in two places."""
+class Unpack(torch.autograd.Function):
+    """(B, T, H, D) -> (N, L, H, D). Both ways are gathers, as no token stands in two slots."""
 
     @staticmethod
     def forward(ctx, x, documents):
         ctx.documents = documents
-        return x.flatten(0, 1)[documents.into]
+        return x.flatten(0, 1)[documents.token_at]
 
     @staticmethod
     def backward(ctx, g):
         d = ctx.documents
-        return g.flatten(0, 1)[d.back].unflatten(0, (d.rows, d.T)), None
+        return g.flatten(0, 1)[d.slot_of].unflatten(0, (d.rows, d.T)), None
 
 
-class Together(torch.autograd.Function):
-    """(N, L, H, D) -> (B, T, H, D), the inverse; what fills up a document is left behind."""
+class Repack(torch.autograd.Function):
+    """(N, L, H, D) -> (B, T, H, D), the inverse of Unpack; what fills up documents is dropped."""
 
     @staticmethod
     def forward(ctx, y, documents):
         ctx.documents = documents
-        return y.flatten(0, 1)[documents.back].unflatten(0, (documents.rows, documents.T))
+        return y.flatten(0, 1)[documents.slot_of].unflatten(0, (documents.rows, documents.T))
 
     @staticmethod
     def backward(ctx, g):
         d = ctx.documents
-        return g.flatten(0, 1)[d.into] * d.inside[..., None, None], None
+        return g.flatten(0, 1)[d.token_at] * d.inside[..., None, None], None
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # rows and batches
 
 
-def pack(lengths, T):
-    """Which documents share a row of T tokens: lists of their numbers, each document in the first row that has room (first fit)."""
+def pack(lengths: Sequence[int], T: int) -> list[list[int]]:
+    """
+    Distribute documents over rows of T tokens, each to the first row that has room (first fit).
+
+    Returns the numbers of the documents in each row.
+    """
     rows, room = [], []
-    for i, n in enumerate(lengths):
-        assert 0 < n <= T
-        at = next((r for r, left in enumerate(room) if left >= n), None)
-        if at is None:
-            rows, room, at = rows + [[]], room + [T], len(rows)
-        rows[at].append(i)
-        room[at] -= n
+    for i, length in enumerate(lengths):
+        assert 0 < length <= T
+        fitting = (row for row, left in enumerate(room) if left >= length)
+        row = next(fitting, len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(T)
+        rows[row].append(i)
+        room[row] -= length
     return rows
 
 
 class Batch:
-    """idx and targets (B, T), `documents` where a row has several, and what the host knows: tokens without padding, documents, targets."""
-
-    def __init__(self, idx, targets, lengths, isolated, device):
-        self.idx, self.targets = (
-            torch.from_numpy(a).to(device, non_blocking=True) for a in (idx, targets)
-        )
-        self.tokens, self.samples, self.counted = (
-            sum(map(sum, lengths)),
-            sum(map(len, lengths)),
-            int((targets >= 0).sum()),
-        )
-        rest = [idx.shape[1] - sum(row) for row in lengths]
-        self.lengths = [row + [n] * (n > 0) for row, n in zip(lengths, rest)]
-        self.documents = Documents(self.lengths, device) if isolated else None
-
-
-class Rows:
     """
-    A set of documents, each (ids, targets) of one length with -1 for what is not learned, as rows of T tokens:
-    `packed`, or one a row. Longer documents lose their end. blocks: FlexAttention's mask is made with each batch.
+    Rows on a device.
+
+    idx, targets: (B, T)
+    lengths:      tokens of the documents in each row; padding is one more
+    documents:    the context of the forward pass, None where a row has no more than one document
+    tokens, samples, counted: tokens without padding, documents, targets
     """
 
-    def __init__(self, documents, T, packed=True, isolated=True, blocks=False):
-        self.blocks = blocks
-        self.documents, self.T, self.isolated = (
-            [(ids[:T], targets[:T]) for ids, targets in documents],
-            T,
-            packed and isolated,
-        )
+    def __init__(
+        self,
+        idx: np.ndarray,
+        targets: np.ndarray,
+        lengths: list[list[int]],
+        device: torch.device | str = 'cpu',
+    ):
+        self.tokens = sum(sum(row) for row in lengths)
+        self.samples = sum(len(row) for row in lengths)
+        self.counted = int((targets >= 0).sum())
+        self.idx = torch.from_numpy(idx).to(device, non_blocking=True)
+        self.targets = torch.from_numpy(targets).to(device, non_blocking=True)
+        self.lengths = []
+        for row in lengths:
+            padding = idx.shape[1] - sum(row)
+            self.lengths.append([*row, padding] if padding else row)
+        self.documents = None
+
+    def separate_documents(self, flex: bool = False) -> None:
+        """Let documents of one row not attend to one another."""
+        self.documents = Documents(self.lengths, self.idx.device, flex)
+
+
+class DocumentRows:
+    """
+    A set of documents as rows of T tokens. Longer documents lose their end.
+
+    packed:   several documents in a row, else one
+    isolated: packed documents do not attend to one another
+    flex:     batches carry FlexAttention's mask, made outside of what is compiled
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        T: int,
+        packed: bool = True,
+        isolated: bool = True,
+        flex: bool = False,
+    ):
+        self.T, self.isolated, self.flex = T, packed and isolated, flex
+        self.documents = [(ids[:T], targets[:T]) for ids, targets in documents]
         self.cut = sum(len(ids) > T for ids, _ in documents)
-        self.rows = (
-            pack([len(ids) for ids, _ in self.documents], T)
-            if packed
-            else [[i] for i in range(len(documents))]
-        )
+        if packed:
+            self.rows = pack([len(ids) for ids, _ in self.documents], T)
+        else:
+            self.rows = [[i] for i in range(len(documents))]
 
-    def batch(self, rows, device):
-        """The rows of these numbers as a Batch on `device`."""
-        idx, targets = (
-            np.zeros((len(rows), self.T), np.int64),
-            np.full((len(rows), self.T), -1, np.int64),
-        )
-        lengths = [[len(self.documents[i][0]) for i in self.rows[row]] for row in rows]
-        for at, row in enumerate(rows):
-            for array, which in ((idx, 0), (targets, 1)):
-                flat = [token for i in self.rows[row] for token in self.documents[i][which]]
-                array[at, : len(flat)] = flat
-        batch = Batch(idx, targets, lengths, self.isolated, device)
-        if self.blocks and batch.documents:
-            batch.documents.blocks  # outside of what is compiled
+    def batch(self, rows: Sequence[int], device: torch.device | str) -> Batch:
+        """Return the rows of these numbers as a Batch on `device`."""
+        idx = np.zeros((len(rows), self.T), np.int64)
+        targets = np.full((len(rows), self.T), NO_TARGET, np.int64)
+        lengths = []
+        for b, row in enumerate(rows):
+            lengths.append([])
+            begin = 0
+            for i in self.rows[row]:
+                document_ids, document_targets = self.documents[i]
+                end = begin + len(document_ids)
+                idx[b, begin:end] = document_ids
+                targets[b, begin:end] = document_targets
+                lengths[-1].append(end - begin)
+                begin = end
+        batch = Batch(idx, targets, lengths, device)
+        if self.isolated:
+            batch.separate_documents(self.flex)
         return batch
 
-    def train_batches(self, seed, B):
-        """Row numbers of batch after batch, without end: every epoch all rows in an order of its own; the last batch runs into the next epoch."""
+    def train_batches(self, seed: int, B: int) -> Iterator[list[int]]:
+        """
+        Yield the row numbers of batch after batch, without end.
+
+        Every epoch has all rows in an order of its own; its last batch runs into the next epoch.
+        """
         waiting, rng = [], np.random.default_rng(seed)
         while True:
             while len(waiting) < B:
@@ -189,6 +232,7 @@ class Rows:
             yield waiting[:B]
             waiting = waiting[B:]
 
-    def all_batches(self, B):
-        """Row numbers of every row once."""
-        return [list(range(at, min(at + B, len(self.rows)))) for at in range(0, len(self.rows), B)]
+    def all_batches(self, B: int) -> list[list[int]]:
+        """Return the row numbers of every row once, B at a time."""
+        numbers = list(range(len(self.rows)))
+        return [numbers[begin : begin + B] for begin in range(0, len(numbers), B)]

@@ -1,13 +1,17 @@
-"""ResultsTable of the adapter benchmark as JSON, CSV, a Markdown table and a picture. A row is a dict: see cells.measure."""
+"""
+The rows of the adapter benchmark as JSON, CSV, a Markdown table and a picture.
 
-import csv
+A row is a dict of cell.measure_or_reason with the cell's name and settings.
+"""
+
 import json
-import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from nanomla.core import figures
-from nanomla.core.files import write_file, writing
+from nanomla.core.files import csv_table, write_file
 
-COLUMNS = (  # heading, of a row, format
+COLUMNS = (  # heading, key of a row, format
     ('train tok/s', 'train_tok_per_s', ',.0f'),
     ('× peer', 'speedup', '.2f'),
     ('% of limit', 'percent_of_limit', '.0f'),
@@ -23,150 +27,191 @@ COLUMNS = (  # heading, of a row, format
     ('F1', 'token_f1', '.3f'),
     ('trainable', 'trainable_parameters', ',.0f'),
 )
+ADAPTERS = ('full', 'lora', 'qlora')
 
 
-def write(rows, folder, about, draw=True):
-    """results.json, results.csv, results.md and, with `draw` and something to be drawn, results.png in `folder`, each whole or not at all."""
-    peers = {
-        row['adapter']: row['train_tok_per_s']
-        for row in rows
-        if row['peer'] and row['kernel'] == 'sdpa' and row['status'] == 'ok'
-    }
+def write_results(rows: Sequence[dict], folder: Path, about: dict, draw: bool = True) -> list[dict]:
+    """
+    Write results.json, results.csv, results.md and results.png in `folder`.
+
+    about: facts of the whole table; draw: the picture, too, where there is something to draw.
+    Returns the rows with their speedups.
+    """
+    rows = with_speedups(rows)
+    text = json.dumps(about | dict(rows=rows), indent=1)
+    write_file(folder / 'results.json', text + '\n')
+    write_file(folder / 'results.csv', csv_table([without_nested(row) for row in rows]))
+    write_file(folder / 'results.md', markdown_table(rows))
+    measured = [row for row in rows if row['status'] == 'ok']
+    if draw and measured:
+        draw_results(measured, folder / 'results.png')
+    return rows
+
+
+def without_nested(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not isinstance(value, (dict, list))}
+
+
+def with_speedups(rows: Sequence[dict]) -> list[dict]:
+    """
+    Return the rows with their training speed over that of the peer's sdpa row, where there is one.
+
+    Only like is compared with like: the peer must train as many parameters as one of our rows of
+    unconverted attention.
+    """
+    peers, ours = {}, {}
     for row in rows:
-        if row['status'] == 'ok' and row['adapter'] in peers:
-            row['speedup'] = row['train_tok_per_s'] / peers[row['adapter']]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_file(
-        folder / 'results.json', (json.dumps(about | dict(rows=rows), indent=1) + '\n').encode()
-    )
-    flat = [
-        {key: value for key, value in row.items() if not isinstance(value, (dict, list))}
-        for row in rows
-    ]
-    with writing(folder):
-        with open(folder / 'results.csv.partial', 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, dict.fromkeys(key for row in flat for key in row))
-            writer.writeheader()
-            writer.writerows(flat)
-        os.replace(folder / 'results.csv.partial', folder / 'results.csv')
-    write_file(folder / 'results.md', table(rows).encode())
-    if draw and any(row['status'] == 'ok' for row in rows):
-        picture([row for row in rows if row['status'] == 'ok'], folder / 'results.png')
-
-
-def label(row):
-    return f'{row["kernel"]}{" (transformers + PEFT)" if row["peer"] else ""}{" (sees the future)" if row.get("causal") is False else ""}'
-
-
-def seeds_of(rows):
-    most = max(row['seeds'] for row in rows)
-    return f'{most} seed{"s" * (most > 1)}'
-
-
-def spread_of(rows):
-    return (
-        '1 seed'
-        if seeds_of(rows) == '1 seed'
-        else f'median of {seeds_of(rows)}, thin lines from least to most'
-    )
-
-
-def color_of(row):
-    return (
-        'peer'
-        if row['peer']
-        else 'muted'
-        if row.get('causal') is False
-        else 'mla'
-        if row['kernel'] == 'mla'
-        else 'mha'
-    )
-
-
-def table(rows):
-    lines = [
-        '| adapter | kernel | ran | ' + ' | '.join(heading for heading, _, _ in COLUMNS) + ' |',
-        '|---|---|---|' + '---|' * len(COLUMNS),
-    ]
+        if row['status'] != 'ok':
+            continue
+        if not row['peer']:
+            ours.setdefault(row['adapter'], set()).add(row['trainable_parameters'])
+        elif row['kernel'] == 'sdpa':
+            peers[row['adapter']] = row
+    result = []
     for row in rows:
-        if row['status'] == 'ok':
-            ran = row.get('kernel_ran', 'not profiled') + (
-                '' if row.get('kernel_proved', True) else ' (not what was asked for)'
-            )
-            cells = [ran] + [
-                format(row[key], form) if row.get(key) is not None else ''
-                for _, key, form in COLUMNS
-            ]
-        else:
-            cells = [f'{row["status"]}: {row["reason"]}'.replace('|', '/')] + [''] * len(COLUMNS)
-        lines.append(f'| {row["adapter"]} | {label(row)} | ' + ' | '.join(cells) + ' |')
+        peer = peers.get(row['adapter'])
+        if row['status'] == 'ok' and peer is not None:
+            if row['peer'] or peer['trainable_parameters'] in ours.get(row['adapter'], ()):
+                row = row | dict(speedup=row['train_tok_per_s'] / peer['train_tok_per_s'])
+        result.append(row)
+    return result
+
+
+# -------------------------------------------------------------------------------------------------
+# the table
+
+
+def markdown_table(rows: Sequence[dict]) -> str:
+    headings = ['adapter', 'kernel', 'ran', *(heading for heading, _, _ in COLUMNS)]
+    lines = [table_line(headings), '|' + '---|' * len(headings)]
+    for row in rows:
+        lines.append(table_line([row['adapter'], label(row), *table_cells(row)]))
     return '\n'.join(lines) + '\n'
 
 
-def picture(rows, path):
-    """Speed and peak memory of training, a column for each adapter."""
-    kinds = [
-        kind for kind in ('full', 'lora', 'qlora') if any(row['adapter'] == kind for row in rows)
-    ]
-    tallest = max(sum(row['adapter'] == kind for row in rows) for kind in kinds)
-    fewer = {row['cell'] for row in rows if row['seeds'] < max(other['seeds'] for other in rows)}
-    with figures.sheet(
-        2,
-        len(kinds),
-        size=(figures.WIDTH, 2.2 + 0.56 * tallest),
-        title=f'Fine-tuning {rows[0]["model"]}',
-        note=f'{rows[0]["device"]}, {rows[0]["dtype"]}: {spread_of(rows)}{"; peer: transformers + PEFT" * any(row["peer"] for row in rows)}',
-    ) as (fig, axes):
+def table_line(cells: list[str]) -> str:
+    return '| ' + ' | '.join(cells) + ' |'
+
+
+def table_cells(row: dict) -> list[str]:
+    """Return the cells of a row after its name: what ran, and the columns."""
+    if row['status'] != 'ok':
+        reason = f'{row["status"]}: {row["reason"]}'
+        return [reason.replace('|', '/'), *[''] * len(COLUMNS)]
+    ran = row.get('kernel_ran', 'not profiled')
+    if not row.get('kernel_proved', True):
+        ran += ' (not what was asked for)'
+    cells = [ran]
+    for _, key, form in COLUMNS:
+        value = row.get(key)
+        cells.append('' if value is None else format(value, form))
+    return cells
+
+
+def sees_the_future(row: dict) -> bool:
+    return row.get('causal') is False
+
+
+def label(row: dict) -> str:
+    text = row['kernel']
+    if row['peer']:
+        text += ' (transformers + PEFT)'
+    if sees_the_future(row):
+        text += ' (sees the future)'
+    return text
+
+
+# -------------------------------------------------------------------------------------------------
+# the picture
+
+
+def draw_results(rows: Sequence[dict], path: Path) -> None:
+    """Draw speed and peak memory of training, a column for each adapter."""
+    kinds = [kind for kind in ADAPTERS if any(row['adapter'] == kind for row in rows)]
+    columns = [[row for row in rows if row['adapter'] == kind][::-1] for kind in kinds]
+    size = (figures.WIDTH, 2.2 + 0.56 * max(map(len, columns)))
+    first = rows[0]
+    note = f'{first["device"]}, {first["dtype"]}: {spread_note(rows)}'
+    if any(row['peer'] for row in rows):
+        note += '; peer: transformers + PEFT'
+    title = f'Fine-tuning {first["model"]}'
+    with figures.sheet(2, len(kinds), size=size, title=title, note=note) as (fig, axes):
         for column, kind in enumerate(kinds):
-            some = [row for row in rows if row['adapter'] == kind][::-1]
-            colors = [figures.COLORS[color_of(row)] for row in some]
-            for line, (key, scale, unit) in enumerate(
-                (
-                    ('train_tok_per_s', 1, 'training, tokens/s'),
-                    ('train_allocated_mib', 1024, 'training, peak GiB'),
-                )
-            ):
-                ax = axes[line] if len(kinds) == 1 else axes[line][column]
-                ax.barh(
-                    range(len(some)), [row[key] / scale for row in some], color=colors, height=0.7
-                )
-                if not line:
-                    spread = [
-                        [row[key] - row[f'{key}_least'] for row in some],
-                        [row[f'{key}_most'] - row[key] for row in some],
-                    ]
-                    ax.errorbar(
-                        [row[key] for row in some],
-                        range(len(some)),
-                        xerr=spread,
-                        fmt='none',
-                        ecolor=figures.COLORS['ink'],
-                        linewidth=1,
-                    )
-                    ax.set_title(kind)
-                ax.set_yticks(
-                    range(len(some)),
-                    [
-                        'peer ' * row['peer']
-                        + row['kernel']
-                        + ' (not causal)' * (row.get('causal') is False)
-                        + f' ({seeds_of([row])})' * (row['cell'] in fewer)
-                        for row in some
-                    ],
-                )
-                ax.set_xlim(
-                    0, 1.04 * max(row[f'{key}_most' if not line else key] for row in rows) / scale
-                )
-                ax.grid(axis='y', visible=False)
-                ax.xaxis.get_major_locator().set_params(nbins=4)
-                ax.xaxis.set_major_formatter(lambda x, _: figures.count(x))
-                ax.set_xlabel(unit)
-        commits = ', '.join(
-            dict.fromkeys(row['commit'] for row in rows)
-        )  # a second run may have filled the gaps of a first
-        figures.footer(
-            fig,
-            f'commit {commits} · {seeds_of(rows)} from {rows[0]["settings"]["seed"]} on · torch {rows[0]["torch"]}',
-        )
+            speed, memory = (line if len(kinds) == 1 else line[column] for line in axes)
+            draw_speed(speed, columns[column], rows)
+            speed.set_title(kind)
+            draw_memory(memory, columns[column], rows)
+        # A second run may have filled the gaps of a first.
+        commits = ', '.join(dict.fromkeys(row['commit'] for row in rows))
+        seeds = f'{seeds_of(rows)} from {first["settings"]["seed"]} on'
+        figures.footer(fig, f'commit {commits} · {seeds} · torch {first["torch"]}')
         figures.save(fig, path, palette=True)
+
+
+def draw_speed(ax, column: Sequence[dict], rows: Sequence[dict]) -> None:
+    key = 'train_tok_per_s'
+    speeds = [row[key] for row in column]
+    draw_bars(ax, speeds, column, rows)
+    below = [row[key] - row[f'{key}_least'] for row in column]
+    above = [row[f'{key}_most'] - row[key] for row in column]
+    ax.errorbar(
+        speeds,
+        range(len(column)),
+        xerr=[below, above],
+        fmt='none',
+        ecolor=figures.COLORS['ink'],
+        linewidth=1,
+    )
+    ax.set_xlim(0, 1.04 * max(row[f'{key}_most'] for row in rows))
+    ax.set_xlabel('training, tokens/s')
+
+
+def draw_memory(ax, column: Sequence[dict], rows: Sequence[dict]) -> None:
+    key = 'train_allocated_mib'
+    draw_bars(ax, [row[key] / 1024 for row in column], column, rows)
+    ax.set_xlim(0, 1.04 * max(row[key] for row in rows) / 1024)
+    ax.set_xlabel('training, peak GiB')
+
+
+def draw_bars(ax, values: list[float], column: Sequence[dict], rows: Sequence[dict]) -> None:
+    """Draw a bar for each row of a column; `rows` are all that are in the picture."""
+    positions = range(len(column))
+    most_seeds = max(row['seeds'] for row in rows)
+    ax.barh(positions, values, color=[color_of(row) for row in column], height=0.7)
+    ax.set_yticks(positions, [tick_label(row, most_seeds) for row in column])
+    ax.grid(axis='y', visible=False)
+    ax.xaxis.get_major_locator().set_params(nbins=4)
+    ax.xaxis.set_major_formatter(lambda x, _: figures.count(x))
+
+
+def tick_label(row: dict, most_seeds: int) -> str:
+    text = row['kernel']
+    if row['peer']:
+        text = f'peer {text}'
+    if sees_the_future(row):
+        text += ' (not causal)'
+    if row['seeds'] < most_seeds:
+        text += f' ({seeds_of([row])})'
+    return text
+
+
+def color_of(row: dict) -> str:
+    if row['peer']:
+        return figures.COLORS['peer']
+    if sees_the_future(row):
+        return figures.COLORS['muted']
+    if row['kernel'] == 'mla':
+        return figures.COLORS['mla']
+    return figures.COLORS['mha']
+
+
+def seeds_of(rows: Sequence[dict]) -> str:
+    most = max(row['seeds'] for row in rows)
+    return '1 seed' if most == 1 else f'{most} seeds'
+
+
+def spread_note(rows: Sequence[dict]) -> str:
+    seeds = seeds_of(rows)
+    if seeds == '1 seed':
+        return seeds
+    return f'median of {seeds}, thin lines from least to most'

@@ -1,213 +1,257 @@
-"""LoRA and QLoRA on GPT, packed documents, the loss in chunks, recomputation: each against its plain reference."""
+"""LoRA and QLoRA on GPT: fused products, merged weights and 4 bits, each against its reference."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
+from adapter_models import KINDS, LLAMA, make_adapted, move_adapters
 
-from model import GPT, MLP, GPTConfig
-from nanomla.adapters import lora as adapters
-from nanomla.adapters import step as finetuning
-from nanomla.adapters.packing import Batch, Documents, Rows, pack
+from model import GPT, GPTConfig
+from nanomla.adapters import lora
+from nanomla.adapters.lora import LinearGroup, LoraSettings
 from nanomla.core.configurator import UserError
 from nanomla.inference.cache import Cache
-from nanomla.training import kernels
 
 pytest.importorskip('peft')
 pytest.importorskip('bitsandbytes')
-LLAMA = dict(pos='rope', act='swiglu', norm='rmsnorm', bias=False, tie_weights=False)
-KINDS = [
-    ('mha', {}),
-    ('mha', dict(n_kv_head=2)),
-    ('mla', {}),
-    ('mha', dict(pos='learned', act='gelu', bias=True)),
-]
-every_kind = pytest.mark.parametrize(
-    'attention, settings', KINDS, ids=['mha', 'gqa', 'mla', 'gpt2']
-)
-both = pytest.mark.parametrize('adapter', ['lora', 'qlora'])
+every_kind = pytest.mark.parametrize('name', KINDS)
+both_adapters = pytest.mark.parametrize('adapter', ['lora', 'qlora'])
 
 
 @pytest.fixture
 def adapted(tiny):
-    """adapted(adapter, attention, settings, **how) -> a model whose adapters are not zero any more."""
+    """adapted(adapter, name, ...) -> a model by make_adapted."""
 
-    def make(adapter, attention='mha', settings={}, moved=True, **how):
-        model = adapters.adapt(
-            tiny(
-                attention,
-                **(
-                    LLAMA | dict(n_embd=64, kv_lora_rank=24) | settings
-                    if attention == 'mla'
-                    else LLAMA | dict(n_embd=64) | settings
-                ),
-            ),
-            adapter,
-            **(dict(r=4, alpha=8) | how),
-        )
-        for name, p in model.named_parameters():
-            if moved and 'lora_B' in name:
-                nn.init.normal_(p, std=0.1)
-        return model
+    def make(adapter, name='mha', **how):
+        return make_adapted(tiny, adapter, name, **how)
 
     return make
 
 
-# ---------------------------------------------------------------------------------------------------
-# adapters
+def names_with_adapters(model):
+    paths = [path for path, _ in model.named_modules() if path.endswith('lora_A')]
+    return {path.split('.')[-2] for path in paths}
 
 
-@both
+@both_adapters
 @every_kind
-def test_adapters_start_at_the_base_model(tiny, tokens, adapted, adapter, attention, settings):
-    model = adapted(adapter, attention, settings, moved=False)
+def test_a_model_with_new_adapters_is_the_base_model(tiny, tokens, adapted, adapter, name):
+    model = adapted(adapter, name, moved=False)
     idx = tokens(24)
+    if adapter == 'qlora':  # what was quantised, dequantised by bitsandbytes
+        base, tolerance = lora.merge(adapted(adapter, name, moved=False)), 1e-5
+    else:
+        kind, settings = KINDS[name]
+        base, tolerance = tiny(kind, **settings), 0
     with torch.no_grad():
-        started = model(idx)
-        if adapter == 'qlora':
-            base = adapters.merge(
-                adapted(adapter, attention, settings, moved=False)
-            )  # what was quantised, dequantised by bitsandbytes
-            tolerance = 1e-5
-        else:
-            base, tolerance = (
-                tiny(
-                    attention,
-                    **(
-                        LLAMA
-                        | dict(n_embd=64)
-                        | (dict(kv_lora_rank=24) if attention == 'mla' else {})
-                        | settings
-                    ),
-                ),
-                0,
-            )
-        assert (started - base(idx)).abs().max() <= tolerance * started.abs().max()
+        logits = model(idx)
+        assert (logits - base(idx)).abs().max() <= tolerance * logits.abs().max()
 
 
-@both
+@both_adapters
 @every_kind
-def test_only_adapters_learn_and_all_of_them(tokens, adapted, adapter, attention, settings):
-    model = adapted(adapter, attention, settings).train()
+def test_only_adapters_learn_and_all_of_them(tokens, adapted, adapter, name):
+    model = adapted(adapter, name).train()
     model(tokens(24), tokens(24)).backward()
-    for name, p in model.named_parameters():
-        assert p.requires_grad == ('lora_' in name) and (p.grad is not None) == p.requires_grad, (
-            name
-        )
-        assert p.grad is None or p.grad.abs().max() > 0, name
-    assert all(
-        hasattr(member, 'lora_A') for group in adapters.groups(model) for member in group.members
-    )
-    assert {name for group in adapters.groups(model) for name in group.names} >= {
-        'q_proj',
-        'o_proj',
-        'down_proj',
-        'up_proj',
-    }
+    for path, p in model.named_parameters():
+        assert p.requires_grad == ('lora_' in path), path
+        assert (p.grad is not None) == p.requires_grad, path
+        assert p.grad is None or p.grad.abs().max() > 0, path
+    for group in lora.groups(model):
+        assert all(lora.has_adapter(member) for member in group.members)
+    assert set(lora.member_names(model)) >= {'q_proj', 'o_proj', 'down_proj', 'up_proj'}
 
 
-@both
+@both_adapters
 @pytest.mark.parametrize('dropout', [0.0, 0.3])
 @every_kind
-def test_the_fused_product_is_what_peft_computes(adapted, adapter, dropout, attention, settings):
-    model = adapted(adapter, attention, settings, dropout=dropout).train()
-    for group in adapters.groups(model):
+def test_the_fused_product_is_what_peft_computes(adapted, adapter, dropout, name):
+    model = adapted(adapter, name, dropout=dropout).train()
+    for group in lora.groups(model):
         x = torch.randn(5, group.linears[0].in_features)
         torch.manual_seed(1)
         fused = group(x)
-        torch.manual_seed(1)  # the same places drop
-        assert (fused - group.plain(x)).abs().max() < 1e-5
+        torch.manual_seed(1)  # the same values drop
+        assert (fused - group.reference(x)).abs().max() < 1e-5
 
 
-@both
+@both_adapters
 @every_kind
-def test_merging_agrees(tokens, adapted, adapter, attention, settings):
-    model, idx = adapted(adapter, attention, settings).eval(), tokens(24)
+def test_a_merged_model_agrees(tokens, adapted, adapter, name):
+    model, idx = adapted(adapter, name).eval(), tokens(24)
     with torch.no_grad():
         before = model(idx)
-        merged = adapters.merge(model)
-        assert not adapters.groups(merged) and (merged(idx) - before).abs().max() < 1e-4
+        merged = lora.merge(model)
+        assert (merged(idx) - before).abs().max() < 1e-4
+    assert not lora.groups(merged)
     assert sum(p.numel() for p in merged.parameters()) == merged.num_params()
+    assert all(p.requires_grad for p in merged.transformer.h[0].attn.c_proj.parameters())
 
 
-@both
+@both_adapters
 def test_absorbed_decoding_sees_the_adapters(tokens, adapted, adapter):
     model, idx = adapted(adapter, 'mla').eval(), tokens(20)
-    with torch.no_grad(), adapters.held_weights(model):
-        assert (model(idx, context=Cache.of(model, 2, 20)) - model(idx)).abs().max() < 1e-4
-    assert all(group.held is None for group in adapters.groups(model))
+    with torch.no_grad(), lora.cached_weights(model):
+        cached = model(idx, context=Cache.of(model, 2, 20))
+        assert (cached - model(idx)).abs().max() < 1e-4
+    assert all(group.cached_weight is None for group in lora.groups(model))
 
 
 def test_some_targets(adapted):
     model = adapted('lora', targets='q_proj,v_proj')
-    assert {
-        name.split('.')[-2] for name, m in model.named_modules() if name.endswith('lora_A')
-    } == {'q_proj', 'v_proj'}
-    for group in adapters.groups(model):
+    assert names_with_adapters(model) == {'q_proj', 'v_proj'}
+    for group in lora.groups(model):
         x = torch.randn(3, group.linears[0].in_features)
-        assert (group(x) - group.plain(x)).abs().max() < 1e-5
-    mla = adapted(
-        'lora', 'mla', targets='q_proj,k_proj,v_proj,o_proj'
-    )  # where MLA keeps what MHA calls k and v
-    assert {name.split('.')[-2] for name, m in mla.named_modules() if name.endswith('lora_A')} == {
-        'q_proj',
-        'kv_a_proj_with_mqa',
-        'kv_b_proj',
-        'o_proj',
-    }
+        assert (group(x) - group.reference(x)).abs().max() < 1e-5
+
+
+def test_names_of_mha_mean_their_relatives_in_mla(adapted):
+    model = adapted('lora', 'mla', targets='q_proj,k_proj,v_proj,o_proj')
+    assert names_with_adapters(model) == {'q_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj'}
+
+
+def test_no_targets_add_no_adapters(tokens, tiny, adapted):
+    model = adapted('lora', targets='')
+    assert names_with_adapters(model) == set()
+    kind, settings = KINDS['mha']
+    with torch.no_grad():
+        assert torch.equal(model(tokens(24)), tiny(kind, **settings)(tokens(24)))
 
 
 def test_parameters_are_counted_as_what_they_stand_for(tiny, adapted):
-    whole = tiny('mha', **LLAMA, n_embd=64).num_params()
+    kind, settings = KINDS['mha']
+    whole = tiny(kind, **settings).num_params()
     for adapter in ('lora', 'qlora'):
-        trainable, total = adapters.count(adapted(adapter))
+        trainable, total = lora.count(adapted(adapter))
         assert trainable > 0 and total == whole + trainable
-    assert adapters.count(adapters.adapt(tiny('mha', **LLAMA, n_embd=64), 'full')) == (whole, whole)
+    assert lora.count(lora.adapt(tiny(kind, **settings), 'full')) == (whole, whole)
 
 
 @pytest.mark.parametrize(
-    'how, words',
+    'kind, how, words',
     [
-        (dict(kind='dora'), "adapter 'dora' is not known: use full, lora, qlora"),
-        (
-            dict(kind='lora', targets='q_proj,w_proj'),
-            "target 'w_proj' is none of this model's Linears",
-        ),
-        (dict(kind='lora', r=0), 'lora_r=0'),
+        ('dora', {}, "adapter='dora' is not known: use full, lora, qlora"),
+        ('lora', dict(targets='q_proj,w_proj'), "target 'w_proj' is none of this model's Linears"),
+        ('lora', dict(r=0), 'lora_r=0'),
+        ('lora', dict(dropout=1.0), 'lora_dropout=1.0'),
     ],
 )
-def test_what_cannot_be_adapted_is_said(tiny, how, words):
+def test_what_cannot_be_adapted_is_one_line(tiny, kind, how, words):
     with pytest.raises(UserError, match=words):
-        adapters.adapt(tiny('mha', **LLAMA), **how)
+        lora.adapt(tiny('mha', **LLAMA), kind, LoraSettings(**how))
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# weights that others read
+
+WEIGHT_READERS = dict(  # MLA that multiplies by parts of kv_b_proj.weight itself
+    absorbed=dict(absorb=True),
+    normed=dict(qk_norm=True, qk_norm_latent=True),
+    normed_absorbed=dict(qk_norm=True, qk_norm_latent=True, absorb=True),
+    normed_q_latent=dict(qk_norm=True, qk_norm_latent=True, q_lora_rank=10),
+)
+
+
+def model_in_float64(tiny, targets, **settings):
+    model = tiny('mla', **LLAMA, kv_lora_rank=24, **settings)
+    lora.adapt(model, 'lora', LoraSettings(r=3, alpha=6, targets=targets))
+    model.double().stream = torch.float64
+    move_adapters(model, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize('targets', ['kv_b_proj', 'all'])
+@pytest.mark.parametrize('reader', WEIGHT_READERS)
+def test_gradients_through_a_weight_that_attention_reads(tiny, tokens, reader, targets):
+    """The gradient along a random direction is the finite difference, for A and B alike."""
+    model = model_in_float64(tiny, targets, **WEIGHT_READERS[reader])
+    idx = tokens(16)
+    projection = torch.randn(2, 16, 32, dtype=torch.float64)
+
+    def loss():
+        return (model.hidden(idx) * projection).sum()
+
+    loss().backward()
+    for part in ('lora_A', 'lora_B'):
+        params = [p for path, p in model.named_parameters() if part in path]
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in params)
+        directions = [torch.randn_like(p) for p in params]
+        slope = sum((p.grad * d).sum() for p, d in zip(params, directions))
+        step = 1e-6
+        values = []
+        with torch.no_grad():
+            for move in (step, -2 * step):
+                for p, d in zip(params, directions):
+                    p += move * d
+                values.append(loss())
+            for p, d in zip(params, directions):
+                p += step * d
+        difference = (values[0] - values[1]) / (2 * step)
+        assert abs(difference - slope) <= 1e-6 * abs(slope)
+
+
+def test_the_absorbed_form_has_the_gradients_of_the_naive_one(tiny, tokens):
+    found = []
+    for absorb in (False, True):
+        model = model_in_float64(tiny, 'all', absorb=absorb)
+        torch.manual_seed(2)
+        move_adapters(model, std=0.3)
+        model.hidden(tokens(16)).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for naive, absorbed in zip(*found, strict=True):
+        assert (naive - absorbed).abs().max() <= 1e-9 * naive.abs().max()
+
+
+@both_adapters
+@every_kind
+def test_the_weight_of_a_group_is_differentiable(adapted, adapter, name):
+    """Whoever reads `weight` gets the gradients of the group's own product, without dropout."""
+    model = adapted(adapter, name)
+    for group in lora.groups(model):
+        x = torch.randn(5, group.linears[0].in_features)
+        params = [p for p in group.parameters() if p.requires_grad]
+        y = x @ group.weight.T
+        if group.bias is not None:
+            y = y + group.bias
+        assert (y - group(x)).abs().max() < 1e-4
+        expected = torch.autograd.grad(group(x).square().sum(), params)
+        for a, b in zip(torch.autograd.grad(y.square().sum(), params), expected):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_a_cached_weight_is_for_decoding_alone(adapted):
+    model = adapted('lora', 'mla')
+    group = model.transformer.h[0].attn.kv_b_proj
+    with lora.cached_weights(model):
+        assert group.weight.requires_grad
+        with torch.no_grad():
+            assert group.weight is group.weight
+
+
+# -------------------------------------------------------------------------------------------------
 # 4 bits
 
 
 @pytest.mark.parametrize('double', [True, False])
 @pytest.mark.parametrize('shape', [(64, 64), (192, 128), (70, 64)])
 def test_nf4_is_what_bitsandbytes_dequantises(double, shape):
-    group = adapters.Group(nn.Linear(shape[1], shape[0], bias=False), ('one',), [shape[0]])
+    rows, columns = shape
+    group = LinearGroup(nn.Linear(columns, rows, bias=False), ('one',), [rows])
     group.quantise(torch.float32, double)
-    assert torch.equal(
-        adapters.nf4(*group.parts()[0], group.shapes[0], torch.float32),
-        adapters.dequantise(group.linears[0]),
-    )
+    ours = group.dequantised(0, torch.float32)
+    assert torch.equal(ours, lora.dequantise(group.linears[0]))
 
 
-def test_nf4_storage():
+def test_nf4_takes_half_a_byte_a_parameter():
     model = GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=8, n_embd=1024, **LLAMA))
-    adapters.adapt(model, 'qlora', r=2)
-    assert abs(adapters.storage(model) - 0.516) <= 0.002
+    lora.adapt(model, 'qlora', LoraSettings(r=2))
+    assert abs(lora.bytes_per_parameter(model) - 0.516) <= 0.002
 
 
-def test_evaluating_first_changes_nothing(tokens, adapted):
-    """On CPUs with AVX512-BF16 bitsandbytes would repack its weights in an evaluation and then pass no gradient on."""
+def test_an_evaluation_before_training_changes_nothing(tokens, adapted):
+    """
+    On CPUs with AVX512-BF16 bitsandbytes would repack its weights in an evaluation and then pass no
+    gradient on.
+    """
 
     def gradients(evaluated):
         model = adapted('qlora')
@@ -217,400 +261,8 @@ def test_evaluating_first_changes_nothing(tokens, adapted):
                 model(tokens(24))
         loss = model.train()(tokens(24), tokens(24))
         loss.backward()
-        assert not any(
-            linear.support_avx512bf16_for_cpu
-            for group in adapters.groups(model)
-            for linear in group.linears
-        )
+        for group in lora.groups(model):
+            assert not any(linear.support_avx512bf16_for_cpu for linear in group.linears)
         return [loss.detach()] + [p.grad for p in model.parameters() if p.requires_grad]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True)))
-
-
-# ---------------------------------------------------------------------------------------------------
-# packed documents
-
-LENGTHS = [[5, 12, 7], [20, 4]]
-
-
-@pytest.mark.parametrize('kernel', ['eager', 'sdpa', 'flash'])
-@every_kind
-def test_packed_documents_are_as_if_alone(tiny, tokens, kernel, attention, settings):
-    model, idx = tiny(attention, kernel=kernel, **settings).train(), tokens(24)
-    weigh = torch.randn(2, 24, 32)
-
-    def gradients():
-        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
-        return found
-
-    packed = model.hidden(idx, Documents(LENGTHS))
-    (packed * weigh).sum().backward()
-    together, total = gradients(), 0
-    for row, lengths in enumerate(LENGTHS):
-        for n, at in zip(lengths, np.cumsum([0, *lengths])):
-            alone = model.hidden(idx[row : row + 1, at : at + n])[0]
-            assert (alone - packed[row, at : at + n]).abs().max() < 1e-5
-            total = total + (alone * weigh[row, at : at + n]).sum()
-    total.backward()
-    for a, b in zip(together, gradients()):
-        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40))
-def test_packing_loses_nothing(lengths):
-    rows = pack(lengths, 30)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= 30 for row in rows)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.booleans(), st.integers(1, 4))
-def test_batches_hold_every_document_once(lengths, packed, B):
-    documents = [
-        ([100 * n + t for t in range(length)], [t - 1 for t in range(length)])
-        for n, length in enumerate(lengths)
-    ]
-    rows, found = Rows(documents, 10, packed), []
-    assert rows.cut == sum(n > 10 for n in lengths)
-    for numbers in rows.all_batches(B):
-        batch = rows.batch(numbers, 'cpu')
-        assert (
-            batch.counted == (batch.targets >= 0).sum() and (batch.documents is not None) == packed
-        )
-        for idx, targets, lengths_here in zip(batch.idx, batch.targets, batch.lengths):
-            found += [
-                (a.tolist(), b.tolist())
-                for a, b in zip(idx.split(lengths_here), targets.split(lengths_here))
-                if (b >= 0).any() or a.any() or len(a) == 1
-            ]
-    kept = [(list(ids[:10]), list(targets[:10])) for ids, targets in documents]
-    for document in kept:
-        assert document in found
-    order, n = rows.train_batches(3, B), len(rows.rows)
-    drawn = [i for _ in range(n) for i in next(order)]
-    assert all(
-        sorted(drawn[at : at + n]) == list(range(n)) for at in range(0, len(drawn) - n + 1, n)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------
-# loss, recomputation, a step
-
-
-@pytest.mark.parametrize('frozen', [False, True])
-@pytest.mark.parametrize('chunk', [1, 5, 100])
-def test_the_loss_in_chunks_is_cross_entropy(frozen, chunk):
-    x, w = torch.randn(12, 8, requires_grad=True), torch.randn(30, 8, requires_grad=not frozen)
-    targets = torch.randint(-1, 30, (12,))
-    targets[3:8] = -1  # a chunk of nothing
-    expected = torch.autograd.grad(
-        F.cross_entropy(x @ w.T, targets, ignore_index=-1) * 3, [x] if frozen else [x, w]
-    )
-    loss = finetuning.HeadLoss.apply(x, w, targets, (targets >= 0).sum().float(), chunk)
-    assert torch.isclose(loss, F.cross_entropy(x @ w.T, targets, ignore_index=-1), atol=1e-6)
-    (loss * 3).backward()
-    assert all(
-        (a - b).abs().max() < 1e-6
-        for a, b in zip(expected, [x.grad] if frozen else [x.grad, w.grad])
-    )
-    assert w.grad is None or not frozen
-
-
-def batch_of(lengths, T=24, V=40, isolated=False, seed=0):
-    rng = np.random.default_rng(seed)
-    shape = (len(lengths), T)
-    return Batch(rng.integers(0, V, shape), rng.integers(-1, V, shape), lengths, isolated, 'cpu')
-
-
-@pytest.mark.parametrize(
-    'adapter, isolated',
-    [
-        ('full', False),
-        ('lora', True),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (('lora', False), ('qlora', False))
-        ),
-    ],
-)
-def test_recomputing_changes_no_gradient_and_costs_what_it_should(tiny, adapted, adapter, isolated):
-    batch, found = batch_of(LENGTHS, isolated=isolated), {}
-    for how in (
-        dict(recompute='none'),
-        dict(recompute='selective', save_width=1),
-        dict(recompute='selective', save_width=1, spared_layers=1),
-        dict(recompute='selective', save_width=9),
-        dict(recompute='full'),
-    ):
-        model = (
-            adapted(adapter)
-            if adapter != 'full'
-            else adapters.adapt(tiny('mha', **LLAMA, n_embd=64), 'full')
-        ).train()
-        finetuning.set_up(model, **how)
-        with FlopCounterMode(display=False) as flops:
-            loss = finetuning.loss_of(model, batch, torch.tensor(float(batch.counted)))
-            loss.backward()
-        found[tuple(how.values())] = (
-            flops.get_total_flops(),
-            loss.item(),
-            [p.grad for p in model.parameters() if p.requires_grad],
-        )
-    (least, loss, gradients), *others = found.values()
-    for _, other, theirs in others:
-        assert abs(loss - other) < 1e-6 and all(
-            (a - b).abs().max() < 1e-6 for a, b in zip(gradients, theirs)
-        )
-    if adapter != 'qlora':  # the counter does not see into bitsandbytes
-        assert (
-            least
-            <= found['selective', 9][0]
-            < found['selective', 1, 1][0]
-            < found['selective', 1][0]
-            < found['full',][0]
-        )
-
-
-def test_accumulation_is_the_big_batch_weighed_by_tokens(tiny):
-    def trained(parts):
-        model = tiny('mha', **LLAMA)
-        tuner = finetuning.Finetuner(model, finetuning.loss_of, 1e-2, grad_clip=0.5)
-        tuner.optimizer = torch.optim.SGD(
-            tuner.params, 1.0
-        )  # Adam's first step would show the gradients' signs alone
-        loss = tuner.step(parts)
-        return loss, model
-
-    big = batch_of([[24]] * 4)
-    big.targets[0, 3:] = -1  # one row has hardly any targets: means of means would be wrong
-    big.counted = int((big.targets >= 0).sum())
-    parts = []
-    for rows in ([0], [1, 2, 3]):
-        part = batch_of([[24]] * len(rows))
-        part.idx, part.targets = big.idx[rows], big.targets[rows]
-        part.counted = int((part.targets >= 0).sum())
-        parts.append(part)
-    (a, one), (b, two) = trained([big]), trained(parts)
-    assert abs(a - b) < 1e-6 and all(
-        (p - q).abs().max() < 1e-5 for p, q in zip(one.parameters(), two.parameters())
-    )
-
-
-def test_evaluation_is_the_mean_over_targets(tiny):
-    model, batches = tiny('mha', **LLAMA), [batch_of([[24]] * 2), batch_of([[24]], seed=1)]
-    idx, targets = (
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ('idx', 'targets')
-    )
-    assert (
-        abs(finetuning.evaluate(model, finetuning.loss_of, batches) - model(idx, targets).item())
-        < 1e-5
-    )
-
-
-def test_flops_by_hand(tiny):
-    model = tiny('mha', **LLAMA, n_embd=64, n_kv_head=2)
-    weights = sum(
-        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and 'wte' not in name
-    )
-    attention = 2 * 2 * 24 / 2 * 64 * 2  # q k and p v, half of the square, two layers
-    assert finetuning.flops_per_token(model, 24, 'full') == 6 * weights + 3.5 * attention
-    before = finetuning.flops_per_token(model, 24, 'lora')
-    assert before == 4 * weights + 3.5 * attention
-    assert finetuning.flops_per_token(adapters.adapt(model, 'qlora', r=2), 24, 'qlora') == before
-
-
-def test_unknown_recomputation(tiny):
-    with pytest.raises(UserError, match="recompute='half' is not known: use none, selective, full"):
-        finetuning.set_up(tiny('mha'), 'half')
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('adapter', ['lora', 'qlora'])
-@pytest.mark.parametrize(
-    'how', [('none',), ('selective', 1.0, 1), ('full',)], ids=lambda how: how[0]
-)
-def test_compiled_blocks_are_the_same_blocks(adapted, adapter, how):
-    from torch._dynamo.utils import counters
-
-    found = []
-    for compile in (False, True):
-        torch._dynamo.reset()
-        counters.clear()
-        model, batch = adapted(adapter, settings=dict(n_layer=4)).train(), batch_of([[24]] * 2)
-        finetuning.set_up(model, *how, compile=compile)
-        loss = finetuning.loss_of(model, batch, torch.tensor(float(batch.counted)))
-        loss.backward()
-        found.append([loss.detach()] + [p.grad for p in model.parameters() if p.requires_grad])
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*found))
-    assert (
-        counters['stats']['unique_graphs'] <= 4
-    )  # embedding, a first block whose input needs no gradient, the others, spared ones
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    'how', [('none',), ('selective', 1.0, 1), ('full',)], ids=lambda how: how[0]
-)
-def test_full_blocks_with_swiglus_own_gradient(tiny, monkeypatch, how):
-    found, batch = [], batch_of([[24]] * 2)
-    for compile in (False, True):
-        torch._dynamo.reset()
-        model = adapters.adapt(tiny('mha', **LLAMA, n_embd=64, n_layer=3), 'full').train()
-        if compile:
-            monkeypatch.setattr(
-                'nanomla.training.kernels.RUNS_ON', ('cpu',)
-            )  # the gradient's reference runs there
-            monkeypatch.setattr(
-                'nanomla.training.kernels.swiglu_gradient', kernels.swiglu_gradient_reference
-            )
-        finetuning.set_up(model, *how, compile=compile, backend='aot_eager')
-        assert {type(block.mlp) for block in model.transformer.h} == {
-            finetuning.SwigluMLP if compile else MLP
-        }
-        loss = finetuning.loss_of(model, batch, torch.tensor(float(batch.counted)))
-        loss.backward()
-        found.append([loss.detach()] + [p.grad for p in model.parameters()])
-    assert all((a - b).abs().max() < 1e-6 for a, b in zip(*found))
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_what_was_compiled_serves_the_next_model(adapted):
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    graphs, batch = [], batch_of([[24]] * 2)
-    for _ in range(2):
-        model = adapted('lora', settings=dict(n_layer=4)).train()
-        finetuning.set_up(model, 'selective', 1.0, 1, compile=True, backend='aot_eager')
-        finetuning.loss_of(model, batch, torch.tensor(float(batch.counted))).backward()
-        graphs.append(counters['stats']['unique_graphs'])
-    assert graphs[0] == graphs[1] > 0
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_compiled_four_bit_blocks_keep_no_weights(adapted):
-    torch._dynamo.reset()
-    model = adapted('qlora', settings=dict(n_layer=2)).train()
-    finetuning.set_up(model, 'none', compile=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (kept.append(t.shape), t)[1], lambda t: t
-    ):
-        finetuning.loss_of(model, batch_of([[24]] * 2), torch.tensor(1.0))
-    weights = {
-        tuple(shape)
-        for group in adapters.groups(model)
-        for shape in [*group.shapes, (sum(s[0] for s in group.shapes), group.shapes[0][1])]
-    }
-    assert kept and not weights & {tuple(shape) for shape in kept} - {
-        tuple(model.lm_head.weight.shape)
-    }
-    torch._dynamo.reset()
-
-
-# ---------------------------------------------------------------------------------------------------
-# on a GPU
-
-
-def llama_on_gpu(adapter, stream, **how):
-    torch.manual_seed(0)
-    with torch.device('cuda'):
-        model = GPT(
-            GPTConfig(
-                block_size=256, vocab_size=512, n_layer=3, n_head=4, n_embd=512, **LLAMA, **how
-            )
-        )
-    model.stream = stream
-    adapters.adapt(model if stream == torch.float32 else model.to(stream), adapter, r=8)
-    for name, p in model.named_parameters():
-        if 'lora_B' in name:
-            nn.init.normal_(p, std=0.05)
-    return model.train()
-
-
-def on_gpu(lengths, **how):
-    batch = batch_of(lengths, T=256, V=512, **how)
-    batch.idx, batch.targets = batch.idx.cuda(), batch.targets.cuda()
-    if batch.documents:
-        batch.documents = Documents(batch.lengths, 'cuda')
-    return batch
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('chunk', [16, 50])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_the_loss_in_chunks_on_a_gpu(dtype, tolerance, chunk):
-    x, w = (
-        (torch.randn(n, 64, device='cuda') * scale).to(dtype).requires_grad_()
-        for n, scale in ((50, 1), (512, 0.125))
-    )
-    targets = torch.randint(-1, 512, (50,), device='cuda')
-    loss = finetuning.HeadLoss.apply(x, w, targets, (targets >= 0).sum().float(), chunk)
-    loss.backward()
-    a, b = x.detach().float().requires_grad_(), w.detach().float().requires_grad_()
-    expected = F.cross_entropy(a @ b.T, targets, ignore_index=-1)
-    expected.backward()
-    off = [(abs(loss - expected) / expected).item()] + [
-        ((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in ((x, a), (w, b))
-    ]
-    assert max(off) <= tolerance, off
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('adapter', ['full', 'lora', 'qlora'])
-@pytest.mark.parametrize(
-    'how', [('none',), ('selective', 1.0, 1), ('full',)], ids=lambda how: how[0]
-)
-def test_compiled_blocks_on_a_gpu(adapter, how):
-    torch._dynamo.reset()
-    found, batch = [], on_gpu([[256]] * 2)
-    for compile in (False, True):
-        model = llama_on_gpu(adapter, torch.float32)
-        finetuning.set_up(model, *how, compile=compile)
-        loss = finetuning.loss_of(model, batch, torch.tensor(float(batch.counted), device='cuda'))
-        loss.backward()
-        found.append([loss.detach()] + [p.grad for p in model.parameters() if p.requires_grad])
-    off = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(*found)]
-    assert max(off) <= 1e-3, off
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('kernel', ['sdpa', 'flash', 'cudnn', 'flex'])
-@pytest.mark.parametrize('compile', [False, True])
-def test_packed_documents_on_a_gpu(kernel, compile):
-    torch._dynamo.reset()
-    model = llama_on_gpu('lora', torch.bfloat16, kernel=kernel).eval()
-    batch, reference = (
-        on_gpu([[100, 156], [7, 200, 49]], isolated=True),
-        llama_on_gpu('lora', torch.bfloat16, kernel='eager').eval(),
-    )
-    finetuning.set_up(model, 'none', compile=compile, documents=True)
-    with torch.no_grad():
-        packed = model.hidden(batch.idx, batch.documents)
-        for row, lengths in enumerate(batch.lengths):
-            at = 0
-            for n in lengths:
-                alone = reference.hidden(batch.idx[row : row + 1, at : at + n])[0]
-                assert (packed[row, at : at + n] - alone).abs().max() <= 0.05 * alone.abs().max()
-                at += n
-
-
-@pytest.mark.gpu
-def test_what_is_recomputed_takes_no_memory():
-    peaks = []
-    for how in (('none',), ('selective', 1.0), ('full',)):
-        torch._dynamo.reset()
-        model, batch = llama_on_gpu('lora', torch.bfloat16), on_gpu([[256]] * 16)
-        finetuning.set_up(model, *how, compile=True)
-        for _ in range(2):
-            torch.cuda.reset_peak_memory_stats()
-            finetuning.loss_of(model, batch, torch.tensor(1.0, device='cuda')).backward()
-        peaks.append(torch.cuda.max_memory_allocated())
-        del model
-    assert peaks[0] > peaks[1] > peaks[2]

@@ -49,7 +49,7 @@ def test_scores_by_hand():
 
 
 def test_a_copier_scores_chance_and_a_prophet_one():
-    """What is likeliest behind token t is compared with token t + 1: who repeats token t knows nothing."""
+    """The choice after token t is compared with token t + 1: who repeats token t knows nothing."""
     V, n, encoder = 200, 60, Encoder(None, 256, completion_only=False)
     generator = torch.Generator().manual_seed(0)
     found = {'copier': [], 'prophet': []}
@@ -101,8 +101,8 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path, line, words):
     path = tmp_path / 'train.jsonl'
     path.write_text(json.dumps(ROW) + '\n\n' + line + '\n')
     with pytest.raises(UserError, match=f'train.jsonl:3: {words}'):
-        instructions.examples(path)
-    assert instructions.examples(path, 1) == [ROW]
+        instructions.read_examples(path)
+    assert instructions.read_examples(path, 1) == [ROW]
 
 
 def test_files_that_are_none(tmp_path):
@@ -114,7 +114,7 @@ def test_files_that_are_none(tmp_path):
         ('missing', 'cannot read .* make it with'),
     ):
         with pytest.raises(UserError, match=words):
-            instructions.examples(tmp_path / f'{name}.jsonl')
+            instructions.read_examples(tmp_path / f'{name}.jsonl')
     with pytest.raises(UserError, match='no room for bytes'):
         Encoder(None, 100)
     with pytest.raises(UserError, match="template='chat' is not known"):
@@ -140,7 +140,7 @@ def test_instructions_by_rule(tmp_path, prepare):
         assert code == 0 and 'made by rule' in out, err
     assert (tmp_path / 'a/train.jsonl').read_bytes() == (tmp_path / 'b/train.jsonl').read_bytes()
     train, val = (
-        instructions.examples(tmp_path / 'a' / f'{split}.jsonl') for split in ('train', 'val')
+        instructions.read_examples(tmp_path / 'a' / f'{split}.jsonl') for split in ('train', 'val')
     )
     assert (len(train), len(val)) == (30, 5) and not {row['question'] for row in train} & {
         row['question'] for row in val
@@ -161,9 +161,9 @@ def test_a_file_of_ones_own(tmp_path, prepare):
     )
     code, out, err = prepare(f'--input={path}', f'--out={tmp_path}', '--train=5', '--val=3')
     assert code == 0 and 'your own file' in out, err
-    assert {row['question'][1:] for row in instructions.examples(tmp_path / 'train.jsonl')} <= set(
-        '01234567'
-    )
+    assert {
+        row['question'][1:] for row in instructions.read_examples(tmp_path / 'train.jsonl')
+    } <= set('01234567')
     path.write_text(path.read_text() + 'oops\n')
     code, out, err = prepare(f'--input={path}', f'--out={tmp_path}', '--train=5', '--val=3')
     assert code == 2 and f'{path}:9: not JSON' in err and err.count('\n') == 1

@@ -418,12 +418,12 @@ def test_gpu_gelu_compiled():
 
 def ten_updates(sizes, dtype, device, decay):
     """How far weights and states are from torch's AdamW after ten updates: norms of differences, in norms times the dtype's rounding."""
-    from nanomla.adapters.step import HalfAdamW, runs_here
+    from nanomla.adapters.step import HalfAdamW, are_half_in_triton
 
     torch.manual_seed(0)
     mine = [torch.randn(n, device=device).to(dtype).requires_grad_() for n in sizes]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
-    assert runs_here(mine) and not runs_here([mine[0].float()])
+    assert are_half_in_triton(mine) and not are_half_in_triton([mine[0].float()])
     how = dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=decay)
     ours, torchs = HalfAdamW(mine, how), torch.optim.AdamW(theirs, **how, fused=True)
     for update in range(10):
