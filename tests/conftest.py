@@ -31,6 +31,24 @@ if os.environ.get('CI'):
 
 
 # -------------------------------------------------------------------------------------------------
+# the whole suite runs in one process a core
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Let pytest-xdist share out the tests when all are run: `python -m pytest` without more."""
+    option = config.option
+    is_whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not option.keyword
+    wants_one_process = option.usepdb or option.capture == 'no' or 'gpu' in option.markexpr
+    is_worker = hasattr(config, 'workerinput')
+    if not config.pluginmanager.hasplugin('xdist') or is_worker:
+        return
+    if is_whole and not wants_one_process and option.numprocesses is None:
+        option.numprocesses = min(os.cpu_count(), 8)
+        option.dist = 'worksteal'  # a process that is done takes tests from one that is behind
+
+
+# -------------------------------------------------------------------------------------------------
 # no test depends on what another left behind
 
 AT_START = Globals()
