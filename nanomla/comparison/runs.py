@@ -1,79 +1,87 @@
 """
-Many runs of train.py, each in a folder of its own: which are complete, who trains which, and on what.
+Many runs of train.py, each in a folder of its own: which are complete, who trains which, and where.
 
-A run is known by its command line. Its folder says all about it, so nothing is lost with the process
-that started it: `run.json` what was asked for, `log.jsonl` and `last.pt` how far it came, `output.txt`
-what train.py said, `error.txt` why it failed. A lock on `lock` tells every process that looks, on this
-machine or another one with the same file system, that a run is being trained; the lock is train.py's as
-well and ends with it, however it ends.
+A run is known by its command line. Its folder holds everything about it, so nothing is lost with
+the process that started it:
+
+    run.json      what was asked for
+    log.jsonl     how far it came; last.pt is the state at its last evaluation
+    output.txt    what train.py printed
+    error.txt     why it failed
+    run.lock      held by the process that starts the run, watches it and judges how it ended
+    lock          held by train.py while it trains
+
+Processes on this machine, or on others with the same file system, share the runs by these locks.
+Both locks end with their process, however it ends. Where the process that watched is gone and its
+train.py still trains, the others wait for the end of that one.
 """
 
 import contextlib
 import json
 import os
-import runpy
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanomla.comparison.workers import TrainProcess, TrainWorker
 from nanomla.core.configurator import UserError
-from nanomla.core.files import write_file, writing
+from nanomla.core.files import FolderLock, lock, write_file
+from nanomla.training.launch import failed_in_use, failure_reason, folder_in_use, last_output
 
-HERE = Path(__file__).resolve().parents[2]
-PROMPT = '$ python train.py '
-TRACE = dict(
-    PYTHONFAULTHANDLER='1'
-)  # where Python is when SIGSEGV, SIGABRT or their like end it goes to standard error, which is output.txt
-DEATHS = 2  # so often a run goes on after its process was killed by a signal, or its device failed
-BROKEN = 'CUDA error:'  # what a device says then; whatever the process asks of it from then on fails, too
-STOPPED = 75  # exit code of a script that was told to stop and can go on later (EX_TEMPFAIL)
+RUN_LOCK = 'run.lock'
+RESTARTS = 2  # so often a run goes on after a signal killed its process, or its device failed
+DEVICE_FAILED = 'CUDA error:'  # whatever the process asks of the device from then on fails, too
+STOPPED = 75  # exit code of a script that was stopped and can go on later (EX_TEMPFAIL)
+LOOK_EVERY = 2.0  # seconds between looks at the folders of all runs
 
 
 @dataclass
 class Run:
-    """One run of train.py. `words` is its command line without out_dir and init_from, or None until all of `needs` are over."""
+    """
+    One run of train.py.
+
+    words: its command line without out_dir and init_from; None until all of `needs` have ended.
+    tuned: the settings that were chosen from a grid, or are being tried.
+    """
 
     contender: str
     role: str  # tune | seed
     seed: int
     folder: Path
-    words: list = None
-    needs: list = field(default_factory=list)
-    tuned: dict = field(default_factory=dict)  # the settings that were chosen, or are being tried
-    over: str = ''  # '', done or failed: never looked up again
-    deaths: int = (
-        0  # of processes that trained it, by a signal that nobody here sent or with their device
-    )
-    fault: str = ''  # why what is asked for now cannot begin, whatever its folder holds
+    words: list[str] | None = None
+    needs: list['Run'] = field(default_factory=list)
+    tuned: dict = field(default_factory=dict)
+    outcome: str = ''  # '', done or failed; never looked up again
+    restarts: int = 0  # after a signal that nobody here sent, or a failure of the device
+    refusal: str = ''  # why it cannot begin as it is asked for, whatever its folder holds
+    reported: bool = False
 
     @property
-    def name(self):
-        return f'{self.contender}, ' + (
-            f'seed {self.seed}'
-            if self.role == 'seed'
-            else 'trying ' + ', '.join(f'{key}={value}' for key, value in self.tuned.items())
-        )
+    def name(self) -> str:
+        if self.role == 'seed':
+            return f'{self.contender}, seed {self.seed}'
+        return f'{self.contender}, trying ' + ', '.join(as_pairs(self.tuned))
 
-    def state(self):
-        """'done' (the log has its end), 'failed', 'part' (some of it is saved) or 'new'."""
-        if not self.over:
+    def state(self) -> str:
+        """Return 'done' (the log is complete), 'failed', 'part' (some of it is saved) or 'new'."""
+        if not self.outcome:
             last = self.last_event()
             if (self.folder / 'error.txt').exists():
-                self.over = 'failed'
+                self.outcome = 'failed'
             elif last.get('event') == 'end' and not last['why'].startswith('stopped'):
-                self.over = 'done'
-        return self.over or ('part' if (self.folder / 'last.pt').exists() else 'new')
+                self.outcome = 'done'
+        if self.outcome:
+            return self.outcome
+        return 'part' if (self.folder / 'last.pt').exists() else 'new'
 
-    def last_event(self):
-        """The last whole line of the log, {} where there is none."""
+    def last_event(self) -> dict:
+        """Return the last whole line of the log, {} where there is none."""
         try:
             with open(self.folder / 'log.jsonl', 'rb') as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-                lines = file.read().splitlines(keepends=True)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 4096))
+                lines = file.read().splitlines()
         except OSError:
             return {}
         for line in reversed(lines):
@@ -83,438 +91,325 @@ class Run:
                     return event
         return {}
 
-    def error(self):
+    def error(self) -> str:
+        """Return why the run failed, '' where it has not."""
+        if self.refusal:
+            return self.refusal
         try:
-            return self.fault or (self.folder / 'error.txt').read_text().strip()
+            return (self.folder / 'error.txt').read_text().strip()
         except OSError:
             return ''
 
-    def changed(self, words, but=()):
-        """Those of `words` and of the command line of the run in the folder that are not in both, without settings in `but`. UserError when it does not say."""
+    def arguments(self) -> list[str]:
+        """Return the whole command line for the next attempt."""
+        words = [*self.words, f'--out_dir={self.folder}']
+        if self.restarts:
+            # The steps are the same; the kills seen so far happened while a graph was replayed.
+            words.append('--cuda_graph=False')
+        if (self.folder / 'last.pt').exists():
+            words.append('--init_from=resume')
+        return words
+
+    def write_facts(self, facts: dict) -> None:
+        """Write run.json: what is asked for, with `facts`."""
+        about = facts | dict(
+            words=self.words,
+            contender=self.contender,
+            role=self.role,
+            seed=self.seed,
+            tuned=self.tuned,
+        )
+        write_file(self.folder / 'run.json', json.dumps(about))
+
+    def changed_words(self, words: list[str], ignore=()) -> list[str]:
+        """
+        Return the arguments in which `words` and the run in the folder differ.
+
+        ignore: names of settings that do not count. UserError where the folder holds a complete run
+        and does not say of what.
+        """
         try:
-            old = json.loads((self.folder / 'run.json').read_text())['words']
+            earlier = json.loads((self.folder / 'run.json').read_text())['words']
         except (OSError, ValueError, KeyError):
             if self.last_event().get('event') == 'end':
                 raise UserError(
-                    f'{self.folder} holds a complete run but no run.json that says of what: bring it there, or remove that folder'
+                    f'{self.folder} holds a complete run but no run.json that says of what: '
+                    'bring it there, or remove that folder'
                 ) from None
             return []
-        return [
-            word
-            for word in [*words, *old]
-            if (word in words) != (word in old) and word[2:].partition('=')[0] not in but
-        ]
+        differing = []
+        for word in [*words, *earlier]:
+            name = word.removeprefix('--').partition('=')[0]
+            if (word in words) != (word in earlier) and name not in ignore:
+                differing.append(word)
+        return differing
 
-    def checked(self, words=None, but=()):
-        """This run; UserError when the folder holds one with other settings than `words`, its own if they are known. Those in `but` do not count."""
+    def check_settings(self, words: list[str] | None = None, ignore=()) -> None:
+        """
+        Raise a UserError where the folder holds a run with other settings.
+
+        words: the settings to compare with, those of this run if None. ignore: names of settings
+        that do not count.
+        """
         words = words or self.words
-        if changed := words and self.changed(words, but):
+        if words is None:
+            return
+        changed = self.changed_words(words, ignore)
+        if changed:
             raise UserError(
                 f'{self.folder} was trained with other settings ({", ".join(changed[:4])}): '
                 'name another --out_dir, or remove that folder'
             )
-        return self
 
-    def choose(self, words, tuned):
+    def set_command(self, words: list[str], tuned: dict) -> None:
         """
-        Settle on `words`, of which `tuned` were chosen from a grid. Where the folder holds a run with another choice, of a grid that
-        was smaller then, that one stays as it is, and this one gets a folder beside it.
+        Fix the command line, of which the settings `tuned` were chosen from a grid.
+
+        A folder with a run of another choice, from a grid that was smaller then, stays as it is;
+        this run gets a folder beside it.
         """
         self.words, self.tuned = words, tuned
-        if self.changed(words) and not self.changed(words, tuned):
-            self.folder = self.folder.with_name(
-                ','.join([self.folder.name, *(f'{key}={value}' for key, value in tuned.items())])
-            )
+        if self.changed_words(words) and not self.changed_words(words, ignore=tuned):
+            self.folder = self.folder.with_name(','.join([self.folder.name, *as_pairs(tuned)]))
 
 
-def lock(folder, wait=False):
-    """A file that keeps everybody else out of `folder` while it is open (by this process or one that inherits it); None when somebody has it."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / 'lock', 'a')
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody else may look
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return file
-    except BlockingIOError:
-        file.close()
-    except OSError as error:
-        raise UserError(
-            f'{folder} is on a file system without locks ({error.strerror}): name an --out_dir on another one'
-        ) from None
+def as_pairs(settings: dict) -> list[str]:
+    return [f'{key}={value}' for key, value in settings.items()]
 
 
-# ---------------------------------------------------------------------------------------------------
-# one run
+# -------------------------------------------------------------------------------------------------
+# where runs are trained
 
 
-def arguments(run):
-    again = ['--cuda_graph=False'] * (
-        run.deaths > 0
-    )  # the same steps; what has killed processes so far did it in a replayed graph
-    return [*run.words, f'--out_dir={run.folder}', *again] + ['--init_from=resume'] * (
-        (run.folder / 'last.pt').exists()
-    )
-
-
-def open_output(folder, words):
-    """output.txt, after what earlier attempts have said, and behind a line that begins a new one."""
-    output = open(folder / 'output.txt', 'a')
-    output.write(f'{PROMPT}{shlex.join(words)}\n')
-    output.flush()
-    return output
-
-
-def reason(folder, code):
+def run_environments(device, jobs: int) -> list[dict]:
     """
-    Why a train.py failed, in one line: its message, the exception behind its last trace (an exception may have more lines,
-    and a process may say more as it ends), or the last thing it said.
+    Return the environment of each train.py, for as many as may run at a time.
+
+    These are `jobs` on each visible GPU, or on the one that --device names, or on the CPU, whose
+    cores they share then. device: a torch.device.
     """
-    said = (folder / 'output.txt').read_text(errors='replace').rpartition(PROMPT)[
-        2
-    ].strip().splitlines()[1:] or ['']
-    told = next(
-        (line.removeprefix('error: ') for line in reversed(said) if line.startswith('error: ')), ''
-    )
-    traced = next(
-        (
-            i
-            for i in range(len(said) - 1, -1, -1)
-            if said[i].startswith('Traceback (most recent call last)')
-        ),
-        len(said),
-    )
-    raised = next((line for line in said[traced + 1 :] if line and not line[0].isspace()), '')
-    return (
-        f'killed by {signal.Signals(-code).name}'
-        if code < 0
-        else (told or raised or said[-1])[:300] or f'exit code {code}'
-    )
+    if device.type != 'cuda' or device.index is not None:
+        return [core_shares(jobs)] * jobs
+    import torch
+
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if visible:
+        gpus = visible.split(',')
+    else:
+        gpus = [str(number) for number in range(torch.cuda.device_count())]
+    cores = core_shares(jobs * len(gpus))
+    return [dict(CUDA_VISIBLE_DEVICES=gpu) | cores for gpu in gpus * jobs]
 
 
-class Process:
-    """A train.py of its own, on the devices of `environment`."""
-
-    def __init__(self, environment):
-        self.environment = environment
-
-    def start(self, run, held):
-        words = arguments(run)
-        with open_output(run.folder, words) as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HERE / 'train.py'), *words],
-                env=os.environ | TRACE | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[held.fileno()] if os.name == 'posix' else (),
-            )
-
-    def poll(self):
-        return self.process.poll()
-
-    def stop(self):
-        self.process.terminate()
-
-    def close(self):
-        pass
-
-
-class Worker:
-    """A process that trains run after run: Python, torch and the device start once, and a model that it knows is compiled already."""
-
-    BUSY = 'busy'
-
-    def __init__(self, environment):
-        self.environment, self.process = environment, None
-
-    def start(self, run, held):
-        held.close()  # the worker takes it
-        if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, '-c', 'from nanomla.comparison import runs; runs.work()'],
-                cwd=HERE,
-                env=os.environ | TRACE | self.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-            )
-            os.set_blocking(self.process.stdout.fileno(), False)
-        task = dict(
-            folder=str(run.folder.resolve()),
-            words=arguments(run),
-            like=run.contender,
-            cwd=os.getcwd(),
-        )
-        with contextlib.suppress(BrokenPipeError):  # it has died: poll tells
-            self.process.stdin.write((json.dumps(task) + '\n').encode())
-            self.process.stdin.flush()
-
-    def poll(self):
-        """The exit code that a train.py of its own would have had, 'busy' when another process trains it, None while it runs."""
-        line = self.process.stdout.readline()
-        code = json.loads(line) if line else self.process.poll()
-        if code not in (
-            None,
-            0,
-            self.BUSY,
-        ):  # what failed there may have spoilt the device for others
-            self.close()
-        return code
-
-    def stop(self):
-        self.process.terminate()
-
-    def close(self):
-        if self.process:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-            self.process.terminate()
-            self.process.wait()
-            self.process.stdout.close()
-            self.process = None
-
-
-def work():
-    """The worker's side: tasks as JSON lines on standard input, exit codes on standard output."""
-    import gc
-    import traceback
-
-    replies, own, like = os.fdopen(os.dup(1), 'w'), os.dup(2), None
-    sys.path[0] = str(HERE)  # where -c looks is the folder that it stands in
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
-    for line in sys.stdin:
-        task = json.loads(line)
-        os.chdir(task['cwd'])
-        held, code = lock(Path(task['folder'])), Worker.BUSY
-        if held:
-            with held, open_output(Path(task['folder']), task['words']) as output:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                sys.stdout = sys.stderr = output
-                import torch
-
-                if (
-                    like != task['like'] and 'torch._dynamo' in sys.modules
-                ):  # what was compiled is of no more use
-                    torch._dynamo.reset()
-                like = task['like']
-                if torch.cuda.is_initialized():
-                    torch.cuda.reset_peak_memory_stats()
-                sys.argv, code = ['train.py', *task['words']], 0
-                try:
-                    runpy.run_path(str(HERE / 'train.py'), run_name='__main__')
-                except SystemExit as error:
-                    code = (
-                        error.code
-                        if isinstance(error.code, int)
-                        else 0
-                        if error.code is None
-                        else 1
-                    )
-                    print(error.code if isinstance(error.code, str) else '', file=output)
-                except UserError as error:
-                    code = 2
-                    print(f'error: {error}', file=output)
-                except Exception:
-                    code = 1
-                    traceback.print_exc(file=output)
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-                gc.collect()
-                with contextlib.suppress(RuntimeError if code else ()):  # a device that has failed
-                    if torch.cuda.is_initialized():
-                        torch.cuda.empty_cache()
-                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-                for number in (
-                    1,
-                    2,
-                ):  # what this process says from now on, when it ends above all, is not of that run
-                    os.dup2(own, number)
-        replies.write(json.dumps(code) + '\n')
-        replies.flush()
-
-
-# ---------------------------------------------------------------------------------------------------
-# all of them
-
-
-def slots(device, jobs):
-    """
-    What the environment of each train.py says, for as many as may run at a time: `jobs` on each GPU that is
-    visible, or on the one that --device names, or on the CPU, whose cores they then share.
-    """
-    if device.type == 'cuda' and device.index is None:
-        import torch
-
-        names = os.environ.get('CUDA_VISIBLE_DEVICES')
-        gpus = names.split(',') if names else [str(i) for i in range(torch.cuda.device_count())]
-        return [
-            dict(CUDA_VISIBLE_DEVICES=gpu) | shares(jobs * len(gpus))
-            for _ in range(jobs)
-            for gpu in gpus
-        ]
-    return [shares(jobs)] * jobs
-
-
-def shares(processes):
-    """Each process's share of the cores, for those that would take them all."""
+def core_shares(processes: int) -> dict:
+    """Return the environment that gives each of several processes its share of the cores."""
+    if processes == 1:
+        return {}
     cores = str(max(1, (os.cpu_count() or 1) // processes))
-    return {
-        name: cores
-        for name in ('OMP_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS')
-        if processes > 1 and name not in os.environ
-    }
+    names = ('OMP_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS')
+    return {name: cores for name in names if name not in os.environ}
 
 
-class Stop:
-    """Remembers SIGINT, SIGTERM and SIGUSR1 while it is entered; a second SIGINT is Python's own again."""
+class StopRequest:
+    """
+    Remember SIGINT, SIGTERM and SIGUSR1 inside the `with`, and the limit of minutes (0: none).
 
-    def __init__(self, minutes):
-        self.why, self.until = '', time.monotonic() + 60 * minutes if minutes else None
+    A second SIGINT is Python's own again.
+    """
 
-    def __enter__(self):
-        self.old = {}
+    def __init__(self, minutes: float):
+        self.reason = ''
+        self.deadline = time.monotonic() + 60 * minutes if minutes else None
+        self.handlers = {}
+
+    def __enter__(self) -> 'StopRequest':
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-            if hasattr(signal, name):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
                 number = getattr(signal, name)
-                self.old[number] = signal.signal(number, self.remember)
+                self.handlers[number] = signal.signal(number, self.remember)
         return self
 
-    def remember(self, number, frame):
-        self.why = signal.Signals(number).name
-        signal.signal(signal.SIGINT, self.old[signal.SIGINT])
+    def remember(self, number, frame) -> None:
+        self.reason = signal.Signals(number).name
+        signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])
 
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
+    def __exit__(self, *_) -> None:
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def asked(self):
-        if not self.why and self.until and time.monotonic() > self.until:
-            self.why = 'max_minutes'
-        return self.why
+    def made(self) -> bool:
+        """Tell whether it is time to stop; `reason` says why."""
+        if not self.reason and self.deadline and time.monotonic() > self.deadline:
+            self.reason = 'max_minutes'
+        return bool(self.reason)
 
 
-def train(runs, prepare, environments, in_process, note, tell, look, minutes=0, wait=True):
+# -------------------------------------------------------------------------------------------------
+# training them all
+
+
+@dataclass
+class ActiveRun:
+    """A run under way here, with the lock on its folder."""
+
+    run: Run
+    process: TrainProcess | TrainWorker
+    held: FolderLock
+    stopping: bool = False
+
+
+class RunQueue:
     """
-    Train all of `runs` that are not over, in their order, one on each of `environments` at a time.
+    Train runs in their order, one on each environment at a time.
 
-    prepare(run): gives a run whose needs are over its words, or raises UserError, which fails it
-    note: a dict that goes to run.json beside the words
-    tell(run): called once for each run that is over, and when one goes on after its process was killed
-    look(running): called several times a second with the runs under way here
-    wait: also for runs that other processes are training
-    Returns '' when there is nothing left to do, else why it was stopped; what was under way is saved then.
+    runs: the list, which may grow meanwhile. environments: see run_environments. in_process:
+    workers train run after run, instead of a process for each. facts: more entries of run.json.
+
+    A subclass overrides prepare, report and progress.
     """
-    idle = [(Worker if in_process else Process)(environment) for environment in environments]
-    active, told, due = [], set(), 0
-    with Stop(minutes) as stop:
+
+    def __init__(
+        self,
+        runs: list[Run],
+        environments: list[dict],
+        in_process: bool = False,
+        facts: dict | None = None,
+    ):
+        self.runs = runs
+        self.facts = facts or {}
+        kind = TrainWorker if in_process else TrainProcess
+        self.idle = [kind(environment) for environment in environments]
+        self.active: list[ActiveRun] = []
+
+    def prepare(self, run: Run) -> None:
+        """Give a run whose needs have ended its words. A UserError fails the run."""
+
+    def report(self, run: Run) -> None:
+        """Called once for each run that has ended, and when one goes on in a new process."""
+
+    def progress(self, running: list[Run]) -> None:
+        """Called several times a second with the runs that are under way here."""
+
+    def train(self, max_minutes: float = 0.0, wait: bool = True) -> str:
+        """
+        Train all runs that have not ended.
+
+        wait: also for those that other processes train. Returns '' when nothing is left to do, else
+        why it was stopped; what was under way is saved then.
+        """
+        look_again = 0.0
+        with StopRequest(max_minutes) as stop:
+            try:
+                while True:
+                    if self.collect_ended(stopping=bool(stop.reason)):
+                        look_again = 0.0
+                    if stop.made():
+                        if not self.active:
+                            return stop.reason
+                        self.stop_active()
+                    elif time.monotonic() >= look_again:
+                        look_again = time.monotonic() + LOOK_EVERY
+                        self.start_ready()
+                        if not self.active and self.nothing_left(wait):
+                            return ''
+                    self.progress([active.run for active in self.active])
+                    time.sleep(0.1)
+            finally:
+                self.close()
+
+    def collect_ended(self, stopping: bool) -> bool:
+        """Judge the runs whose process has ended. Tell whether there was one."""
+        any_ended = False
+        for active in list(self.active):
+            code = active.process.poll()
+            if code is None:
+                continue
+            any_ended = True
+            if judge(active.run, code, stopping):
+                self.report(active.run)
+            active.held.release()
+            self.active.remove(active)
+            self.idle.insert(0, active.process)  # it is next: what it has compiled is there
+        return any_ended
+
+    def stop_active(self) -> None:
+        for active in self.active:
+            if not active.stopping:
+                active.stopping = True
+                active.process.stop()
+
+    def start_ready(self) -> None:
+        """Start the runs whose turn it is, and report those that have ended, here or elsewhere."""
+        for run in self.runs:
+            under_way = any(run is active.run for active in self.active)
+            ready = all(need.outcome for need in run.needs)
+            if not run.outcome and ready and not under_way:
+                self.start(run)
+            if run.outcome and not run.reported:
+                run.reported = True
+                self.report(run)
+
+    def start(self, run: Run) -> None:
+        """Start a run, unless it has ended, or cannot begin, or somebody else trains it."""
         try:
-            while True:
-                for entry in list(active):
-                    run, process, held = entry
-                    if (code := process.poll()) is not None:
-                        if finish(run, code, stop.why):
-                            tell(run)
-                        held.close()
-                        active.remove(entry)
-                        idle.insert(0, process)  # it is next: what it has compiled is there
-                        due = 0
-                if asked := stop.asked():
-                    if not active:
-                        return asked
-                    for run, process, _ in active:
-                        if (id(run), 'stop') not in told:
-                            told.add((id(run), 'stop'))
-                            process.stop()
-                elif time.monotonic() >= due:
-                    due = time.monotonic() + 2
-                    for run in runs:
-                        if (
-                            not run.over
-                            and all(need.over for need in run.needs)
-                            and all(run is not other for other, _, _ in active)
-                        ):
-                            held = take(run, prepare, bool(idle))
-                            if held:
-                                write_file(
-                                    run.folder / 'run.json',
-                                    json.dumps(
-                                        note
-                                        | dict(
-                                            words=run.words,
-                                            contender=run.contender,
-                                            role=run.role,
-                                            seed=run.seed,
-                                            tuned=run.tuned,
-                                        )
-                                    ),
-                                )
-                                process = idle.pop(0)
-                                process.start(run, held)
-                                active.append((run, process, held))
-                        if run.over and id(run) not in told:
-                            told.add(id(run))
-                            tell(run)
-                    left = [run for run in runs if not run.over]
-                    if not active and (
-                        not left
-                        or not wait
-                        and all(need.over for run in left for need in run.needs)
-                    ):
-                        return ''
-                look([run for run, _, _ in active])
-                time.sleep(0.1)
-        finally:
-            for _, process, _ in active:
-                process.stop()
-            for process in idle + [process for _, process, _ in active]:
-                process.close()
+            self.prepare(run)
+            run.check_settings()
+        except UserError as error:
+            # Nothing is written, least of all beside a run that is complete: when the same is asked
+            # for again, the reason is found again at once.
+            run.outcome, run.refusal = 'failed', str(error)
+            return
+        if run.state() in ('done', 'failed') or not self.idle:
+            return
+        held = lock(run.folder, RUN_LOCK)
+        if held is None:
+            return
+        # Another process may have trained it since, or a train.py may be left of one that is gone.
+        if run.state() in ('done', 'failed') or folder_in_use(run.folder):
+            held.release()
+            return
+        run.write_facts(self.facts)
+        process = self.idle.pop(0)
+        process.start(run)
+        self.active.append(ActiveRun(run, process, held))
+
+    def nothing_left(self, wait: bool) -> bool:
+        left = [run for run in self.runs if not run.outcome]
+        if not left:
+            return True
+        if wait:
+            return False
+        # Others train all that is left, unless something waits for what they train.
+        return all(need.outcome for run in left for need in run.needs)
+
+    def close(self) -> None:
+        for active in self.active:
+            active.process.stop()
+        for process in self.idle + [active.process for active in self.active]:
+            process.close()
 
 
-def take(run, prepare, free):
-    """The lock of a run whose turn it is, if there is a `free` place for it; None when it is over or somebody else trains it."""
-    try:
-        prepare(run)
-        run.checked()
-    except UserError as error:
-        run.over, run.fault = (
-            'failed',
-            str(error),
-        )  # known again at once when it is asked for again: nothing to keep, least of all beside a run that is complete
-        return None
-    if run.state() in ('done', 'failed') or not free or not (held := lock(run.folder)):
-        return None
-    if run.state() in ('done', 'failed'):  # by somebody else, since
-        held.close()
-        return None
-    return held
-
-
-def finish(run, code, stopping):
+def judge(run: Run, code: int, stopping: bool) -> bool:
     """
-    After a train.py has ended with `code`: a run that is not done, and was not told to stop, has failed. One whose process
-    was killed, or whose device failed, goes on in a new one, from its last checkpoint, DEATHS times: True then.
+    Decide what has become of a run whose train.py has ended with `code`.
+
+    One that is not done, and was not told to stop, has failed. Where a signal killed the process,
+    or the device failed, it goes on from its last checkpoint, RESTARTS times: True then.
     """
-    if code == Worker.BUSY or run.state() == 'done':
+    if run.state() == 'done':
         return False
     if code == 0 and run.last_event().get('why', '').startswith('stopped'):
         return False  # by a signal or its own max_minutes: it goes on from there
     if stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGINT, 130):
         return False  # before it could save: it begins again
-    why = reason(run.folder, code)
-    died = code < 0 or BROKEN in why
-    if died and run.deaths < DEATHS:
-        run.deaths += 1
+    reason = failure_reason(last_output(run.folder), code)
+    if failed_in_use(reason, code):
+        return False  # another train.py was faster: its end is waited for
+    died = code < 0 or DEVICE_FAILED in reason
+    if died and run.restarts < RESTARTS:
+        run.restarts += 1
         return True
-    write_file(
-        run.folder / 'error.txt', why + (f', {run.deaths + 1} times' if run.deaths and died else '')
-    )
+    if died and run.restarts:
+        reason += f', {run.restarts + 1} times'
+    write_file(run.folder / 'error.txt', reason)
     return False
