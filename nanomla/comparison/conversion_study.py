@@ -213,11 +213,15 @@ def train(sources):
 
     def look(running=()):
         """Called when whatever can run is running: what follows from the runs that have ended."""
-        for run in [run for run in every if run.over and run.folder in then]:
-            if run.over == 'failed':
+        for run in [run for run in every if run.outcome and run.folder in then]:
+            if run.outcome == 'failed':
                 raise UserError(f'training {run.folder} has failed: {run.error()}')
             print(f'{run.folder}: done', flush=True)
             add(then.pop(run.folder)() or {})
+
+    class StudyQueue(runs.RunQueue):
+        def progress(self, running):
+            look(running)
 
     add(sources, chained=True)
     while then:
@@ -225,9 +229,7 @@ def train(sources):
         stopped = (
             'seconds'
             if left < 0
-            else runs.train(
-                every, lambda run: None, [{}] * (1 + gpu), True, {}, lambda run: None, look, left
-            )
+            else StudyQueue(every, [{}] * (1 + gpu), in_process=True).train(left)
         )
         if stopped:
             draw()
