@@ -17,7 +17,7 @@ from model import GPT
 from nanomla.checkpoints.native import MODELS, kind_of, new_model
 from nanomla.comparison.runs import RUN_LOCK, Run, RunQueue, as_pairs
 from nanomla.core import figures
-from nanomla.core.checks import check_range, settings_errors
+from nanomla.core.checks import check_range
 from nanomla.core.configurator import Settings, UserError
 from nanomla.core.devices import describe
 from nanomla.core.files import lock, progress_bar
@@ -237,7 +237,7 @@ class Contender:
         given = self.settings | self.points[0] | changes
         settings = self.comparison.train | given
         where = dict.fromkeys(given, self.where)
-        with settings_errors(), torch.device('meta'):
+        with torch.device('meta'):
             return new_model(settings['attention'], settings, where, self.vocab_size)
 
     def measure(self, vocab_size: int, control: 'Contender | None' = None) -> None:
