@@ -336,39 +336,44 @@ def crossing(plain: dict[int, float], cached: dict[int, float]) -> tuple[str, fl
 def summary(rows: list[dict]) -> list[str]:
     """Return what the measured steps say about caches and pages, as lines of text."""
     measured = [row for row in rows if row['what'] == 'cell' and not row['reason']]
-    groups = {}  # (model, batch) -> (cache, dtype) -> context -> µs of a step
+    groups = {}  # (model, batch) -> (cache, dtype, kernel) -> context -> µs of a step
     for row in measured:
         times = groups.setdefault((row['model'], row['batch']), {})
-        by_context = times.setdefault((row['cache'], row['cache_dtype']), {})
-        by_context[row['context']] = row['step_us']
+        line = (row['cache'], row['cache_dtype'], row.get('decode_kernel'))
+        times.setdefault(line, {})[row['context']] = row['step_us']
     lines = []
     for (model, batch), times in groups.items():
-        for (cache, dtype), by_context in times.items():
+        uncached = times.get(('none', 'none', None), {})
+        for (cache, dtype, kernel), by_context in times.items():
+            stored = dtype
+            if kernel not in (None, 'auto'):
+                stored += f' ({kernel})'
             texts = []
             if cache != 'none':
-                texts.append(gain_text(cache, dtype, times.get(('none', 'none'), {}), by_context))
+                texts.append(gain_text(f'{cache} {stored}', uncached, by_context))
             if cache == 'paged':
-                texts.append(paging_text(dtype, times.get(('dense', dtype), {}), by_context))
+                dense = times.get(('dense', dtype, kernel), {})
+                texts.append(paging_text(stored, dense, by_context))
             lines += [f'{model}, batch {batch}: {text}' for text in texts if text]
     return lines
 
 
-def gain_text(cache: str, dtype: str, plain: dict, cached: dict) -> str:
+def gain_text(cache: str, plain: dict, cached: dict) -> str:
     """Return from which length on this cache pays, '' where it is not known."""
     found = crossing(plain, cached)
     if found is None:
         return ''
     word, length = found
-    return f'a {cache} {dtype} cache {PAYS[word].format(length)}'
+    return f'a {cache} cache {PAYS[word].format(length)}'
 
 
-def paging_text(dtype: str, dense: dict, paged: dict) -> str:
+def paging_text(stored: str, dense: dict, paged: dict) -> str:
     """Return how much longer a step over pages takes than a dense one, '' where not known."""
     common = sorted(dense.keys() & paged.keys())
     if not common:
         return ''
     ratios = [f'{paged[length] / dense[length]:.2f} x dense at {length:,}' for length in common]
-    return f'a step with {dtype} pages takes {", ".join(ratios)}'
+    return f'a step with {stored} pages takes {", ".join(ratios)}'
 
 
 # -------------------------------------------------------------------------------------------------

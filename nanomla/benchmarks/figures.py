@@ -360,7 +360,7 @@ def draw_scaling(rows: list[dict], path: str | Path) -> None:
     config, device, commit, torch. Of two with the same line and processes the later one counts.
     """
     lines = scaling_lines(rows)
-    rows = [row for points in lines.values() for row in points]
+    rows = sum(lines.values(), [])
     processes = sorted({row['processes'] for row in rows})
     with figures.sheet(
         cols=2,

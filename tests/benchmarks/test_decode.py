@@ -216,7 +216,7 @@ def test_no_common_length_says_nothing():
 
 
 def test_the_summary_of_rows_made_by_hand():
-    def row(cache, context, us, reason=''):
+    def row(cache, context, us, reason='', kernel=None):
         return dict(
             what='cell',
             model='mla',
@@ -226,6 +226,7 @@ def test_the_summary_of_rows_made_by_hand():
             context=context,
             step_us=us,
             reason=reason,
+            decode_kernel=kernel,
         )
 
     rows = [
@@ -237,11 +238,13 @@ def test_the_summary_of_rows_made_by_hand():
         row('paged', 256, 2.5),
         row('none', 512, 0, 'out of memory'),
         row('dense', 512, 1e9, 'out of memory'),
+        row('paged', 256, 5, kernel='flex'),
     ]
     assert decode.summary(rows) == [
         'mla, batch 8: a dense int4 cache pays from 128 tokens on',
         'mla, batch 8: a paged int4 cache pays from 169 tokens on',
         'mla, batch 8: a step with int4 pages takes 1.50 x dense at 64, 1.25 x dense at 256',
+        'mla, batch 8: a paged int4 (flex) cache does not pay up to 256 tokens',
     ]
 
 

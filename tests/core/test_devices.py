@@ -158,3 +158,22 @@ def test_the_peak_of_a_phase_is_its_largest():
 
 def test_a_matrix_product_has_a_rate():
     assert 1e6 < timing.matmul_rate(CPU, torch.float32) < 1e16
+
+
+def test_repeated_seconds_are_means_over_steps_after_a_warm_up(monkeypatch):
+    steps = []
+    clock = iter([6.0, 12.0])
+
+    def seconds(device, run):
+        run()
+        return next(clock)
+
+    monkeypatch.setattr(timing, 'seconds', seconds)
+    times = timing.repeated_seconds(CPU, steps.append, steps=3, repeats=2, warmup=2)
+    assert times == [2.0, 4.0]
+    assert steps == [0, 1] + [0, 1, 2] * 2
+
+
+def test_a_copy_counts_read_and_written_bytes(monkeypatch):
+    monkeypatch.setattr(timing, 'seconds', lambda device, run: 0.5)
+    assert timing.copy_bandwidth(CPU) == 2 * 2**26 / 0.5
