@@ -120,7 +120,7 @@ def draw_bytes(report: Report, ax) -> None:
             label += f'\n perplexity {row.perplexity:.3f}'
         ax.text(row.bytes, number, label, va='center', fontsize=10)
     widest = max(row.bytes for row in report.rows)
-    ax.set_xlim(0, 1.5 * widest)  # with room for the numbers of the widest bar
+    ax.set_xlim(0, 1.6 * widest)  # with room for the numbers of the widest bar
     names = [row.name.replace(' (', '\n(', 1) for row in report.rows]
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
