@@ -31,7 +31,7 @@ shown = 128  # the most tokens of it that are kept
 latents = False  # what the latents of MLA models keep, as latents.png
 copying = False  # heads that move a name ("When Mary and John ..., John gave a drink to"): in heads.csv, too
 # the study: trains every config with every seed (where its folder is not there yet), sweeps all, draws study.png
-study = ''  # configs with kept checkpoints, with a comma between them: config/induction_mha.py,config/induction_mla.py
+study = ''  # configs with commas between them; of several files one: config/induction.py+config/induction_mla.py
 seeds = 5  # runs of each config
 # machine
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
@@ -167,7 +167,7 @@ def train_study():
             command = [
                 sys.executable,
                 str(Path(__file__).with_name('train.py')),
-                file,
+                *file.split('+'),
                 f'--seed={number}',
                 f'--out_dir={folder}',
                 '--sample_tokens=0',

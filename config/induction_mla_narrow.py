@@ -1,40 +1,11 @@
 """
-Induction through a narrow latent: MLA with RoPE and a latent of 8. As induction_mla.py otherwise.
+MLA with RoPE and a narrow latent of 8.
 
-    python train.py config/induction_mla_narrow.py
+    python train.py config/induction.py config/induction_mla_narrow.py
 """
 
 out_dir = 'out-induction-mla-narrow'
-dataset = 'repeats'
-eval_interval = 300
-eval_iters = 20
-log_interval = 10
-keep_checkpoints = 24
-sample_tokens = 0
-
-gradient_accumulation_steps = 1
-batch_size = 64
-block_size = 64  # tokens: one or two texts and pieces of others
-
 attention = 'mla'
-n_layer = 2
-n_head = 4
-n_embd = 64
-mlp = False
 kv_lora_rank = 8
 qk_nope_head_dim = 8
 qk_rope_head_dim = 8
-bias = True
-init = 'fan_in'
-kernel = 'eager'  # so small that the plain kernel is the fast one
-
-optimizer = 'muon'
-muon_lr = 0.015
-learning_rate = 3e-3  # of AdamW: embedding, head and norms
-weight_decay = 0.01
-max_iters = 1200
-warmup_iters = 20
-min_lr = 0.0
-cuda_graph = True
-
-on_cpu = dict(cuda_graph=False, compile=False)

@@ -271,12 +271,13 @@ def test_a_study_trains_what_is_missing(repeats, capsys, monkeypatch):
     config = ''.join(
         f'{key} = {value!r}\n'
         for key, value in (
-            TINY | dict(dataset=str(Path('data/repeats').resolve()), max_iters=3)
+            TINY | dict(dataset=str(Path('data/repeats').resolve()), max_iters=9)
         ).items()
         if key != 'device'
     )
-    Path('induction_small.py').write_text(config)
-    find('--study=induction_small.py', '--seeds=1', '--out=study', '--causes=none')
+    Path('induction.py').write_text(config)
+    Path('induction_small.py').write_text('max_iters = 3\n')
+    find('--study=induction.py+induction_small.py', '--seeds=1', '--out=study', '--causes=none')
     lines = [json.loads(line) for line in Path('study/study.jsonl').read_text().splitlines()]
     assert (
         [line['event'] for line in lines] == ['settings', 'run', 'variant']
@@ -289,7 +290,7 @@ def test_a_study_trains_what_is_missing(repeats, capsys, monkeypatch):
         and Path('study/study.png').exists()
     )
     stamp = Path('study/small-1/ckpt.pt').stat().st_mtime_ns
-    find('--study=induction_small.py', '--seeds=1', '--out=study', '--causes=none')
+    find('--study=induction.py+induction_small.py', '--seeds=1', '--out=study', '--causes=none')
     assert Path('study/small-1/ckpt.pt').stat().st_mtime_ns == stamp
 
 
