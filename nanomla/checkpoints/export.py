@@ -374,8 +374,8 @@ def write_weights(stock: StockModel, folder: Path, max_shard_size: int) -> None:
 
     table = layout(stock.architecture, stock.config)
 
-    # Copies on the meta device have the tensors' sizes, but take no memory. Without a copy, parts of
-    # one matrix would count as all of it, and would have to be in one file.
+    # Copies on the meta device have the tensors' sizes, but take no memory. Without a copy, parts
+    # of one matrix would count as all of it, and would have to be in one file.
     on_meta = {name: param.detach().to('meta') for name, param in stock.params.items()}
     sizes = {theirs: on_meta[ours][rows].clone() for theirs, (ours, rows) in table.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)

@@ -1,30 +1,30 @@
-"""The adapter for the lm-evaluation-harness: what it answers against the plain model, and local tasks without a network."""
+"""The adapter for the lm-evaluation-harness: its answers against the plain model; local tasks."""
 
 import json
 import math
 import random
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanomla.checkpoints.load import TextCodec
-from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
+from nanomla.core.tokenizers import Tokenizer
 from nanomla.evals import harness
 from nanomla.evals.scoring import Scorer
 from nanomla.inference.generate import generate
 
-ROOT = Path(__file__).resolve().parents[2]
 CHARS = '\n abcdefghijklmnopqrstuvwxyz.?'
-CODEC = tokenizers.Tokenizer(dict(tokenizer='char', chars=CHARS))
+CODEC = Tokenizer(dict(tokenizer='char', chars=CHARS))
+BLOCK = 48
 CACHES = [
     dict(layout='none'),
     dict(layout='dense', chunk_size=3, batch_size=2),
     dict(layout='paged', page_size=16, chunk_size=0, batch_size=5),
 ]
+every_cache = pytest.mark.parametrize('how', CACHES, ids=lambda how: how['layout'])
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -38,7 +38,7 @@ def installed():
 
 @pytest.fixture
 def model(tiny):
-    return tiny('mla', vocab_size=len(CHARS), block_size=48)
+    return tiny('mla', vocab_size=len(CHARS), block_size=BLOCK)
 
 
 def adapter(model, begin=None, ends=(), **how):
@@ -46,29 +46,34 @@ def adapter(model, begin=None, ends=(), **how):
     return harness.adapter(scorer, TextCodec(CODEC, begin, set(ends)))
 
 
-def ask(*pairs):
+def requests_of(*pairs):
     return [SimpleNamespace(args=pair) for pair in pairs]
 
 
-def logp_of(model, context, continuation):
-    """Sum of log-probabilities and whether greedy, a forward pass for each token."""
+def score_by_hand(model, context, continuation):
+    """Return the log-probability and whether greedy, from a forward pass for each token."""
     total, greedy, ids = 0.0, True, list(context)
     for token in continuation:
         with torch.no_grad():
-            logits = model(torch.tensor([ids[-model.config.block_size :]]))[0, -1]
-        total, greedy = (
-            total + logits.log_softmax(-1)[token].item(),
-            greedy and logits.argmax().item() == token,
-        )
+            logits = model(torch.tensor([ids[-BLOCK:]]))[0, -1]
+        total += logits.log_softmax(-1)[token].item()
+        greedy = greedy and logits.argmax().item() == token
         ids.append(token)
     return total, greedy
 
 
-# ---------------------------------------------------------------------------------------------------
+def write_by_hand(model, context, n):
+    """Return the n characters that greedy decoding writes, with room for them in the block."""
+    prompt = CODEC.encode(context)[-(BLOCK + 1 - n) :]
+    tokens = generate(model, torch.tensor([prompt]), n, temperature=0)
+    return ''.join(CHARS[token.item()] for token in tokens)
+
+
+# -------------------------------------------------------------------------------------------------
 # requests
 
 
-@pytest.mark.parametrize('how', CACHES, ids=lambda how: how['layout'])
+@every_cache
 def test_log_likelihoods(how, model):
     pairs = [
         ('who is it?', ' the king'),
@@ -77,124 +82,119 @@ def test_log_likelihoods(how, model):
         ('who is it? ', 'a blank before'),
         ('x', ' y'),
         ('who is it?', ' the queen'),
+        ('so', write_by_hand(model, 'so', 5)),
     ]
-    greedy = ''.join(
-        CHARS[t.item()]
-        for t in generate(model, torch.tensor([CODEC.encode('so')]), 5, temperature=0)
-    )
-    pairs.append(('so', greedy))
-    got = adapter(model, **how).loglikelihood(ask(*pairs))
-    assert got[-1][1]
-    for (context, continuation), (logp, is_greedy) in zip(pairs, got, strict=True):
-        whole = CODEC.encode(context or '\n') + CODEC.encode(continuation)
-        right = logp_of(model, whole[: len(context) or 1], whole[len(context) or 1 :])
+    found = adapter(model, **how).loglikelihood(requests_of(*pairs))
+    assert found[-1][1]  # greedy
+    for (context, continuation), (logp, greedy) in zip(pairs, found, strict=True):
+        before = context or '\n'
         if context.endswith(' '):  # the harness counts that blank to what follows
-            right = logp_of(model, whole[: len(context) - 1], whole[len(context) - 1 :])
-        assert (logp, is_greedy) == (pytest.approx(right[0], abs=1e-3), right[1])
+            before, continuation = context[:-1], ' ' + continuation
+        right = score_by_hand(model, CODEC.encode(before), CODEC.encode(continuation))
+        assert (logp, greedy) == (pytest.approx(right[0], abs=1e-3), right[1])
 
 
-@pytest.mark.parametrize('how', CACHES, ids=lambda how: how['layout'])
-def test_long_contexts_and_long_continuations(how, model):
-    rng = random.Random(0)
-    long = ''.join(rng.choices(CHARS, k=130))
-    lm = adapter(model, **how)
-    got = lm.loglikelihood(ask((long, 'end'), (long, 'the end'), ('a', long)))
-    for n, continuation in enumerate(('end', 'the end')):
-        kept = CODEC.encode(long)[-(49 - len(continuation)) :]
-        ids = CODEC.encode(continuation)
-        with torch.no_grad():
-            logits = model(torch.tensor([kept + ids[:-1]]))[0, -len(ids) :].log_softmax(-1)
-        assert got[n][0] == pytest.approx(
-            logits.gather(-1, torch.tensor(ids)[:, None]).sum().item(), abs=1e-3
-        )
-    rolling = lm.loglikelihood_rolling(ask((long,), ('',), ('b',)))
-    assert rolling[1] == 0.0 and rolling[2] == pytest.approx(
-        logp_of(model, [0], CODEC.encode('b'))[0], abs=1e-3
+@every_cache
+def test_long_contexts_lose_their_beginning(how, model):
+    context = ''.join(random.Random(0).choices(CHARS, k=130))
+    endings = ('end', 'the end')
+    found = adapter(model, **how).loglikelihood(
+        requests_of(*[(context, ending) for ending in endings])
     )
-    for first, value in (('a', got[2][0]), ('\n', rolling[0])):
-        assert value == pytest.approx(in_blocks(model, CODEC.encode(first + long)), abs=2e-3)
+    for ending, (logp, _) in zip(endings, found, strict=True):
+        kept = CODEC.encode(context)[-(BLOCK + 1 - len(ending)) :]
+        right, _ = score_by_hand(model, kept, CODEC.encode(ending))
+        assert logp == pytest.approx(right, abs=1e-3)
+
+
+@every_cache
+def test_long_continuations_are_scored_in_blocks(how, model):
+    text = ''.join(random.Random(0).choices(CHARS, k=130))
+    lm = adapter(model, **how)
+    ((logp, _),) = lm.loglikelihood(requests_of(('a', text)))
+    assert logp == pytest.approx(in_blocks(model, CODEC.encode('a' + text)), abs=2e-3)
+    rolling = lm.loglikelihood_rolling(requests_of((text,), ('',), ('b',)))
+    assert rolling[0] == pytest.approx(in_blocks(model, CODEC.encode('\n' + text)), abs=2e-3)
+    assert rolling[1] == 0.0
+    right, _ = score_by_hand(model, [0], CODEC.encode('b'))
+    assert rolling[2] == pytest.approx(right, abs=1e-3)
 
 
 def in_blocks(model, ids):
-    """Log-probability of ids[1:] in blocks of 48, the last one moved back to be whole, by the harness's own rule."""
+    """Return the log-probability of ids[1:] in blocks, by the harness's own rule."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     total = 0.0
-    for context, continuation in map(
-        make_disjoint_window, get_rolling_token_windows(ids[1:], ids[0], 48, 1)
-    ):
+    for window in get_rolling_token_windows(ids[1:], ids[0], BLOCK, 1):
+        context, continuation = make_disjoint_window(window)
         with torch.no_grad():
-            logits = model(torch.tensor([context + continuation[:-1]]))[
-                0, len(context) - 1 :
-            ].log_softmax(-1)
-        total += logits.gather(-1, torch.tensor(continuation)[:, None]).sum().item()
+            logits = model(torch.tensor([context + continuation[:-1]]))[0, len(context) - 1 :]
+        wanted = torch.tensor(continuation)[:, None]
+        total += logits.log_softmax(-1).gather(-1, wanted).sum().item()
     return total
 
 
-@pytest.mark.parametrize('how', CACHES, ids=lambda how: how['layout'])
-def test_written_texts(how, model):
-    """Each as it would be alone, up to its stop, whatever the batch."""
-    contexts = ['to be or', 'my lord', 'a', 'to be or not to be that is the question for all of us']
-    plain = [
-        ''.join(
-            CHARS[t.item()]
-            for t in generate(
-                model, torch.tensor([CODEC.encode(c)[-(49 - 20) :]]), 20, temperature=0
-            )
-        )
-        for c in contexts
-    ]
+CONTEXTS = ['to be or', 'my lord', 'a', 'to be or not to be that is the question for all of us']
+
+
+@every_cache
+def test_texts_are_written_up_to_their_stop(how, model):
+    """Each as it would be alone, whatever the batch."""
+    plain = [write_by_hand(model, context, 20) for context in CONTEXTS]
     stop = plain[1][3:5]
-    requests = ask(
-        *[(c, dict(until=[stop], max_gen_toks=20)) for c in contexts],
-        *[(c, dict(until='', max_gen_toks=7, do_sample=False, temperature=1)) for c in contexts],
-    )
-    got = adapter(model, **how).generate_until(requests)
-    assert got[:4] == [text.split(stop)[0] for text in plain] and got[1] != plain[1]
-    short = [
-        ''.join(
-            CHARS[t.item()]
-            for t in generate(model, torch.tensor([CODEC.encode(c)[-(49 - 7) :]]), 7, temperature=0)
-        )
-        for c in contexts
-    ]
-    assert got[4:] == short
-    end = CODEC.encode(plain[0][2])[0]
-    assert (
-        adapter(model, ends=[end], **how).generate_until(requests[:1])[0]
-        == plain[0][: plain[0].index(plain[0][2])].split(stop)[0]
-    )
+    settings = dict(until=[stop], max_gen_toks=20)
+    requests = requests_of(*[(context, settings) for context in CONTEXTS])
+    found = adapter(model, **how).generate_until(requests)
+    assert found == [text.split(stop)[0] for text in plain]
+    assert found[1] != plain[1]
+
+
+@every_cache
+def test_texts_without_a_stop_have_the_length_asked_for(how, model):
+    settings = dict(until='', max_gen_toks=7, do_sample=False, temperature=1)
+    stops = dict(until=['?'], max_gen_toks=3)
+    requests = requests_of(*[(c, settings) for c in CONTEXTS], (CONTEXTS[0], stops))
+    found = adapter(model, **how).generate_until(requests)
+    assert found[:4] == [write_by_hand(model, context, 7) for context in CONTEXTS]
+    assert found[4] == write_by_hand(model, CONTEXTS[0], 3).split('?')[0]
+
+
+@every_cache
+def test_a_text_ends_at_an_end_token(how, model):
+    plain = write_by_hand(model, CONTEXTS[0], 20)
+    (end,) = CODEC.encode(plain[2])
+    requests = requests_of((CONTEXTS[0], dict(until=[], max_gen_toks=20)))
+    (found,) = adapter(model, ends=[end], **how).generate_until(requests)
+    assert found == plain.split(plain[2])[0]
 
 
 def test_a_text_that_begins_with_a_token(model):
     lm = adapter(model, begin=5, ends=[7])
-    assert lm.tok_encode('ab') == [5, 2, 3] and lm.tok_encode('ab', add_special_tokens=False) == [
-        2,
-        3,
-    ]
-    assert lm.eot_token_id == 7 and lm.prefix_token_id == 5
-    got = lm.loglikelihood(ask(('ab', 'c'), ('', 'c')))
-    assert got[0][0] == pytest.approx(logp_of(model, [5, 2, 3], [4])[0], abs=1e-4) and got[1][
-        0
-    ] == pytest.approx(logp_of(model, [5], [4])[0], abs=1e-4)
+    assert lm.tok_encode('ab') == [5, 2, 3]
+    assert lm.tok_encode('ab', add_special_tokens=False) == [2, 3]
+    assert lm.eot_token_id == 7
+    assert lm.prefix_token_id == 5
+    found = lm.loglikelihood(requests_of(('ab', 'c'), ('', 'c')))
+    for ids, (logp, _) in zip(([5, 2, 3], [5]), found, strict=True):
+        assert logp == pytest.approx(score_by_hand(model, ids, [4])[0], abs=1e-4)
 
 
 def test_a_quantised_cache_is_used(model):
-    pairs = [('who is it and why is he here today', one) for one in (' the king', ' no one at all')]
-    plain, coarse = (
-        adapter(model, chunk_size=1, batch_size=2, **how)
-        for how in (dict(), dict(dtype='int4', window=2))
-    )
-    a, b = plain.loglikelihood(ask(*pairs)), coarse.loglikelihood(ask(*pairs))
-    assert all(1e-3 < abs(x[0] - y[0]) < 3 for x, y in zip(a, b))
+    context = 'who is it and why is he here today'
+    requests = requests_of((context, ' the king'), (context, ' no one at all'))
+    how = dict(chunk_size=1, batch_size=2)
+    plain = adapter(model, **how).loglikelihood(requests)
+    coarse = adapter(model, **how, dtype='int4', window=2).loglikelihood(requests)
+    for (a, _), (b, _) in zip(plain, coarse, strict=True):
+        assert 1e-3 < abs(a - b) < 3
 
 
 def test_unknown_characters(model):
     with pytest.raises(UserError, match="never seen: 'Z'"):
-        adapter(model).loglikelihood(ask(('a', 'Z')))
+        adapter(model).loglikelihood(requests_of(('a', 'Z')))
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # tasks
 
 DOCS = [
@@ -227,87 +227,78 @@ ROLL = dict(
 )
 
 
+def write_task(folder, task, data):
+    """Write a task file whose documents are in the file `data`."""
+    source = dict(dataset_path='json', dataset_kwargs=dict(data_files=dict(test=str(data))))
+    task = task | source | dict(test_split='test')
+    (folder / f'{task["task"]}.yaml').write_text(json.dumps(task))
+
+
 @pytest.fixture
-def local(tmp_path, monkeypatch):
-    """A folder of tasks whose data lie beside them."""
+def docs(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-    (tmp_path / 'tasks').mkdir()
     data = tmp_path / 'docs.jsonl'
     data.write_text(''.join(json.dumps(doc) + '\n' for doc in DOCS))
-    for spec in (CHOICE, WRITE, ROLL):
-        spec = spec | dict(
-            dataset_path='json',
-            dataset_kwargs=dict(data_files=dict(test=str(data))),
-            test_split='test',
-        )
-        (tmp_path / 'tasks' / f'{spec["task"]}.yaml').write_text(json.dumps(spec))
-    return tmp_path / 'tasks'
+    return data
+
+
+@pytest.fixture
+def local(tmp_path, docs):
+    """A folder of tasks whose data lie beside it."""
+    folder = tmp_path / 'tasks'
+    folder.mkdir()
+    for task in (CHOICE, WRITE, ROLL):
+        write_task(folder, task, docs)
+    return folder
 
 
 def test_local_tasks_from_their_files_to_their_metrics(local, model):
     lm = adapter(model, dtype='float32', batch_size=2, chunk_size=4)
-    tasks = harness.Tasks(
-        ['local_choice', str(local / 'local_write.yaml'), 'local_roll'], str(local)
-    )
-    got = tasks.run('local_choice', lm)
-    scores = [
-        [
-            logp_of(model, CODEC.encode(doc['question']), CODEC.encode(' ' + choice))[0]
-            for choice in doc['choices']
-        ]
-        for doc in DOCS
-    ]
-    right = [max(range(3), key=s.__getitem__) == doc['answer'] for s, doc in zip(scores, DOCS)]
-    normed = [
-        max(range(3), key=lambda i: s[i] / len(doc['choices'][i])) == doc['answer']
-        for s, doc in zip(scores, DOCS)
-    ]
-    assert got['acc'] == pytest.approx(sum(right) / 3) and got['acc_norm'] == pytest.approx(
-        sum(normed) / 3
-    )
+    write = str(local / 'local_write.yaml')
+    tasks = harness.Tasks(['local_choice', write, 'local_roll'], str(local))
+    right, right_by_length, nats = [], [], 0.0
+    for doc in DOCS:
+        question = CODEC.encode(doc['question'])
+        scores = []
+        for choice in doc['choices']:
+            scores.append(score_by_hand(model, question, CODEC.encode(' ' + choice))[0])
+        normed = [score / len(choice) for score, choice in zip(scores, doc['choices'])]
+        right.append(scores.index(max(scores)) == doc['answer'])
+        right_by_length.append(normed.index(max(normed)) == doc['answer'])
+        nats -= score_by_hand(model, [0], question)[0]
+    found = tasks.run('local_choice', lm)
+    assert found['acc'] == pytest.approx(sum(right) / 3)
+    assert found['acc_norm'] == pytest.approx(sum(right_by_length) / 3)
     assert tasks.run('local_choice', lm, limit=1)['acc'] == right[0]
-    assert tasks.run(str(local / 'local_write.yaml'), lm)['exact_match'] == 0
-    nats = -sum(logp_of(model, [0], CODEC.encode(doc['question']))[0] for doc in DOCS)
-    assert tasks.run('local_roll', lm)['byte_perplexity'] == pytest.approx(
-        math.exp(nats / sum(len(doc['question']) for doc in DOCS)), rel=1e-4
-    )
+    assert tasks.run(write, lm)['exact_match'] == 0
+    n_bytes = sum(len(doc['question']) for doc in DOCS)
+    perplexity = tasks.run('local_roll', lm)['byte_perplexity']
+    assert perplexity == pytest.approx(math.exp(nats / n_bytes), rel=1e-4)
 
 
-def test_what_cannot_be_run_is_told(local, model, tmp_path):
-    for names, path, why in (
-        (['x.yaml'], '', 'no task file x.yaml'),
-        (['local_choice'], str(tmp_path / 'nowhere'), 'is no folder'),
-    ):
-        with pytest.raises(UserError, match=why):
-            harness.Tasks(names, path)
-    spec = json.loads((local / 'local_choice.yaml').read_text()) | dict(
-        dataset_kwargs=dict(data_files=dict(test='gone.jsonl'))
-    )
-    (local / 'gone.yaml').write_text(json.dumps(spec | dict(task='gone')))
-    with pytest.raises(
-        UserError, match='gone: its task or data cannot be loaded .FileNotFoundError'
-    ):
+def test_files_and_folders_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match='no task file x.yaml'):
+        harness.Tasks(['x.yaml'])
+    with pytest.raises(UserError, match='is no folder'):
+        harness.Tasks(['local_choice'], str(tmp_path / 'nowhere'))
+
+
+def test_a_task_without_its_data_is_named(local, model):
+    write_task(local, CHOICE | dict(task='gone'), 'gone.jsonl')
+    match = 'gone: its task or data cannot be loaded .FileNotFoundError'
+    with pytest.raises(UserError, match=match):
         harness.Tasks(['gone'], str(local)).run('gone', adapter(model))
-    (local / 'unread.yaml').write_text(
-        json.dumps(
-            spec
-            | dict(
-                task='unread',
-                doc_to_text='{{question}} Z',
-                dataset_kwargs=json.loads((local / 'local_roll.yaml').read_text())[
-                    'dataset_kwargs'
-                ],
-            )
-        )
-    )
-    with pytest.raises(
-        UserError, match='unread: the text has characters this model has never seen'
-    ):
+
+
+def test_a_task_that_the_model_cannot_read_is_named(local, docs, model):
+    write_task(local, CHOICE | dict(task='unread', doc_to_text='{{question}} Z'), docs)
+    match = 'unread: the text has characters this model has never seen'
+    with pytest.raises(UserError, match=match):
         harness.Tasks(['unread'], str(local)).run('unread', adapter(model))
 
 
 @pytest.mark.slow
-def test_an_unknown_task_tells_the_nearest_and_the_papers_set_is_known():
+def test_an_unknown_task_gives_the_nearest_and_the_papers_set_is_known():
     with pytest.raises(UserError, match="'helaswag' is not a task; did you mean hellaswag"):
         harness.Tasks(['helaswag'], others=['needle'])
     with pytest.raises(UserError, match="'nedle' is not a task; did you mean needle"):
@@ -315,7 +306,7 @@ def test_an_unknown_task_tells_the_nearest_and_the_papers_set_is_known():
     harness.Tasks([*harness.GROUPS['commonsense'].split(','), 'longbench'])
 
 
-def test_a_missing_harness_is_told(monkeypatch):
+def test_a_missing_harness_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
     with pytest.raises(UserError, match=r'pip install -e .\[eval\]'):
         harness.load()
