@@ -326,3 +326,17 @@ def test_bench_can_be_imported():
         [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert ended.stdout == "('scale', ['x'])\n"
+
+
+def test_help_loads_no_torch():
+    code = (
+        'import runpy, sys\n'
+        "sys.argv = ['bench.py', '--help']\n"
+        "try: runpy.run_path('bench.py', run_name='__main__')\n"
+        "finally: print([name for name in ('torch', 'numpy') if name in sys.modules])\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert '--timed_steps=12' in ended.stdout
+    assert ended.stdout.endswith('[]\n')
