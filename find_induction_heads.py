@@ -153,7 +153,7 @@ def train_study():
     """Trains what --study asks for and is not there yet. Returns [(variant, folder), ...]."""
     runs = []
     for file in named(study):
-        variant = Path(file).stem.removeprefix('induction_')
+        variant = Path(file.split('+')[-1]).stem.removeprefix('induction_')
         for number in range(1, seeds + 1):
             folder = Path(out) / f'{variant}-{number}'
             runs.append((variant, folder))
@@ -225,7 +225,7 @@ for folder in files:
 paths = (
     asked
     or named(sweep)
-    or [f'{out}/{Path(file).stem.removeprefix("induction_")}-1' for file in named(study)]
+    or [f'{out}/{Path(file.split('+')[-1]).stem.removeprefix("induction_")}-1' for file in named(study)]
 )
 subjects, names = [load(path) for path in paths], {}
 for subject in subjects:  # what cannot be done is said before anything is
