@@ -80,6 +80,30 @@ from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import Settings, UserError, configure
 from nanomla.core.files import progress_bar, write_file
 
+
+def main(argv: list[str] | None = None) -> None:
+    command = Command.parse(sys.argv[1:] if argv is None else argv)
+    settings = command.settings()
+    if settings['show_grid']:
+        for number, name in enumerate(cell_names(settings)):
+            print(number, name)
+        return
+    check_settings(settings)
+    grid = Grid(command, settings)
+    if settings['cell']:
+        run_one_cell(grid, settings['cell'])
+        return
+    missing = [name for name in grid.names if not grid.is_done(name)]
+    total = len(grid.names)
+    if len(missing) < total:
+        print(f'{total - len(missing)} of {total} cells are there already', file=sys.stderr)
+    else:
+        print(f'{total} cells, each in a process of its own', file=sys.stderr)
+    if not settings['report']:
+        run_cells(grid, missing)
+    print_results(grid)
+
+
 EXAMPLE = 'python bench_adapters.py random:tiny config/adapters.json runs/bench'
 CHOICES = dict(
     adapters=('full', 'lora', 'qlora'),
@@ -487,29 +511,6 @@ def print_results(grid: Grid) -> None:
             f'error: {len(failed)} of {len(grid.names)} cells failed, the first: '
             f'{first["cell"]}: {first["reason"]}'
         )
-
-
-def main(argv: list[str] | None = None) -> None:
-    command = Command.parse(sys.argv[1:] if argv is None else argv)
-    settings = command.settings()
-    if settings['show_grid']:
-        for number, name in enumerate(cell_names(settings)):
-            print(number, name)
-        return
-    check_settings(settings)
-    grid = Grid(command, settings)
-    if settings['cell']:
-        run_one_cell(grid, settings['cell'])
-        return
-    missing = [name for name in grid.names if not grid.is_done(name)]
-    total = len(grid.names)
-    if len(missing) < total:
-        print(f'{total - len(missing)} of {total} cells are there already', file=sys.stderr)
-    else:
-        print(f'{total} cells, each in a process of its own', file=sys.stderr)
-    if not settings['report']:
-        run_cells(grid, missing)
-    print_results(grid)
 
 
 if __name__ == '__main__':

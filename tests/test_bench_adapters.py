@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import PATIENCE, ROOT, exit_code, wait_until
 
+import bench_adapters
 from model import GPT, GPTConfig
 from nanomla.adapters import report
 from nanomla.checkpoints import export
@@ -120,6 +121,13 @@ def test_the_shipped_presets_are_settings(capsys, name, cells):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == cells and lines[0] == '0 full/eager'
     assert any(line.endswith('qlora/sdpa/peer') for line in lines)
+
+
+def test_settings_are_the_page_alone():
+    command = bench_adapters.Command('random:tiny', 'c.json', Path('out'), [])
+    settings = command.settings()
+    assert list(settings)[0] == 'adapters' and list(settings)[-1] == 'wandb_project'
+    assert all(name.islower() for name in settings)
 
 
 def test_help_loads_no_torch():
