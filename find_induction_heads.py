@@ -149,11 +149,16 @@ def tell_costs(costs, where):
         )
 
 
+def variant_of(files):
+    """Return the name of an entry of --study, whose last file holds what is special of it."""
+    return Path(files.split('+')[-1]).stem.removeprefix('induction_')
+
+
 def train_study():
     """Trains what --study asks for and is not there yet. Returns [(variant, folder), ...]."""
     runs = []
     for file in named(study):
-        variant = Path(file.split('+')[-1]).stem.removeprefix('induction_')
+        variant = variant_of(file)
         for number in range(1, seeds + 1):
             folder = Path(out) / f'{variant}-{number}'
             runs.append((variant, folder))
@@ -225,7 +230,7 @@ for folder in files:
 paths = (
     asked
     or named(sweep)
-    or [f'{out}/{Path(file.split('+')[-1]).stem.removeprefix("induction_")}-1' for file in named(study)]
+    or [f'{out}/{variant_of(file)}-1' for file in named(study)]
 )
 subjects, names = [load(path) for path in paths], {}
 for subject in subjects:  # what cannot be done is said before anything is
