@@ -47,13 +47,10 @@ device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # of weights and arithmetic: auto | float32 | bfloat16 | float16
 kernel = 'sdpa'  # attention: eager | sdpa | flash | cudnn
 
-import datetime
 import sys
-import time
 from pathlib import Path
 
-from nanomla.core.checks import split_list
-from nanomla.core.configurator import UserError, configure
+from nanomla.core.configurator import configure
 from nanomla.core.files import writing
 
 
@@ -61,27 +58,31 @@ def main():
     config = configure(globals())
 
     # Imported here, as --help should not wait for torch.
-    from nanomla.evals import scoreboard
+    from nanomla.evals import run, scoreboard
     from nanomla.evals.measure import EvalSettings, cache_formats, harness_tasks
 
     names = EvalSettings.__dataclass_fields__
     settings = EvalSettings(**{name: config[name] for name in names})
     settings.check()
-    paths, wanted = models_and_tasks(config['models'], config['tasks'])
+    paths = run.model_names(config['models'])
+    tasks = run.task_names(config['tasks'])
     formats = cache_formats(
         config['cache'], config['cache_dtype'], config['window'], config['page_size']
     )
-    of_harness = harness_tasks(wanted, settings.include_path)
-
-    store = Path(config['out_dir'], 'results.jsonl')
-    with writing(store.parent):
-        store.parent.mkdir(parents=True, exist_ok=True)
+    evaluation = run.Evaluation(
+        settings,
+        cells=run.all_cells(formats, tasks),
+        of_harness=harness_tasks(tasks, settings.include_path),
+        store=Path(config['out_dir'], 'results.jsonl'),
+    )
+    with writing(config['out_dir']):
+        evaluation.store.parent.mkdir(parents=True, exist_ok=True)
         if config['fresh']:
-            store.unlink(missing_ok=True)
-    cells = [(cache_format, task) for cache_format in formats for task in wanted]
+            evaluation.store.unlink(missing_ok=True)
+
     records = []
-    for path, label in labels_of(paths).items():
-        records += evaluate(path, label, cells, settings, of_harness, store)
+    for path, label in run.labels_of(paths).items():
+        records += evaluation.records_of(path, label)
 
     for record in records:
         if scoreboard.nothing_quantised(record):
@@ -91,82 +92,12 @@ def main():
                 'one chunk: use a smaller --window and --chunk_size, or longer texts',
                 file=sys.stderr,
             )
-    scoreboard.write_results(records, store.parent, settings.seed)
+    folder = evaluation.store.parent
+    scoreboard.write_results(records, folder, settings.seed)
     print(scoreboard.table(scoreboard.rows(records)))
     endings = ('.jsonl', '.json', '.csv', '.png')
-    written = [str(file) for file in store.parent.iterdir() if file.suffix in endings]
+    written = [str(file) for file in folder.iterdir() if file.suffix in endings]
     print(f'written: {", ".join(sorted(written))}', file=sys.stderr)
-
-
-def models_and_tasks(models, tasks):
-    """Return the two lists of names, with groups of tasks taken apart, once they may exist."""
-    from nanomla.checkpoints.load import may_be_model
-    from nanomla.evals.harness import GROUPS
-    from nanomla.evals.measure import OWN_TASKS, unique
-
-    paths = unique(split_list(models))
-    if not paths:
-        raise UserError(
-            'say what to evaluate: --models=out-shakespeare-mla, or several with commas between'
-        )
-    wanted = []
-    for task in split_list(tasks):
-        wanted += split_list(GROUPS.get(task, task))
-    if not wanted:
-        own = ','.join(OWN_TASKS)
-        raise UserError(f'say what to measure: --tasks={own}, or tasks of the harness')
-    for path in paths:
-        if not may_be_model(path):
-            raise UserError(
-                f'--models: there is no {path}: train one first, '
-                'or name a file or folder that is there'
-            )
-    return paths, unique(wanted)
-
-
-def labels_of(paths):
-    """Return path -> its last part, or all of it where two models have the same last part."""
-    labels = {path: Path(path).name for path in paths}
-    if len(set(labels.values())) < len(paths):
-        return {path: path for path in paths}
-    return labels
-
-
-def evaluate(path, label, cells, settings, of_harness, store):
-    """Return the records of one model; what `store` has already is not measured again."""
-    import torch
-
-    from nanomla.core import devices
-    from nanomla.evals import scoreboard
-    from nanomla.evals.measure import EvaluatedModel, measure, record_key
-
-    done = scoreboard.read(store)
-    device = devices.pick_device(settings.device)
-    model = None
-    records = []
-    for cache_format, task in cells:
-        key = record_key(path, cache_format, task, settings)
-        if key not in done:
-            print(f'{label} · {cache_format.name} · {task}', file=sys.stderr)
-            began = time.perf_counter()
-            if model is None:
-                model = EvaluatedModel(path, settings)
-            measured = measure(model, cache_format, task, of_harness)
-            record = dict(key=key, model=path, cache=cache_format.name, task=task)
-            record |= model.facts
-            record |= dict(
-                seconds=round(time.perf_counter() - began, 2),
-                commit=devices.commit(),
-                torch=torch.__version__,
-                device=devices.describe(device),
-                date=str(datetime.date.today()),
-                chunk_size=settings.chunk_size,
-            )
-            done[key] = record | measured
-            with writing(store):
-                scoreboard.add(store, done[key])
-        records.append(done[key] | dict(label=label))
-    return records
 
 
 if __name__ == '__main__':

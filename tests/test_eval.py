@@ -424,6 +424,7 @@ FILES = {
         (['--models=out', '--batch_size=0'], 'batch_size=0 must be at least 1'),
         (['--models=out', '--candidates=1'], 'candidates=1 must be at least 2'),
         (['--models=out', '--kernel=flex'], 'use --kernel=sdpa'),
+        (['--models=out', '--device=tpu:0'], '--device=tpu:0 is'),
         (['--models=out', '--out_dir=short.txt/x'], 'cannot write'),
     ],
 )

@@ -106,12 +106,8 @@ def mla_attention_rows(config: MLAConfig, interleave: bool) -> dict[str, tuple[s
 
     interleave: their RoPE turns neighbours (2k, 2k + 1), where we turn (k, k + P/2)
     """
-    H, N, P, R = (
-        config.n_head,
-        config.qk_nope_head_dim,
-        config.qk_rope_head_dim,
-        config.kv_lora_rank,
-    )
+    H, R = config.n_head, config.kv_lora_rank
+    N, P = config.qk_nope_head_dim, config.qk_rope_head_dim
     pairs = torch.arange(P)
     if interleave:
         pairs = pairs.view(2, P // 2).T.flatten()
@@ -211,10 +207,10 @@ def layout(
         table['lm_head.weight'] = ('lm_head.weight', ...)
     for n in range(config.n_layer):
         for theirs, (ours, rows) in block.items():
-            has_bias = config.bias and not theirs.endswith('norm')
-            for part in ('weight', 'bias') if has_bias else ('weight',):
-                our_name = f'transformer.h.{n}.{ours}.{part}'
-                table[f'model.layers.{n}.{theirs}.{part}'] = (our_name, rows)
+            theirs, ours = f'model.layers.{n}.{theirs}', f'transformer.h.{n}.{ours}'
+            table[f'{theirs}.weight'] = (f'{ours}.weight', rows)
+            if config.bias and not theirs.endswith('norm'):
+                table[f'{theirs}.bias'] = (f'{ours}.bias', rows)
     return table
 
 

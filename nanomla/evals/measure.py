@@ -63,7 +63,8 @@ class EvalSettings:
     kernel: str = 'sdpa'
 
     def check(self) -> None:
-        """Raise a UserError for a setting out of its range."""
+        """Raise a UserError for a setting out of its range, and for a device that is not there."""
+        pick_device(self.device)
         for name in ('chunk_size', 'max_tokens', 'context', 'stride', 'limit'):
             check_range(name, getattr(self, name), least=0)
         for name in ('trials', 'batch_size'):

@@ -258,7 +258,9 @@ def heat_map(results: list[tuple[str, dict]], task: str, path: Path, footer: str
 
     results: labels and what `evaluate` returned
     """
-    cells = [cell for _, result in results for cell in result['cells']]
+    cells = []
+    for _, result in results:
+        cells += result['cells']
     depths = {cell['depth'] for cell in cells}
     height = 1.0 + len(results) * (1.0 + 0.3 * max(3, len(depths)))
     note = (

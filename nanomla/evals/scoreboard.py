@@ -176,8 +176,11 @@ def table(rows: list[dict]) -> str:
     Return the rows as text, a line for each. `change` is of the perplexity against the model's
     first format.
     """
+    names = {}
+    for row in rows:
+        names |= dict.fromkeys(row)
     columns = []
-    for name in dict.fromkeys(name for row in rows for name in row):
+    for name in names:
         cells = [name.replace('_', ' ')] + [shown(name, row.get(name)) for row in rows]
         width = max(len(cell) for cell in cells)
         align = str.ljust if name in LEFT else str.rjust

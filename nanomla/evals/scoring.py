@@ -10,6 +10,7 @@ faster and lets more be read in full precision; `dequantised` is the share that 
 Legend: B requests of a batch, T tokens, C channels, V vocabulary.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -234,8 +235,8 @@ class Scorer:
 
     def scores_of(self, states: list[torch.Tensor], targets: list[list[int]]) -> list[Score]:
         """Return the Score of each of `targets`; states: (n, C) before each of its n tokens."""
-        ids = [i for target in targets for i in target]
-        ids = torch.tensor(ids, dtype=torch.long, device=self.device)
+        flat = list(itertools.chain.from_iterable(targets))
+        ids = torch.tensor(flat, dtype=torch.long, device=self.device)
         rows = max(1, LOGITS // self.model.config.vocab_size)
         logp, greedy = [], []
         for x, expected in zip(torch.cat(states).split(rows), ids.split(rows)):
