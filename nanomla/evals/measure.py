@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from nanomla.checkpoints import native
 from nanomla.checkpoints.load import codec_of, load_model
 from nanomla.checkpoints.text import ModelText, read_text
+from nanomla.core import figures
 from nanomla.core.checks import (
     check_choice,
     check_range,
@@ -141,8 +143,9 @@ class EvaluatedModel:
         with settings_errors():
             self.model.check_kernel(device)
         self.block_size = self.model.config.block_size
+        kind = native.kind_of(self.model)
         self.facts = dict(
-            kind=self.model.config.label.lower(),
+            kind=figures.kind_of(dict(kind=kind, config=vars(self.model.config))),
             params=self.model.num_params(),
             block_size=self.block_size,
             dtype=str(self.model.stream).removeprefix('torch.'),
