@@ -83,7 +83,8 @@ if os.environ.get('TRITON_INTERPRET') == '1':
 if sys.platform != 'linux':
     EXPECTED_SKIPS += ['needs bash.*', 'needs /dev/full', 'needs Triton.*', 'reads /proc']
 
-skips = Counter()  # reason -> tests
+skips = Counter()  # reason -> tests and whole files
+skipped_files = Counter()  # of these, files that importorskip ends
 
 
 def pytest_addoption(parser):
@@ -114,8 +115,9 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_collectreport(report):
-    if report.skipped:  # a whole file, by importorskip
+    if report.skipped:
         skips[reason_of(report)] += 1
+        skipped_files[reason_of(report)] += 1
 
 
 def reason_of(report) -> str:
@@ -133,7 +135,7 @@ def pytest_sessionfinish(session, exitstatus):
     worker = getattr(session.config, 'workeroutput', None)
     if worker is not None:
         # A report of a skipped file does not reach the process that counts.
-        worker['skipped_files'] = {r: n for r, n in skips.items() if r.startswith('could not')}
+        worker['skipped_files'] = dict(skipped_files)
     elif exitstatus == pytest.ExitCode.OK and unexpected_skips():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
