@@ -1,5 +1,6 @@
 """
-GPT-2 124M by nanoGPT's recipe on 100 MB of books, its schedule cut to 2,000 steps: what books_modern.py races against.
+GPT-2 124M by nanoGPT's recipe on 100 MB of books, its schedule cut to 2,000 steps: what
+books_modern.py races against.
 
     python data/text/prepare.py books.txt.xz --tokenizer=gpt2
     python train.py config/books_gpt2.py

@@ -5,7 +5,8 @@ Which MLA matches MHA with RoPE at 124M parameters, and at which cache size: boo
     python compare.py config/compare_124m.py
     sbatch --array=0-15 slurm/compare.sbatch config/compare_124m.py
 
-MHA leaves 1536 values a token and layer; MLA its latent and 64 more, and starts as in compare_books.py. Contenders are trained in their order.
+MHA leaves 1536 values a token and layer; MLA its latent and 64 more, and starts as in
+compare_books.py. Contenders are trained in their order.
 """
 
 out_dir = 'out-compare-124m'

@@ -4,8 +4,9 @@ Which MLA matches MHA with RoPE at 30M parameters, and at which cache size: book
     python data/text/prepare.py books.txt.xz --tokenizer=bytes --out=data/books_bytes
     python compare.py config/compare_books.py
 
-MHA leaves 1024 values a token and layer. The MLAs start small and orthogonal, with Muon slower behind the latent. screen_books.py has
-what came before; its runs of MHA and MQA are points of their grids. Contenders are trained in their order.
+MHA leaves 1024 values a token and layer. The MLAs start small and orthogonal, with Muon slower
+after the latent. screen_books.py has what came before; its runs of MHA and MQA are points of their
+grids. Contenders are trained in their order.
 """
 
 out_dir = 'out-compare-books'

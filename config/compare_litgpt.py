@@ -1,6 +1,7 @@
 """
-MHA, GQA, MQA and MLA at four latent widths in the shape of Pythia-160M, 100M tokens: litgpt's comparison (its pull
-request 1945) with what it left out: a control with RoPE, equal parameters, tuned rates and several seeds.
+MHA, GQA, MQA and MLA at four latent widths in the shape of Pythia-160M, 100M tokens: litgpt's
+comparison (its pull request 1945) with what it left out: a control with RoPE, equal parameters,
+tuned rates and several seeds.
 
     python data/text/prepare.py TinyStoriesV2-GPT4-train.txt --tokenizer=gpt2 --out=data/tinystories
     python compare.py config/compare_litgpt.py

@@ -1,11 +1,13 @@
 """
-MHA with RoPE, MQA, GQA, a plain GPT and MLA from 1/2 to 1/8 of the cache (on a CPU 1/4) on Shakespeare, character by character.
+MHA with RoPE, MQA, GQA, a plain GPT and MLA from 1/2 to 1/8 of the cache (on a CPU 1/4) on
+Shakespeare, character by character.
 
     python compare.py config/compare_shakespeare.py
 
-The recipe is that of train_shakespeare_modern.py. MHA leaves 768 values a token and layer, MLA its latent and its RoPE key.
-Contenders are trained in their order, and take a GPU 4 seconds a run when a dozen share it. On a CPU 27 runs, some ten
-minutes on two cores, with 0.8M parameters each; on a GPU 10.7M.
+The recipe is that of train_shakespeare_modern.py. MHA leaves 768 values a token and layer, MLA its
+latent and its RoPE key. Contenders are trained in their order, and take a GPU 4 seconds a run when
+a dozen share it. On a CPU 27 runs, some ten minutes on two cores, with 0.8M parameters each; on a
+GPU 10.7M.
 """
 
 out_dir = 'out-compare-shakespeare'
@@ -70,7 +72,7 @@ tune = dict(dropout=[0.05, 0.1], muon_lr=[0.015, 0.025])
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
-batch_size = 32  # small batches and few passes over the text: it is short, and the model would learn it by heart
+batch_size = 32  # small batches, few passes: the text is short enough to be learnt by heart
 block_size = 256  # characters of context
 
 n_layer = 6

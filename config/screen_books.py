@@ -1,11 +1,13 @@
 """
-Which shapes and settings of MLA deserve seeds in compare_books? One run each on seed 1000, its grid's, with rates written out.
+Which shapes and settings of MLA deserve seeds in compare_books? One run each on seed 1000, its
+grid's, with rates written out.
 
     python compare.py config/compare_books.py config/screen_books.py
 
-No result by itself: seeds differ by 0.002. N + P is kv_lora_rank + qk_rope_head_dim; `content` is qk_nope_head_dim, `small start`
-latent_init='gpt2', `latent` qk_norm_latent, `scale` softmax_scale (else 1 / 8 for MHA and MQA). Up to an eighth of MHA's
-cache (128 of 1024 values a token and layer) unless the label says more than 64 + 64.
+No result by itself: seeds differ by 0.002. N + P is kv_lora_rank + qk_rope_head_dim; `content` is
+qk_nope_head_dim, `small start` latent_init='gpt2', `latent` qk_norm_latent, `scale` softmax_scale
+(else 1 / 8 for MHA and MQA). Up to an eighth of MHA's cache (128 of 1024 values a token and layer)
+unless the label says more than 64 + 64.
 """
 
 out_dir = 'out-screen-books'

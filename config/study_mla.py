@@ -1,10 +1,12 @@
 """
-What is each part of MLA worth? MLA at a quarter of MHA's cache, with one thing changed at a time: 450 steps, five seeds.
+What is each part of MLA worth? MLA at a quarter of MHA's cache, with one thing changed at a time:
+450 steps, five seeds.
 
     python compare.py config/compare_shakespeare.py config/study_mla.py --jobs=12 --in_process=True
 
-Shape and recipe are those of compare_shakespeare.py, in half of its steps. The control is MLA itself; all leave 192 values
-a token and layer, MHA 768. Where RoPE takes less of a head, the rest of the head has no position, and the latent is wider.
+Shape and recipe are those of compare_shakespeare.py, in half of its steps. The control is MLA
+itself; all leave 192 values a token and layer, MHA 768. Where RoPE takes less of a head, the rest
+of the head has no position, and the latent is wider.
 """
 
 out_dir = 'out-study-mla'

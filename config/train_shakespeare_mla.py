@@ -1,6 +1,6 @@
 """
-A baby GPT with Multi-head Latent Attention on Shakespeare, character by character, by a modern recipe:
-RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, and a linear cooldown.
+A baby GPT with Multi-head Latent Attention on Shakespeare, character by character, by a modern
+recipe: RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, and a linear cooldown.
 
     python train.py config/train_shakespeare_mla.py
 
@@ -16,7 +16,7 @@ wandb_run_name = 'mini-mla'
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
-batch_size = 32  # small batches and few passes over the text: it is short, and the model would learn it by heart
+batch_size = 32  # small batches, few passes: the text is short enough to be learnt by heart
 block_size = 256  # characters of context
 
 attention = 'mla'
@@ -46,8 +46,8 @@ ema_decay = 0.99
 min_lr = 0.0
 cuda_graph = True  # a step takes 5 ms: replay it without Python in between
 
-# a laptop's share: 0.8M parameters, 64 characters of context, averaged weights; in bf16 the eager kernel
-# is the fast one on a CPU
+# a laptop's share: 0.8M parameters, 64 characters of context, averaged weights; in bf16 the eager
+# kernel is the fast one on a CPU
 on_cpu = dict(
     cuda_graph=False,
     compile=False,
