@@ -285,7 +285,7 @@ class MultiHeadLatentAttention(Attention):
             y = context.attend(self, q, k, v)
         return self.output(self.read_values(y))
 
-    def attend_cached(self, x, rope, cache):
+    def attend_cached(self, x, rope, cache: Context):
         """
         Attend over the latents in a cache's layer, which x (B, T, C) joins: (B, H, T, D).
 
