@@ -1,6 +1,7 @@
 """
-GPT-2 124M by nanoGPT's recipe on 100 MB of books, its schedule cut to 2,000 steps: what
-books_modern.py races against.
+GPT-2 124M by nanoGPT's recipe on 100 MB of books: what books_modern.py races against.
+
+The schedule is cut to 2,000 steps.
 
     python data/text/prepare.py books.txt.xz --tokenizer=gpt2
     python train.py config/books_gpt2.py

@@ -1,6 +1,7 @@
 """
-The same size, text and batches as books_gpt2.py by the recipe of train_gpt2_modern.py, in less than
-a third of the steps.
+The size, text and batches of books_gpt2.py by the recipe of train_gpt2_modern.py.
+
+It takes less than a third of the steps.
 
     python data/text/prepare.py books.txt.xz --tokenizer=gpt2
     python train.py config/books_modern.py --fp8_head=True   # on a Hopper GPU or a newer one

@@ -5,7 +5,7 @@ Which MLA matches MHA with RoPE at 124M parameters, and at which cache size: boo
     python compare.py config/compare_124m.py
     sbatch --array=0-15 slurm/compare.sbatch config/compare_124m.py
 
-MHA leaves 1536 values a token and layer; MLA its latent and 64 more, and starts as in
+MHA caches 1536 values a token and layer; MLA its latent and 64 more, and starts as in
 compare_books.py. Contenders are trained in their order.
 """
 
@@ -14,38 +14,42 @@ title = 'Books, BPE, 124M parameters: MHA, GQA, MQA and MLA'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE', muon_lr=[0.01, 0.02, 0.04, 0.08]),
+    # 1/8 of the cache
     mla128=dict(
         label='MLA 128 + 64',
         attention='mla',
         kv_lora_rank=128,
         qk_nope_head_dim=32,
         qk_rope_head_dim=64,
-        latent_init='orthogonal',  # 1/8
+        latent_init='orthogonal',
         qk_norm_latent=True,
         muon_up=0.25,
     ),
+    # 1/8 of the cache
     mla128_n0=dict(
         label='MLA 128 + 64, no content keys',
         attention='mla',
         kv_lora_rank=128,
         qk_rope_head_dim=64,
-        latent_init='orthogonal',  # 1/8
+        latent_init='orthogonal',
         softmax_scale=0.25,
         muon_up=0.25,
     ),
     mqa=dict(label='MQA, scale 1/4', n_kv_head=1, softmax_scale=0.25),  # 1/12
+    # 1/4 of the cache
     mla320=dict(
         label='MLA 320 + 64',
         attention='mla',
         kv_lora_rank=320,
         qk_nope_head_dim=64,
         qk_rope_head_dim=64,
-        latent_init='orthogonal',  # 1/4
+        latent_init='orthogonal',
         qk_norm_latent=True,
         muon_up=0.25,
     ),
+    # 1/3 of the cache
     gqa=dict(label='GQA, 4 groups', n_kv_head=4, muon_lr=[0.01, 0.02, 0.04, 0.08]),
-)  # 1/3
+)
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.005, 0.01, 0.02, 0.04])  # MHA and GQA want more
 

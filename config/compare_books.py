@@ -4,7 +4,7 @@ Which MLA matches MHA with RoPE at 30M parameters, and at which cache size: book
     python data/text/prepare.py books.txt.xz --tokenizer=bytes --out=data/books_bytes
     python compare.py config/compare_books.py
 
-MHA leaves 1024 values a token and layer. The MLAs start small and orthogonal, with Muon slower
+MHA caches 1024 values a token and layer. The MLAs start small and orthogonal, with Muon slower
 after the latent. screen_books.py has what came before; its runs of MHA and MQA are points of their
 grids. Contenders are trained in their order.
 """
@@ -14,26 +14,29 @@ title = 'Books, bytes, 30M parameters'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
+    # 1/8 of the cache
     mla64_64=dict(
         label='MLA 64 + 64',
         attention='mla',
         kv_lora_rank=64,
         qk_nope_head_dim=32,
         qk_rope_head_dim=64,
-        latent_init='orthogonal',  # 1/8
+        latent_init='orthogonal',
         qk_norm_latent=True,
         muon_up=0.25,
     ),
+    # 1/8 of the cache
     mla64_64_n0=dict(
         label='MLA 64 + 64, no content keys',
         attention='mla',
         kv_lora_rank=64,
         qk_rope_head_dim=64,
-        latent_init='orthogonal',  # 1/8
+        latent_init='orthogonal',
         softmax_scale=0.25,
         muon_up=0.25,
     ),
     mqa=dict(label='MQA, scale 1/4', n_kv_head=1, softmax_scale=0.25),  # 1/8
+    # 1/8 of the cache
     mla64_64_h12=dict(
         label='MLA 64 + 64, 12 heads',
         attention='mla',
@@ -41,21 +44,21 @@ contenders = dict(
         head_dim=64,
         kv_lora_rank=64,
         qk_nope_head_dim=32,
-        qk_rope_head_dim=64,  # 1/8
+        qk_rope_head_dim=64,
         latent_init='orthogonal',
         qk_norm_latent=True,
         muon_up=0.25,
     ),
-    mha_h12=dict(
-        label='MHA + RoPE, 12 heads', n_head=12, head_dim=64
-    ),  # 3/2: what more heads are worth without MLA
+    # 3/2 of the cache: what more heads are worth without MLA
+    mha_h12=dict(label='MHA + RoPE, 12 heads', n_head=12, head_dim=64),
+    # 1/4 of the cache
     mla192_64=dict(
         label='MLA 192 + 64',
         attention='mla',
         kv_lora_rank=192,
         qk_nope_head_dim=64,
         qk_rope_head_dim=64,
-        latent_init='orthogonal',  # 1/4
+        latent_init='orthogonal',
         qk_norm_latent=True,
         muon_up=0.25,
     ),

@@ -1,7 +1,8 @@
 """
-MHA, GQA, MQA and MLA at four latent widths in the shape of Pythia-160M, 100M tokens: litgpt's
-comparison (its pull request 1945) with what it left out: a control with RoPE, equal parameters,
-tuned rates and several seeds.
+MHA, GQA, MQA and MLA at four latent widths in the shape of Pythia-160M, 100M tokens.
+
+This is litgpt's comparison (its pull request 1945) with what it left out: a control with RoPE,
+equal parameters, tuned rates and several seeds.
 
     python data/text/prepare.py TinyStoriesV2-GPT4-train.txt --tokenizer=gpt2 --out=data/tinystories
     python compare.py config/compare_litgpt.py
@@ -22,9 +23,10 @@ contenders = dict(
     mla256=dict(
         label='MLA 256', attention='mla', kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32
     ),
+    # 1/8 of MHA's cache
     mla160=dict(
         label='MLA 160', attention='mla', kv_lora_rank=160, qk_nope_head_dim=32, qk_rope_head_dim=32
-    ),  # 1/8 of MHA's cache
+    ),
     mla96=dict(
         label='MLA 96', attention='mla', kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32
     ),

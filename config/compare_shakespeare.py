@@ -1,13 +1,12 @@
 """
-MHA with RoPE, MQA, GQA, a plain GPT and MLA from 1/2 to 1/8 of the cache (on a CPU 1/4) on
-Shakespeare, character by character.
+MHA with RoPE, MQA, GQA, a plain GPT and MLA from 1/2 to 1/8 of the cache on Shakespeare.
 
     python compare.py config/compare_shakespeare.py
 
-The recipe is that of train_shakespeare_modern.py. MHA leaves 768 values a token and layer, MLA its
-latent and its RoPE key. Contenders are trained in their order, and take a GPU 4 seconds a run when
-a dozen share it. On a CPU 27 runs, some ten minutes on two cores, with 0.8M parameters each; on a
-GPU 10.7M.
+The recipe is that of train_shakespeare_modern.py. MHA caches 768 values a token and layer, MLA its
+latent and its RoPE key. Contenders are trained in their order. On a GPU they have 10.7M parameters
+and take 4 seconds a run when a dozen share it; on a CPU there are MHA, GPT and MLA at 1/4 of the
+cache, with 0.8M parameters and 27 runs: some ten minutes on two cores.
 """
 
 out_dir = 'out-compare-shakespeare'
@@ -15,13 +14,14 @@ title = 'Shakespeare: MHA, MQA, GPT and MLA at equal parameters'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
+    # 1/4 of the cache
     mla128_64=dict(
         label='MLA 128 + 64',
         attention='mla',
         kv_lora_rank=128,
         qk_nope_head_dim=32,
         qk_rope_head_dim=64,
-    ),  # 1/4
+    ),
     mha_plain=dict(label='MHA + RoPE, no QK-norm', qk_norm=False),
     mla128_64_plain=dict(
         label='MLA 128 + 64, no QK-norm',
@@ -31,21 +31,24 @@ contenders = dict(
         qk_rope_head_dim=64,
         qk_norm=False,
     ),
+    # 1/6 of the cache
     mla64_64=dict(
         label='MLA 64 + 64',
         attention='mla',
         kv_lora_rank=64,
         qk_nope_head_dim=32,
         qk_rope_head_dim=64,
-    ),  # 1/6
+    ),
     mqa=dict(label='MQA', n_kv_head=1),  # 1/6
+    # 1/2 of the cache
     mla320_64=dict(
         label='MLA 320 + 64',
         attention='mla',
         kv_lora_rank=320,
         qk_nope_head_dim=32,
         qk_rope_head_dim=64,
-    ),  # 1/2
+    ),
+    # as nanoGPT trains it
     gpt=dict(
         label='GPT',
         pos='learned',
@@ -57,22 +60,25 @@ contenders = dict(
         schedule='cosine',
         dropout=[0.05, 0.1],
         learning_rate=[1.5e-3, 3e-3],
-    ),  # as nanoGPT trains it
+    ),
+    # 1/8 of the cache
     mla64_32=dict(
         label='MLA 64 + 32',
         attention='mla',
         kv_lora_rank=64,
         qk_nope_head_dim=32,
         qk_rope_head_dim=32,
-    ),  # 1/8
+    ),
+    # 1/3 of the cache
     gqa=dict(label='GQA, 2 groups', n_kv_head=2),
-)  # 1/3
+)
 seeds = [1, 2, 3, 4, 5]
 tune = dict(dropout=[0.05, 0.1], muon_lr=[0.015, 0.025])
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
-batch_size = 32  # small batches, few passes: the text is short enough to be learnt by heart
+# The text is short and would be learned by heart: small batches and few passes over it.
+batch_size = 32
 block_size = 256  # characters of context
 
 n_layer = 6
@@ -99,6 +105,7 @@ min_lr = 0.0
 cuda_graph = True  # a step takes 5 ms: replay it without Python in between
 
 on_cpu = dict(
+    title='Shakespeare on a CPU: MHA, GPT and MLA at equal parameters',
     contenders=dict(
         mha=dict(label='MHA + RoPE'),
         gpt=dict(

@@ -7,7 +7,8 @@ eval_interval = 5
 eval_iters = 40
 log_interval = 1
 
-# Shakespeare has 301,966 tokens: a step reads 1 x 32 x 1024 = 32,768, an epoch takes 9.2 steps
+# Shakespeare has 301,966 tokens: one step reads 1 x 32 x 1024 = 32,768 of them, an epoch takes 9.2
+# steps
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

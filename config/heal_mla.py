@@ -1,6 +1,7 @@
 """
-Heal a model that convert_mla.py made: a few steps on the text it comes from, at a constant rate
-after a warmup and with a linear decay at the end, as MHA2MLA does.
+Heal a model that convert_mla.py made: a few steps on the text it comes from.
+
+The rate is constant after a warmup and decays linearly at the end, as MHA2MLA's does.
 
     python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char
     python train.py config/heal_mla.py --teacher=out-shakespeare-char

@@ -1,12 +1,11 @@
 """
-What is each part of MLA worth? MLA at a quarter of MHA's cache, with one thing changed at a time:
-450 steps, five seeds.
+What is each part of MLA worth? MLA at a quarter of MHA's cache, with one thing changed at a time.
 
     python compare.py config/compare_shakespeare.py config/study_mla.py --jobs=12 --in_process=True
 
-Shape and recipe are those of compare_shakespeare.py, in half of its steps. The control is MLA
-itself; all leave 192 values a token and layer, MHA 768. Where RoPE takes less of a head, the rest
-of the head has no position, and the latent is wider.
+Shape and recipe are those of compare_shakespeare.py, in 450 steps, half as many, and with five
+seeds. The control is MLA itself; all cache 192 values a token and layer, MHA 768. Where RoPE takes
+less of a head, the rest of the head has no position, and the latent is wider.
 """
 
 out_dir = 'out-study-mla'
@@ -14,6 +13,7 @@ title = 'What the parts of MLA are worth (Shakespeare)'
 control = 'mla'
 
 contenders = dict(
+    # the width that compare_shakespeare.py gives it
     mla=dict(
         label='MLA 128 + 64',
         attention='mla',
@@ -21,7 +21,7 @@ contenders = dict(
         qk_nope_head_dim=32,
         qk_rope_head_dim=64,
         n_inner=1632,
-    ),  # as there
+    ),
     rope32=dict(
         label='RoPE in 32 of 96, latent 160',
         attention='mla',

@@ -1,7 +1,8 @@
 """
-GPT-2's size (124M) by a modern recipe: RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections,
-Muon, and a linear cooldown. `--attention=mla` with the widths of train_gpt2_mla.py trains MLA by
-the same recipe.
+GPT-2's size (124M) by a modern recipe.
+
+RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, and a linear cooldown.
+`--attention=mla` with the widths of train_gpt2_mla.py trains MLA by the same recipe.
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_modern.py
 """

@@ -1,7 +1,4 @@
-"""
-A baby GPT on Shakespeare, character by character: nanoGPT's recipe, for comparison with the MLA
-one.
-"""
+"""A baby GPT on Shakespeare by characters: nanoGPT's recipe, for comparison with the MLA one."""
 
 out_dir = 'out-shakespeare-char'
 eval_interval = 250

@@ -1,10 +1,12 @@
 """
-A baby GPT with Multi-head Latent Attention on Shakespeare, character by character, by a modern
-recipe: RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, and a linear cooldown.
+A baby GPT with Multi-head Latent Attention on Shakespeare, character by character.
+
+The recipe is modern: RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, and a
+linear cooldown.
 
     python train.py config/train_shakespeare_mla.py
 
-A token leaves 128 + 32 values in the cache of a layer; an MHA of this shape would leave 768.
+A token takes 128 + 32 values in the cache of a layer; an MHA of this shape would take 768.
 """
 
 out_dir = 'out-shakespeare-mla'
@@ -16,7 +18,8 @@ wandb_run_name = 'mini-mla'
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
-batch_size = 32  # small batches, few passes: the text is short enough to be learnt by heart
+# The text is short and would be learned by heart: small batches and few passes over it.
+batch_size = 32
 block_size = 256  # characters of context
 
 attention = 'mla'

@@ -1,7 +1,8 @@
 """
-nanoGPT's baby GPT at its own size (10.7M), trained by a modern recipe instead of its own: RoPE,
-RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, a long linear cooldown and averaged
-weights.
+nanoGPT's baby GPT at its own size (10.7M), trained by a modern recipe instead of its own.
+
+RoPE, RMSNorm, QK-norm, ReLU², zero-initialised projections, Muon, a long linear cooldown and
+averaged weights.
 
     python train.py config/train_shakespeare_modern.py
 
@@ -19,7 +20,8 @@ wandb_run_name = 'mini-modern'
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
-batch_size = 32  # small batches, few passes: the text is short enough to be learnt by heart
+# The text is short and would be learned by heart: small batches and few passes over it.
+batch_size = 32
 block_size = 256  # characters of context
 
 pos = 'rope'
