@@ -112,7 +112,15 @@ def pareto(ax, found: list[dict], paint: dict, compact: bool = False) -> None:
             zorder=1,
             label='Pareto front',
         )
-        ax.legend(loc='best', fontsize=9)
+        # Above the panel, on the right: inside it would cover points or intervals.
+        ax.legend(
+            loc='lower right',
+            bbox_to_anchor=(1, 1),
+            borderaxespad=0.2,
+            borderpad=0,
+            handlelength=1.4,
+            fontsize=9,
+        )
     _cache_axis(ax, sorted({row['cache_bytes'] for row in known}), most_ticks=4 if compact else 8)
     ax.set_ylabel('val loss (nats per token)')
 
