@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from nanomla.heads.page import build as head_page
+from nanomla.heads.page import build
 
 WORDS = (
     'stone river lamp seven under glass winter paper north bird salt open field hand quiet door iron cloud far bread wheel green story fish wall '
@@ -129,15 +129,15 @@ def model(name, kind, heads, T=65, seed=0, trained=True, split=(), **more):
         layers=len(heads),
         heads=len(heads[0]),
         tokens_text=texts,
-        patterns_u8=head_page.pack_patterns(A),
+        patterns_u8=build.pack_patterns(A),
         scores=scores,
     )
     if split:
         chosen = [at.index(tuple(head)) for head in split]
         found['mla_split'] = dict(
             heads=[list(head) for head in split],
-            content_f16=head_page.pack_logits(content[chosen]),
-            rope_f16=head_page.pack_logits(rope[chosen]),
+            content_f16=build.pack_logits(content[chosen]),
+            rope_f16=build.pack_logits(rope[chosen]),
         )
     if trained:
         x = np.arange(1, T)
@@ -273,7 +273,7 @@ def large(T=127):
 
 
 if __name__ == '__main__':
-    head_page.write(
+    build.write(
         sys.argv[1] if len(sys.argv) > 1 else 'heads.html',
         (pair if 'small' in sys.argv else large)(),
     )

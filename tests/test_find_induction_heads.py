@@ -1,4 +1,4 @@
-"""find_induction_heads.py and what it needs of train.py: checkpoints kept on the way, texts said twice, files and refusals."""
+"""find_induction_heads.py and what it needs of train.py: kept checkpoints, repeated texts."""
 
 import csv
 import json
@@ -12,14 +12,15 @@ from helpers import ROOT, exit_code, hf_gpt2, run, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import GPT, MultiHeadAttention
 from nanomla.checkpoints import export
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
 from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
-from nanomla.heads import patterns
-from nanomla.heads import report as head_report
-from nanomla.heads.subject import Subject
+from nanomla.heads import patterns, report, study, subject
+from nanomla.heads.report import ReportSettings, TrialSettings
+from nanomla.heads.subject import LoadOptions, load_subject
 
 TINY = dict(
     dataset='repeats',
@@ -196,8 +197,8 @@ def test_from_a_run_to_its_files(repeats, capsys):
     find('--out_dir=a,b', '--sweep=b', '--out=heads', '--latents=True', '--prompt=ABCABC')
     told = capsys.readouterr().out
     assert 'a: MHA' in told and 'b: MLA' in told and 'step 6' in told and 'val loss' in told
-    report = json.loads(Path('heads/heads.json').read_text())
-    a, b = report['models']
+    written = json.loads(Path('heads/heads.json').read_text())
+    a, b = written['models']
     assert (
         (a['kind'], b['kind']) == ('MHA', 'MLA')
         and a['trained']
@@ -222,7 +223,7 @@ def test_from_a_run_to_its_files(repeats, capsys):
         == len(a['loss_by_position']['repeated'])
         == 2 * a['repeats']['L']
     )
-    (swept,) = report['checkpoints']
+    (swept,) = written['checkpoints']
     assert swept['step'] == sorted(checkpoint.steps_to_keep(4, 6)) and np.shape(
         swept['scores']
     ) == (len(swept['step']), 2, 2)
@@ -230,21 +231,11 @@ def test_from_a_run_to_its_files(repeats, capsys):
     last = [e['induction']['score'] for e in b['scores']]
     if checkpoint.load('b')['step'] == 6:  # the best is the last
         assert np.ravel(swept['scores'][-1]) == pytest.approx(last, abs=1e-3)
-        assert swept['max_text'][-1] == pytest.approx(
-            max(e['on_text']['gap'] for e in b['scores']), abs=1e-4
-        )
-        assert [
-            swept[f'text_{which}_loss'][-1] for which in ('repeat', 'control')
-        ] == pytest.approx([b['text_repeat_loss'], b['text_control_loss']], abs=1e-3)
-    subject = Subject(checkpoint.step_files('b')[-1])
-    spoken, (L, G) = head_report.held_out_for(subject, 50, 8, 0), patterns.lengths(40, 64)
-    heads, repeated, control = patterns.score(subject.model, spoken)
-    assert swept['text_heads'][-1] == sum(e['label'] == 'induction' for e in heads) and swept[
-        'max_text'
-    ][-1] == max(e['induction']['gap'] for e in heads)
-    assert [swept['text_repeat_loss'][-1], swept['text_control_loss'][-1]] == pytest.approx(
-        [losses[:, L + 1 : 2 * L].mean().item() for losses in (repeated, control)], abs=1e-4
-    )
+        best = max(e['on_text']['gap'] for e in b['scores'])
+        assert swept['max_text'][-1] == pytest.approx(best, abs=1e-4)
+        for name in ('text_repeat_loss', 'text_control_loss'):
+            assert swept[name][-1] == pytest.approx(b[name], abs=1e-3)
+    check_text_scores(swept, load_subject(checkpoint.step_files('b')[-1]))
     assert isinstance(b['group_ablation']['text_loss'], float) and all(
         isinstance(e['on_text']['zero_ablation'], float) for e in b['scores']
     )
@@ -262,6 +253,18 @@ def test_from_a_run_to_its_files(repeats, capsys):
     assert 'ABC' in Path('heads/heads.html').read_text() and not list(
         Path('heads').glob('*.partial')
     ) + list(Path('heads').glob('*.tmp'))
+
+
+def check_text_scores(swept, last):
+    """The last numbers of a sweep on held-out text are those of its last checkpoint."""
+    trial = report.held_out_trials_for(last, TrialSettings(texts=8))
+    L, _ = patterns.trial_lengths(40, 64)
+    heads, repeated, control = patterns.score_heads(last.model, trial)
+    assert swept['text_heads'][-1] == sum(e['label'] == 'induction' for e in heads)
+    assert swept['max_text'][-1] == max(e['induction']['gap'] for e in heads)
+    for name, losses in dict(text_repeat_loss=repeated, text_control_loss=control).items():
+        mean = losses[:, L + 1 : 2 * L].mean().item()
+        assert swept[name][-1] == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -305,7 +308,7 @@ def test_summary_of_seeds():
             repeat_loss=[4, 3, 2.5],
         )
 
-    (line,) = head_report.summary([seed([0, 0.6, 0.9]), seed([0, 0.1, 0.7]), seed([0, 0.1, 0.2])])
+    (line,) = study.summarize([seed([0, 0.6, 0.9]), seed([0, 0.1, 0.7]), seed([0, 0.1, 0.2])])
     assert (
         line['seeds'],
         line['formed'],
@@ -331,59 +334,102 @@ def test_other_peoples_models_have_heads_as_well(make, tiny, tmp_path):
             **(dict(bias=False) if make == 'deepseek' else dict(n_kv_head=2)),
         )
         export.export(model, 'theirs')
-    subject = Subject('theirs')
-    assert (
-        subject.trained
-        and subject.kind == dict(gpt2='MHA', llama='GQA', deepseek='MLA')[make]
-        and subject.model.stream == torch.float32
-    )
-    found = head_report.examine(subject, texts=8)
+    theirs = load_subject('theirs')
+    assert theirs.trained and theirs.model.stream == torch.float32
+    assert theirs.kind == dict(gpt2='MHA', llama='GQA', deepseek='MLA')[make]
+    found = report.examine(theirs, ReportSettings(texts=8))
     assert (
         found['step'] is None
         and len(found['scores']) == found['layers'] * found['heads']
         and found['repeats']['rebuilt'] < 1e-4
     )
     with pytest.raises(UserError, match='no tokenizer'):
-        subject.encode('text')
+        theirs.encode('text')
 
 
 def test_tokens_are_those_the_data_uses(repeats):
     train(out_dir='a')
-    subject = Subject('a')
+    found = load_subject('a')
     meta = checkpoint.load('a')['meta']
-    assert (
-        subject.begin == 0
-        and subject.usable.tolist() == list(range(1, 65))
-        and subject.text_of(torch.tensor([0, 1])) == ['\n', meta['chars'][1]]
-    )
-    assert torch.equal(
-        subject.held,
-        torch.from_numpy(np.fromfile('data/repeats/val.bin', np.uint16).astype(np.int64)),
-    )
-    assert subject.encode('AB').tolist() == [0, *tokenizers.Tokenizer(meta).encode('AB')]
-    content = torch.load('a/ckpt.pt', weights_only=True)
-    few = np.tile([0, *range(5, 25)], 30).astype(
-        np.uint16
-    )  # the same vocabulary, of which a part is used
+    assert found.vocabulary.begin == 0
+    assert found.vocabulary.usable.tolist() == list(range(1, 65))
+    assert found.vocabulary.text_of(torch.tensor([0, 1])) == ['\n', meta['chars'][1]]
+    val = np.fromfile('data/repeats/val.bin', np.uint16)
+    assert torch.equal(found.vocabulary.held_out, torch.from_numpy(val.astype(np.int64)))
+    assert found.encode('AB').tolist() == [0, *tokenizers.Tokenizer(meta).encode('AB')]
+
+    def usable(often=1):
+        subject.tokens_in.cache_clear()
+        return load_subject('b', LoadOptions(often=often)).vocabulary.usable.tolist()
+
+    few = np.tile([0, *range(5, 25)], 30).astype(np.uint16)  # a part of the same vocabulary
     for split in ('train', 'val'):
         few.tofile(f'data/repeats/{split}.bin')
-    (Path('b')).mkdir()
+    Path('b').mkdir()
     shutil.copy('a/ckpt.pt', 'b/ckpt.pt')
-    from nanomla.heads import subject as room
-
-    room.used_in.cache_clear()
-    assert Subject('b').usable.tolist() == list(range(5, 25))
+    assert usable() == list(range(5, 25))
     np.concatenate([few, [7, 7, 9]]).astype(np.uint16).tofile('data/repeats/val.bin')
-    room.used_in.cache_clear()
-    assert Subject('b', often=61).usable.tolist() == [7, 9] and Subject(
-        'b', often=62
-    ).usable.tolist() == [7]  # both splits count
+    assert usable(often=61) == [7, 9]  # both splits count
+    assert usable(often=62) == [7]
     shutil.rmtree('data')
-    assert Subject('b').held is None and Subject('b').usable.tolist() == list(range(1, 65))
-    with pytest.raises(
-        UserError, match='--often=2 counts tokens in the text of b, which is not here'
-    ):
-        Subject('b', often=2)
+    assert load_subject('b').vocabulary.held_out is None
+    assert usable() == list(range(1, 65))
+    with pytest.raises(UserError, match='counts tokens in the text of b, which is not here'):
+        usable(often=2)
+
+
+class Gated(MultiHeadAttention):
+    """An attention of somebody else: MHA with a gate on what it writes."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.gate = torch.nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, rope, context=None):
+        return super().forward(x, rope, context) * self.gate(x).sigmoid()
+
+
+class GatedGPT(GPT):
+    Attention = Gated
+
+
+class OwnKernel(MultiHeadAttention):
+    """One whose patterns nobody can see."""
+
+    def attend(self, q, k, v, mask=None):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class HiddenGPT(GPT):
+    Attention = OwnKernel
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(checkpoint.MODELS, 'gated', GatedGPT)
+    monkeypatch.setitem(checkpoint.MODELS, 'hidden', HiddenGPT)
+
+
+def test_a_registered_attention_has_scores_and_its_own_name(registered, repeats, capsys):
+    train(out_dir='a', attention='gated')
+    capsys.readouterr()
+    find('--out_dir=a', '--sweep=a', '--out=heads')
+    printed = capsys.readouterr().out
+    assert 'a: gated, ' in printed and printed.count('no circuits for this attention') == 1
+    (model,) = json.loads(Path('heads/heads.json').read_text())['models']
+    assert model['kind'] == 'gated' and model['composition'] == model['paths'] == []
+    assert len(model['scores']) == 4 and 'mla_split' not in model
+    for entry in model['scores']:
+        assert 0 <= entry['induction']['score'] <= 1 and entry['copying'] is None
+        assert isinstance(entry['zero_ablation'], float)
+    assert '"kind":"gated"' in Path('heads/heads.html').read_text()
+
+
+def test_an_attention_without_patterns_is_refused_by_name(registered, repeats, capsys):
+    train(out_dir='a', attention='hidden')
+    capsys.readouterr()
+    assert exit_code('find_induction_heads.py', ['--device=cpu', '--out_dir=a']) == 2
+    assert 'OwnKernel shows no pattern' in capsys.readouterr().err
 
 
 def test_what_is_no_trained_model_is_refused(repeats, capsys):
@@ -400,7 +446,7 @@ def test_what_is_no_trained_model_is_refused(repeats, capsys):
         (['--out_dir=a', '--latents=True'], 'latents of MLA'),
         (['--out_dir=a', '--copying=True'], 'single tokens'),
         (['--out_dir=a', '--dataset=nothing'], 'is not the text of'),
-        (['--out_dir=a', '--threshold=2'], 'between 0 and 1'),
+        (['--out_dir=a', '--threshold=2'], 'more than 0 and less than 1'),
     ):
         assert (
             exit_code('find_induction_heads.py', ['--device=cpu', '--out=heads', *arguments]) == 2
@@ -439,7 +485,7 @@ def trained(tmp_path_factory):
                     *more,
                 ],
             )
-        return head_report.examine(Subject(out))
+        return report.examine(load_subject(out))
 
     run('data/repeats/prepare.py', [f'--out={folder}/texts'])
     return make
@@ -463,18 +509,18 @@ def test_two_layers_grow_induction_heads(name, trained):
 @pytest.mark.slow
 def test_one_layer_does_not(trained):
     found = trained('one_layer')
-    assert max(e['induction']['gap'] for e in found['scores']) < 0.1 and not head_report.of_label(
-        found['scores'], 'induction'
-    )
+    assert max(
+        e['induction']['gap'] for e in found['scores']
+    ) < 0.1 and not patterns.heads_with_label(found['scores'], 'induction')
 
 
 @pytest.mark.slow
 def test_the_trap_is_called_positional(trained, tmp_path):
     run('data/repeats_fixed/prepare.py', [f'--out={tmp_path}/fixed'])
     found = trained('trap', f'--dataset={tmp_path}/fixed')
-    assert head_report.of_label(found['scores'], 'positional') and not head_report.of_label(
-        found['scores'], 'induction'
-    )
+    assert patterns.heads_with_label(
+        found['scores'], 'positional'
+    ) and not patterns.heads_with_label(found['scores'], 'induction')
     assert (
         max(e['positional']['score'] for e in found['scores'])
         > 0.5

@@ -1,277 +1,286 @@
-"""Pictures of heads, in the house's look: scores as maps, scores through training, what a latent keeps."""
+"""Figures of heads: scores as maps, scores through training, what a latent holds."""
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 from nanomla.core import figures
 from nanomla.core.configurator import UserError
 
-SHOWN = (
+MAPS = (  # the rows of `draw_maps`
     'induction',
     'without repetition',
     'with a gap',
     'on held-out text',
     'previous token',
     'copying',
-)  # rows of `maps`
-LINES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))  # for models of one kind
+)
+BOXED = {'previous token': 'previous', 'copying': None}  # label of boxes; else induction
+MOST_MODELS = 4  # on one sheet of maps
+DASHES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))  # variants of a kind
+ALARM = '#B3261E'  # the title of an untrained model
+ICL = ('in-context learning (nats)', 'icl')
 
 
-def kind_color(kind):
+def kind_color(kind: str) -> str:
     return figures.COLORS.get(kind.lower(), figures.COLORS['ink'])
 
 
-def grid_of(model, row):
-    """One row of `maps` of a `models` entry as a list of lists, layer by layer; NaN where it was not measured."""
-
-    def value(entry):
-        induction = entry['induction']
-        if row == 'on held-out text':
-            return entry['on_text']['gap'] if entry.get('on_text') else math.nan
-        return {
-            'induction': induction['score'],
-            'without repetition': induction['control'],
-            'with a gap': induction['gap'],
-            'previous token': entry['previous']['score'],
-            'copying': entry['effective_copying'],
-        }[row]
-
-    flat, H = [value(entry) for entry in model['scores']], model['heads']
-    return [flat[i : i + H] for i in range(0, len(flat), H)]
+# -------------------------------------------------------------------------------------------------
+# maps
 
 
-def facts(model):
-    """What every picture says of a model: how far it was trained, and its loss."""
-    parts = [
-        '' if model['trained'] else 'UNTRAINED',
-        f'step {model["step"]:,}' if model['step'] is not None else '',
-        f'{figures.count(model["tokens"]).strip()} tokens' if model['tokens'] else '',
-        f'val loss {model["val_loss"]:.3f}' if model['val_loss'] is not None else '',
-    ]
-    return ' · '.join(filter(None, parts)) or 'pretrained'
+def grid_of(model: dict, row: str) -> list[list[float]]:
+    """Return one row of MAPS of a `models` entry, layer by layer; NaN where it was not measured."""
+    values = [value_of(entry, row) for entry in model['scores']]
+    heads = model['heads']
+    return [values[i : i + heads] for i in range(0, len(values), heads)]
 
 
-def maps(report, path, footer):
+def value_of(entry: dict, row: str) -> float:
+    induction = entry['induction']
+    values = {
+        'induction': induction['score'],
+        'without repetition': induction['control'],
+        'with a gap': induction['gap'],
+        'previous token': entry['previous']['score'],
+        'copying': entry['effective_copying'],
+    }
+    if entry.get('on_text'):
+        values['on held-out text'] = entry['on_text']['gap']
+    value = values.get(row)
+    return math.nan if value is None else value
+
+
+def rows_of(models: list[dict]) -> list[str]:
+    """Return the rows of MAPS that some model was measured for."""
+    return [row for row in MAPS if any(is_measured(model, row) for model in models)]
+
+
+def is_measured(model: dict, row: str) -> bool:
+    return any(not math.isnan(value_of(entry, row)) for entry in model['scores'])
+
+
+def facts(model: dict) -> list[str]:
+    """Return how far a model was trained, and its loss."""
+    parts = []
+    if not model['trained']:
+        parts.append('UNTRAINED')
+    if model['step'] is not None:
+        parts.append(f'step {model["step"]:,}')
+    if model['tokens']:
+        parts.append(f'{figures.count(model["tokens"]).strip()} tokens')
+    if model['val_loss'] is not None:
+        parts.append(f'val loss {model["val_loss"]:.3f}')
+    return parts or ['pretrained']
+
+
+def draw_maps(models: list[dict], path: Path, footer: str) -> Path:
     """
-    Layer x head maps, the models side by side on one scale from 0 to 1 (effective copying: from -1, in red), a strip of each layer's mean on the right. A box marks
-    heads that are called induction (and, in the row of the previous token, previous), a number the largest score of a map.
+    Draw layer x head maps, the models side by side on one scale from 0 to 1 (effective copying:
+    from -1, in red), with a strip of each layer's mean on the right.
+
+    A box marks heads that are labelled induction (in the row of the previous token: previous), a
+    number the largest score of a map.
     """
-    models = report['models']
-    if len(models) > 4:
+    if len(models) > MOST_MODELS:
         raise UserError(
-            f'{len(models)} models do not fit on one picture of maps: look at 4 at a time'
+            f'{len(models)} models do not fit on one figure of maps: '
+            f'look at {MOST_MODELS} at a time'
         )
-    layers = max(m['layers'] for m in models)
-    row_height = min(2.4, 0.9 + 0.17 * layers)
-    rows = [
-        row
-        for row in SHOWN
-        if row != 'on held-out text'
-        or any(entry.get('on_text') for m in models for entry in m['scores'])
-    ]
+    rows = rows_of(models)
+    row_height = min(2.4, 0.9 + 0.17 * max(model['layers'] for model in models))
     repeats = models[0]['repeats']
     note = (
-        f'{repeats["texts"]} random texts of {repeats["L"]} tokens said twice; number: largest; box: called induction (previous in its row); '
-        'strip: layer mean; red: below 0'
+        f'{repeats["texts"]} random texts of {repeats["L"]} tokens, each repeated; number: '
+        'largest; box: labelled induction (previous in its row); strip: layer mean; red: below 0'
     )
-    scale = None
-    with figures.sheet(
-        len(rows),
-        len(models),
-        size=(figures.WIDTH, 1.7 + row_height * len(rows)),
-        title='What the heads do',
-        note=note,
-    ) as (fig, axes):
-        from matplotlib.patches import Rectangle
-        from mpl_toolkits.axes_grid1 import make_axes_locatable
-
-        for i, row in enumerate(rows):
-            for j, model in enumerate(models):
-                ax, grid = (axes[i][j] if len(models) > 1 else axes[i]), grid_of(model, row)
-                below = row == 'copying'  # from -1 on: red is the opposite of copying
-                look = dict(
-                    vmin=-1 if below else 0,
-                    vmax=1,
-                    cmap='RdBu' if below else 'Blues',
-                    aspect='auto',
-                    interpolation='nearest',
-                    origin='lower',
-                )
-                image = ax.imshow(grid, **look)
-                scale = scale or image
-                strip = make_axes_locatable(ax).append_axes('right', size='3%', pad=0.06)
-                strip.imshow([[sum(line) / len(line)] for line in grid], **look)
-                for a in (ax, strip):
-                    a.grid(False)
-                    a.tick_params(length=0)
-                strip.set(xticks=[], yticks=[])
-                wanted = {'previous token': 'previous', 'copying': None}.get(row, 'induction')
-                top, layer, head = max(
-                    (value, layer, head)
-                    for layer, line in enumerate(grid)
-                    for head, value in enumerate(line)
-                )
-                if not below and top == top:
-                    ax.text(
-                        head,
-                        layer,
-                        f'{top:.2f}',
-                        ha='center',
-                        va='center',
-                        fontsize=min(9, 50 * row_height / model['layers']),
-                        color='white' if top > 0.55 else figures.COLORS['ink'],
-                        zorder=4,
-                    )
-                for entry in model['scores']:
-                    if (
-                        entry.get('on_text') or dict(label='')
-                        if row == 'on held-out text'
-                        else entry
-                    )['label'] == wanted:
-                        ax.add_patch(
-                            Rectangle(
-                                (entry['head'] - 0.5, entry['layer'] - 0.5),
-                                1,
-                                1,
-                                fill=False,
-                                linewidth=1.6,
-                                edgecolor=figures.COLORS['mla'],
-                                clip_on=False,
-                                zorder=3,
-                            )
-                        )
-                ticks = range(0, model['heads'], max(1, math.ceil(model['heads'] / 12)))
-                ax.set_xticks(list(ticks), [str(t) for t in ticks] if i == len(rows) - 1 else [])
-                ticks = range(0, model['layers'], max(1, math.ceil(model['layers'] / 6)))
-                ax.set_yticks(
-                    list(ticks),
-                    [str(t) for t in ticks]
-                    if j == 0 or model['layers'] != models[0]['layers']
-                    else [],
-                )
-                if j == 0:
-                    ax.set_ylabel(f'{row}\nlayer', fontsize=10)
-                if i == 0:
-                    ax.set_title(
-                        f'{model["name"]} ({model["kind"]})\n{facts(model) if len(models) < 3 else facts(model).replace(" · ", chr(10))}',
-                        fontsize=10.5,
-                        color=kind_color(model['kind']) if model['trained'] else '#B3261E',
-                    )
-                if i == len(rows) - 1:
-                    ax.set_xlabel('head')
-        bar = fig.colorbar(scale, ax=list(axes.flat), shrink=0.35, pad=0.015, aspect=30)
+    size = (figures.WIDTH, 1.7 + row_height * len(rows))
+    with figures.sheet(len(rows), len(models), size=size, title='What the heads do', note=note) as (
+        fig,
+        axes,
+    ):
+        by_row = axes.reshape(len(rows), len(models))
+        images = []
+        for row, row_axes in zip(rows, by_row):
+            for model, ax in zip(models, row_axes):
+                images.append(draw_map(ax, model, row))
+                mark_largest(ax, model, row, row_height)
+                mark_label(ax, model, row)
+        label_maps(by_row, models, rows)
+        bar = fig.colorbar(images[0], ax=list(axes.flat), shrink=0.35, pad=0.015, aspect=30)
         bar.outline.set_visible(False)
         figures.footer(fig, footer)
         figures.save(fig, path)
     return path
 
 
-def training(runs, path, footer, title='Through training'):
+def draw_map(ax, model: dict, row: str):
+    """Draw one map and its strip of layer means; return the image of the map."""
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+    grid = grid_of(model, row)
+    look = dict(vmin=0, vmax=1, cmap='Blues')
+    if row == 'copying':  # from -1 on: red is the opposite of copying
+        look = dict(vmin=-1, vmax=1, cmap='RdBu')
+    look |= dict(aspect='auto', interpolation='nearest', origin='lower')
+    image = ax.imshow(grid, **look)
+    strip = make_axes_locatable(ax).append_axes('right', size='3%', pad=0.06)
+    strip.imshow([[sum(line) / len(line)] for line in grid], **look)
+    for part in (ax, strip):
+        part.grid(False)
+        part.tick_params(length=0)
+    strip.set(xticks=[], yticks=[])
+    return image
+
+
+def mark_largest(ax, model: dict, row: str, row_height: float) -> None:
+    """Write the largest score of a map on its head."""
+    if row == 'copying' or not is_measured(model, row):
+        return
+    best, at = -math.inf, (0, 0)
+    for layer, line in enumerate(grid_of(model, row)):
+        for head, value in enumerate(line):
+            if value >= best:
+                best, at = value, (head, layer)
+    color = 'white' if best > 0.55 else figures.COLORS['ink']
+    fontsize = min(9, 50 * row_height / model['layers'])
+    middle = dict(ha='center', va='center')
+    ax.text(*at, f'{best:.2f}', fontsize=fontsize, color=color, zorder=4, **middle)
+
+
+def mark_label(ax, model: dict, row: str) -> None:
+    """Draw a box around the heads with the label that a row is about."""
+    from matplotlib.patches import Rectangle
+
+    wanted = BOXED.get(row, 'induction')
+    look = dict(fill=False, linewidth=1.6, edgecolor=figures.COLORS['mla'], clip_on=False, zorder=3)
+    for entry in model['scores']:
+        label = entry['label']
+        if row == 'on held-out text':
+            label = (entry.get('on_text') or {}).get('label', '')
+        if label == wanted:
+            ax.add_patch(Rectangle((entry['head'] - 0.5, entry['layer'] - 0.5), 1, 1, **look))
+
+
+def label_maps(by_row, models: list[dict], rows: list[str]) -> None:
+    """Write the titles over the maps, the rows' names beside them, and the ticks."""
+    for row, row_axes in zip(rows, by_row):
+        for j, (model, ax) in enumerate(zip(models, row_axes)):
+            heads = ticks_of(model['heads'], 12)
+            is_last = row == rows[-1]
+            ax.set_xticks(heads, [str(tick) for tick in heads] if is_last else [])
+            layers = ticks_of(model['layers'], 6)
+            named = j == 0 or model['layers'] != models[0]['layers']
+            ax.set_yticks(layers, [str(tick) for tick in layers] if named else [])
+    for row, row_axes in zip(rows, by_row):
+        row_axes[0].set_ylabel(f'{row}\nlayer', fontsize=10)
+    for ax in by_row[-1]:
+        ax.set_xlabel('head')
+    between = ' · ' if len(models) < 3 else '\n'
+    for model, ax in zip(models, by_row[0]):
+        title = f'{model["name"]} ({model["kind"]})\n{between.join(facts(model))}'
+        color = kind_color(model['kind']) if model['trained'] else ALARM
+        ax.set_title(title, fontsize=10.5, color=color)
+
+
+def ticks_of(count: int, most: int) -> list[int]:
+    """Return about `most` ticks on `count` heads or layers."""
+    return list(range(0, count, max(1, math.ceil(count / most))))
+
+
+# -------------------------------------------------------------------------------------------------
+# curves
+
+
+@dataclass
+class Look:
+    color: str
+    linestyle: object
+
+
+def variant_name(run: dict) -> str:
+    """Return what a run is called in a legend: seeds of one variant share a name and a look."""
+    return run.get('variant', run['name'])
+
+
+def looks_of(runs: list[dict]) -> dict[str, Look]:
+    """Return a colour of the kind and a dash for every variant."""
+    looks = {}
+    used = {}
+    for run in runs:
+        variant, kind = variant_name(run), run['kind'].lower()
+        if variant not in looks:
+            number = used.get(kind, 0)
+            looks[variant] = Look(kind_color(kind), DASHES[number % len(DASHES)])
+            used[kind] = number + 1
+    return looks
+
+
+def has_text(runs: list[dict]) -> bool:
+    """Tell whether all runs were measured on held-out text, and are not those of a study."""
+    for run in runs:
+        if 'variant' in run or not run.get('max_text'):
+            return False
+        if any(value is None for value in run['max_text']):
+            return False
+    return True
+
+
+def with_savings(run: dict) -> dict:
+    """Return a run with what the repetition saves, in nats a token."""
+    savings = {}
+    for prefix in ('', 'text_'):
+        pairs = zip(run[f'{prefix}repeat_loss'], run[f'{prefix}control_loss'])
+        savings[f'{prefix}saved'] = [control - repeated for repeated, control in pairs]
+    return run | savings
+
+
+def draw_training(
+    runs: list[dict], path: Path, footer: str, title: str = 'Through training'
+) -> Path:
     """
-    Curves of each run of `checkpoints` over tokens seen: the best gap score, loss of what repeats, in-context-learning score; where held-out text was
-    said twice as well (and not of a study's many runs), what the repetition saves, on random tokens and on text, and the scores of both, ringed where
-    a head is called induction.
+    Draw curves of each run of `checkpoints` over the tokens seen: the best gap score, the loss on
+    the repetition, the in-context-learning score.
+
+    Where held-out text was repeated as well (and not of a study's many runs): what the repetition
+    saves, on random tokens and on text, and the scores of both, with a ring where a head is
+    labelled induction.
     """
-    styles, used = {}, {}
-    for run in runs:  # seeds of one variant share a line style
-        variant = run.get('variant', run['name'])
-        if variant not in styles:
-            kind = run['kind'].lower()
-            styles[variant] = kind_color(kind), LINES[used.setdefault(kind, 0) % len(LINES)]
-            used[kind] += 1
-    over = 'tokens' if all(value is not None for run in runs for value in run['tokens']) else 'step'
-    spoken = all(
-        value is not None for run in runs for value in run.get('max_text') or [None]
-    ) and not any('variant' in run for run in runs)
-    icl = [('in-context learning (nats)', 'icl')] * any(
-        value is not None for run in runs for value in run['icl']
-    )
+    on_text = has_text(runs)
     panels = [
         ('gap score of the best head', 'max_induction'),
-        ('loss of what repeats (nats)', 'repeat_loss'),
-        *icl,
+        ('loss on the repetition (nats)', 'repeat_loss'),
     ]
-    if spoken:
-        runs = [
-            run
-            | {
-                f'{on}saved': [
-                    b - a for a, b in zip(run[f'{on}repeat_loss'], run[f'{on}control_loss'])
-                ]
-                for on in ('', 'text_')
-            }
-            for run in runs
-        ]
+    note = (
+        'gap score: attention to what followed the same token before, with other tokens between '
+        'the two copies'
+    )
+    if on_text:
+        runs = [with_savings(run) for run in runs]
         panels = [
             ('induction, random tokens', 'max_induction'),
             ('induction, held-out text', 'max_text'),
             ('previous token, best head', 'max_previous'),
             ('nats saved, random tokens', 'saved'),
             ('nats saved, held-out text', 'text_saved'),
-            *icl,
         ]
-    note = 'gap score: attention to what followed the same token before, with other tokens between the two copies'
-    if spoken:
-        note = 'induction: the best head with a gap (a ring: called induction); nats saved a token by the repetition'
-    with figures.sheet(
-        1 + spoken,
-        3 if spoken else len(panels),
-        size=(figures.WIDTH, 4.6 + 2.9 * spoken),
-        title=title,
-        note=note,
-    ) as (fig, axes):
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+        note = (
+            'induction: the best head with a gap (a ring: labelled induction); nats saved a token '
+            'by the repetition'
+        )
+    if any(value is not None for run in runs for value in run['icl']):
+        panels.append(ICL)
+    rows, cols, height = 1, len(panels), 4.6
+    if on_text:
+        rows, cols, height = 2, 3, 7.5
+    size = (figures.WIDTH, height)
+    with figures.sheet(rows, cols, size=size, title=title, note=note) as (fig, axes):
         for ax, (label, key) in zip(axes.flat, panels):
-            drawn = set()
-            for run in runs:
-                variant = run.get('variant', run['name'])
-                points = [(x, y) for x, y in zip(run[over], run[key]) if x and y is not None]
-                color, line = styles[variant]
-                ax.plot(
-                    *zip(*points),
-                    color=color,
-                    linestyle=line,
-                    linewidth=1.6,
-                    alpha=0.85,
-                    marker='.',
-                    markersize=5,
-                    label=None if variant in drawn else variant,
-                )
-                drawn.add(variant)
-                called = (
-                    zip(
-                        run[over],
-                        run[key],
-                        run[{'max_induction': 'induction_heads', 'max_text': 'text_heads'}[key]],
-                    )
-                    if spoken and key in ('max_induction', 'max_text')
-                    else ()
-                )
-                ringed = [(x, y) for x, y, count in called if x and count]
-                if ringed:
-                    ax.plot(
-                        *zip(*ringed),
-                        color=color,
-                        linestyle='none',
-                        marker='o',
-                        markersize=8,
-                        markerfacecolor='none',
-                    )
-            ax.set_xscale('log')
-            low, high = ax.get_xlim()
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: figures.count(x)))
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_xlabel('tokens seen' if over == 'tokens' else 'step')
+            draw_curves(ax, runs, key, ringed=on_text)
             ax.set_ylabel(label)
-            if key.startswith('max_'):
-                ax.set_ylim(-0.02, 1.02)
-        for key in ('saved', 'text_saved') * spoken:  # one scale for both
-            ax = axes.flat[[key for _, key in panels].index(key)]
-            ax.set_ylim(
-                min(min(run[on]) for run in runs for on in ('saved', 'text_saved')) - 0.1,
-                max(max(run[on]) for run in runs for on in ('saved', 'text_saved')) + 0.1,
-            )
+        if on_text:
+            share_range(axes.flat[3:5], runs)
         for ax in axes.flat[len(panels) :]:
             ax.set_visible(False)
         axes.flat[0].legend(loc='upper left', fontsize=9, handlelength=3.6)
@@ -280,59 +289,143 @@ def training(runs, path, footer, title='Through training'):
     return path
 
 
-def latents(found, path, footer):
-    """found: a list of (name, shares (N, R), likeness (N, N), plane (N, T, 2)) of MLA models: three panels a model."""
-    with figures.sheet(
-        len(found), 3, size=(figures.WIDTH, 0.9 + 3.5 * len(found)), title='What the latent keeps'
-    ) as (fig, axes):
-        from matplotlib import colormaps
+def x_of(runs: list[dict]) -> str:
+    """Return what curves are drawn over: tokens where all runs know them, else steps."""
+    for run in runs:
+        if any(tokens is None for tokens in run['tokens']):
+            return 'step'
+    return 'tokens'
 
-        for i, (name, shares, likeness, plane) in enumerate(found):
-            shares, likeness, plane = (t.numpy() for t in (shares, likeness, plane))
-            rank, alike, cloud = axes[i] if len(found) > 1 else axes
-            N, R = shares.shape
-            colors = [colormaps['viridis'](0.9 * layer / max(1, N - 1)) for layer in range(N)]
-            for layer, color in enumerate(colors):
-                rank.plot(
-                    range(1, R + 1),
-                    shares[layer],
-                    color=color,
-                    linewidth=1.5,
-                    label=f'layer {layer}' if layer in (0, N - 1) else None,
-                )
-            rank.set(
-                xscale='log',
-                xlabel='principal components',
-                ylabel='share of the variance of c_kv',
-                ylim=(0, 1.02),
-                title=name,
-            )
-            rank.legend(loc='lower right')
-            image = alike.imshow(
-                likeness, vmin=0, vmax=1, cmap='Blues', origin='lower', interpolation='nearest'
-            )
-            alike.grid(False)
-            alike.set(xlabel='layer', ylabel='layer', title='likeness of latents (CKA)')
-            ticks = list(range(0, N, max(1, math.ceil(N / 6))))
-            alike.set_xticks(ticks)
-            alike.set_yticks(ticks)
-            fig.colorbar(image, ax=alike, shrink=0.8).outline.set_visible(False)
-            for layer, color in enumerate(colors):
-                if layer in {0, N // 2, N - 1}:
-                    points = plane[layer] / plane[layer].std()
-                    cloud.scatter(
-                        points[:, 0],
-                        points[:, 1],
-                        s=5,
-                        color=color,
-                        alpha=0.6,
-                        linewidths=0,
-                        label=f'layer {layer}',
-                    )
-            cloud.set(xlabel='first component', ylabel='second', title='tokens on two components')
-            cloud.legend(
-                loc='upper right', markerscale=3, frameon=True, framealpha=0.85, edgecolor='none'
-            )
+
+def draw_curves(ax, runs: list[dict], key: str, ringed: bool) -> None:
+    """Draw one number of every run on a logarithmic axis; `ringed`: mark labelled heads."""
+    over = x_of(runs)
+    looks = looks_of(runs)
+    named = set()
+    for run in runs:
+        variant = variant_name(run)
+        look = looks[variant]
+        points = [(x, y) for x, y in zip(run[over], run[key]) if x and y is not None]
+        ax.plot(
+            *zip(*points),
+            color=look.color,
+            linestyle=look.linestyle,
+            linewidth=1.6,
+            alpha=0.85,
+            marker='.',
+            markersize=5,
+            label=None if variant in named else variant,
+        )
+        named.add(variant)
+        if ringed:
+            draw_rings(ax, run, key, run[over], look.color)
+    set_log_axis(ax)
+    ax.set_xlabel('tokens seen' if over == 'tokens' else 'step')
+    if key.startswith('max_'):
+        ax.set_ylim(-0.02, 1.02)
+
+
+def draw_rings(ax, run: dict, key: str, xs: list, color: str) -> None:
+    """Draw a ring around the checkpoints at which a head is labelled induction."""
+    counts = dict(max_induction='induction_heads', max_text='text_heads')
+    if key not in counts:
+        return
+    points = []
+    for x, y, count in zip(xs, run[key], run[counts[key]]):
+        if x and count:
+            points.append((x, y))
+    if points:
+        ring = dict(linestyle='none', marker='o', markersize=8, markerfacecolor='none')
+        ax.plot(*zip(*points), color=color, **ring)
+
+
+def set_log_axis(ax) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale('log')
+    low, high = ax.get_xlim()
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    ax.xaxis.set_major_locator(LogLocator(subs=steps))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: figures.count(x)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def share_range(axes, runs: list[dict]) -> None:
+    """Give the two panels of nats saved one scale."""
+    values = []
+    for run in runs:
+        values += run['saved'] + run['text_saved']
+    for ax in axes:
+        ax.set_ylim(min(values) - 0.1, max(values) + 0.1)
+
+
+# -------------------------------------------------------------------------------------------------
+# latents
+
+
+@dataclass
+class LatentFacts:
+    """What latents.py says of a model: shares (N, R), likeness (N, N) and plane (N, T, 2)."""
+
+    name: str
+    shares: object
+    likeness: object
+    plane: object
+
+
+def draw_latents(found: list[LatentFacts], path: Path, footer: str) -> Path:
+    """Draw three panels for each MLA model: variance, likeness of layers, tokens on a plane."""
+    size = (figures.WIDTH, 0.9 + 3.5 * len(found))
+    with figures.sheet(len(found), 3, size=size, title='What the latent holds') as (fig, axes):
+        for one, (rank, alike, cloud) in zip(found, axes.reshape(len(found), 3)):
+            colors = layer_colors(len(one.shares))
+            draw_shares(rank, one, colors)
+            draw_likeness(fig, alike, one)
+            draw_plane(cloud, one, colors)
         figures.footer(fig, footer)
         figures.save(fig, path)
     return path
+
+
+def layer_colors(layers: int) -> list:
+    from matplotlib import colormaps
+
+    return [colormaps['viridis'](0.9 * layer / max(1, layers - 1)) for layer in range(layers)]
+
+
+def draw_shares(ax, one: LatentFacts, colors: list) -> None:
+    shares = one.shares.numpy()
+    layers, rank = shares.shape
+    for layer, color in enumerate(colors):
+        label = f'layer {layer}' if layer in (0, layers - 1) else None
+        ax.plot(range(1, rank + 1), shares[layer], color=color, linewidth=1.5, label=label)
+    ax.set(
+        xscale='log',
+        xlabel='principal components',
+        ylabel='share of the variance of c_kv',
+        ylim=(0, 1.02),
+        title=one.name,
+    )
+    ax.legend(loc='lower right')
+
+
+def draw_likeness(fig, ax, one: LatentFacts) -> None:
+    look = dict(vmin=0, vmax=1, cmap='Blues', origin='lower', interpolation='nearest')
+    image = ax.imshow(one.likeness.numpy(), **look)
+    ax.grid(False)
+    ax.set(xlabel='layer', ylabel='layer', title='likeness of latents (CKA)')
+    ticks = ticks_of(len(one.likeness), 6)
+    ax.set_xticks(ticks)
+    ax.set_yticks(ticks)
+    fig.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
+
+
+def draw_plane(ax, one: LatentFacts, colors: list) -> None:
+    plane = one.plane.numpy()
+    layers = len(plane)
+    for layer in sorted({0, layers // 2, layers - 1}):
+        points = plane[layer] / plane[layer].std()
+        look = dict(s=5, color=colors[layer], alpha=0.6, linewidths=0, label=f'layer {layer}')
+        ax.scatter(points[:, 0], points[:, 1], **look)
+    ax.set(xlabel='first component', ylabel='second', title='tokens on two components')
+    ax.legend(loc='upper right', markerscale=3, frameon=True, framealpha=0.85, edgecolor='none')

@@ -1,24 +1,26 @@
 """
-Heads that move a name: the indirect-object task of Wang et al. (2022), and two measures of every head on it.
+Heads that move a name, measured on indirect-object identification (Wang et al. 2022).
 
     When Mary and John went to the store, John gave a drink to  ->  Mary
 
-Each template is said in both orders (ABB, BAB) with pairs of names. `moved` is what the head itself writes in favour of the
-indirect object at the last token: its output through the last norm, frozen, and the unembedding, as logit(IO) - logit(S).
-`copying` is the share of names that a head, given the residual stream at the name's place, writes among the five likeliest
-tokens (of the head's output alone). `attention` is how much the last token looks at the indirect object.
+Each template is used in both orders (ABB, BAB) with pairs of names. `moved` is what the head itself
+writes in favour of the indirect object (IO) against the subject (S) at the last token: its output
+through the last norm, frozen, and the unembedding, as logit(IO) - logit(S). `copying` is the share
+of prompts whose name a head, reading the residual stream at the name, writes among the five
+likeliest tokens (of the head's output alone). `attention` is how much the last token attends to the
+name.
 
-Legend: B prompts, T tokens, H heads, C channels, V vocabulary.
+Legend: B prompts, T tokens, N layers, H heads, C channels, V vocabulary.
 """
 
-import contextlib
+from dataclasses import dataclass
 
 import torch
 
-from model import rope_tables
+from model import GPT, rope_tables
 from nanomla.core.configurator import UserError
-from nanomla.heads import patterns
-from nanomla.heads.ablation import outputs_of
+from nanomla.heads.ablation import edit_outputs, record_inputs
+from nanomla.heads.patterns import hooks, watch_patterns
 
 NAMES = (
     'Mary',
@@ -46,115 +48,179 @@ TEMPLATES = (
     'Yesterday {a} and {b} met at the school. In the end {s} sent a letter to',
     'Since {a} and {b} lived by the sea, {s} sold a boat to',
 )
-TOP = 5
+TOP = 5  # likeliest tokens among which a copied name must be
+MEASURES = ('moved', 'attention', 'copying')
 
 
-def prompts(codec, begin, pairs=8, seed=0):
+@dataclass
+class Prompt:
+    """ids of a text, the position of the indirect object in it, and the ids of IO and S."""
+
+    ids: list[int]
+    position: int
+    io: int
+    s: int
+
+
+def single_token_names(codec) -> dict[str, int]:
+    """Return the names that are one token after a blank, with their ids."""
+    names = {}
+    if codec is None:
+        return names
+    for name in NAMES:
+        try:
+            ids = codec.encode(f' {name}')
+        except UserError:  # a small vocabulary lacks a character
+            return {}
+        if len(ids) == 1:
+            names[name] = ids[0]
+    return names
+
+
+def make_prompts(codec, begin: int | None, pairs: int = 8, seed: int = 0) -> list[Prompt]:
     """
-    [(ids, place of IO, id of IO, id of S)] of every template, order and pair of names. UserError when fewer than four names are
-    single tokens of the model.
+    Return prompts of every template, in both orders, with random pairs of names.
+
+    begin: the id that begins a text, or None. UserError when fewer than four names are single
+    tokens of the model.
     """
-    known = []
-    with contextlib.suppress(UserError):  # characters that a small vocabulary lacks
-        known = [
-            (name, ids[0]) for name in NAMES if codec and len(ids := codec.encode(f' {name}')) == 1
-        ]
-    if len(known) < 4:
+    ids_of = single_token_names(codec)
+    names = list(ids_of)
+    if len(names) < 4:
         raise UserError(
-            "--copying asks about names, which must be single tokens: use a model with GPT-2's or another large vocabulary"
+            '--copying asks about names, which must be single tokens: '
+            "use a model with GPT-2's or another large vocabulary"
         )
-    generator, found = torch.Generator().manual_seed(seed), []
+    start = [] if begin is None else [begin]
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
     for template in TEMPLATES:
         for _ in range(pairs):
-            (a, a_id), (b, b_id) = (
-                known[i] for i in torch.randperm(len(known), generator=generator)[:2].tolist()
-            )
-            for subject in (a, b):
-                io_id, s_id = (b_id, a_id) if subject == a else (a_id, b_id)
-                ids = ([] if begin is None else [begin]) + codec.encode(
-                    template.format(a=a, b=b, s=subject)
-                )
-                if (
-                    ids.count(io_id) == 1
-                ):  # a name is one token behind a blank; the texts begin with another word
-                    found.append((ids, ids.index(io_id), io_id, s_id))
-    return found
+            first, second = torch.randperm(len(names), generator=generator)[:2].tolist()
+            a, b = names[first], names[second]
+            for subject, other in ((a, b), (b, a)):
+                ids = start + codec.encode(template.format(a=a, b=b, s=subject))
+                io = ids_of[other]
+                if ids.count(io) == 1:  # else the text spells the name in another way, too
+                    prompts.append(Prompt(ids, ids.index(io), io, ids_of[subject]))
+    return prompts
+
+
+@dataclass
+class Recording:
+    """
+    What a model computed for prompts of one length.
+
+    logits (B, V) and last (B, C) of the last token, logits after and last before the last norm; by
+    layer: inputs (B, T, C), outputs (B, T, H, D) before W^O, and the last token's attention to the
+    name (B, H)
+    """
+
+    logits: torch.Tensor
+    last: torch.Tensor
+    inputs: dict
+    outputs: dict
+    attention: dict
+
+
+def record(model: GPT, ids: torch.Tensor, position: torch.Tensor) -> Recording:
+    """Run the model on ids (B, T) and record what concerns the name at position (B,)."""
+    outputs, attention, last = {}, {}, {}
+    b = torch.arange(len(ids), device=ids.device)
+
+    def see_pattern(layer, pattern):
+        attention[layer] = pattern[b, :, -1, position]
+
+    def see_output(layer, y):
+        outputs[layer] = y
+
+    def see_stream(norm, given):
+        last['x'] = given[0][:, -1]
+
+    with (
+        record_inputs(model) as inputs,
+        watch_patterns(model, see_pattern),
+        edit_outputs(model, see_output),
+        hooks([model.transformer.ln_f.register_forward_pre_hook(see_stream)]),
+    ):
+        logits = model.lm_head(model.hidden(ids)[:, -1])
+    return Recording(logits, last['x'], inputs, outputs, attention)
+
+
+def unembedding(model: GPT) -> torch.Tensor:
+    """Return W^U (V, C) with the last norm's gain and centring folded in."""
+    norm = model.transformer.ln_f
+    weight = model.lm_head.weight * norm.weight
+    if norm.rms:
+        return weight
+    return weight - weight.mean(-1, keepdim=True)
+
+
+def frozen_scale(model: GPT, x: torch.Tensor) -> torch.Tensor:
+    """Return what the last norm multiplies the stream x (B, C) by, (B, 1)."""
+    norm = model.transformer.ln_f
+    if not norm.rms:
+        x = x - x.mean(-1, keepdim=True)
+    return x.square().mean(-1, keepdim=True).add(norm.eps).rsqrt()
+
+
+def measure_group(model: GPT, group: list[Prompt]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """
+    Measure prompts of one length: for each of MEASURES (B, N, H), and logit(IO) - logit(S) (B,).
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt.ids for prompt in group], device=device)
+    position = torch.tensor([prompt.position for prompt in group], device=device)
+    io = torch.tensor([prompt.io for prompt in group], device=device)
+    s = torch.tensor([prompt.s for prompt in group], device=device)
+    b = torch.arange(len(group), device=device)
+    rope = rope_tables(model.config, torch.arange(ids.size(1), device=device))
+    run = record(model, ids, position)
+    w_u = unembedding(model)
+    direction = (w_u[io] - w_u[s]) * frozen_scale(model, run.last)  # (B, C)
+    moved, attention, copies = [], [], []
+    for layer, block in enumerate(model.transformer.h):
+        w_o = block.attn.c_proj.weight.unflatten(1, (block.attn.n_head, -1))  # (C, H, D)
+        moved.append(torch.einsum('bhd,chd,bc->bh', run.outputs[layer][:, -1], w_o, direction))
+        attention.append(run.attention[layer])
+        v = block.attn.qkv(block.ln_1(run.inputs[layer]), rope)[2]
+        v = v.repeat_interleave(block.attn.n_head // v.size(1), dim=1)
+        at_name = v[b, :, position]  # (B, H, D)
+        logits = torch.einsum('bhd,chd->bhc', at_name, w_o) @ w_u.T  # (B, H, V)
+        copies.append((logits.topk(TOP).indices == io[:, None, None]).any(-1).float())
+    measures = dict(
+        moved=torch.stack(moved, 1),
+        attention=torch.stack(attention, 1),
+        copying=torch.stack(copies, 1),
+    )
+    return measures, run.logits[b, io] - run.logits[b, s]
 
 
 @torch.no_grad()
-def measure(model, asked):
+def measure(model: GPT, prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     """
-    (answers, heads): answers has accuracy (IO above S) and logit_difference; heads is a list of layer, head, moved, attention,
-    copying. asked: as of `prompts`; those of one length run together.
-    """
-    t, device = model.transformer, next(model.parameters()).device
-    sums = {name: 0.0 for name in ('moved', 'attention', 'copying', 'right', 'difference')}
-    for length in sorted({len(ids) for ids, *_ in asked}):
-        group = [entry for entry in asked if len(entry[0]) == length]
-        ids, place, io, s = (torch.tensor(column, device=device) for column in zip(*group))
-        rope = rope_tables(model.config, torch.arange(length, device=device))
-        b, inputs, outputs, looked, last = torch.arange(len(group), device=device), {}, {}, {}, {}
+    Return the model's answers and every head's part in them.
 
-        hooks = [
-            block.register_forward_pre_hook(
-                lambda module, given, layer=layer: inputs.update({layer: given[0]})
-            )
-            for layer, block in enumerate(t.h)
-        ]
-        hooks.append(
-            t.ln_f.register_forward_pre_hook(lambda module, given: last.update(x=given[0][:, -1]))
-        )
-        try:
-            with (
-                patterns.watched(
-                    model, lambda layer, a: looked.update({layer: a[b, :, -1, place]})
-                ),
-                outputs_of(model, lambda layer, y: outputs.update({layer: y})),
-            ):
-                logits = model.lm_head(model.hidden(ids)[:, -1])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        x = last['x']
-        scale = (
-            (x - (0 if t.ln_f.rms else x.mean(-1, keepdim=True)))
-            .square()
-            .mean(-1, keepdim=True)
-            .add(t.ln_f.eps)
-            .rsqrt()
-        )  # frozen
-        unembed = model.lm_head.weight * t.ln_f.weight
-        unembed = unembed if t.ln_f.rms else unembed - unembed.mean(-1, keepdim=True)
-        direction = (unembed[io] - unembed[s]) * scale  # (B, C)
-        moved, copies = [], []
-        for layer, block in enumerate(t.h):
-            attention = block.attn
-            w_o = attention.c_proj.weight.unflatten(1, (attention.n_head, -1))  # (C, H, D)
-            moved.append(torch.einsum('bhd,chd,bc->bh', outputs[layer][:, -1], w_o, direction))
-            v = attention.qkv(block.ln_1(inputs[layer]), rope)[2]
-            v = v.repeat_interleave(attention.n_head // v.size(1), dim=1)[
-                b, :, place
-            ]  # (B, H, D): at the name
-            written = torch.einsum('bhd,chd->bhc', v, w_o) @ unembed.T  # (B, H, V)
-            copies.append((written.topk(TOP).indices == io[:, None, None]).any(-1).float())
-        for name, value in dict(
-            moved=torch.stack(moved, 1),
-            attention=torch.stack([looked[l] for l in range(len(t.h))], 1),
-            copying=torch.stack(copies, 1),
-        ).items():
-            sums[name] = sums[name] + value.sum(0)
-        difference = logits[b, io] - logits[b, s]
-        sums['right'] += (difference > 0).sum().item()
-        sums['difference'] += difference.sum().item()
-    n = len(asked)
-    mean = {name: (sums[name] / n).tolist() for name in ('moved', 'attention', 'copying')}
-    heads = [
-        dict(layer=l, head=h, **{name: round(mean[name][l][h], 5) for name in mean})
-        for l in range(len(mean['moved']))
-        for h in range(len(mean['moved'][0]))
-    ]
-    return dict(
-        accuracy=round(sums['right'] / n, 4),
-        logit_difference=round(sums['difference'] / n, 4),
-        prompts=n,
-    ), heads
+    The answers have accuracy (IO above S), logit_difference and the number of prompts; a head has
+    layer, head and MEASURES. Prompts of one length run together.
+    """
+    totals = dict.fromkeys(MEASURES, 0.0)
+    right, difference = 0, 0.0
+    for length in sorted({len(prompt.ids) for prompt in prompts}):
+        group = [prompt for prompt in prompts if len(prompt.ids) == length]
+        measures, differences = measure_group(model, group)
+        for name in MEASURES:
+            totals[name] = totals[name] + measures[name].sum(0)
+        right += (differences > 0).sum().item()
+        difference += differences.sum().item()
+    n = len(prompts)
+    means = {name: (totals[name] / n).tolist() for name in MEASURES}
+    heads = []
+    for layer, row in enumerate(means['moved']):
+        for head in range(len(row)):
+            measured = {name: round(means[name][layer][head], 5) for name in MEASURES}
+            heads.append(dict(layer=layer, head=head) | measured)
+    answers = dict(
+        accuracy=round(right / n, 4), logit_difference=round(difference / n, 4), prompts=n
+    )
+    return answers, heads

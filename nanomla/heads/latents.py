@@ -1,7 +1,7 @@
 """
-What MLA's latent keeps: the directions of c_kv that carry variance, and how alike the layers' latents are.
+What MLA's latent holds: the directions of c_kv that carry variance, and how alike the layers are.
 
-    shares   principal components of the centred c_kv: which share of its variance the largest r carry
+    shares   principal components of the centred c_kv: the share of its variance in the largest r
     likeness linear CKA (Kornblith et al. 2019), which no rotation or scaling of a latent changes:
              |XᵀY|² / (|XᵀX| |YᵀY|) by Frobenius norms, X and Y centred
 
@@ -10,59 +10,75 @@ Legend: N layers, R latent rank, T tokens (of all sequences together).
 
 import torch
 
-from model_mla import GPT_MLA
+from model import GPT, Attention
 from nanomla.core.configurator import UserError
+from nanomla.heads.patterns import hooks
+
+
+def has_latents(model: GPT) -> bool:
+    """Tell whether every layer's attention caches a latent."""
+    return all(block.attn.latent is not None for block in model.transformer.h)
 
 
 @torch.no_grad()
-def read(model, ids, batch=8):
-    """c_kv of every layer for ids (B, T): (N, B T, R) in fp32, as a cache would hold it. UserError for a model without latents."""
-    if not isinstance(model, GPT_MLA):
+def read_latents(model: GPT, ids: torch.Tensor, batch: int = 8) -> torch.Tensor:
+    """
+    Return c_kv of every layer for ids (B, T): (N, B T, R) in fp32, as a cache would hold it.
+
+    UserError for a model without latents, or whose layers have latents of different widths.
+    """
+    if not has_latents(model):
         raise UserError('only MLA has a latent to compare: name an MLA model')
-    seen = [[] for _ in model.transformer.h]
-    hooks = [
-        block.attn.register_forward_pre_hook(
-            lambda a, given, kept=kept: kept.append(a.latent(*given[:2])[0].flatten(0, 1).float())
-        )
-        for block, kept in zip(model.transformer.h, seen)
-    ]
-    try:
+    layers = [[] for _ in model.transformer.h]
+    numbers = {block.attn: number for number, block in enumerate(model.transformer.h)}
+
+    def read(attention: Attention, given):
+        x, rope = given[:2]
+        c_kv, _ = attention.latent(x, rope)
+        layers[numbers[attention]].append(c_kv.flatten(0, 1).float())
+
+    with hooks(block.attn.register_forward_pre_hook(read) for block in model.transformer.h):
         for part in ids.split(batch):
             model.hidden(part.to(next(model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack([torch.cat(kept) for kept in seen])
+    latents = [torch.cat(parts) for parts in layers]
+    if len({latent.size(1) for latent in latents}) > 1:
+        raise UserError('--latents=True compares latents of one width, and these layers differ')
+    return torch.stack(latents)
 
 
-def shares(latents):
-    """(N, R): the share of the variance that the r largest principal components carry together, r = 1 to R."""
+def variance_shares(latents: torch.Tensor) -> torch.Tensor:
+    """Return the share of the variance in the largest r = 1 to R principal components, (N, R)."""
     x = (latents - latents.mean(1, keepdim=True)).double()
     variance = torch.linalg.eigvalsh(x.mT @ x).flip(-1).clamp(min=0)
     return (variance.cumsum(-1) / variance.sum(-1, keepdim=True).clamp(min=1e-30)).cpu()
 
 
-def plane(latents):
-    """(N, T, 2): every token on the two largest principal components of its layer."""
+def principal_plane(latents: torch.Tensor) -> torch.Tensor:
+    """Return every token on the two largest principal components of its layer, (N, T, 2)."""
     x = latents - latents.mean(1, keepdim=True)
     return (x @ torch.linalg.eigh(x.mT @ x).eigenvectors[..., -2:].flip(-1)).cpu()
 
 
-def likeness(latents):
-    """(N, N): linear CKA between the latents of every two layers."""
+def likeness(latents: torch.Tensor) -> torch.Tensor:
+    """Return the linear CKA between the latents of every two layers, (N, N)."""
     x = (latents - latents.mean(1, keepdim=True)).double()
-    crossed = torch.stack([torch.stack([torch.linalg.matrix_norm(a.mT @ b) for b in x]) for a in x])
+    rows = []
+    for a in x:
+        rows.append(torch.stack([torch.linalg.matrix_norm(a.mT @ b) for b in x]))
+    crossed = torch.stack(rows)
     own = crossed.diagonal().clamp(min=1e-30)
     return (crossed.square() / (own[:, None] * own)).cpu()
 
 
 @torch.no_grad()
-def cut(model, rank):
+def cut_latents(model: GPT, rank: int) -> GPT:
     """
-    Lets the latent of every layer, in place, pass in only `rank` directions: those in which W^UK and W^UV read most (the largest
-    right singular vectors of kv_b). UserError for a model without latents.
+    Change the model so that the latent of every layer passes in only `rank` directions: those in
+    which W^UK and W^UV read most, the largest right singular vectors of kv_b_proj.
+
+    UserError for a model without latents.
     """
-    if not isinstance(model, GPT_MLA):
+    if not has_latents(model):
         raise UserError('only MLA has a latent to cut: name an MLA model')
     for block in model.transformer.h:
         weight = block.attn.kv_b_proj.weight

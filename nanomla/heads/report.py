@@ -1,126 +1,162 @@
 """
-All that is found out about the heads of some models, as one dict of plain values: what find_induction_heads.py prints,
-head_page.py shows and heads.json and heads.csv keep.
+The report on the heads of some models, as one dict of plain values: what find_induction_heads.py
+prints, heads.html shows and heads.json and heads.csv hold.
 """
 
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from model import GPT
 from nanomla.core.configurator import UserError
 from nanomla.core.files import csv_table, write_file
-from nanomla.heads import ablation, circuits, patterns
+from nanomla.heads import circuits
+from nanomla.heads.ablation import METHODS, Ablation
+from nanomla.heads.page import build
+from nanomla.heads.patterns import (
+    THRESHOLD,
+    Trials,
+    check_patterns,
+    heads_with_label,
+    in_context_score,
+    patterns_of,
+    random_trials,
+    repeat_loss,
+    score_heads,
+    text_trials,
+    trial_lengths,
+)
+from nanomla.heads.subject import Subject
 
-EXACT = 1e-3  # a pattern that does not rebuild its attention's output this well is not what the model used
-CAUSED = (
-    'induction',
-    'duplicate',
-    'previous',
-    'positional',
-)  # labels of which the causes are worth their time in a large model
-DRAWN = 300  # strongest pairs in the page's composition graph
-FEW = 64  # heads of which all are ablated
+LARGEST_ERROR = 1e-3  # of patterns that rebuild their attention's output
+ABLATED_LABELS = ('induction', 'duplicate', 'previous', 'positional')  # one by one in large models
+GROUPS = ('induction', 'previous', 'positional')  # labels whose heads are ablated together
+SMALL = 64  # heads of a model of which all are ablated one by one
+ABLATION_TEXTS = 16  # sequences of a trial in each ablation
+MOST_SENDERS = 12  # previous-token heads whose paths are patched one by one
+MOST_SPLITS = 12  # heads whose logits are split into content and RoPE
+DRAWN_PAIRS = 300  # strongest pairs in the page's composition graph
+DIGITS = 5
+Message = Callable[[str], None]  # prints a line of progress
 
 
-def trials_for(subject, length, texts, seed):
-    L, G = patterns.lengths(subject.model.config.block_size, len(subject.usable), length)
-    return patterns.trials(subject.usable, subject.begin, texts, L, G, seed)
+def no_message(text: str) -> None:
+    pass
 
 
-def texts_for(subject, texts, seed):
-    """What latents are read from, (texts, T): held-out text, or the repeated trial where none is here."""
-    T = min(subject.model.config.block_size, 256)
-    if subject.held is None or len(subject.held) <= T:
-        return trials_for(subject, T, texts, seed).repeated
-    starts = torch.linspace(0, len(subject.held) - T, texts).long()
-    return subject.held[starts[:, None] + torch.arange(T)]
+@dataclass
+class TrialSettings:
+    """
+    length: the longest |S|; texts: sequences of a trial; seed: of the random texts; threshold: by
+    how much a score must beat null, control and gap before a head gets a label
+    """
+
+    length: int = 50
+    texts: int = 32
+    seed: int = 0
+    threshold: float = THRESHOLD
 
 
-def held_out_for(subject, length, texts, seed):
-    """Trials of held-out text instead of random tokens; None where there is none, or too little."""
-    if subject.held is None:
+@dataclass
+class ReportSettings(TrialSettings):
+    """
+    ablations: 'auto' (all heads of a small model, the labelled ones of a large one), 'all', 'none'
+    prompt: the text on the page; '' for the first of the repeated random texts
+    shown: the most tokens of it
+    """
+
+    ablations: str = 'auto'
+    prompt: str = ''
+    shown: int = 128
+
+
+# -------------------------------------------------------------------------------------------------
+# trials of a subject
+
+
+def trials_for(subject: Subject, settings: TrialSettings) -> Trials:
+    """Return trials of random tokens that fit a subject."""
+    vocabulary = subject.vocabulary
+    usable = vocabulary.usable
+    L, G = trial_lengths(subject.model.config.block_size, len(usable), settings.length)
+    return random_trials(usable, vocabulary.begin, settings.texts, L, G, settings.seed)
+
+
+def held_out_trials_for(subject: Subject, settings: TrialSettings) -> Trials | None:
+    """Return trials of held-out text; None where there is none, or too little."""
+    vocabulary = subject.vocabulary
+    text = vocabulary.held_out
+    if text is None:
         return None
-    return patterns.text_trials(
-        subject.held,
-        subject.begin,
-        texts,
-        *patterns.lengths(subject.model.config.block_size, len(subject.usable), length),
-        seed,
-    )
+    usable = len(vocabulary.usable)
+    L, G = trial_lengths(subject.model.config.block_size, usable, settings.length)
+    return text_trials(text, vocabulary.begin, settings.texts, L, G, settings.seed)
+
+
+def texts_for_latents(subject: Subject, texts: int, seed: int) -> torch.Tensor:
+    """Return held-out text (texts, T) to read latents from, or random texts where none is here."""
+    T = min(subject.model.config.block_size, 256)
+    text = subject.vocabulary.held_out
+    if text is None or len(text) <= T:
+        return trials_for(subject, TrialSettings(length=T, texts=texts, seed=seed)).repeated
+    starts = torch.linspace(0, len(text) - T, texts).long()
+    return text[starts[:, None] + torch.arange(T)]
+
+
+def in_context_score_of(subject: Subject) -> tuple[float | None, list[int] | None]:
+    """Return the in-context score and its two positions; None where no text is here."""
+    if subject.vocabulary.held_out is None:
+        return None, None
+    found = in_context_score(subject.model, subject.vocabulary.held_out)
+    if found is None:
+        return None, None
+    score, positions = found
+    return round(score, DIGITS), list(positions)
+
+
+# -------------------------------------------------------------------------------------------------
+# one model
 
 
 def examine(
-    subject,
-    length=50,
-    texts=32,
-    seed=0,
-    threshold=patterns.THRESHOLD,
-    causes='auto',
-    prompt='',
-    shown=128,
-    tell=lambda text: None,
-):
+    subject: Subject, settings: ReportSettings | None = None, message: Message = no_message
+) -> dict:
     """
-    A `models` entry of the report. length is |S|, texts the sequences of a trial, causes 'auto' (all heads of a small model, the
-    labelled ones of a large one), 'all' or 'none', shown the most tokens of the sequence that is kept for the page.
+    Return a `models` entry of the report (nanomla/heads/page/build.py lists its keys).
+
     UserError when the model's patterns are not what it computes with.
     """
+    settings = settings or ReportSettings()
     model = subject.model
-    trial = trials_for(subject, length, texts, seed)
     device = next(model.parameters()).device
-    sums, rebuilt = patterns.check(model, trial.repeated[:2].to(device))
-    if sums > EXACT or rebuilt > EXACT:
-        raise UserError(
-            f'{subject.source}: rows of its patterns sum to 1 ± {sums:.1g}, outputs rebuilt from them are {rebuilt:.1g} off: they cannot be trusted'
-        )
-    tell(
-        f'{subject.name}: scores of {model.config.n_layer} × {model.config.n_head} heads, {texts} texts of {trial.L} tokens said twice, out of {len(subject.usable):,} different ones'
+    trial = trials_for(subject, settings)
+    sums, rebuilt = trusted_patterns(subject, trial.repeated[:2].to(device))
+    message(
+        f'{subject.name}: scores of {model.config.n_layer} × {model.config.n_head} heads, '
+        f'{settings.texts} texts of {trial.L} tokens, each repeated, out of '
+        f'{len(subject.vocabulary.usable):,} different ones'
     )
     begun = time.perf_counter()
-    heads, repeated, control = patterns.score(model, trial, threshold)
+    heads, repeated, control = score_heads(model, trial, settings.threshold)
     seconds = time.perf_counter() - begun
-    tell(f'scored in {seconds:.1f} s')
-    by_weights, as_read = (
-        circuits.copying(model),
-        circuits.effective_copying(model, trial.control.to(device)),
-    )
-    for entry, copies, copies_read in zip(
-        heads, by_weights.flatten().tolist(), as_read.flatten().tolist()
-    ):
-        entry |= dict(copying=round(copies, 5), effective_copying=round(copies_read, 5)) | {
-            f'{way}_ablation': None for way in ablation.WAYS
-        }
-    icl = patterns.in_context(model, subject.held) if subject.held is not None else None
-    groups = {} if causes == 'none' else causes_of(model, trial, heads, causes, tell)
-    said, spoken = {}, held_out_for(subject, length, texts, seed)
-    if spoken:
-        on_text, text_repeated, text_control = patterns.score(model, spoken, threshold)
-        said = dict(
-            text_repeat_loss=patterns.repeat_loss(text_repeated, trial.L),
-            text_control_loss=patterns.repeat_loss(text_control, trial.L),
-        )
-        costs = (
-            {}
-            if causes == 'none'
-            else causes_of(
-                model, spoken, on_text, causes, lambda text: tell(f'on held-out text, {text}')
-            )['costs']
-        )
-        groups = groups | dict(
-            costs=groups.get('costs', {}) | {f'text_{name}': cost for name, cost in costs.items()}
-        )
-        for entry, other in zip(heads, on_text):
-            entry['on_text'] = (
-                other['induction']
-                | dict(label=other['label'], previous=other['previous']['score'])
-                | {key: other[key] for key in other if key.endswith('_ablation')}
-            )
-
-    ids = (subject.encode(prompt) if prompt else trial.repeated[0])[:shown].to(device)
-    found = patterns.of(model, ids)
-    from nanomla.heads.page import build as head_page  # late: it brings the page
-
+    message(f'scored in {seconds:.1f} s')
+    add_copying(model, heads, trial.control.to(device), message)
+    costs, paths = {}, []
+    for entry in heads:
+        entry |= {f'{method}_ablation': None for method in METHODS}
+    if settings.ablations != 'none':
+        costs, paths = ablate(model, trial, heads, settings.ablations, message)
+    text_losses, text_costs = examine_on_text(subject, heads, settings, message)
+    icl_score, icl_positions = in_context_score_of(subject)
+    shown = trial.repeated[0]
+    if settings.prompt:
+        shown = subject.encode(settings.prompt)
+    shown = shown[: settings.shown].to(device)
+    patterns = patterns_of(model, shown)
     report = dict(
         name=subject.name,
         kind=subject.kind,
@@ -132,245 +168,349 @@ def examine(
         trained=subject.trained,
         layers=model.config.n_layer,
         heads=model.config.n_head,
-        tokens_text=subject.text_of(ids),
-        patterns_u8=head_page.pack_patterns(found.flatten(0, 1).cpu()),
+        tokens_text=subject.vocabulary.text_of(shown),
+        patterns_u8=build.pack_patterns(patterns.flatten(0, 1).cpu()),
         scores=heads,
-        prompt=prompt or None,
+        prompt=settings.prompt or None,
         repeats=dict(
             L=trial.L,
             longest_gap=int(trial.gap.max()),
-            texts=texts,
-            ids=len(subject.usable),
-            seed=seed,
-            threshold=threshold,
+            texts=settings.texts,
+            ids=len(subject.vocabulary.usable),
+            seed=settings.seed,
+            threshold=settings.threshold,
             row_sums=sums,
             rebuilt=rebuilt,
             seconds=round(seconds, 3),
         ),
         loss_by_position=dict(
             x=list(range(1, repeated.size(1) + 1)),
-            repeated=[round(x, 5) for x in repeated.mean(0).tolist()],
-            control=[round(x, 5) for x in control.mean(0).tolist()],
+            repeated=rounded(repeated.mean(0)),
+            control=rounded(control.mean(0)),
         ),
-        repeat_loss=patterns.repeat_loss(repeated, trial.L),
-        control_loss=patterns.repeat_loss(control, trial.L),
-        **said,
-        icl_score=icl and round(icl[0], 5),
-        icl_positions=icl and list(icl[1]),
-        group_ablation=groups.pop('costs', {}),
-        paths=groups.pop('paths', []),
-        composition=circuits.composition(model),
+        repeat_loss=repeat_loss(repeated, trial.L),
+        control_loss=repeat_loss(control, trial.L),
+        **text_losses,
+        icl_score=icl_score,
+        icl_positions=icl_positions,
+        group_ablation=costs | text_costs,
+        paths=paths,
+        composition=composition_of(model),
     )
-    best = sorted(
-        heads,
-        key=lambda entry: (
-            -max(entry[on]['score'] for on in ('induction', 'on_text') if on in entry)
-        ),
-    )[:12]
-    best = [(entry['layer'], entry['head']) for entry in best]
-    if subject.kind == 'MLA' and (parts := circuits.split_logits(model, ids, best)):
-        report['mla_split'] = dict(
-            heads=[list(head) for head in best],
-            content_f16=head_page.pack_logits(parts[0].cpu()),
-            rope_f16=head_page.pack_logits(parts[1].cpu()),
-        )
+    split = split_of(model, shown, heads)
+    if split is not None:
+        report['mla_split'] = split
     return report
 
 
-def of_label(heads, label):
-    return [(entry['layer'], entry['head']) for entry in heads if entry['label'] == label]
+def rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, DIGITS) for value in values.tolist()]
 
 
-def causes_of(model, trial, heads, causes, tell, texts=16):
+def trusted_patterns(subject: Subject, ids: torch.Tensor) -> tuple[float, float]:
+    """Return the errors of the patterns; UserError where they are too large to trust them."""
+    sums, rebuilt = check_patterns(subject.model, ids)
+    if sums > LARGEST_ERROR or rebuilt > LARGEST_ERROR:
+        raise UserError(
+            f'{subject.source}: rows of its patterns sum to 1 ± {sums:.1g}, outputs rebuilt from '
+            f'them are {rebuilt:.1g} off: they cannot be trusted'
+        )
+    return sums, rebuilt
+
+
+def add_copying(model: GPT, heads: list[dict], ids: torch.Tensor, message: Message) -> None:
+    """Add how much each head copies to its entry; None where its attention has no circuits."""
+    if not circuits.has_circuits(model):
+        message('no circuits for this attention: copying, composition and paths are left out')
+        for entry in heads:
+            entry |= dict(copying=None, effective_copying=None)
+        return
+    by_weights = circuits.copying(model).flatten().tolist()
+    as_read = circuits.effective_copying(model, ids).flatten().tolist()
+    for entry, copying, effective in zip(heads, by_weights, as_read):
+        entry['copying'] = round(copying, DIGITS)
+        entry['effective_copying'] = round(effective, DIGITS)
+
+
+def composition_of(model: GPT) -> list[dict]:
+    """Return the composition of all pairs; none where the attention has no circuits."""
+    if not circuits.has_circuits(model):
+        return []
+    return circuits.composition(model)
+
+
+def examine_on_text(
+    subject: Subject, heads: list[dict], settings: ReportSettings, message: Message
+) -> tuple[dict, dict]:
     """
-    Fills in the ablations of single heads; returns costs (of groups, `zero_control` where nothing repeats, and of the paths between two) and paths
-    (of single previous-token heads to all induction heads).
+    Score and ablate the heads on repeated held-out text, as on_text in their entries.
+
+    Returns losses and the costs of groups, both with keys that begin with text_, {} without text.
     """
-    unrepeated = ablation.Surgery(model, trial.control[:texts], trial.L)
-    surgery = ablation.Surgery(model, trial.repeated[:texts], trial.L)
-    chosen = [
-        entry for entry in heads if causes == 'all' or len(heads) <= FEW or entry['label'] in CAUSED
-    ]
-    tell(f'causes: {len(chosen)} heads, one by one and in groups')
+    trial = held_out_trials_for(subject, settings)
+    if trial is None:
+        return {}, {}
+    on_text, repeated, control = score_heads(subject.model, trial, settings.threshold)
+    costs = {}
+    if settings.ablations != 'none':
+
+        def message_on_text(text):
+            message(f'on held-out text, {text}')
+
+        costs, _ = ablate(subject.model, trial, on_text, settings.ablations, message_on_text)
+    for entry, found in zip(heads, on_text):
+        ablations = {key: found[key] for key in found if key.endswith('_ablation')}
+        facts = dict(label=found['label'], previous=found['previous']['score'])
+        entry['on_text'] = found['induction'] | facts | ablations
+    losses = dict(
+        text_repeat_loss=repeat_loss(repeated, trial.L),
+        text_control_loss=repeat_loss(control, trial.L),
+    )
+    return losses, {f'text_{name}': cost for name, cost in costs.items()}
+
+
+def split_of(model: GPT, ids: torch.Tensor, heads: list[dict]) -> dict | None:
+    """Return the logits of the best heads, split into content and RoPE; None for other than MLA."""
+
+    def best_score(entry):
+        scores = [entry[key]['score'] for key in ('induction', 'on_text') if key in entry]
+        return max(scores)
+
+    ordered = sorted(heads, key=best_score, reverse=True)
+    best = [(entry['layer'], entry['head']) for entry in ordered[:MOST_SPLITS]]
+    parts = circuits.split_logits(model, ids, best)
+    if parts is None:
+        return None
+    content, by_rope = parts
+    return dict(
+        heads=[list(head) for head in best],
+        content_f16=build.pack_logits(content.cpu()),
+        rope_f16=build.pack_logits(by_rope.cpu()),
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# ablations
+
+
+def ablate(
+    model: GPT, trial: Trials, heads: list[dict], which: str, message: Message
+) -> tuple[dict, list[dict]]:
+    """
+    Ablate heads one by one, in their entries, and in groups by label.
+
+    Returns the costs of groups (zero_control where nothing repeats) and of the paths between two of
+    them, and the paths of single previous-token heads to all induction heads.
+    """
+    control = Ablation(model, trial.control[:ABLATION_TEXTS], trial.L)
+    ablation = Ablation(model, trial.repeated[:ABLATION_TEXTS], trial.L)
+    chosen = heads
+    if which != 'all' and len(heads) > SMALL:
+        chosen = [entry for entry in heads if entry['label'] in ABLATED_LABELS]
+    message(f'ablations: {len(chosen)} heads, one by one and in groups')
     for entry in chosen:
         head = (entry['layer'], entry['head'])
-        entry |= {f'{way}_ablation': round(surgery.cost([head], way), 5) for way in ablation.WAYS}
-    costs, paths = dict(loss=round(surgery.loss, 5)), []
-    induction, previous = of_label(heads, 'induction'), of_label(heads, 'previous')
-    for label, group in dict(
-        induction=induction, previous=previous, positional=of_label(heads, 'positional')
-    ).items():
+        for method in METHODS:
+            entry[f'{method}_ablation'] = round(ablation.cost([head], method), DIGITS)
+    costs = dict(loss=round(ablation.loss, DIGITS))
+    for label in GROUPS:
+        group = heads_with_label(heads, label)
         if group:
-            costs |= {f'{label}_heads': len(group)} | {
-                f'{label}_{way}': round(surgery.cost(group, way), 5) for way in ablation.WAYS
-            }
-            costs[f'{label}_zero_control'] = round(unrepeated.cost(group), 5)
-    if induction and previous:
-        costs |= {
-            f'previous_to_induction_{reads}': round(surgery.path(previous, induction, reads), 5)
-            for reads in 'QKV'
-        }
-        paths = [
-            {
-                'from': list(head),
-                'kind': reads,
-                'cost': round(surgery.path([head], induction, reads), 5),
-            }
-            for head in previous[:12]
-            for reads in 'QKV'
-        ]
-    return dict(costs=costs, paths=paths)
+            costs[f'{label}_heads'] = len(group)
+            for method in METHODS:
+                costs[f'{label}_{method}'] = round(ablation.cost(group, method), DIGITS)
+            costs[f'{label}_zero_control'] = round(control.cost(group), DIGITS)
+    induction = heads_with_label(heads, 'induction')
+    previous = heads_with_label(heads, 'previous')
+    if not (induction and previous and circuits.has_circuits(model)):
+        return costs, []
+    for reads in 'QKV':
+        cost = ablation.path(previous, induction, reads)
+        costs[f'previous_to_induction_{reads}'] = round(cost, DIGITS)
+    paths = []
+    for head in previous[:MOST_SENDERS]:
+        for reads in 'QKV':
+            cost = ablation.path([head], induction, reads)
+            paths.append({'from': list(head), 'kind': reads, 'cost': round(cost, DIGITS)})
+    return costs, paths
 
 
-def through_training(load, files, length, texts, seed, threshold, tell=lambda text: None):
-    """
-    A `checkpoints` entry: what changed over the checkpoints `files` of one run, each opened by load(file). scores are induction
-    scores and gaps those of the gap trial, [checkpoint][layer][head]; max_induction is the largest gap score, max_text that on held-out text
-    said twice, text_heads what is called induction there, text_repeat_loss and text_control_loss nats a token; None without such a text.
-    """
-    run = dict(
-        tokens=[],
-        step=[],
-        max_induction=[],
-        max_previous=[],
-        induction_heads=[],
-        scores=[],
-        gaps=[],
-        icl=[],
-        repeat_loss=[],
-        control_loss=[],
-        max_text=[],
-        text_heads=[],
-        text_repeat_loss=[],
-        text_control_loss=[],
-    )
-    for file in files:
-        subject = load(file)
-        trial = trials_for(subject, length, texts, seed)
-        heads, repeated, control = patterns.score(subject.model, trial, threshold)
-        grid = {
-            name: torch.tensor([entry['induction'][name] for entry in heads]).unflatten(
-                0, (subject.model.config.n_layer, -1)
-            )
-            for name in ('score', 'gap')
-        }
-        icl = patterns.in_context(subject.model, subject.held) if subject.held is not None else None
-        spoken = held_out_for(subject, length, texts, seed)
-        on_text, text_repeated, text_control = (
-            patterns.score(subject.model, spoken, threshold) if spoken else (None,) * 3
-        )
-        for key, value in dict(
-            tokens=subject.tokens,
-            step=subject.step,
-            max_induction=round(grid['gap'].max().item(), 5),
-            max_previous=max(entry['previous']['score'] for entry in heads),
-            induction_heads=len(of_label(heads, 'induction')),
-            scores=[[round(x, 4) for x in row] for row in grid['score'].tolist()],
-            gaps=[[round(x, 4) for x in row] for row in grid['gap'].tolist()],
-            icl=icl and round(icl[0], 5),
-            repeat_loss=round(patterns.repeat_loss(repeated, trial.L), 5),
-            control_loss=round(patterns.repeat_loss(control, trial.L), 5),
-            max_text=spoken and max(entry['induction']['gap'] for entry in on_text),
-            text_heads=spoken and len(of_label(on_text, 'induction')),
-            text_repeat_loss=spoken and round(patterns.repeat_loss(text_repeated, trial.L), 5),
-            text_control_loss=spoken and round(patterns.repeat_loss(text_control, trial.L), 5),
-        ).items():
-            run[key].append(value)
-        tell(
-            f'{file}: best gap score {run["max_induction"][-1]:.3f}, loss of what repeats {run["repeat_loss"][-1]:.3f}'
-        )
-    return run | dict(kind=subject.kind, params=subject.model.num_params())
+# -------------------------------------------------------------------------------------------------
+# the findings in a few lines
 
 
-def summary(runs, enough=0.5):
-    """A line a variant of a study's runs (its seeds): the best head's last gap score, and after how many tokens it passed `enough`."""
-    lines = []
-    for variant in dict.fromkeys(run['variant'] for run in runs):
-        mine = [run for run in runs if run['variant'] == variant]
-        ends = [run['max_induction'][-1] for run in mine]
-        passed = [
-            next(tokens for tokens, gap in zip(run['tokens'], run['max_induction']) if gap > enough)
-            for run in mine
-            if max(run['max_induction']) > enough
-        ]
+def findings(model: dict) -> list[str]:
+    """Return the findings on a model, a `models` entry, as lines."""
+    heads = model['scores']
+    lines = [table_header()]
+    best = sorted(heads, key=lambda entry: entry['induction']['gap'], reverse=True)
+    lines += [table_row(entry) for entry in best[:5]]
+    for entry in heads:
+        if entry['shifted']['gap'] - entry['induction']['null_gap'] > model['repeats']['threshold']:
+            lines.append(shifted_line(entry))
+    lines.append(f'  labels: {label_counts(heads)}; {loss_line(model)}')
+    lines += cost_lines(model['group_ablation'])
+    if 'text_repeat_loss' in model:
         lines.append(
-            dict(
-                variant=variant,
-                kind=mine[0]['kind'],
-                params=mine[0]['params'],
-                seeds=len(mine),
-                mean=round(sum(ends) / len(ends), 4),
-                least=min(ends),
-                most=max(ends),
-                formed=len(passed),
-                first=min(passed, default=None),
-                last=max(passed, default=None),
-                repeat_loss=[run['repeat_loss'][-1] for run in mine],
+            f'  repeated held-out text: {model["text_repeat_loss"]:.3f} nats, other text '
+            f'{model["text_control_loss"]:.3f}; {heads_on_text(heads)}'
+        )
+        lines += cost_lines(model['group_ablation'], on_text=True)
+    return lines
+
+
+def table_header() -> str:
+    return (
+        f'  {"head":>8}  {"induction":>9} {"(95 %)":>13} {"null":>6} {"control":>7} {"gap":>6} '
+        f'{"copying":>9}  label'
+    )
+
+
+def table_row(entry: dict) -> str:
+    scores = entry['induction']
+    copying = '-'
+    if entry['effective_copying'] is not None:
+        copying = f'{entry["effective_copying"]:.2f}'
+    return (
+        f'  {entry["layer"]:>4}.{entry["head"]:<3}  {scores["score"]:>9.3f} '
+        f'{scores["low"]:>6.3f}-{scores["high"]:.3f} {scores["null"]:>6.3f} '
+        f'{scores["control"]:>7.3f} {scores["gap"]:>6.3f} {copying:>9}  {entry["label"] or "-"}'
+    )
+
+
+def shifted_line(entry: dict) -> str:
+    shifted = entry['shifted']
+    return (
+        f'  head {entry["layer"]}.{entry["head"]} attends {shifted["offset"]} positions after the '
+        f'repeated token, not 1: {shifted["score"]:.3f}, control {shifted["control"]:.3f}, '
+        f'gap {shifted["gap"]:.3f}'
+    )
+
+
+def label_counts(heads: list[dict]) -> str:
+    labels = sorted({entry['label'] for entry in heads if entry['label']})
+    counts = [f'{len(heads_with_label(heads, label))} {label}' for label in labels]
+    return ', '.join(counts) or 'none'
+
+
+def loss_line(model: dict) -> str:
+    line = (
+        f'loss on the repetition {model["repeat_loss"]:.3f} nats, on the control '
+        f'{model["control_loss"]:.3f}'
+    )
+    if model['icl_score'] is not None:
+        early, late = model['icl_positions']
+        line += f', in-context learning {model["icl_score"]:+.3f} (token {late} less {early})'
+    return line
+
+
+def heads_on_text(heads: list[dict]) -> str:
+    ordered = sorted(heads, key=lambda entry: entry['on_text']['gap'], reverse=True)
+    parts = []
+    for entry in ordered:
+        scores = entry['on_text']
+        if scores['label'] == 'induction':
+            parts.append(
+                f'head {entry["layer"]}.{entry["head"]} {scores["score"]:.3f}, '
+                f'control {scores["control"]:.3f}, gap {scores["gap"]:.3f}'
             )
+    return ', '.join(parts) or 'no induction head on it'
+
+
+def cost_lines(all_costs: dict, on_text: bool = False) -> list[str]:
+    """Return the costs of groups and paths, of random tokens or of held-out text, as lines."""
+    prefix, where = '', ''
+    if on_text:
+        prefix, where = 'text_', ' on text'
+    costs = {}
+    for key, cost in all_costs.items():
+        if key.startswith(prefix):
+            costs[key.removeprefix(prefix)] = cost
+    lines = []
+    for label in GROUPS:
+        if f'{label}_heads' in costs:
+            lines.append(
+                f'  without the {costs[f"{label}_heads"]} {label} heads{where}: '
+                f'{costs[f"{label}_zero"]:+.3f} nats (zero), {costs[f"{label}_mean"]:+.3f} (mean), '
+                f'{costs[f"{label}_pattern"]:+.3f} (zero, patterns kept), '
+                f'{costs[f"{label}_frozen"]:+.3f} (mean, patterns and norms kept); '
+                f'{costs[f"{label}_zero_control"]:+.3f} (zero) where nothing repeats'
+            )
+    if 'previous_to_induction_K' in costs:
+        parts = []
+        for reads, name in dict(Q='queries', K='keys', V='values').items():
+            parts.append(f'{name} {costs[f"previous_to_induction_{reads}"]:+.3f}')
+        lines.append(
+            f"  previous-token heads cut off from the induction heads'{where} "
+            f'{", ".join(parts)} nats'
         )
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # files
 
 
-def write(folder, report):
-    """heads.html, heads.json (all of the report), heads.csv (a row a head), composition.csv (a row a pair) and, of a sweep, checkpoints.csv; returns their paths."""
-    from nanomla.heads.page import build as head_page  # late: it brings the page
-
-    brief = [
-        m | dict(composition=sorted(m['composition'], key=lambda c: -c['value'])[:DRAWN])
-        for m in report['models']
-    ]
-    head_page.write(folder / 'heads.html', report | dict(models=brief))
-    write_file(
-        folder / 'heads.json', json.dumps(report, allow_nan=False, ensure_ascii=False) + '\n'
-    )
-    models, runs, written = (
-        report['models'],
-        report['checkpoints'],
-        ['heads.html', 'heads.json', 'heads.csv', 'composition.csv'],
-    )
-    write_file(
-        folder / 'heads.csv',
-        csv_table([dict(model=m['name']) | entry for m in models for entry in m['scores']]),
-    )
-    write_file(
-        folder / 'composition.csv',
-        csv_table(
-            [
-                dict(
-                    model=m['name'],
-                    from_layer=a,
-                    from_head=i,
-                    to_layer=b,
-                    to_head=j,
-                    kind=c['kind'],
-                    value=c['value'],
-                )
-                for m in models
-                for c in m['composition']
-                for (a, i), (b, j) in [(c['from'], c['to'])]
-            ]
-        )
-        or 'no pairs\n',
-    )
+def write_report(folder: Path, report: dict) -> list[Path]:
+    """
+    Write heads.html, heads.json (all of the report), heads.csv (a row a head), composition.csv (a
+    row a pair) and, for runs with checkpoints, checkpoints.csv. Returns their paths.
+    """
+    models, runs = report['models'], report['checkpoints']
+    text = json.dumps(report, allow_nan=False, ensure_ascii=False) + '\n'
+    contents = {
+        'heads.html': build.page(report | dict(models=[for_page(model) for model in models])),
+        'heads.json': text,
+        'heads.csv': csv_table(head_rows(models)),
+        'composition.csv': csv_table(composition_rows(models)) or 'no pairs\n',
+    }
     if runs:
-        write_file(
-            folder / 'checkpoints.csv',
-            csv_table(
-                [
-                    dict(model=run['name'])
-                    | {
-                        key: run[key][i]
-                        for key in run
-                        if isinstance(run[key], list) and key not in ('scores', 'gaps')
-                    }
-                    for run in runs
-                    for i in range(len(run['step']))
-                ]
-            ),
-        )
-        written.append('checkpoints.csv')
-    return [folder / name for name in written]
+        contents['checkpoints.csv'] = csv_table(checkpoint_rows(runs))
+    for name, content in contents.items():
+        write_file(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def for_page(model: dict) -> dict:
+    """Return a `models` entry with the strongest pairs only, which keeps the page small."""
+    pairs = sorted(model['composition'], key=lambda pair: pair['value'], reverse=True)
+    return model | dict(composition=pairs[:DRAWN_PAIRS])
+
+
+def head_rows(models: list[dict]) -> list[dict]:
+    rows = []
+    for model in models:
+        rows += [dict(model=model['name']) | entry for entry in model['scores']]
+    return rows
+
+
+def composition_rows(models: list[dict]) -> list[dict]:
+    rows = []
+    for model in models:
+        for pair in model['composition']:
+            from_layer, from_head = pair['from']
+            to_layer, to_head = pair['to']
+            rows.append(
+                dict(
+                    model=model['name'],
+                    from_layer=from_layer,
+                    from_head=from_head,
+                    to_layer=to_layer,
+                    to_head=to_head,
+                    kind=pair['kind'],
+                    value=pair['value'],
+                )
+            )
+    return rows
+
+
+def checkpoint_rows(runs: list[dict]) -> list[dict]:
+    """Return a row a checkpoint, without the scores of all its heads."""
+    rows = []
+    for run in runs:
+        series = {key: run[key] for key in run if isinstance(run[key], list)}
+        for name in ('scores', 'gaps'):
+            series.pop(name, None)
+        for i in range(len(run['step'])):
+            rows.append(dict(model=run['name']) | {key: series[key][i] for key in series})
+    return rows

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from model import Norm
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core.configurator import UserError
-from nanomla.heads import ablation, circuits, latents, patterns
-from nanomla.heads import ioi as indirect_object
+from nanomla.heads import ablation, circuits, ioi, latents, patterns
 
 V, P = 24, 40  # tokens (0 begins a text), positions
 SLOTS = dict(
@@ -137,7 +136,9 @@ def by_hand(kind, offset=1, turned=False):
 
 def trial_of(model, n=32, first=1):
     usable = torch.arange(first, model.config.vocab_size)
-    return patterns.trials(usable, 0, n, *patterns.lengths(model.config.block_size, len(usable)))
+    return patterns.random_trials(
+        usable, 0, n, *patterns.trial_lengths(model.config.block_size, len(usable))
+    )
 
 
 @pytest.fixture(params=['mha', 'mla'])
@@ -155,7 +156,7 @@ def entry(heads, layer, head):
 
 def test_heads_written_by_hand_score_what_they_do(crafted):
     trial = trial_of(crafted)
-    heads, repeated, control = patterns.score(crafted, trial)
+    heads, repeated, control = patterns.score_heads(crafted, trial)
     previous, duplicate, induction = entry(heads, 0, 0), entry(heads, 0, 2), entry(heads, 1, 0)
     assert [e['label'] for e in (previous, duplicate, induction)] == [
         'previous',
@@ -191,7 +192,7 @@ def test_heads_written_by_hand_score_what_they_do(crafted):
 @pytest.mark.parametrize('offset', [2, 5])
 def test_a_circuit_that_carries_tokens_further_has_its_stripe_elsewhere(offset):
     model = by_hand('mha', offset)
-    heads, *_ = patterns.score(model, trial_of(model))
+    heads, *_ = patterns.score_heads(model, trial_of(model))
     late = entry(heads, 1, 0)
     assert late['induction']['score'] < 0.2 and late['label'] != 'induction'
     assert (
@@ -215,7 +216,7 @@ def test_copying_by_hand(crafted):
 def test_copying_of_what_a_head_really_reads(kind, turned):
     model = by_hand(kind, turned=turned)
     trial = trial_of(model)
-    heads, repeated, _ = patterns.score(model, trial)
+    heads, repeated, _ = patterns.score_heads(model, trial)
     assert (
         entry(heads, 1, 0)['label'] == 'induction'
         and patterns.repeat_loss(repeated, trial.L) < 0.01
@@ -232,7 +233,7 @@ def test_copying_of_what_a_head_really_reads(kind, turned):
 def test_effective_copying_is_that_of_values_as_they_are(kind, tiny):
     kind, changes = shape_of(kind)
     model = tiny(kind, kernel='eager', bias=True, **changes).eval()
-    ids = patterns.trials(torch.arange(1, 12), 0, 9, 4, 3).control
+    ids = patterns.random_trials(torch.arange(1, 12), 0, 9, 4, 3).control
     t, values = model.transformer, {}
     hook = t.h[1].register_forward_pre_hook(
         lambda block, given: values.update(v=block.attn.qkv(block.ln_1(given[0]), given[1])[2])
@@ -266,7 +267,7 @@ def test_a_head_that_counts_places_is_called_positional(crafted):
     kind = checkpoint.kind_of(crafted)
     trial = trial_of(crafted)
     model = by_hand(kind, offset=trial.L - 1)
-    trapped = entry(patterns.score(model, trial)[0], 0, 0)
+    trapped = entry(patterns.score_heads(model, trial)[0], 0, 0)
     assert (
         trapped['induction']['score']
         == pytest.approx(1, abs=5e-4)
@@ -284,11 +285,11 @@ def test_a_latent_cut_short_loses_the_heads():
     trial = trial_of(model)
     scores = {}
     for rank in (2 * V + P, 2 * V, 8):
-        cut = latents.cut(copy.deepcopy(model), rank)
-        scores[rank] = entry(patterns.score(cut, trial)[0], 1, 0)['induction']['score']
+        cut = latents.cut_latents(copy.deepcopy(model), rank)
+        scores[rank] = entry(patterns.score_heads(cut, trial)[0], 1, 0)['induction']['score']
     assert scores[2 * V + P] > 0.999 and scores[8] < 0.4 and scores[8] < scores[2 * V] + 1e-6
     with pytest.raises(UserError, match='only MLA'):
-        latents.cut(by_hand('mha'), 8)
+        latents.cut_latents(by_hand('mha'), 8)
 
 
 @every_kind
@@ -300,7 +301,7 @@ def test_random_models_score_their_null_and_are_called_nothing(kind):
         dict(kv_lora_rank=32, qk_rope_head_dim=8) if kind == 'mla' else {}
     )
     model = model_class(model_class.Config(**(args | changes))).eval()
-    heads, *_ = patterns.score(model, trial_of(model))
+    heads, *_ = patterns.score_heads(model, trial_of(model))
     assert {e['label'] for e in heads} == {''}
     for name in ('induction', 'duplicate', 'previous'):
         assert sum(e[name]['score'] - e[name]['null'] for e in heads) / len(heads) == pytest.approx(
@@ -313,10 +314,10 @@ def test_patterns_are_what_the_model_used(kind, tiny, tokens):
     kind, changes = shape_of(kind)
     model = tiny(kind, kernel='eager', **changes)
     ids = tokens(20)
-    sums, rebuilt = patterns.check(model, ids)
+    sums, rebuilt = patterns.check_patterns(model, ids)
     assert sums < 1e-6 and rebuilt < 1e-5
     expected = model.hidden(ids)
-    found = patterns.of(model, ids[0])
+    found = patterns.patterns_of(model, ids[0])
     assert found.shape == (2, 4, 20, 20) and found.triu(1).abs().max() == 0
     for kernel in ('sdpa', 'absorbed') if kind == 'mla' else ('sdpa',):
         for block in model.transformer.h:
@@ -326,23 +327,23 @@ def test_patterns_are_what_the_model_used(kind, tiny, tokens):
             )
         torch.testing.assert_close(model.hidden(ids), expected, atol=1e-5, rtol=1e-4)
     with (
-        patterns.watched(model, lambda layer, pattern: found[layer][None])
+        patterns.watch_patterns(model, lambda layer, pattern: found[layer][None])
         if kind == 'mla'
         else pytest.raises(AssertionError)
     ):
         if kind == 'mla':  # absorbed patterns are the same, and what is handed in is what is used
             torch.testing.assert_close(model.hidden(ids[:1]), expected[:1], atol=1e-5, rtol=1e-4)
         else:
-            with patterns.watched(model, print):
+            with patterns.watch_patterns(model, print):
                 pass  # not the eager kernel
 
 
 def test_a_pattern_that_is_not_the_models_is_noticed(tiny, tokens):
     model = tiny(kernel='eager')
-    with patterns.watched(model, lambda layer, pattern: pattern.flip(1) if layer else None):
+    with patterns.watch_patterns(model, lambda layer, pattern: pattern.flip(1) if layer else None):
         assert (
-            patterns.check(model, tokens(20))[1] > 1e-3
-            or patterns.check(model, tokens(20))[0] > 1e-3
+            patterns.check_patterns(model, tokens(20))[1] > 1e-3
+            or patterns.check_patterns(model, tokens(20))[0] > 1e-3
         )
 
 
@@ -360,12 +361,12 @@ def test_a_pattern_that_is_not_the_models_is_noticed(tiny, tokens):
 )
 def test_trials_repeat_what_they_should(block, usable, asked, seed, bare):
     try:
-        L, G = patterns.lengths(block, usable, asked)
+        L, G = patterns.trial_lengths(block, usable, asked)
     except UserError:
         assert block < 16 or usable < 10
         return
     ids = 10 + torch.arange(usable) * 3
-    trial = patterns.trials(ids, None if bare else 2, 8, L, G, seed)
+    trial = patterns.random_trials(ids, None if bare else 2, 8, L, G, seed)
     assert (
         4 <= L <= asked
         and 1 + 2 * L + G <= block
@@ -385,7 +386,7 @@ def test_trials_repeat_what_they_should(block, usable, asked, seed, bare):
         )
         assert all(len(set(row.tolist())) == L for row in text[:, 1 : L + 1])
         if name != 'control':
-            q, keys = patterns.rows(L, gap)
+            q, keys = patterns.second_copy(L, gap)
             said, again = text.gather(1, keys['duplicate']), text.gather(1, q)
             assert torch.equal(said, again) and (keys['induction'] <= q).all()
             assert torch.equal(
@@ -420,7 +421,7 @@ def test_trials_of_text_are_windows_of_it(L, G, seed, bare):
     assert (
         (trial.gap >= 1).all() and (trial.gap <= G).all() and trial.gapped.size(1) == 2 * L + G + 1
     )
-    q, keys = patterns.rows(L, trial.gap)
+    q, keys = patterns.second_copy(L, trial.gap)
     assert torch.equal(trial.gapped.gather(1, q), S) and torch.equal(
         trial.gapped.gather(1, keys['duplicate']), S
     )
@@ -428,16 +429,16 @@ def test_trials_of_text_are_windows_of_it(L, G, seed, bare):
 
 def test_the_null_is_what_even_attention_scores():
     gap = torch.tensor([0, 3, 5])
-    q, keys = patterns.rows(6, gap)
+    q, keys = patterns.second_copy(6, gap)
     even = torch.ones(30, 30).tril() / torch.arange(1, 31)[:, None]
     for k in keys.values():
-        assert even[q, k].mean().item() == pytest.approx(patterns.nulls(6, gap), abs=1e-7)
+        assert even[q, k].mean().item() == pytest.approx(patterns.null_score(6, gap), abs=1e-7)
 
 
 def test_the_interval_covers_the_mean():
     generator, hits = torch.Generator().manual_seed(0), 0
     for seed in range(100):
-        low, high = patterns.interval(torch.rand(32, generator=generator), seed)
+        low, high = patterns.bootstrap_interval(torch.rand(32, generator=generator), seed)
         hits += low <= 0.5 <= high
     assert 85 <= hits <= 100
 
@@ -479,11 +480,11 @@ def test_circuits_are_the_models_own(kind, norm, tiny):
     )
     q, k, v = block.attn.qkv(block.ln_1(x + lift), rope)
     k, v = (w.repeat_interleave(4 // w.size(1), dim=1) for w in (k, v))
-    c, x = circuits.of(block), (x + lift)[0]
-    logits = (x @ c['q']) @ (x @ c['k']).mT + (
-        (x @ c['q_pe']) @ (x @ c['k_pe']).mT if c['q_pe'] is not None else 0
+    c, x = circuits.circuits_of(block), (x + lift)[0]
+    logits = (x @ c.q) @ (x @ c.k).mT + (
+        (x @ c.q_pe) @ (x @ c.k_pe).mT if c.q_pe is not None else 0
     )
-    values = x @ c['v']
+    values = x @ c.v
     if kind == 'mla' and changes.get(
         'q_lora_rank'
     ):  # latents have a norm: their lengths stay out of the circuits
@@ -492,13 +493,13 @@ def test_circuits_are_the_models_own(kind, norm, tiny):
             w.square().mean(-1).add(1e-6).sqrt()[0]
             for w in (a.q_a_proj(y), a.kv_a_proj_with_mqa(y)[..., : a.a_widths[0]])
         ]
-        content, pe = (x @ c['q']) @ (x @ c['k']).mT, (x @ c['q_pe']) @ (x @ c['k_pe']).mT
+        content, pe = (x @ c.q) @ (x @ c.k).mT, (x @ c.q_pe) @ (x @ c.k_pe).mT
         logits = (content / length[1] + pe) / length[0][:, None]
         values = values / length[1][:, None]
     torch.testing.assert_close(logits, (q @ k.mT)[0], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(values, v[0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(
-        (values @ c['o']).sum(0),
+        (values @ c.o).sum(0),
         block.attn.c_proj(v.transpose(1, 2).flatten(2))[0],
         atol=1e-3,
         rtol=1e-3,
@@ -509,11 +510,11 @@ def test_circuits_are_the_models_own(kind, norm, tiny):
 def test_copying_is_that_of_the_whole_circuit(kind, tiny):
     kind, changes = shape_of(kind)
     model = tiny(kind, tie_weights=False, **changes)
-    t, c = model.transformer, circuits.of(model.transformer.h[0])
+    t, c = model.transformer, circuits.circuits_of(model.transformer.h[0])
     w_u = model.lm_head.weight * t.ln_f.weight
     w_u = w_u - w_u.mean(-1, keepdim=True)
     for head in range(4):
-        values = torch.linalg.eigvals((t.wte.weight @ c['v'][head] @ c['o'][head] @ w_u.T).double())
+        values = torch.linalg.eigvals((t.wte.weight @ c.v[head] @ c.o[head] @ w_u.T).double())
         assert circuits.copying(model)[0, head].item() == pytest.approx(
             (values.real.sum() / values.abs().sum()).item(), abs=1e-3
         )
@@ -523,16 +524,16 @@ def test_copying_is_that_of_the_whole_circuit(kind, tiny):
 def test_composition_is_that_of_the_whole_matrices(kind, tiny):
     kind, changes = shape_of(kind)
     model = tiny(kind, **changes)
-    early, late = (circuits.of(block) for block in model.transformer.h)
+    early, late = (circuits.circuits_of(block) for block in model.transformer.h)
     found = {(c['kind'], *c['from'], *c['to']): c['value'] for c in circuits.composition(model)}
     assert len(found) == 3 * 16
     differences = {kind: set() for kind in 'QKV'}
     for i in range(4):
         for j in range(4):
             ov, qk, ov_late = (
-                early['v'][i] @ early['o'][i],
-                late['q'][j] @ late['k'][j].T,
-                late['v'][j] @ late['o'][j],
+                early.v[i] @ early.o[i],
+                late.q[j] @ late.k[j].T,
+                late.v[j] @ late.o[j],
             )
             for name, product, own in (
                 ('Q', ov @ qk, qk),
@@ -563,7 +564,7 @@ def test_the_two_parts_of_a_logit_make_the_pattern(tiny, tokens):
     model, ids = tiny('mla', kernel='eager', qk_norm=True), tokens(16)[0]
     content, rope = circuits.split_logits(model, ids, [(0, 1), (1, 3)])
     logits = (content + rope).masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf)
-    found = patterns.of(model, ids)
+    found = patterns.patterns_of(model, ids)
     torch.testing.assert_close(
         logits.softmax(-1), torch.stack([found[0, 1], found[1, 3]]), atol=1e-5, rtol=1e-4
     )
@@ -577,25 +578,25 @@ def test_the_two_parts_of_a_logit_make_the_pattern(tiny, tokens):
 
 def test_causes_by_hand(crafted):
     trial = trial_of(crafted, 16)
-    surgery = ablation.Surgery(crafted, trial.repeated, trial.L)
-    assert surgery.loss < 0.01
+    ablated = ablation.Ablation(crafted, trial.repeated, trial.L)
+    assert ablated.loss < 0.01
     for way in ('zero', 'mean'):
-        assert surgery.cost([(1, 0)], way) > 2 and surgery.cost([(0, 0)], way) > 2
-    assert surgery.cost([(0, 1), (0, 2), (1, 1)]) == pytest.approx(0, abs=1e-4)
-    assert surgery.cost([(0, 0)], 'pattern') < 0.1 * surgery.cost(
+        assert ablated.cost([(1, 0)], way) > 2 and ablated.cost([(0, 0)], way) > 2
+    assert ablated.cost([(0, 1), (0, 2), (1, 1)]) == pytest.approx(0, abs=1e-4)
+    assert ablated.cost([(0, 0)], 'pattern') < 0.1 * ablated.cost(
         [(0, 0)]
     )  # it matters for where others look
-    assert surgery.cost([(0, 0)], 'frozen') < 0.1 * surgery.cost([(0, 0)])
-    assert surgery.cost([(1, 0)], 'pattern') == pytest.approx(surgery.cost([(1, 0)]), abs=1e-5)
-    assert surgery.path([(0, 0)], [(1, 0)], 'K') > 2
+    assert ablated.cost([(0, 0)], 'frozen') < 0.1 * ablated.cost([(0, 0)])
+    assert ablated.cost([(1, 0)], 'pattern') == pytest.approx(ablated.cost([(1, 0)]), abs=1e-5)
+    assert ablated.path([(0, 0)], [(1, 0)], 'K') > 2
     assert (
-        surgery.path([(0, 0)], [(1, 0)], 'Q')
+        ablated.path([(0, 0)], [(1, 0)], 'Q')
         == pytest.approx(0, abs=1e-3)
-        == surgery.path([(0, 0)], [(1, 0)], 'V')
+        == ablated.path([(0, 0)], [(1, 0)], 'V')
     )
-    assert surgery.path([(0, 0)], [(1, 1)], 'K') == pytest.approx(0, abs=1e-4)
+    assert ablated.path([(0, 0)], [(1, 1)], 'K') == pytest.approx(0, abs=1e-4)
     assert (
-        surgery.path([(1, 0)], [(0, 0)], 'K') == 0 == surgery.cost([])
+        ablated.path([(1, 0)], [(0, 0)], 'K') == 0 == ablated.cost([])
     )  # nothing comes before its sender
 
 
@@ -611,7 +612,7 @@ def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny
     for module in model.modules():
         if isinstance(module, Norm):
             torch.nn.init.normal_(module.weight)
-    surgery = ablation.Surgery(model, ids, 8)
+    ablated = ablation.Ablation(model, ids, 8)
     ends = []
     for share in (0.0, 0.5, 1.0):
         edit = lambda layer, y: (
@@ -621,16 +622,16 @@ def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny
         )
         with (
             torch.no_grad(),
-            ablation.outputs_of(model, edit),
-            patterns.watched(model, lambda layer, a: surgery.seen[layer]),
-            ablation.norms_of(model, lambda norm, x: x * surgery.scales[norm]),
+            ablation.edit_outputs(model, edit),
+            patterns.watch_patterns(model, lambda layer, a: ablated.patterns[layer]),
+            ablation.edit_norms(model, lambda norm, x: x * ablated.scales[norm]),
         ):
             ends.append(model.hidden(ids))
     torch.testing.assert_close(ends[1], (ends[0] + ends[2]) / 2, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ends[2], model.hidden(ids), atol=1e-5, rtol=1e-4)
     assert (ends[0] - ends[2]).abs().max() > 1e-3
-    assert surgery.cost([(0, 0)], 'frozen') == pytest.approx(
-        surgery.loss_of(ends[0]) - surgery.loss, abs=1e-5
+    assert ablated.cost([(0, 0)], 'frozen') == pytest.approx(
+        ablated.loss_of(ends[0]) - ablated.loss, abs=1e-5
     )
 
 
@@ -639,14 +640,14 @@ def test_a_constant_that_later_layers_count_on(tiny, tokens):
     model, ids = tiny(kernel='eager', bias=True).eval(), tokens(21, B=6)
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight[-8:] = 0  # W^V of head 3: its bias alone is left
-    surgery = ablation.Surgery(model, ids, 10)
-    assert min(abs(surgery.cost([(0, 3)], way)) for way in ('zero', 'pattern')) > 1e-3
+    ablated = ablation.Ablation(model, ids, 10)
+    assert min(abs(ablated.cost([(0, 3)], way)) for way in ('zero', 'pattern')) > 1e-3
     for way in ('mean', 'frozen'):
-        assert surgery.cost([(0, 3)], way) == pytest.approx(0, abs=1e-5)
+        assert ablated.cost([(0, 3)], way) == pytest.approx(0, abs=1e-5)
     assert (
-        abs(surgery.cost([(0, 2)], 'frozen'))
+        abs(ablated.cost([(0, 2)], 'frozen'))
         > 1e-3
-        < abs(surgery.cost([(0, 2)], 'frozen') - surgery.cost([(0, 2)], 'mean'))
+        < abs(ablated.cost([(0, 2)], 'frozen') - ablated.cost([(0, 2)], 'mean'))
     )
 
 
@@ -655,7 +656,7 @@ def test_zero_ablation_is_the_model_without_the_head(kind, tiny):
     kind, changes = shape_of(kind)
     model = tiny(kind, kernel='eager', **changes)
     trial = trial_of(model, 8)
-    surgery = ablation.Surgery(model, trial.repeated, trial.L)
+    ablated = ablation.Ablation(model, trial.repeated, trial.L)
     ids = trial.repeated
 
     def loss(model):
@@ -669,16 +670,16 @@ def test_zero_ablation_is_the_model_without_the_head(kind, tiny):
             .item()
         )
 
-    assert surgery.loss == pytest.approx(loss(model), abs=1e-5)
+    assert ablated.loss == pytest.approx(loss(model), abs=1e-5)
     without = copy.deepcopy(model)
     with torch.no_grad():
         for layer, head in ((0, 2), (1, 1)):
             without.transformer.h[layer].attn.c_proj.weight.unflatten(1, (4, -1))[:, head] = 0
-    assert surgery.cost([(0, 2), (1, 1)]) == pytest.approx(loss(without) - surgery.loss, abs=1e-4)
+    assert ablated.cost([(0, 2), (1, 1)]) == pytest.approx(loss(without) - ablated.loss, abs=1e-4)
     last = [(1, head) for head in range(4)]
-    assert surgery.cost(last, 'pattern') == pytest.approx(surgery.cost(last), abs=1e-5)
+    assert ablated.cost(last, 'pattern') == pytest.approx(ablated.cost(last), abs=1e-5)
     everything = sum(
-        abs(surgery.path([(0, head) for head in range(4)], last, reads)) for reads in 'QKV'
+        abs(ablated.path([(0, head) for head in range(4)], last, reads)) for reads in 'QKV'
     )
     assert everything > 1e-4
 
@@ -689,14 +690,14 @@ def test_zero_ablation_is_the_model_without_the_head(kind, tiny):
 
 def test_latents(tiny, tokens):
     model = tiny('mla')
-    found = latents.read(model, tokens(20, B=12), batch=5)
+    found = latents.read_latents(model, tokens(20, B=12), batch=5)
     assert found.shape == (2, 240, 12)
     x = model.transformer.h[0].ln_1(model.embed(tokens(20, B=12))[0])
     expected = model.transformer.h[0].attn.latent(
         x, None if model.config.pos != 'rope' else model.embed(tokens(20))[1]
     )[0]
     torch.testing.assert_close(found[0], expected.flatten(0, 1))
-    shares = latents.shares(found)
+    shares = latents.variance_shares(found)
     assert (shares.diff(dim=1) >= -1e-9).all() and shares[:, -1].tolist() == pytest.approx([1, 1])
     alike = latents.likeness(found)
     assert (
@@ -706,12 +707,12 @@ def test_latents(tiny, tokens):
     )
     turned = torch.stack([found[0], 3 * found[0] @ torch.linalg.qr(torch.randn(12, 12)).Q + 5])
     assert latents.likeness(turned)[0, 1].item() == pytest.approx(1, abs=1e-5)
-    plane = latents.plane(found)
+    plane = latents.principal_plane(found)
     assert plane.var(1).sum(-1)[0].item() == pytest.approx(
         (shares[0, 1] * found[0].var(0).sum()).item(), rel=1e-3
     )
     with pytest.raises(UserError, match='only MLA'):
-        latents.read(tiny(), tokens(20))
+        latents.read_latents(tiny(), tokens(20))
 
 
 class Words:
@@ -730,7 +731,7 @@ class Words:
 @pytest.mark.parametrize('kind', ['mha', 'gqa', 'mla', 'rope'])
 def test_what_heads_move_adds_up_to_the_answer(kind, tiny):
     codec = Words()
-    asked = indirect_object.prompts(codec, 0, pairs=2)
+    asked = ioi.make_prompts(codec, 0, pairs=2)
     kind, changes = shape_of(kind)
     model = tiny(
         kind,
@@ -741,9 +742,10 @@ def test_what_heads_move_adds_up_to_the_answer(kind, tiny):
         vocab_size=len(codec.ids) + 1,
         **changes,
     )
-    answers, heads = indirect_object.measure(model, asked)
+    answers, heads = ioi.measure(model, asked)
     moved, direct = sum(head['moved'] for head in heads), 0.0
-    for ids, place, io, s in asked:
+    for one in asked:
+        ids, place, io, s = one.ids, one.position, one.io, one.s
         assert ids[place] == io and ids.count(s) == 2 and ids.count(io) == 1
         ids = torch.tensor([ids])
         x = model.embed(ids)[0][0, -1]
@@ -763,4 +765,4 @@ def test_what_heads_move_adds_up_to_the_answer(kind, tiny):
         0 <= head['copying'] <= 1 and 0 <= head['attention'] <= 1 for head in heads
     )
     with pytest.raises(UserError, match='single tokens'):
-        indirect_object.prompts(SimpleNamespace(encode=lambda text: [1, 2]), 0)
+        ioi.make_prompts(SimpleNamespace(encode=lambda text: [1, 2]), 0)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanomla.core.configurator import UserError
-from nanomla.heads.page import build as head_page
+from nanomla.heads.page import build
 
 EVIL = (
     '</script><script>document.title = "taken"</script>',
@@ -93,7 +93,7 @@ def bare():
 
 @pytest.mark.parametrize('make', [head_reports.pair, hostile, bare])
 def test_the_file_loads_nothing(make):
-    page = head_page.page(make())
+    page = build.page(make())
     assert (
         not re.search(
             r'http|src\s*=|fetch|XMLHttp|import\(|@import|<link|<iframe|<img', page, re.IGNORECASE
@@ -117,9 +117,9 @@ def test_numbers_come_back_out_of_the_file():
         layers=3,
         heads=1,
         tokens_text=texts,
-        patterns_u8=head_page.pack_patterns(A),
+        patterns_u8=build.pack_patterns(A),
     )
-    found = report_of(head_page.page(dict(models=[model])))['models'][0]
+    found = report_of(build.page(dict(models=[model])))['models'][0]
     back = unpack(found)
     lower = np.tril(np.ones((9, 9), bool))
     assert (
@@ -131,7 +131,7 @@ def test_numbers_come_back_out_of_the_file():
 
 def test_logits_are_halves_row_by_row():
     logits = np.random.default_rng(0).normal(scale=4, size=(2, 5, 5))
-    back = np.frombuffer(base64.b64decode(head_page.pack_logits(logits)), '<f2').reshape(2, 15)
+    back = np.frombuffer(base64.b64decode(build.pack_logits(logits)), '<f2').reshape(2, 15)
     assert np.array_equal(
         back[1, :6], logits[1][[0, 1, 1, 2, 2, 2], [0, 0, 1, 0, 1, 2]].astype(np.float16)
     )
@@ -148,7 +148,7 @@ def test_base64_that_spells_a_word_is_written_otherwise():
         tokens_text=list('abcde'),
         patterns_u8=base64.b64encode(rows.tobytes()).decode(),
     )
-    page = head_page.page(dict(models=[model]))
+    page = build.page(dict(models=[model]))
     assert report_of(page)['models'][0]['patterns_u8'] == 'httpfetchttpFETCHTTP' and not re.search(
         'http|fetch', page, re.IGNORECASE
     )
@@ -182,13 +182,13 @@ words = st.lists(
 @settings(max_examples=60)
 @given(st.dictionaries(words, words | st.lists(words)))
 def test_any_text_survives_and_hides(value):
-    text = head_page.embed(value)
+    text = build.embed(value)
     assert json.loads(text) == value and text.isascii()
     assert not re.search(r'http|src=|fetch|[<>&]', text, re.IGNORECASE)
 
 
 def test_numbers_that_json_lacks_become_null():
-    text = head_page.embed(
+    text = build.embed(
         dict(
             a=float('nan'),
             b=[np.float32('inf'), np.int64(3)],
@@ -206,39 +206,39 @@ def test_twelve_layers_of_twelve_heads_fit():
         report['models'][1]['mla_split']['heads']
     ) == 48
     for model in report['models']:
-        assert len(head_page.page(head_reports.report([model]))) <= 4_000_000
+        assert len(build.page(head_reports.report([model]))) <= 4_000_000
 
 
 def test_a_report_with_the_wrong_size_is_a_programmers_error():
     report = head_reports.pair(17)
     report['models'][0]['heads'] += 1
     with pytest.raises(AssertionError, match='patterns_u8 holds 1224 bytes, not 1530'):
-        head_page.page(report)
+        build.page(report)
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / 'heads.html'
-    head_page.write(path, bare())
+    build.write(path, bare())
     before = path.read_bytes()
     assert before.startswith(b'<!doctype html>') and os.listdir(tmp_path) == ['heads.html']
-    with pytest.raises(UserError, match='cannot write the page'):
-        head_page.write(tmp_path / 'nowhere' / 'heads.html', bare())
-    with pytest.raises(UserError, match='cannot write the page'):
-        head_page.write(tmp_path, bare())  # a folder
+    with pytest.raises(UserError, match='cannot write'):
+        build.write(path / 'heads.html', bare())  # below a file
+    with pytest.raises(UserError, match='cannot write'):
+        build.write(tmp_path, bare())  # a folder
 
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(head_page.os, 'replace', full)
-    with pytest.raises(UserError, match='No space left'):
-        head_page.write(path, head_reports.pair(17))
+    monkeypatch.setattr('os.replace', full)
+    with pytest.raises(UserError, match='no space left'):
+        build.write(path, head_reports.pair(17))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['heads.html']
 
 
 def test_a_part_of_the_page_that_is_missing_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(head_page, 'FOLDER', str(tmp_path))
+    monkeypatch.setattr(build, 'FOLDER', tmp_path)
     with pytest.raises(UserError, match=r'heads\.html: cannot read this part of the page'):
-        head_page.page(bare())
+        build.page(bare())
 
 
 # ---------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def show(chromium, tmp_path):
 
     def open_page(report, **settings):
         path = tmp_path / f'{len(contexts)} heads.html'
-        head_page.write(path, report)
+        build.write(path, report)
         context = chromium.new_context(
             **{'viewport': dict(width=1400, height=1000), 'accept_downloads': True} | settings
         )

@@ -3,16 +3,11 @@
 
 const report = JSON.parse(document.getElementById("report").textContent);
 
-const LABELS = ["induction", "previous", "duplicate", "current", "first", "positional", ""];
-const FAMILIES = ["induction", "on_text", "previous", "duplicate", "current", "first"]; // scores with null, control, gap, interval
-const SCORES = { // what heads can be ordered by: name, whether it is a difference in loss, name where room is short
-  induction: ["induction", false, "induction"], on_text: ["induction on held-out text", false, "on text"], previous: ["previous token", false, "previous"],
-  duplicate: ["duplicate token", false, "duplicate"], current: ["current token", false, "current"],
-  first: ["first token", false, "first"], copying: ["copying (OV)", false, "copying"],
-  effective_copying: ["copying, as read", false, "as read"],
-  zero_ablation: ["Δ loss, zero ablation", true, "Δ zero"], mean_ablation: ["Δ loss, mean ablation", true, "Δ mean"],
-  pattern_ablation: ["Δ loss, pattern kept", true, "Δ pattern"],
-};
+// The names come with the report: nanomla/heads/page/build.py has the one list of them.
+const LABELS = report.names.labels;
+const FAMILIES = report.names.families; // scores with null, control, gap and interval
+// What heads can be ordered by: key -> { name, short, column, help, is_loss }.
+const SCORES = Object.fromEntries(report.names.scores.map(score => [score.key, score]));
 
 /** Bytes [from, to) of a base64 text; the rest is not decoded. */
 function bytesOf(text, from, to) {
@@ -49,6 +44,7 @@ class Model {
     this.T = this.tokensText.length;
     this.size = this.T * (this.T + 1) / 2;
     this.count = raw.layers * raw.heads;
+    this.allHeads = Array.from({ length: this.count }, (_, head) => head);
     this.untrained = raw.trained === false;
     this.scoreOf = new Map();
     for (const score of raw.scores || []) this.scoreOf.set(score.layer * raw.heads + score.head, score);
@@ -122,7 +118,7 @@ const esc = text => String(text).replace(/[&<>"']/g, sign => `&#${sign.charCodeA
 const whole = value => number(value) === null ? "–" : value.toLocaleString("en-US");
 const fixed = (value, digits = 2) => number(value) === null ? "–" : value.toFixed(digits).replace("-", "−");
 const signed = (value, digits = 3) => number(value) === null ? "–" : (value > 0 ? "+" : "") + fixed(value, digits);
-const showScore = (value, key) => SCORES[key]?.[1] ? signed(value, 2) : fixed(value, 2);
+const showScore = (value, key) => SCORES[key]?.is_loss ? signed(value, 2) : fixed(value, 2);
 
 /** 124_439_808 as 124M. */
 function short(value) {

@@ -2,14 +2,30 @@
 // The page itself: what is chosen, and everything that follows from it.
 
 const state = {
-  query: 0, key: null, locked: false, // key null: the one with the largest weight, in each view its own
-  shown: "induction", order: "grid", scale: "root", labels: new Set(LABELS),
+  query: 0,
+  key: null, // null: the one with the largest weight, in each view its own
+  locked: false,
+  shown: "induction", // the score on the small maps
+  order: "grid",
+  scale: "root",
+  labels: new Set(LABELS),
   table: { sort: "score", down: true, family: "induction", model: "", label: "" },
-  kinds: new Set(), threshold: 0, moment: 0,
+  kinds: new Set(), // of composition
+  threshold: 0,
+  moment: 0,
 };
 const views = [];
 const byId = id => document.getElementById(id);
-const options = (pairs, chosen) => pairs.map(([value, text]) => `<option value="${esc(value)}"${value === chosen ? " selected" : ""}>${esc(text)}</option>`).join("");
+
+/** <option>s of [value, text] pairs. */
+function options(pairs, chosen) {
+  const option = ([value, text]) =>
+    `<option value="${esc(value)}"${value === chosen ? " selected" : ""}>${esc(text)}</option>`;
+  return pairs.map(option).join("");
+}
+
+const kindBadge = model =>
+  `<span class="kind kind-${esc(model.kind.toLowerCase())}">${esc(model.kind)}</span>`;
 
 // ---------------------------------------------------------------------------
 // one query for all views
@@ -32,7 +48,10 @@ function setLocked(locked) {
 function queryChanged() { // at most once a frame
   if (waiting) return;
   waiting = true;
-  requestAnimationFrame(() => { waiting = false; for (const view of views) view.showQuery(); });
+  requestAnimationFrame(() => {
+    waiting = false;
+    for (const view of views) view.showQuery();
+  });
 }
 
 /** Show a head: in the view that has its model, else in the last one. */
@@ -59,77 +78,125 @@ function setViews(count) {
 // banners
 
 function showBanners() {
-  byId("banners").innerHTML = models.map(model => {
-    const facts = [["parameters", short(model.params)], ["step", whole(model.step)], ["tokens seen", short(model.tokens)],
-      ["val loss", fixed(model.val_loss, 3)], ["heads", `${model.layers} × ${model.heads}`]];
-    if (number(model.icl_score) !== null) facts.push(["in-context score", signed(model.icl_score, 2)]);
-    return `<article class="banner ${model.untrained ? "untrained" : ""}" style="--own:${colorOf(model)}">
-      <h2><span class="kind kind-${esc(model.kind.toLowerCase())}">${esc(model.kind)}</span> ${esc(model.name)}</h2>
-      ${model.untrained ? '<p class="alarm"><b>Untrained.</b> These weights are random: nothing below was learned.</p>' : ""}
-      <dl>${facts.map(([name, value]) => `<div><dt>${name}</dt><dd>${value}</dd></div>`).join("")}</dl>
-      <p class="source" title="${esc(model.source || "")}">${esc(model.source || "source unknown")}</p></article>`;
-  }).join("");
+  byId("banners").innerHTML = models.map(banner).join("");
+}
+
+function banner(model) {
+  const facts = [
+    ["parameters", short(model.params)],
+    ["step", whole(model.step)],
+    ["tokens seen", short(model.tokens)],
+    ["val loss", fixed(model.val_loss, 3)],
+    ["heads", `${model.layers} × ${model.heads}`],
+  ];
+  if (number(model.icl_score) !== null) facts.push(["in-context score", signed(model.icl_score, 2)]);
+  const alarm = '<p class="alarm"><b>Untrained.</b> These weights are random: nothing below was learned.</p>';
+  const terms = facts.map(([name, value]) => `<div><dt>${name}</dt><dd>${value}</dd></div>`);
+  return `<article class="banner ${model.untrained ? "untrained" : ""}" style="--own:${colorOf(model)}">
+    <h2>${kindBadge(model)} ${esc(model.name)}</h2>${model.untrained ? alarm : ""}
+    <dl>${terms.join("")}</dl>
+    <p class="source" title="${esc(model.source || "")}">${esc(model.source || "source unknown")}</p></article>`;
 }
 
 // ---------------------------------------------------------------------------
 // table
 
-const COLUMNS = [ // key, heading, digits or null for text, text of a cell
-  ["model", "Model"], ["head", "Head"], ["label", "Label"], ["score", "Score"], ["null", "Null"], ["control", "Control"], ["gap", "Gap"],
-  ["interval", "Interval"], ["copying", "Copying"], ["effective_copying", "as read"], ["zero_ablation", "Δ zero"], ["mean_ablation", "Δ mean"], ["pattern_ablation", "Δ pattern kept"],
+// Columns of every report; those of single scores come from the report's names.
+const PARTS = ["score", "null", "control", "gap"];
+const COLUMNS = [
+  { key: "model", heading: "Model" },
+  { key: "head", heading: "Head" },
+  { key: "label", heading: "Label" },
+  { key: "score", heading: "Score" },
+  { key: "null", heading: "Null", help: "what a head that attends evenly would score" },
+  { key: "control", heading: "Control", help: "the same positions in a sequence that does not repeat" },
+  { key: "gap", heading: "Gap", help: "the score with other tokens between the two copies" },
+  { key: "interval", heading: "Interval",
+    help: "confidence interval of the score over sequences; sorts by its lower end" },
 ];
-const EXPLAINED = {
-  null: "what a head that looks everywhere alike would score", control: "the same places in a sequence that does not repeat",
-  gap: "the score when other tokens stand between the two copies", interval: "confidence interval of the score over sequences; sorts by its lower end",
-  copying: "by weights, from the embedding. 1: whatever it looks at, it makes likelier; −1: less likely",
-  effective_copying: "copying of what the head really reads, which the layers before it may have turned round", zero_ablation: "loss added when the head's output is set to zero (nats)",
-  mean_ablation: "loss added when the head's output is replaced by its mean (nats)",
-  pattern_ablation: "loss added when the head is removed but later heads keep their patterns (nats)",
-};
+for (const score of Object.values(SCORES))
+  if (score.column) COLUMNS.push({ key: score.key, heading: score.column, help: score.help });
 
-function cell({ model, head }, key) { // what a column sorts by
+/** What a column sorts by. */
+function cell({ model, head }, key) {
   if (key === "model") return model.name;
   if (key === "head") return head;
   if (key === "label") return model.label(head) || null;
   if (key === "interval") return model.score(head, state.table.family, "low");
-  return ["score", "null", "control", "gap"].includes(key) ? model.score(head, state.table.family, key) : model.score(head, key);
+  if (PARTS.includes(key)) return model.score(head, state.table.family, key);
+  return model.score(head, key);
 }
+
+/** A cell as HTML. */
+function cellText(row, key) {
+  const { model, head } = row;
+  const label = model.label(head);
+  if (key === "model")
+    return `${kindBadge(model)} <span class="model-name" title="${esc(model.name)}">${esc(model.name)}</span>`;
+  if (key === "head")
+    return `<button type="button" class="head-link" data-model="${model.index}" data-head="${head}">${model.nameOf(head)}</button>`;
+  if (key === "label" && label) return `<span class="label label-${esc(label)}">${esc(label)}</span>`;
+  if (key === "label") return '<span class="quiet">–</span>';
+  if (key === "interval") return whisker(row);
+  const value = cell(row, key);
+  if (SCORES[key]?.is_loss) return signed(value);
+  return fixed(value, key in SCORES ? 2 : 3);
+}
+
+const clamp = value => Math.max(0, Math.min(1, value));
+const percent = share => `${(100 * share).toFixed(1)}%`;
 
 /** Score, null, control and interval on one line from 0 to 1. */
 function whisker({ model, head }) {
-  const [score, low, high, none, control] = ["score", "low", "high", "null", "control"].map(part => model.score(head, state.table.family, part));
-  const place = value => `${(100 * Math.max(0, Math.min(1, value))).toFixed(1)}%`;
-  const says = low === null || high === null ? "no interval" : `${fixed(low, 3)} to ${fixed(high, 3)}`;
-  return `<span class="whisker" role="img" aria-label="${says}" title="${says}">` +
-    (none === null ? "" : `<i class="null" style="left:${place(none)}"></i>`) + (control === null ? "" : `<i class="control" style="left:${place(control)}"></i>`) +
-    (low === null || high === null ? "" : `<i class="range" style="left:${place(low)};width:${(100 * Math.max(0, Math.min(1, high) - Math.max(0, low))).toFixed(1)}%"></i>`) +
-    (score === null ? "" : `<i class="score" style="left:${place(score)}"></i>`) + "</span>";
+  const part = name => model.score(head, state.table.family, name);
+  const low = part("low"), high = part("high");
+  const marks = ["null", "control"].filter(name => part(name) !== null)
+    .map(name => `<i class="${name}" style="left:${percent(clamp(part(name)))}"></i>`);
+  let text = "no interval";
+  if (low !== null && high !== null) {
+    text = `${fixed(low, 3)} to ${fixed(high, 3)}`;
+    const width = Math.min(1, high) - Math.max(0, low);
+    marks.push(`<i class="range" style="left:${percent(clamp(low))};width:${percent(width)}"></i>`);
+  }
+  if (part("score") !== null)
+    marks.push(`<i class="score" style="left:${percent(clamp(part("score")))}"></i>`);
+  return `<span class="whisker" role="img" aria-label="${text}" title="${text}">${marks.join("")}</span>`;
+}
+
+/** The rows of the table, {model, head}: those that the reader chose, in order. */
+function tableRows() {
+  const { model: only, label } = state.table;
+  const rows = [];
+  for (const model of models) {
+    if (only !== "" && model.index !== Number(only)) continue;
+    for (const head of model.allHeads)
+      if (label === "" || (model.label(head) || "none") === label) rows.push({ model, head });
+  }
+  return rows.sort(compareRows);
+}
+
+function compareRows(a, b) {
+  const x = cell(a, state.table.sort), y = cell(b, state.table.sort);
+  // What was not measured comes last, either way.
+  if (x === null || y === null) return (x === null) - (y === null);
+  const order = typeof x === "string" ? x.localeCompare(y) : x - y;
+  return (state.table.down ? -order : order) || a.model.index - b.model.index || a.head - b.head;
+}
+
+function headingCell({ key, heading, help }) {
+  let sorted = "none";
+  if (key === state.table.sort) sorted = state.table.down ? "descending" : "ascending";
+  const title = esc(help || `sort by ${heading.toLowerCase()}`);
+  return `<th scope="col" class="col-${key}" aria-sort="${sorted}">
+    <button type="button" data-sort="${key}" title="${title}">${heading}</button></th>`;
 }
 
 function showTable() {
-  const { sort, down, family, model: only, label } = state.table;
-  const rows = models.filter(model => only === "" || model.index === Number(only))
-    .flatMap(model => Array.from({ length: model.count }, (_, head) => ({ model, head })))
-    .filter(({ model, head }) => label === "" || model.label(head) === (label === "none" ? "" : label));
-  rows.sort((a, b) => {
-    const [x, y] = [cell(a, sort), cell(b, sort)];
-    if (x === null || y === null) return (x === null) - (y === null); // what was not measured comes last, either way
-    const order = typeof x === "string" ? x.localeCompare(y) : x - y;
-    return (down ? -order : order) || a.model.index - b.model.index || a.head - b.head;
-  });
-  const shown = COLUMNS.filter(([key]) => key !== "model" || models.length > 1);
-  byId("table").tHead.innerHTML = `<tr>${shown.map(([key, name]) => `<th scope="col" class="col-${key}" aria-sort="${key !== sort ? "none" : down ? "descending" : "ascending"}">
-    <button type="button" data-sort="${key}" title="${esc(EXPLAINED[key] || `sort by ${name.toLowerCase()}`)}">${name}</button></th>`).join("")}</tr>`;
-  byId("table").tBodies[0].innerHTML = rows.map(row => {
-    const { model, head } = row, name = model.label(head);
-    const text = {
-      model: () => `<span class="kind kind-${esc(model.kind.toLowerCase())}">${esc(model.kind)}</span> <span class="model-name" title="${esc(model.name)}">${esc(model.name)}</span>`,
-      head: () => `<button type="button" class="head-link" data-model="${model.index}" data-head="${head}">${model.nameOf(head)}</button>`,
-      label: () => name ? `<span class="label label-${esc(name)}">${esc(name)}</span>` : '<span class="quiet">–</span>',
-      interval: () => whisker(row),
-    };
-    return `<tr>${shown.map(([key]) => `<td class="col-${key}">${text[key]?.() ?? (key.endsWith("ablation") ? signed(cell(row, key)) : fixed(cell(row, key), key.endsWith("copying") ? 2 : 3))}</td>`).join("")}</tr>`;
-  }).join("");
+  const columns = COLUMNS.filter(({ key }) => key !== "model" || models.length > 1);
+  const rows = tableRows();
+  const bodyRow = row => columns.map(({ key }) => `<td class="col-${key}">${cellText(row, key)}</td>`).join("");
+  byId("table").tHead.innerHTML = `<tr>${columns.map(headingCell).join("")}</tr>`;
+  byId("table").tBodies[0].innerHTML = rows.map(row => `<tr>${bodyRow(row)}</tr>`).join("");
   byId("table-count").textContent = `${rows.length} heads`;
 }
 
@@ -138,15 +205,32 @@ function setTable(change) {
   showTable();
 }
 
-/** Whatever was measured on groups of heads: a small dict of numbers, lists of heads and dicts of these. */
+/** A value of group_ablation as text: a number, a list of heads, or a small dict of these. */
+function groupText(value, key = "") {
+  if (value === null) return "–";
+  if (isListOfHeads(value)) return value.map(([layer, head]) => `L${layer}\u202fH${head}`).join(", ");
+  if (Array.isArray(value)) return value.map(item => groupText(item)).join(", ");
+  if (typeof value === "object")
+    return Object.entries(value).map(([name, item]) => `${words(name)} ${groupText(item, name)}`).join(" · ");
+  if (number(value) === null) return String(value);
+  if (Number.isInteger(value)) return String(value);
+  return key === "loss" ? fixed(value, 3) : signed(value);
+}
+
+function isListOfHeads(value) {
+  return Array.isArray(value) && value.length > 0 && value.every(item => Array.isArray(item) && item.length === 2);
+}
+
+const words = key => key.replaceAll("_", " ");
+
+/** Whatever was measured on groups of heads. */
 function showGroups() {
-  const pairs = list => Array.isArray(list) && list.length && list.every(item => Array.isArray(item) && item.length === 2);
-  const tell = (value, about = "") => pairs(value) ? value.map(([layer, head]) => `L${layer}\u202fH${head}`).join(", ") : Array.isArray(value) ? value.map(tell).join(", ")
-    : value !== null && typeof value === "object" ? Object.entries(value).map(([key, item]) => `${key.replaceAll("_", " ")} ${tell(item, key)}`).join(" · ")
-      : number(value) === null ? (value === null ? "–" : String(value)) : Number.isInteger(value) ? String(value) : about === "loss" ? fixed(value, 3) : signed(value);
-  byId("groups").innerHTML = models.filter(model => model.group_ablation && Object.keys(model.group_ablation).length).map(model =>
-    `<article class="card"><h3><span class="kind kind-${esc(model.kind.toLowerCase())}">${esc(model.kind)}</span> ${esc(model.name)}: heads ablated together, Δ loss in nats</h3>
-    <dl>${Object.entries(model.group_ablation).map(([key, value]) => `<div><dt>${esc(key.replaceAll("_", " "))}</dt><dd>${esc(tell(value, key))}</dd></div>`).join("")}</dl></article>`).join("");
+  const measured = models.filter(model => Object.keys(model.group_ablation || {}).length);
+  const term = ([key, value]) =>
+    `<div><dt>${esc(words(key))}</dt><dd>${esc(groupText(value, key))}</dd></div>`;
+  byId("groups").innerHTML = measured.map(model => `<article class="card">
+    <h3>${kindBadge(model)} ${esc(model.name)}: heads ablated together, Δ loss in nats</h3>
+    <dl>${Object.entries(model.group_ablation).map(term).join("")}</dl></article>`).join("");
 }
 
 // ---------------------------------------------------------------------------
@@ -274,37 +358,92 @@ function showLegend() {
 // ---------------------------------------------------------------------------
 // beginning
 
+/** Whether any head of any model has a number for a score. */
+function isMeasured(key) {
+  return models.some(model => model.allHeads.some(head => model.score(head, key) !== null));
+}
+
+/** How many heads of all models have a label. */
+function countOf(label) {
+  let count = 0;
+  for (const model of models) count += model.allHeads.filter(head => model.label(head) === label).length;
+  return count;
+}
+
+function showAllThumbs() {
+  for (const view of views) view.showThumbs();
+}
+
 function setUpControls() {
-  const measured = Object.entries(SCORES).filter(([key]) => models.some(model => [...model.scoreOf.keys()].some(head => model.score(head, key) !== null)));
-  byId("shown-score").innerHTML = options((measured.length ? measured : Object.entries(SCORES)).map(([key, [name]]) => [key, name]), state.shown);
-  const heads = () => { for (const view of views) view.showThumbs(); };
-  byId("shown-score").onchange = event => { state.shown = event.target.value; heads(); };
-  byId("order").onchange = event => { state.order = event.target.value; heads(); };
-  byId("scale").onchange = event => { state.scale = event.target.value; repaint(); };
-  const count = label => models.reduce((sum, model) => sum + Array.from({ length: model.count }, (_, head) => head).filter(head => model.label(head) === label).length, 0);
-  const found = LABELS.filter(label => count(label));
-  byId("chips").innerHTML = found.map(label => `<button type="button" class="chip" data-label="${label}" aria-pressed="true"><i class="dot label-${label || "none"}"></i>${labelName(label)} <span class="quiet">${count(label)}</span></button>`).join("");
-  byId("chips").onclick = event => toggle(event, "label", state.labels, heads);
+  const found = LABELS.filter(label => countOf(label) > 0);
+  setUpToolbar(found);
+  setUpTableControls(found);
+  const last = Math.max(0, moments.length - 1);
+  state.moment = last;
+  byId("moment").max = last;
+  byId("moment").value = last;
+  byId("moment").oninput = event => {
+    state.moment = Number(event.target.value);
+    showMoment();
+  };
+}
+
+/** What is above the maps: which score, in which order, on which scale, which labels. */
+function setUpToolbar(labels) {
+  const all = Object.keys(SCORES);
+  const measured = all.filter(isMeasured);
+  const keys = measured.length ? measured : all;
+  byId("shown-score").innerHTML = options(keys.map(key => [key, SCORES[key].name]), state.shown);
+  byId("shown-score").onchange = event => {
+    state.shown = event.target.value;
+    showAllThumbs();
+  };
+  byId("order").onchange = event => {
+    state.order = event.target.value;
+    showAllThumbs();
+  };
+  byId("scale").onchange = event => {
+    state.scale = event.target.value;
+    repaint();
+  };
+  byId("chips").innerHTML = labels.map(labelChip).join("");
+  byId("chips").onclick = event => toggle(event, "label", state.labels, showAllThumbs);
   byId("second-view").onclick = () => setViews(views.length > 1 ? 1 : 2);
-  byId("table-family").innerHTML = options(FAMILIES.filter(key => key !== "on_text" || models.some(model => model.score(0, key) !== null)).map(key => [key, SCORES[key][0]]), state.table.family);
+}
+
+function labelChip(label) {
+  return `<button type="button" class="chip" data-label="${label}" aria-pressed="true">
+    <i class="dot label-${label || "none"}"></i>${labelName(label)}
+    <span class="quiet">${countOf(label)}</span></button>`;
+}
+
+/** What is above the table: which family of scores, which model, which label. */
+function setUpTableControls(labels) {
+  // Held-out text is not here for every model; the other families always are.
+  const families = FAMILIES.filter(key => key !== "on_text" || isMeasured(key));
+  const familyNames = families.map(key => [key, SCORES[key].name]);
+  byId("table-family").innerHTML = options(familyNames, state.table.family);
   byId("table-family").onchange = event => setTable({ family: event.target.value });
-  byId("table-model").innerHTML = options([["", "all"], ...models.map(model => [String(model.index), model.name])], "");
+  const modelNames = models.map(model => [String(model.index), model.name]);
+  byId("table-model").innerHTML = options([["", "all"], ...modelNames], "");
   byId("table-model").parentElement.hidden = models.length < 2;
   byId("table-model").onchange = event => setTable({ model: event.target.value });
-  byId("table-label").innerHTML = options([["", "all"], ...found.map(label => [label || "none", labelName(label)])], "");
+  const labelNames = labels.map(label => [label || "none", labelName(label)]);
+  byId("table-label").innerHTML = options([["", "all"], ...labelNames], "");
   byId("table-label").onchange = event => setTable({ label: event.target.value });
   byId("table").onclick = event => {
     const { sort, model, head } = event.target.dataset;
-    if (sort) {
-      const text = ["model", "head", "label"].includes(sort);
-      setTable({ sort, down: sort === state.table.sort ? !state.table.down : !text });
-      byId("table").querySelector(`[data-sort="${sort}"]`).focus();
-    } else if (model !== undefined) selectHead(models[model], Number(head));
+    if (sort) sortTable(sort);
+    else if (model !== undefined) selectHead(models[model], Number(head));
   };
-  Object.assign(byId("moment"), { max: Math.max(0, moments.length - 1) });
-  state.moment = Math.max(0, moments.length - 1);
-  byId("moment").value = state.moment;
-  byId("moment").oninput = event => { state.moment = Number(event.target.value); showMoment(); };
+}
+
+/** Sort by a column; by the same one again, the other way round. */
+function sortTable(key) {
+  const isText = ["model", "head", "label"].includes(key);
+  const down = key === state.table.sort ? !state.table.down : !isText;
+  setTable({ sort: key, down });
+  byId("table").querySelector(`[data-sort="${key}"]`).focus(); // the heading was drawn anew
 }
 
 /** All that carries colours of its own. */

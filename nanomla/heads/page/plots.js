@@ -215,7 +215,7 @@ function overviewPicture(model) {
       <text x="${x + tile / 2}" y="${y + tile - gap + 11}" ${type}>${showScore(value, state.shown)}</text>`);
   }
   return { name: `${model.name} heads`, ...picture(parts.join(""), left + model.heads * tile + 12, top + model.layers * (tile + 12) + 8, [],
-    [`number: ${SCORES[state.shown][0]}`, model.passport]) };
+    [`number: ${SCORES[state.shown].name}`, model.passport]) };
 }
 
 /** PNG and SVG buttons in `holder` for what `draw` returns. */

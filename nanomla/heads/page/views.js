@@ -48,14 +48,14 @@ class View {
     this.part(".choice").classList.toggle("broad", model.heads > 16);
     holder.style.setProperty("--heads", model.heads);
     holder.style.setProperty("--thumb", `${Math.max(26, Math.min(92, 396 / model.layers))}px`); // all layers on one screen
-    holder.setAttribute("aria-label", `Heads of ${model.name}, ${grid ? "layer by layer" : `by ${SCORES[state.shown][0]}`}`);
+    holder.setAttribute("aria-label", `Heads of ${model.name}, ${grid ? "layer by layer" : `by ${SCORES[state.shown].name}`}`);
     this.seen.disconnect();
     const columns = grid ? ['<span class="corner"></span>', ...Array.from({ length: model.heads }, (_, head) => `<span class="column">H${head}</span>`)] : [];
     holder.innerHTML = columns.join("") + shown.map(head => {
       const label = model.label(head), faded = !state.labels.has(label);
       const row = grid && head % model.heads === 0 ? `<span class="row">L${model.layer(head)}</span>` : "";
       const value = model.score(head, state.shown);
-      const says = `layer ${model.layer(head)} head ${head % model.heads}, ${labelName(label)}, ${SCORES[state.shown][0]} ${showScore(value, state.shown)}`;
+      const says = `layer ${model.layer(head)} head ${head % model.heads}, ${labelName(label)}, ${SCORES[state.shown].name} ${showScore(value, state.shown)}`;
       return `${row}<button type="button" class="thumb${faded ? " faded" : ""}" data-head="${head}" tabindex="-1" aria-pressed="false" aria-label="${esc(says)}"
         title="${esc(says)}"><span class="paper"></span><span class="caption">${grid ? "" : `<b>${model.nameOf(head)}</b>`}<i class="dot label-${esc(label || "none")}"></i><span
         class="value">${value === null ? "" : showScore(value, state.shown)}</span></span></button>`;
@@ -100,8 +100,8 @@ class View {
     const onText = model.scoreOf.get(head)?.on_text?.label;
     this.part(".chosen .label").textContent = onText && onText !== label ? `${label && `${label}, `}${onText} on text` : labelName(label);
     this.part(".facts").innerHTML = Object.keys(SCORES).filter(key => model.score(head, key) !== null).map(key => {
-      const value = model.score(head, key), bar = SCORES[key][1] || value < 0 ? "" : `<i style="width:${(100 * Math.min(1, value)).toFixed(1)}%"></i>`;
-      return `<div><dt title="${esc(SCORES[key][0])}">${esc(SCORES[key][2])}</dt><dd class="bar">${bar}</dd><dd>${showScore(value, key)}</dd></div>`;
+      const value = model.score(head, key), bar = SCORES[key].is_loss || value < 0 ? "" : `<i style="width:${(100 * Math.min(1, value)).toFixed(1)}%"></i>`;
+      return `<div><dt title="${esc(SCORES[key].name)}">${esc(SCORES[key].short)}</dt><dd class="bar">${bar}</dd><dd>${showScore(value, key)}</dd></div>`;
     }).join("") || '<div class="quiet">no scores in this report</div>';
     this.map.show(model, head, this.what);
     this.map.canvas.setAttribute("aria-label", `Attention of ${model.nameOf(head)} of ${model.name}. Arrow keys move the query and the key, Enter locks.`);
