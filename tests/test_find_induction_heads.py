@@ -477,6 +477,7 @@ def trained(tmp_path_factory):
             run(
                 'train.py',
                 [
+                    str(ROOT / 'config/induction.py'),
                     str(ROOT / f'config/induction_{name}.py'),
                     '--device=cpu',
                     '--seed=1',
