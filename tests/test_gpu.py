@@ -1,4 +1,4 @@
-"""What only a GPU can show of the trainer: the recorded, compiled, fused step is the plain one, only faster."""
+"""The trainer on a GPU: the recorded, compiled, fused step is the plain one, only faster."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,10 @@ from nanomla.training import batches
 from nanomla.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
-TINY = '--n_layer=2 --n_head=4 --n_embd=64 --block_size=32 --batch_size=8 --gradient_accumulation_steps=2 --warmup_iters=2 --max_iters=12'
+TINY = (
+    '--n_layer=2 --n_head=4 --n_embd=64 --block_size=32 --batch_size=8 '
+    '--gradient_accumulation_steps=2 --warmup_iters=2 --max_iters=12'
+)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import model as model_file
 from model import CHOICES, GPT, GPTConfig, rope_tables
 from model_mla import GPT_MLA, MLAConfig
 from nanomla.checkpoints.gpt2 import from_pretrained
-from nanomla.inference.generate import choose, generate, Sampling
+from nanomla.inference.generate import Sampling, choose, generate
 
 UNEQUAL = {
     'mla_absorbed',

@@ -1,4 +1,4 @@
-"""train.py from end to end: tiny models on the CPU, mostly in this process, run and ended as a person's `python train.py` is."""
+"""train.py from end to end: tiny models on the CPU, mostly in this process."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,7 +92,11 @@ def same(one, other):
 
 @torch.no_grad()
 def loss_by_hand(model, ids, T):
-    """Mean nats of every token of `ids` but the first, in blocks of T; the last block begins earlier, for a full context."""
+    """
+    Mean nats of every token of `ids` but the first, in blocks of T.
+
+    The last block begins earlier, for a full context.
+    """
     nats, model = [], model.eval()
     for start in range(0, len(ids) - 1, T):
         begin = min(start, len(ids) - 1 - T)
@@ -108,7 +113,11 @@ def val_tokens(folder='text'):
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """Each test in a folder of its own that has the dataset `text`, without git, and without a picture unless it asks for one."""
+    """
+    Each test in a folder of its own that has the dataset `text`, without git.
+
+    A picture is drawn only where a test asks for one.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dataset, 'DATA', tmp_path / 'data')
     monkeypatch.setattr(machine, 'commit', lambda: 'abc1234')
@@ -121,7 +130,11 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start():
-    """start(*launcher, **settings) -> a process of train.py in the current folder, its output in the files out_dir + '.out' and '.err'."""
+    """
+    start(*launcher, **settings) -> a process of train.py in the current folder.
+
+    Its output is in the files out_dir + '.out' and '.err'.
+    """
     started = []
 
     def begin(*launcher, **settings):
@@ -238,7 +251,7 @@ def test_gpt_and_mla_read_the_same_text(accumulation, monkeypatch):
     for kind, seed in (('mha', 5), ('mla', 5), ('mha', 6)):
         seen = read[kind, seed] = []
 
-        def watch(self, split, starts):
+        def watch(self, split, starts, seen=seen):
             x, y = cut(self, split, starts)
             if split == 'train':
                 seen.append((x.tolist(), y.tolist()))
@@ -429,14 +442,17 @@ def test_a_resumed_run_may_have_other_rates_and_dropout():
     assert last['model_args']['dropout'] == 0.1 and last['step'] == 6
 
 
+def has_trained(log_path):
+    return log_path.exists() and '"train"' in log_path.read_text()
+
+
 def test_signals_stop_a_process_that_can_be_resumed(start):
     running = {
         name: start(out_dir=f'my {name}', max_iters=10**6, eval_interval=10**6, log_interval=5)
         for name in ('SIGTERM', 'SIGUSR1')
     }
     for name, process in running.items():
-        path = Path(f'my {name}', 'log.jsonl')
-        wait_until(lambda: path.exists() and '"train"' in path.read_text(), process)
+        wait_until(partial(has_trained, Path(f'my {name}', 'log.jsonl')), process)
         process.send_signal(getattr(signal, name))
     for name, process in running.items():
         assert process.wait(PATIENCE) == 0 and Path(f'my {name}.err').read_text() == ''
@@ -489,7 +505,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start):
     )
     running = {f'out{i}': start(out_dir=f'out{i}', **endless) for i in range(4)}
     for out, process in running.items():
-        wait_until(lambda: Path(out, 'last.pt').exists(), process)
+        wait_until(Path(out, 'last.pt').exists, process)
     for process in running.values():
         time.sleep(0.05 + 0.15 * chance.random())
         process.kill()
@@ -1026,7 +1042,8 @@ def place(tmp_path_factory):
         (dict(init_from='resume', out_dir='muon'), 'another optimizer than --optimizer=adamw'),
         (
             dict(init_from='resume', train_only='attn'),
-            'the checkpoint was trained with its parameters in other groups: resume with its own --muon_up',
+            'the checkpoint was trained with its parameters in other groups: '
+            'resume with its own --muon_up',
         ),
     ],
     ids=lambda value: (
