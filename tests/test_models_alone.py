@@ -1,0 +1,54 @@
+"""model.py and model_mla.py need torch alone: copied into an empty folder, they train there."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+TRAIN = """
+import torch
+from {module} import {name}
+
+torch.manual_seed(0)
+model = {name}({name}.Config(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=32{more}))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+idx = torch.randint(32, (4, 17))
+losses = []
+for _ in range(30):
+    loss = model(idx[:, :-1], idx[:, 1:])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.5 * losses[0], losses
+"""
+
+
+@pytest.mark.parametrize(
+    'module, name, more',
+    [('model', 'GPT', ''), ('model_mla', 'GPT_MLA', ', kv_lora_rank=8, qk_rope_head_dim=4')],
+)
+def test_a_model_trains_in_an_empty_folder(module, name, more, tmp_path):
+    for file in ('model.py', 'model_mla.py'):
+        shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / 'run.py').write_text(TRAIN.format(module=module, name=name, more=more))
+    # -I: nothing of this repository, installed or on PYTHONPATH, can be imported but what lies here
+    start = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import runpy; '
+    done = subprocess.run(
+        [sys.executable, '-I', '-c', start + f'runpy.run_path({str(tmp_path / "run.py")!r})'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('change', [dict(n_head=3), dict(act='tanh'), dict(dropout=1.0)])
+def test_settings_that_do_not_fit_raise_a_value_error_of_one_line(change):
+    from model import GPTConfig
+
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**dict(n_embd=32, n_head=2) | change)
+    assert '\n' not in str(error.value)
