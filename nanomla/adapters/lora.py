@@ -19,6 +19,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -192,12 +193,12 @@ class LinearGroup(nn.Module):
         self.shapes = [linear.weight.quant_state.shape for linear in self.linears]
         # Plain tensors, which torch.compile can read.
         for i, linear in enumerate(self.linears):
-            for n, part in enumerate(nf4_parts(linear)):
-                self.register_buffer(f'part_{i}_{n}', part, persistent=False)
+            for name, part in nf4_parts(linear)._asdict().items():
+                self.register_buffer(f'{name}_{i}', part, persistent=False)
 
-    def parts(self, i: int) -> list[torch.Tensor]:
-        """Return the 4-bit weight of member i as `nf4` takes it."""
-        return [getattr(self, f'part_{i}_{n}') for n in range(6)]
+    def parts(self, i: int) -> 'NF4Parts':
+        """Return the 4-bit weight of member i."""
+        return NF4Parts(*[getattr(self, f'{name}_{i}') for name in NF4Parts._fields])
 
     def dequantised(self, i: int, dtype: torch.dtype) -> torch.Tensor:
         return nf4(self.parts(i), self.shapes[i], dtype)
@@ -424,38 +425,49 @@ def dequantise(linear: nn.Module) -> torch.Tensor:
     return functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
-def nf4_parts(linear: nn.Module) -> tuple[torch.Tensor, ...]:
+class NF4Parts(NamedTuple):
     """
-    Return what `nf4` takes of a Linear4bit: plain tensors that share its memory.
+    A weight in NF4.
 
-    Packed levels, their codes, scales of blocks; codes, scales and offset of the scales, which are
-    empty without double quantisation.
+    packed: levels, two a byte, the first in its upper half; code: the 16 numbers they stand for
+    scales: one for every block of 64 weights; with double quantisation one of 256 levels each,
+    whose numbers are scale_code, times one of scale_scales for every 256, plus offset. These three
+    are empty without it.
     """
+
+    packed: torch.Tensor
+    code: torch.Tensor
+    scales: torch.Tensor
+    scale_code: torch.Tensor
+    scale_scales: torch.Tensor
+    offset: torch.Tensor
+
+
+def nf4_parts(linear: nn.Module) -> NF4Parts:
+    """Return the parts of a Linear4bit's weight: plain tensors that share its memory."""
     state = linear.weight.quant_state
     packed = linear.weight.detach().as_subclass(torch.Tensor).flatten()
     if not state.nested:
         empty = state.absmax.new_zeros(0)
-        return packed, state.code, state.absmax, empty, empty, empty
+        return NF4Parts(packed, state.code, state.absmax, empty, empty, empty)
     second = state.state2
-    return packed, state.code, state.absmax, second.code, second.absmax, state.offset
+    return NF4Parts(packed, state.code, state.absmax, second.code, second.absmax, state.offset)
 
 
-def nf4(parts: Sequence[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def nf4(parts: NF4Parts, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """
-    Return the weight (out, in) of NF4's `parts`, as `nf4_parts` gives them.
+    Return the weight (out, in) that `parts` stand for.
 
-    A weight is one of 16 levels, two a byte, the first in its upper half, times the scale of its
-    block of 64. Double quantisation stores scales as one of 256 levels times a scale of every 256,
-    plus an offset. Plain operations: torch.compile makes one kernel of them, and runs it again in
-    the backward pass instead of storing weights.
+    Plain operations: torch.compile makes one kernel of them, and runs it again in the backward pass
+    instead of storing weights.
     """
-    packed, code, scales, scale_code, scale_scales, offset = parts
-    if len(scale_code):
-        block = 256 if len(scale_scales) else len(scales)
-        spread = scale_scales.repeat_interleave(block)[: len(scales)]
-        scales = scale_code[scales.int()] * spread + offset
-    level = torch.stack([packed >> 4, packed & 15], dim=-1).view(len(scales), -1)
-    return (code[level.int()] * scales[:, None]).to(dtype).view(shape)
+    scales = parts.scales
+    if len(parts.scale_code):
+        block = 256 if len(parts.scale_scales) else len(scales)
+        factors = parts.scale_scales.repeat_interleave(block)[: len(scales)]
+        scales = parts.scale_code[scales.int()] * factors + parts.offset
+    levels = torch.stack([parts.packed >> 4, parts.packed & 15], dim=-1).view(len(scales), -1)
+    return (parts.code[levels.int()] * scales[:, None]).to(dtype).view(shape)
 
 
 # -------------------------------------------------------------------------------------------------
