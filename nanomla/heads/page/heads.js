@@ -191,8 +191,14 @@ function headingCell({ key, heading, help }) {
     <button type="button" data-sort="${key}" title="${title}">${heading}</button></th>`;
 }
 
+/** One model needs no name in every row; a score that no model has needs no column. */
+function isShown({ key }) {
+  if (key === "model") return models.length > 1;
+  return !(key in SCORES) || isMeasured(key);
+}
+
 function showTable() {
-  const columns = COLUMNS.filter(({ key }) => key !== "model" || models.length > 1);
+  const columns = COLUMNS.filter(isShown);
   const rows = tableRows();
   const bodyRow = row => columns.map(({ key }) => `<td class="col-${key}">${cellText(row, key)}</td>`).join("");
   byId("table").tHead.innerHTML = `<tr>${columns.map(headingCell).join("")}</tr>`;
@@ -236,15 +242,23 @@ function showGroups() {
 // ---------------------------------------------------------------------------
 // plots
 
+const LOSS_DASHES = { repeated: "", control: "5 4" };
+
 function showLoss() {
   const measured = models.filter(model => model.loss_by_position?.x?.length);
   byId("loss-section").hidden = !measured.length;
   if (!measured.length) return;
-  lineChart(byId("loss-plot"), {
-    title: "Loss by position", xName: "position", yName: "nats", width: 1100, height: 320, xText: String,
-    series: measured.flatMap(model => [["repeated", ""], ["control", "5 4"]].filter(([key]) => model.loss_by_position[key]?.length)
-      .map(([key, dash]) => ({ name: `${model.name}, ${key}`, color: colorOf(model), dash, x: model.loss_by_position.x, y: model.loss_by_position[key] }))),
-  });
+  const series = [];
+  for (const model of measured) {
+    const losses = model.loss_by_position;
+    for (const [key, dash] of Object.entries(LOSS_DASHES)) {
+      if (!losses[key]?.length) continue;
+      const name = `${model.name}, ${key}`;
+      series.push({ name, color: colorOf(model), dash, x: losses.x, y: losses[key] });
+    }
+  }
+  const axes = { title: "Loss by position", xName: "position", yName: "nats", xText: String };
+  lineChart(byId("loss-plot"), { ...axes, width: 1100, height: 320, series });
 }
 
 const composed = models.filter(model => model.composition?.length);
@@ -290,18 +304,36 @@ const runs = (report.checkpoints || []).filter(run => run?.tokens?.length).map((
 const moments = [...new Set(runs.flatMap(run => run.tokens))].sort((a, b) => a - b);
 let curves = [];
 
+const isMeasuredInRun = (run, key) => (run[key] || []).some(value => number(value) !== null);
+
+/** The curves of this report: [key, title, unit]. */
+function curvesOfRuns() {
+  // Held-out text is measured beside the random tokens where it is here.
+  const hasText = runs.some(run => isMeasuredInRun(run, "max_text"));
+  const curves = [["max_induction", "Strongest induction score", "score"]];
+  if (hasText) {
+    curves.push(["max_text", "... on held-out text", "score"]);
+    curves.push(["max_previous", "Strongest previous-token score", "score"]);
+  }
+  curves.push(["icl", "In-context score", "nats"]);
+  curves.push(["repeat_loss", "Loss on repeats", "nats"]);
+  curves.push(["text_repeat_loss", "Loss on repeated text", "nats"]);
+  return curves.filter(([key]) => runs.some(run => isMeasuredInRun(run, key)));
+}
+
 function showTraining() {
   byId("training-section").hidden = !runs.length;
   if (!runs.length) return;
-  const spoken = runs.some(run => run.max_text?.some(value => number(value) !== null)); // held-out text was said twice as well
-  const kinds = [["max_induction", "Strongest induction score", "score"], ...spoken ? [["max_text", "... on held-out text", "score"], ["max_previous", "Strongest previous-token score", "score"]] : [],
-    ["icl", "In-context score", "nats"], ["repeat_loss", "Loss on repeats", "nats"], ["text_repeat_loss", "Loss on repeated text", "nats"]]
-    .filter(([key]) => runs.some(run => run[key]?.some(value => number(value) !== null)));
-  byId("training-plots").innerHTML = kinds.map(() => '<div class="figure"></div>').join("");
-  curves = kinds.map(([key, title, yName], i) => lineChart(byId("training-plots").children[i], {
-    title, xName: "tokens seen", yName, log: true, width: 420, height: 260,
-    series: runs.filter(run => run[key]?.length).map(run => ({ name: run.name, color: run.color(), x: run.tokens, y: run[key] })),
-  }));
+  const shown = curvesOfRuns();
+  byId("training-plots").innerHTML = shown.map(() => '<div class="figure"></div>').join("");
+  curves = shown.map(([key, title, yName], i) => {
+    const measured = runs.filter(run => run[key]?.length);
+    const series = measured.map(run =>
+      ({ name: run.name, color: run.color(), x: run.tokens, y: run[key] }));
+    const size = { width: 420, height: 260 };
+    const axes = { title, xName: "tokens seen", yName, log: true };
+    return lineChart(byId("training-plots").children[i], { ...axes, ...size, series });
+  });
   showMoment();
 }
 
@@ -309,15 +341,37 @@ function showMoment() {
   const moment = moments[state.moment];
   byId("moment-value").textContent = short(moment);
   for (const curve of curves) curve.mark(moment);
-  byId("training-maps").innerHTML = runs.map(run => {
-    const last = run.tokens.reduce((best, tokens, i) => tokens <= moment ? i : best, -1), scores = run.scores?.[last];
-    if (!run.scores) return "";
-    const step = number(run.step?.[last]);
-    const body = !scores ? '<p class="quiet">no checkpoint yet</p>' : `<div class="heat" style="--heads:${scores[0].length};--cell:${Math.max(14, Math.min(56, 330 / scores.length))}px">${scores.map((row, layer) => `<span class="row">L${layer}</span>` +
-      row.map((value, head) => `<i style="background:${number(value) === null ? "transparent" : weightColor(Math.max(0, Math.min(1, value)))};color:${inkOn(Math.max(0, Math.min(1, number(value) ?? 0)))}"
-        title="L${layer} H${head}: ${fixed(value, 3)}">${row.length <= 8 ? fixed(value) : ""}</i>`).join("")).join("")}</div>`;
-    return `<article><h3><i class="swatch" style="background:${run.color()}"></i>${esc(run.name)} <span class="quiet">${step === null ? "" : `step ${whole(step)}`}${last < 0 ? "" : ` · ${short(run.tokens[last])} tokens`}</span></h3>${body}</article>`;
-  }).join("");
+  const mapped = runs.filter(run => run.scores);
+  byId("training-maps").innerHTML = mapped.map(run => mapAt(run, moment)).join("");
+}
+
+/** A run's map of induction scores at its last checkpoint up to a moment. */
+function mapAt(run, moment) {
+  const last = run.tokens.reduce((best, tokens, i) => (tokens <= moment ? i : best), -1);
+  const facts = [];
+  if (number(run.step?.[last]) !== null) facts.push(`step ${whole(run.step[last])}`);
+  if (last >= 0) facts.push(`${short(run.tokens[last])} tokens`);
+  const body = last < 0 ? '<p class="quiet">no checkpoint yet</p>' : heatMap(run.scores[last]);
+  return `<article><h3><i class="swatch" style="background:${run.color()}"></i>${esc(run.name)}
+    <span class="quiet">${facts.join(" · ")}</span></h3>${body}</article>`;
+}
+
+/** Scores [layer][head] as coloured cells; with a number in each where there is room. */
+function heatMap(scores) {
+  const side = Math.max(14, Math.min(56, 330 / scores.length));
+  const heads = scores[0].length;
+  const cells = scores.map((row, layer) => {
+    const name = `<span class="row">L${layer}</span>`;
+    return name + row.map((value, head) => heatCell(value, `L${layer} H${head}`, heads <= 8)).join("");
+  });
+  return `<div class="heat" style="--heads:${heads};--cell:${side}px">${cells.join("")}</div>`;
+}
+
+function heatCell(value, name, hasRoom) {
+  const share = clamp(number(value) ?? 0);
+  const background = number(value) === null ? "transparent" : weightColor(share);
+  return `<i style="background:${background};color:${inkOn(share)}"
+    title="${name}: ${fixed(value, 3)}">${hasRoom ? fixed(value) : ""}</i>`;
 }
 
 // ---------------------------------------------------------------------------
