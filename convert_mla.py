@@ -109,8 +109,9 @@ def check_settings(source: str) -> None:
     for folder in (out, export):
         if folder and os.path.exists(folder):
             raise UserError(f'{folder} is there already: name a new folder, or remove it')
-    for name in ('calibration_tokens', 'eval_tokens', 'batch_size'):
-        check_range(name, globals()[name], least=1)
+    check_range('calibration_tokens', calibration_tokens, least=1)
+    check_range('eval_tokens', eval_tokens, least=1)
+    check_range('batch_size', batch_size, least=1)
     check_range('block_size', block_size, least=0)
     check_range('saving', saving, least=0, below=1)
     if saving and kv_lora_rank:
@@ -121,7 +122,19 @@ def check_settings(source: str) -> None:
 
 def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     """Return the settings of the page, with the widths that `saving` asks for."""
-    settings = ConversionSettings(**{name: globals()[name] for name in ConversionSettings.names()})
+    settings = ConversionSettings(
+        kv_lora_rank=kv_lora_rank,
+        rope_pairs=rope_pairs,
+        rope=rope,
+        rope_heads=rope_heads,
+        fold=fold,
+        real=real,
+        low_rank=low_rank,
+        ranks=ranks,
+        q_lora_rank=q_lora_rank,
+        rotate=rotate,
+        seed=seed,
+    )
     if saving:
         settings = settings_for_saving(source_config, saving, settings)
     return settings

@@ -5,7 +5,7 @@ Legend: H query heads, K key/value heads, D their width, F = D / 2 pairs of dime
 one for each frequency of RoPE; R kv_lora_rank, P the width of k_pe.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from model import GPTConfig
 from nanomla.core.checks import check_choice, check_range
@@ -50,10 +50,6 @@ class ConversionSettings:
         check_range('fold', self.fold, least=1)
         if self.fold > 1 and not self.shared:
             raise UserError(f'fold={self.fold} needs rope_heads=shared')
-
-    @classmethod
-    def names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]
 
     @property
     def shared(self) -> bool:
