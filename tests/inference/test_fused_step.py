@@ -85,7 +85,7 @@ def chosen(device, PART):
     draw = torch.tensor([0, 0.3, 0.6, 0.999], device=device)
     for top_k, temperature in ((0, 1.3), (1, 0.7), (20, 0.7), (999, 1)):
         yield (
-            s.choose(logits[:, :650], draw, temperature, top_k, PART=PART),
+            s.choose(logits[:, :650], draw, temperature, top_k, block=PART),
             choose(logits.float(), draw, Sampling(temperature, top_k, vocab_size=650)),
         )
 
