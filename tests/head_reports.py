@@ -1,11 +1,14 @@
 """
-Reports on heads that were made by hand, for tests of the page and for a picture of it: nothing here was trained.
+Reports on heads that were made by hand, for tests of the page and for a picture of it: nothing here
+was trained.
 
     PYTHONPATH=. python tests/head_reports.py out/heads.html      # a page to look at
 
-Each head is a rule on a sequence [first, S, S]: where it would look (previous token, induction, ...), how firmly, and
-how much of its logits is noise. Attention is the softmax of these logits and the scores are means over the rows
-of the second S, so that every number on the page belongs to its picture. Only losses and circuits are made up.
+Each head is a rule on a sequence [first, S, S]: where it would look (previous token, induction,
+...), how firmly, and how much of its logits is noise. Attention is the softmax of these logits and
+the scores are means over the rows of the second S, so that every number on the page belongs to its
+picture. Only losses and circuits are made up.
+
 Letters: H heads, T tokens, L = |S|.
 """
 
@@ -16,9 +19,10 @@ import numpy as np
 from nanomla.heads.page import build
 
 WORDS = (
-    'stone river lamp seven under glass winter paper north bird salt open field hand quiet door iron cloud far bread wheel green story fish wall '
-    'early root small bell night sand once ship letter gold deep hill rain corn line moon table horse ash milk voice east king snow leaf clay '
-    'rope star road wind cup tree song wolf oak tin map sea dust'
+    'stone river lamp seven under glass winter paper north bird salt open field hand quiet '
+    'door iron cloud far bread wheel green story fish wall early root small bell night sand '
+    'once ship letter gold deep hill rain corn line moon table horse ash milk voice east king '
+    'snow leaf clay rope star road wind cup tree song wolf oak tin map sea dust'
 ).split()
 FAMILIES = 'induction', 'previous', 'duplicate', 'current', 'first'
 
@@ -54,7 +58,7 @@ def softmax(logits):
 
 
 def family(A, kind, L):
-    """A score and what surrounds it, from one head's attention: the mean over the rows of the second copy."""
+    """A score and its references, from one head's attention to the rows of the second copy."""
     rows = np.arange(L + 1, min(2 * L + 1, len(A)))
     key = {
         'induction': rows - L + 1,
@@ -85,14 +89,15 @@ def model(name, kind, heads, T=65, seed=0, trained=True, split=(), **more):
     )
     aims = np.stack([firm * rule(label, T, L) for label, firm in flat])
     A = softmax(aims + noise)
-    # in MLA, what depends on the tokens comes through the latent and what depends on the place through RoPE
+    # In MLA, what depends on the tokens comes through the latent, and what depends on the position
+    # through RoPE.
     by_place = np.array(
         [label in ('previous', 'current', 'first', 'positional') for label, _ in flat]
     )[:, None, None]
     content, rope = np.where(by_place, 0, aims) + noise, np.where(by_place, aims, 0)
     at = [divmod(i, len(heads[0])) for i in range(len(flat))]
     scores = []
-    for i, (label, firm) in enumerate(flat):
+    for i, (label, _) in enumerate(flat):
         score = dict(
             layer=at[i][0],
             head=at[i][1],
@@ -183,7 +188,10 @@ SMALL = [
 
 
 def layers(count=12, heads=12, seed=0):
-    """Rules for a GPT-2 sized model: early heads look by place, induction heads come after the previous-token heads."""
+    """
+    Rules for a GPT-2 sized model: early heads look by position, and induction heads come after the
+    previous-token heads.
+    """
     random = np.random.default_rng(seed)
     out = []
     for layer in range(count):

@@ -1,4 +1,4 @@
-"""What find_induction_heads.py measures, held to heads whose weights were written by hand, to brute force and to the model itself."""
+"""What find_induction_heads.py measures, against weights by hand, brute force and the model."""
 
 import copy
 import math
@@ -50,10 +50,13 @@ def block_matrix(*pieces):
 
 def by_hand(kind, offset=1, turned=False):
     """
-    Two layers of three heads. 0.0 attends `offset` places back (1: the previous token) and writes that token into the slot
-    `before`; 0.2 finds the same token earlier; 1.0 finds where its own token came `before` and says what stands there; the
-    others are idle. Norms are constant: every token has the same length. turned: 0.1 attends to its own token and writes minus
-    twice its vector, so that 1.0 reads, and turns back, the opposite of the embedding.
+    Return a model of two layers of three heads whose weights are known.
+
+    0.0 attends `offset` positions back (1: the previous token) and writes that token into the slot
+    `before`; 0.2 finds the same token earlier; 1.0 finds where its own token came `before` and
+    writes the token that stands there; the others are idle. Norms are constant: every token has the
+    same length. turned: 0.1 attends to its own token and writes minus twice its vector, so that 1.0
+    reads, and turns back, the opposite of the embedding.
     """
     args = dict(
         block_size=P,
@@ -150,7 +153,7 @@ def entry(heads, layer, head):
     return next(e for e in heads if (e['layer'], e['head']) == (layer, head))
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # scores
 
 
@@ -263,7 +266,7 @@ def test_effective_copying_is_that_of_values_as_they_are(kind, tiny):
 
 
 def test_a_head_that_counts_places_is_called_positional(crafted):
-    """The trap: on texts of one length it lies on the stripe of induction heads, until something stands in between."""
+    """The trap: on texts of one length it lies on the stripe of induction heads; a gap shows it."""
     kind = checkpoint.kind_of(crafted)
     trial = trial_of(crafted)
     model = by_hand(kind, offset=trial.L - 1)
@@ -347,7 +350,7 @@ def test_a_pattern_that_is_not_the_models_is_noticed(tiny, tokens):
         )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # trials
 
 
@@ -451,14 +454,14 @@ def test_losses_in_pieces_are_the_models(tiny, tokens):
     ).mean().item() == pytest.approx(whole.item(), abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # circuits
 
 
 @pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
 @every_kind
 def test_circuits_are_the_models_own(kind, norm, tiny):
-    """For inputs of length sqrt(C) (and latents likewise) q · k and the outputs of the folded weights are the attention's."""
+    """For inputs (and latents) of length sqrt(C) the folded weights give what attention does."""
     kind, changes = shape_of(kind)
     model = tiny(
         kind,
@@ -572,7 +575,7 @@ def test_the_two_parts_of_a_logit_make_the_pattern(tiny, tokens):
     assert circuits.split_logits(tiny('mla', pos='none', qk_rope_head_dim=0), ids, [(0, 0)]) is None
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # causes
 
 
@@ -603,7 +606,7 @@ def test_causes_by_hand(crafted):
 @pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
 @pytest.mark.parametrize('kind', ['mha', 'mla', 'mla with q latent'])
 def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny, tokens):
-    """Attention alone is then affine in what a head writes: half way to its mean, all is half way."""
+    """Attention alone is then affine in what a head writes: half way to its mean is half way."""
     kind, changes = shape_of(kind)
     model, ids = (
         tiny(kind, kernel='eager', mlp=False, bias=True, norm=norm, **changes).eval(),
@@ -614,15 +617,19 @@ def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny
             torch.nn.init.normal_(module.weight)
     ablated = ablation.Ablation(model, ids, 8)
     ends = []
+
+    def towards_mean(share):
+        weight = torch.tensor([1 - share, 0, 0, 0])[:, None]  # of head 0 alone
+
+        def edit(layer, y):
+            return y.lerp(y.mean(0, keepdim=True), weight) if layer == 0 else None
+
+        return edit
+
     for share in (0.0, 0.5, 1.0):
-        edit = lambda layer, y: (
-            y.lerp(y.mean(0, keepdim=True), torch.tensor([1 - share, 0, 0, 0])[:, None])
-            if layer == 0
-            else None
-        )
         with (
             torch.no_grad(),
-            ablation.edit_outputs(model, edit),
+            ablation.edit_outputs(model, towards_mean(share)),
             patterns.watch_patterns(model, lambda layer, a: ablated.patterns[layer]),
             ablation.edit_norms(model, lambda norm, x: x * ablated.scales[norm]),
         ):
@@ -636,7 +643,7 @@ def test_with_patterns_and_scales_kept_nothing_but_sums_is_left(kind, norm, tiny
 
 
 def test_a_constant_that_later_layers_count_on(tiny, tokens):
-    """A head that always puts out the same costs something to zero, and nothing when its mean stays, with or without what later layers saw."""
+    """A head with a constant output costs something to zero, and nothing when its mean stays."""
     model, ids = tiny(kernel='eager', bias=True).eval(), tokens(21, B=6)
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight[-8:] = 0  # W^V of head 3: its bias alone is left
@@ -684,7 +691,7 @@ def test_zero_ablation_is_the_model_without_the_head(kind, tiny):
     assert everything > 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # latents and names
 
 
@@ -713,6 +720,17 @@ def test_latents(tiny, tokens):
     )
     with pytest.raises(UserError, match='only MLA'):
         latents.read_latents(tiny(), tokens(20))
+
+
+def last_stream(model, ids):
+    """Return the residual stream (C,) of the last token before the last norm."""
+    seen = []
+    hook = model.transformer.ln_f.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0][0, -1])
+    )
+    model.hidden(ids)
+    hook.remove()
+    return seen[0]
 
 
 class Words:
@@ -749,13 +767,7 @@ def test_what_heads_move_adds_up_to_the_answer(kind, tiny):
         assert ids[place] == io and ids.count(s) == 2 and ids.count(io) == 1
         ids = torch.tensor([ids])
         x = model.embed(ids)[0][0, -1]
-        scale = {}
-        hook = model.transformer.ln_f.register_forward_pre_hook(
-            lambda module, given: scale.update(x=given[0][0, -1])
-        )
-        model.hidden(ids)
-        hook.remove()
-        full = scale['x']
+        full = last_stream(model, ids)
         w = (model.lm_head.weight[io] - model.lm_head.weight[s]) * model.transformer.ln_f.weight
         direct += (
             (x - x.mean()) @ w / (full - full.mean()).square().mean().add(1e-5).sqrt()

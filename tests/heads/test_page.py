@@ -1,4 +1,4 @@
-"""The page of attention heads: the file's text always; the page itself in a headless Chromium, where there is one."""
+"""The page of attention heads: the text of its file, and the page in a headless Chromium."""
 
 import base64
 import json
@@ -64,7 +64,7 @@ def report_of(page):
 
 
 def hostile():
-    """A report whose every text would like to be more than a text; the second model is untrained."""
+    """Return a report whose texts would all like to be more; the second model is untrained."""
     report = head_reports.pair(25)
     report['models'][1] |= dict(
         trained=False,
@@ -87,7 +87,7 @@ def bare():
     return dict(models=[model | dict(scores=[], step=None, tokens=None, val_loss=None)], made={})
 
 
-# ---------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the file
 
 
@@ -241,7 +241,7 @@ def test_a_part_of_the_page_that_is_missing_is_named(monkeypatch, tmp_path):
         build.page(bare())
 
 
-# ---------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the page
 
 
@@ -263,7 +263,11 @@ def chromium():
 
 @pytest.fixture
 def show(chromium, tmp_path):
-    """show(report, **context) -> the page, opened from its file; ends by checking that it complained of nothing and asked for nothing."""
+    """
+    show(report, **context) -> the page, opened from its file.
+
+    At the end it must have complained of nothing and loaded nothing.
+    """
     contexts, complaints, requests = [], [], []
 
     def open_page(report, **settings):
@@ -322,7 +326,9 @@ def test_every_embedded_weight_is_the_attention(show):
     for index, model in enumerate(report['models']):
         shown = page.evaluate(
             """index => { const model = models[index], out = [];
-            for (let head = 0; head < model.count; head++) for (let q = 0; q < model.T; q++) for (let k = 0; k < model.T; k++) out.push(model.weight(head, q, k));
+            for (const head of model.allHeads)
+                for (let q = 0; q < model.T; q++)
+                    for (let k = 0; k < model.T; k++) out.push(model.weight(head, q, k));
             return out; }""",
             index,
         )
@@ -357,7 +363,7 @@ def test_hover_reads_out_the_weights_of_both_views(show):
         '5',
         '·under',
         'induction',
-        '%.3f' % A[0][4, 20, 5],
+        f'{A[0][4, 20, 5]:.3f}',
     ]
     point(page, 10, 30)  # beyond the diagonal there is no key: the one with the largest weight
     assert asked(page)[:2] == (10, int(np.nanargmax(A[0][4, 10])))
@@ -436,11 +442,11 @@ def test_the_table_sorts_and_filters(show):
         return page.locator(f'#table tbody .col-{name}').all_inner_texts()
 
     assert column('score') == sorted(
-        ('%.3f' % score['induction']['score'] for _, score in rows), reverse=True
+        (f'{score["induction"]["score"]:.3f}' for _, score in rows), reverse=True
     )
     page.locator('[data-sort="zero_ablation"]').click()
     assert column('zero_ablation') == sorted(
-        ('%+.3f' % score['zero_ablation'] for _, score in rows), key=float, reverse=True
+        (f'{score["zero_ablation"]:+.3f}' for _, score in rows), key=float, reverse=True
     )
     for last in range(2):  # what was not measured comes last, either way
         page.locator('[data-sort="copying"]').click()
@@ -451,9 +457,9 @@ def test_the_table_sorts_and_filters(show):
     page.select_option('#table-family', 'previous')
     page.select_option('#table-label', 'previous')
     assert sorted(column('score')) == sorted(
-        '%.3f' % score['previous']['score'] for _, score in rows if score['label'] == 'previous'
+        f'{score["previous"]["score"]:.3f}' for _, score in rows if score['label'] == 'previous'
     )
-    assert set(column('null')) == {'%.3f' % rows[0][1]['previous']['null']} and set(
+    assert set(column('null')) == {f'{rows[0][1]["previous"]["null"]:.3f}'} and set(
         column('control')
     ) == {'–'}
     page.select_option('#table-model', '1')
@@ -465,8 +471,11 @@ def test_the_parts_of_an_mla_logit_add_up_to_its_attention(show):
     page = show(head_reports.pair(33))
     worst = page.evaluate("""() => { let worst = 0; const model = models[1];
         for (const head of model.splitAt.keys()) for (let q = 0; q < model.T; q++) {
-            const row = Array.from({ length: q + 1 }, (_, k) => Math.exp(model.split(head).sum[at(q, k)])), sum = row.reduce((a, b) => a + b);
-            row.forEach((value, k) => { worst = Math.max(worst, Math.abs(value / sum - model.weight(head, q, k))); }); }
+            const logits = model.split(head).sum;
+            const row = Array.from({ length: q + 1 }, (_, k) => Math.exp(logits[at(q, k)]));
+            const sum = row.reduce((a, b) => a + b);
+            const error = (value, k) => Math.abs(value / sum - model.weight(head, q, k));
+            worst = Math.max(worst, ...row.map(error)); }
         return worst; }""")
     assert worst <= 0.5 / 255 + 5e-3  # half floats of logits around 7
     point(page, 25, 10, view=1)
@@ -529,11 +538,12 @@ def test_sliders_move_checkpoints_and_thresholds(show):
     )
     for place in (0, 7, 14):
         page.locator('#moment').evaluate(
-            '(slider, value) => { slider.value = value; slider.dispatchEvent(new Event("input")); }',
+            """(slider, value) => { slider.value = value;
+            slider.dispatchEvent(new Event("input")); }""",
             place,
         )
         cells = page.locator('#training-maps article').first.locator('.heat i').all_inner_texts()
-        assert cells == ['%.2f' % value for layer in run['scores'][place] for value in layer]
+        assert cells == [f'{value:.2f}' for value in np.ravel(run['scores'][place])]
         assert (
             page.locator('#training-plots .dots circle').count() == 6
             and f'step {run["step"][place]:,}' in page.locator('#training-maps').inner_text()
@@ -630,6 +640,9 @@ def test_it_does_with_little(show, scheme, width):
     page.emulate_media(color_scheme='light' if scheme == 'dark' else 'dark')
     settle(page)
     corner = page.evaluate(
-        '[...views[0].map.base.getContext("2d").getImageData(...[views[0].map.place.left + 20, views[0].map.place.top + 200].map(x => x * views[0].map.ratio), 1, 1).data].slice(0, 3)'
+        """() => { const { base, place, ratio } = views[0].map;
+        const corner = [(place.left + 20) * ratio, (place.top + 200) * ratio];
+        const pixel = base.getContext("2d").getImageData(...corner, 1, 1).data;
+        return [...pixel].slice(0, 3); }"""
     )
     assert (sum(corner) > 382) == (scheme == 'dark')  # paper is pale by day and dim at night
