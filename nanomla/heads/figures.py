@@ -269,7 +269,7 @@ def draw_training(
             'induction: the best head with a gap (a ring: labelled induction); nats saved a token '
             'by the repetition'
         )
-    if any(value is not None for run in runs for value in run['icl']):
+    if any(set(run['icl']) != {None} for run in runs):
         panels.append(ICL)
     rows, cols, height = 1, len(panels), 4.6
     if on_text:
