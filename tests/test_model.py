@@ -1,4 +1,7 @@
-"""model.py: one test for each thing it promises. model_mla.py's variants join where the promise is common."""
+"""
+model.py: one test for each thing it promises. model_mla.py's variants join where the promise is
+common.
+"""
 
 import math
 
@@ -46,7 +49,10 @@ all_that_run_on_the_cpu = pytest.mark.parametrize(
 
 @pytest.fixture
 def plain_flex(monkeypatch):
-    """FlexAttention's own unfused form: the same mask and mathematics without half a minute of compiling."""
+    """
+    FlexAttention's own unfused form: the same mask and mathematics without half a minute of
+    compiling.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(model_file, 'compiled_flex', lambda: flex_attention)
@@ -64,9 +70,8 @@ def one_line(error):
 def test_gpt2_has_the_logits_of_transformers(form, tmp_path, tokens):
     theirs = hf_gpt2()
     theirs.save_pretrained(tmp_path)
-    if (
-        form != 'safetensors'
-    ):  # what transformers wrote before; OpenAI's own files have no 'transformer.' prefix, but masks
+    if form != 'safetensors':
+        # What transformers wrote before. OpenAI's files have no 'transformer.' prefix, but masks.
         state = theirs.state_dict()
         if form == 'bare keys':
             state = {
@@ -239,7 +244,10 @@ def test_compiled_flex_agrees_with_eager(variant, tiny, tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize('variant', SHAPES + ('llama', 'modern', 'mla_q_lora', 'mla_qk_norm'))
 def test_kernels_agree_with_eager_on_the_gpu(variant, tiny, tokens):
-    """Each kernel either trains in bf16 and agrees with eager to 3 %, or check_kernel says why it cannot."""
+    """
+    Each kernel either trains in bf16 and agrees with eager to 3 %, or check_kernel says why it
+    cannot.
+    """
     torch._dynamo.reset()
     kind, settings_ = VARIANTS[variant]
     shape = dict(block_size=150, n_embd=128) | (
@@ -470,7 +478,10 @@ def test_gpt2_has_124m_parameters(vocab, count):
     ['gpt2', 'llama', 'gqa', 'mqa', 'wide_heads', 'mla', 'mla_q_lora', 'mla_unequal', 'mla_early'],
 )
 def test_flops_are_those_that_torch_counts(variant, tiny, tokens):
-    """The eager kernel multiplies all T positions, as the formula counts them; a tied head is one product more."""
+    """
+    The eager kernel multiplies all T positions, as the formula counts them; a tied head is one
+    product more.
+    """
     kind, settings_ = VARIANTS[variant]
     model = tiny(kind, kernel='eager', **settings_)
     for T in (8, 24):
@@ -564,7 +575,10 @@ def test_settings_with_zero_are_derived():
 
 
 def nucleus(logits, temperature, top_k, top_p):
-    """id -> probability that choose() may draw, by brute force in Python floats; and the ids on the edge of rounding."""
+    """
+    id -> probability that choose() may draw, by brute force in Python floats; and the ids on the
+    edge of rounding.
+    """
     weights = [math.exp((x - max(logits)) / temperature) for x in logits]
     if top_k:
         least = sorted(weights)[-min(top_k, len(weights))]

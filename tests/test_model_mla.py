@@ -1,4 +1,7 @@
-"""model_mla.py: MLA against DeepSeek's own, against the paper's equations, and its two forms against each other."""
+"""
+model_mla.py: MLA against DeepSeek's own, against the paper's equations, and its two forms against
+each other.
+"""
 
 import math
 
@@ -45,7 +48,10 @@ def attention(dtype=torch.float32, **shape):
 
 
 def deepseek_rows(weight, first, second, heads):
-    """Ours, all heads of `first` rows and then all heads of `second`, to DeepSeek's: head by head, both parts."""
+    """
+    Ours, all heads of `first` rows and then all heads of `second`, to DeepSeek's: head by head,
+    both parts.
+    """
     a, b = weight.split([heads * first, heads * second])
     return torch.cat(
         [
@@ -56,7 +62,10 @@ def deepseek_rows(weight, first, second, heads):
 
 
 def interleaved(weight, width, rows_before, period):
-    """Moves the RoPE rows of each `period` rows from halves, pair (k, k + width/2), to neighbours, (2k, 2k + 1)."""
+    """
+    Moves the RoPE rows of each `period` rows from halves, pair (k, k + width/2), to neighbours,
+    (2k, 2k + 1).
+    """
     weight = weight.clone()
     for start in range(rows_before, weight.size(0), period):
         old = weight[start : start + width].clone()
@@ -125,11 +134,16 @@ def test_mla_equals_deepseek_v3(q_lora_rank, absorb, interleave):
 
 
 def by_the_paper(x, w, c):
-    """DeepSeek-V2, equations 9 to 19, head by head and position by position in float64; x (T, C) -> (T, C)."""
+    """
+    DeepSeek-V2, equations 9 to 19, head by head and position by position in float64; x (T, C) ->
+    (T, C).
+    """
     T, H, N, P, D = len(x), c.n_head, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    bias = lambda name: w.get(f'{name}.bias', 0)
 
-    def rms(t, gain=1.0, eps=torch.finfo(torch.float64).eps):
+    def bias(name):
+        return w.get(f'{name}.bias', 0)
+
+    def rms(t, gain=1.0, eps=2.0**-52):
         return t / (t.square().mean(-1, keepdim=True) + eps).sqrt() * gain
 
     def latent_norm(t, name):
@@ -217,7 +231,10 @@ def test_mla_follows_the_equations(case, absorb):
 
 
 def test_a_latent_as_wide_as_the_model_is_mha():
-    """With W^DKV the identity, W^UK and W^UV are the W^K and W^V of MHA: the early block, without a bottleneck."""
+    """
+    With W^DKV the identity, W^UK and W^UV are the W^K and W^V of MHA: the early block, without a
+    bottleneck.
+    """
     shape = dict(block_size=20, vocab_size=40, n_layer=1, n_head=3, n_embd=24)
     mha = GPT(GPTConfig(**shape))
     mla = GPT_MLA(MLAConfig(**shape, **EARLY, kv_lora_rank=24))
@@ -269,9 +286,7 @@ def test_naive_and_absorbed_agree(form, kernel, tiny, tokens):
     for model in (naive, absorbed):
         model(tokens(23), tokens(23).roll(-1)).backward()
     for (name, a), b in zip(naive.named_parameters(), absorbed.parameters()):
-        torch.testing.assert_close(
-            a.grad, b.grad, rtol=0, atol=1e-5, msg=lambda text: f'gradient of {name}: {text}'
-        )
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5, msg=f'gradient of {name}')
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -1,4 +1,6 @@
-"""sample.py from end to end: on tiny random checkpoints, run in this process as a person runs it."""
+"""
+sample.py from end to end: on tiny random checkpoints, run in this process as a person runs it.
+"""
 
 import io
 import json
@@ -13,7 +15,6 @@ import pytest
 import torch
 from helpers import PATIENCE
 
-from model import GPT
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
 from nanomla.core import tokenizers
@@ -33,13 +34,16 @@ META = dict(
     bytes=dict(tokenizer='bytes', vocab_size=256, source='Some bytes', dtype='uint16'),
 )
 HELD = re.compile(
-    r'MHA, 0\.\d\dM parameters, step 7, val loss 1\.5000; Some tale, 1812; (no cache.*|dense float32 cache, \d+ bytes a token)\n'
+    r'MHA, 0\.\d\dM parameters, step 7, val loss 1\.5000; Some tale, 1812; '
+    r'(no cache.*|dense float32 cache, \d+ bytes a token)\n'
 )
 END = 50256
 
 
 class BPE:
-    """GPT-2's vocabulary as far as a test without its file can have it: the bytes, and <|endoftext|>."""
+    """
+    GPT-2's vocabulary as far as a test without its file can have it: the bytes, and <|endoftext|>.
+    """
 
     n_vocab, eot_token = 50257, END
 
@@ -54,7 +58,10 @@ class BPE:
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """Each test in a folder of its own, without a network, on one thread, and no trace of configure() afterwards."""
+    """
+    Each test in a folder of its own, without a network, on one thread, and no trace of configure()
+    afterwards.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dataset, 'DATA', tmp_path / 'data')
     monkeypatch.setattr(tokenizers, 'gpt2_bpe', BPE)
@@ -68,7 +75,9 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def saved(tiny):
-    """saved(path, kind, tokenizer, **settings) -> a checkpoint with the meta of `tokenizer` at `path`."""
+    """
+    saved(path, kind, tokenizer, **settings) -> a checkpoint with the meta of `tokenizer` at `path`.
+    """
 
     def save(path='out/ckpt.pt', kind='mha', tokenizer='char', meta=None, **settings):
         meta = meta or META[tokenizer]
@@ -90,7 +99,10 @@ def saved(tiny):
 
 @pytest.fixture
 def sample(monkeypatch, capsys):
-    """sample(*arguments) -> what sample.py writes to stdout and stderr, on the CPU; short unless told otherwise."""
+    """
+    sample(*arguments) -> what sample.py writes to stdout and stderr, on the CPU; short unless told
+    otherwise.
+    """
 
     def run(*arguments, short=True):
         arguments = [
@@ -107,7 +119,9 @@ def sample(monkeypatch, capsys):
 
 
 def says(monkeypatch, *ids, watch=lambda told: None, prompts=None):
-    """Makes every model say these ids; `watch` is called before each with the number of those told."""
+    """
+    Makes every model say these ids; `watch` is called before each with the number of those told.
+    """
 
     def generate(model, idx, max_new_tokens, **options):
         if prompts is not None:
@@ -393,7 +407,8 @@ def test_nanogpts_checkpoint_finds_the_characters_of_its_dataset(tiny, sample):
     nanogpt('out/ckpt.pt', len(CHARS), tiny, dataset='tale')
     with pytest.raises(
         UserError,
-        match=r"out/ckpt.pt does not say what its 31 tokens are: run the prepare.py of the dataset 'tale'",
+        match='out/ckpt.pt does not say what its 31 tokens are: '
+        "run the prepare.py of the dataset 'tale'",
     ):
         sample()
     Path('data/tale').mkdir(parents=True)
@@ -428,7 +443,8 @@ def test_nanogpts_checkpoint_with_gpt2_tokens(size, tiny, sample):
     [
         (
             ['--out_dir=none'],
-            'there is no none/ckpt.pt: train a model with `python train.py config/train_shakespeare_char.py --out_dir=none`',
+            'there is no none/ckpt.pt: train a model with '
+            '`python train.py config/train_shakespeare_char.py --out_dir=none`',
         ),
         (['--init_from=gpt3'], 'there is no checkpoint gpt3'),
         (['--init_from=broken.pt'], 'broken.pt is no checkpoint'),
