@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from interpreter import CHILD, interpreted, needs_triton, python, run_interpreted
 
+import model
 from nanomla.training import kernels as k
 
 
