@@ -140,9 +140,9 @@ def test_ls_fits_a_screen():
 def test_every_folder_has_a_row_and_few_files():
     folders = {path.name for path in (ROOT / 'nanomla').iterdir() if list(path.rglob('*.py'))}
     assert folders == FOLDERS.keys()
-    for name in FOLDERS:
-        files = list((ROOT / 'nanomla' / name).rglob('*.py'))
-        assert len(files) <= MOST_IN_A_FOLDER, f'nanomla/{name} has {len(files)} files'
+    for folder in [path for path in (ROOT / 'nanomla').rglob('*') if path.is_dir()]:
+        count = len(list(folder.glob('*.py')))
+        assert count <= MOST_IN_A_FOLDER, f'{folder} has {count} files'
 
 
 @every_file

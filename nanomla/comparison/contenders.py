@@ -405,7 +405,7 @@ def print_plan(field: dict[str, Contender], source: str, places: int, device: to
     print(text, flush=True)
     for contender in field.values():
         print(f'  {in_one_line(contender, control)}', flush=True)
-    if control.error or control.kind != 'mha' or control.config.pos != 'rope':
+    if control.error or control.config.label != 'MHA' or control.config.pos != 'rope':
         print(
             f"  note: the control '{control.name}' is not MHA with RoPE, so differences may be "
             'those of positions and not of the cache',

@@ -274,8 +274,9 @@ def source_words(study: Study, source: Source) -> list[str]:
     """Return the arguments that train a source."""
     s = study.settings
     settings = {name: s[name] for name in ('n_layer', 'n_head', 'n_embd')}
+    key_value_heads = dict(mha=0, gqa=s['n_kv_head'])
     settings |= dict(
-        n_kv_head=s['n_kv_head'] if source.kind == 'gqa' else 0,
+        n_kv_head=key_value_heads[source.kind],
         block_size=s['block_size'],
         pos='rope',
         norm='rmsnorm',

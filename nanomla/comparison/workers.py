@@ -17,19 +17,25 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import Protocol, TextIO
 
 from nanomla.core.configurator import UserError
 from nanomla.core.files import ROOT
 from nanomla.training.launch import open_output, start_train, train_environment
 
-if TYPE_CHECKING:
-    from nanomla.comparison.runs import Run
-
 # What train.py sets a handler for, and what a worker gives back its own after each run.
 SIGNALS = (signal.SIGTERM, signal.SIGINT) + (
     (signal.SIGUSR1,) if hasattr(signal, 'SIGUSR1') else ()
 )
+
+
+class Task(Protocol):
+    """What is needed of a run (runs.py) to train it."""
+
+    folder: Path
+    contender: str
+
+    def arguments(self) -> list[str]: ...
 
 
 class TrainProcess:
@@ -38,7 +44,7 @@ class TrainProcess:
     def __init__(self, environment: dict):
         self.environment = environment
 
-    def start(self, run: 'Run') -> None:
+    def start(self, run: Task) -> None:
         words = run.arguments()
         with open_output(run.folder, words) as output:
             self.process = start_train(words, output, self.environment, ROOT)
@@ -61,7 +67,7 @@ class TrainWorker:
         self.environment = environment
         self.process = None
 
-    def start(self, run: 'Run') -> None:
+    def start(self, run: Task) -> None:
         if self.process is None:
             self.process = self.start_worker()
         task = dict(
