@@ -12,8 +12,8 @@ Bytes, with slots = rows · size, or pages · page_size, and b bytes an element 
 
     nbytes = sum over layers and names of  slots · per_slot + window_bytes,
     per_slot = width · b                                     window_bytes = 0
-    int8, int4: ceil(width · bits / 8)                       window_bytes = rows · window · width · b
-                + 4 · width / group
+    int8, int4: ceil(width · bits / 8) + 4 · width / group
+                                                  window_bytes = rows · window · width · b
 
 The 4 bytes of a group are its scale and its zero in fp16; group is the largest divisor of width up
 to 64. The window is no longer than `size`. k_pe is never quantised: one rotated key for all heads

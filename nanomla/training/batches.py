@@ -1,5 +1,5 @@
 """
-Batches of a dataset. A batch is a function of (seed, step, micro-step, rank) and of nothing else, so
+Batches of a dataset. A batch is a function of (seed, step, micro-step, rank) and of nothing else:
 two models trained with the same seed read the same text, a resumed run goes on where it was, and 2
 ranks with 1 micro-step read what 1 rank with 2 micro-steps reads.
 
@@ -20,7 +20,7 @@ RESIDENT_TOKENS = 2**28  # splits up to this many tokens live on the device (1 G
 
 class Dataset:
     """
-    Batches of one dataset for one rank: x (B, T) and y (B, T), int64 on `device`, y one token ahead.
+    Batches of one dataset for one rank: x and y (B, T), int64 on `device`, y one token ahead.
 
     Small splits are copied to the device once and windows are cut out there; larger ones stay in
     their file and each batch travels. Either way the windows are the same. UserError for a split
@@ -89,8 +89,8 @@ class Dataset:
         self, batch_size: int, most: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """
-        Yield this rank's share of the validation split, each target exactly once: x, y (B, T), where
-        y is -1 wherever a target was counted before or the batch is only filled up.
+        Yield this rank's share of the validation split, each target exactly once: x, y (B, T),
+        where y is -1 wherever a target was counted before or the batch is only filled up.
 
         With `most` > 0 and more windows than that, `most` evenly spaced ones stand for all.
         """

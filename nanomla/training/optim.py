@@ -19,9 +19,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
-    Return U Vᵀ of each of the matrices (N, rows, cols) with SVD U S Vᵀ, roughly: singular values end
-    within about 0.7 to 1.2. Five steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X; bf16 on a GPU, fp32
-    on a CPU.
+    Return U Vᵀ of each of the matrices (N, rows, cols) with SVD U S Vᵀ, roughly: singular values
+    end within about 0.7 to 1.2. Five steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X; bf16 on a GPU,
+    fp32 on a CPU.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
@@ -144,7 +144,7 @@ def set_rate(made, share):
 
 
 class MovingAverage:
-    """Exponential moving average of a model's weights; its first steps count fully, so it starts unbiased."""
+    """Exponential moving average of a model's weights; its first steps count fully."""
 
     def __init__(self, model, decay):
         self.params, self.decay = list(model.parameters()), decay

@@ -52,7 +52,7 @@ def check_ranges(settings: dict) -> None:
 
 
 def get_lr_share(s, step: int) -> float:
-    """Return the learning rate at `step` (from 0) as a share of its peak, by train.py's settings."""
+    """Return the learning rate at `step` (from 0), a share of its peak, by train.py's settings."""
     end = s.lr_decay_iters or s.max_iters
     floor = s.min_lr / s.learning_rate
     if not s.decay_lr:

@@ -1,4 +1,4 @@
-"""cache.py and decoding.py: what is remembered is what would be computed again, to the byte, and many texts at a time are each alone."""
+"""Caches give what a model without one computes, to the byte, and texts decode independently."""
 
 import io
 import json
@@ -139,7 +139,7 @@ def test_a_model_in_bfloat16(tiny, tokens):
 @every_layout
 @pytest.mark.parametrize('dtype', ['float32', 'int4'])
 def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens):
-    """What a CUDA graph needs: the same storage in each step, and no shape that follows the lengths."""
+    """What a CUDA graph needs: the same storage in each step, no shape that follows lengths."""
     model = tiny('mla')
     cache = Cache.of(model, 2, 24, dtype=dtype, static=True, window=4, **LAYOUTS[layout])
     tensors = (
@@ -148,7 +148,7 @@ def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens)
         + [cache.block_table] * (cache.block_table is not None)
     )
     before, shapes = [t.data_ptr() for t in tensors], set()
-    for t in range(20):
+    for _ in range(20):
         model(tokens(1), context=cache)
         shapes.add(
             (
@@ -197,7 +197,8 @@ def test_learned_positions_end(tiny):
     assert len([next(told) for _ in range(22)]) == 22  # 24 places: the last token need not be held
     with pytest.raises(
         UserError,
-        match='the text outgrows block_size=24 and this model has learned positions: decode without a cache',
+        match='the text outgrows block_size=24 and this model has learned positions: '
+        'decode without a cache',
     ):
         next(told)
     with pytest.raises(
@@ -303,7 +304,7 @@ def test_nbytes_is_the_formula(variant, dtype, tiny):
 
 
 def test_the_figures_of_the_papers():
-    """An element takes 1.0625 bytes as int8 and 0.5625 as int4 in groups of 64; MLA 512 + 64 in bf16 takes 1152 bytes a layer."""
+    """In groups of 64 an int8 takes 1.0625 bytes, an int4 0.5625; MLA 512 + 64 in bf16 1152."""
     dims = [dict(c_kv=512, k_pe=64)]
     assert Cache(dims, 1, 100, full=torch.bfloat16).bytes_per_token == 1152
     for dtype, each in (('int8', 1.0625), ('int4', 0.5625)):
@@ -315,7 +316,7 @@ def test_the_figures_of_the_papers():
 
 @pytest.fixture(scope='module')
 def trained():
-    """Two small models, trained for seconds on the words of Python's licence, and the part of it that they have not seen."""
+    """Two small models, trained for seconds on Python's licence, and a part they have not seen."""
     import pydoc_data.topics
 
     text = pydoc_data.topics.topics['class'] + ''.join(list(pydoc_data.topics.topics.values())[:40])
@@ -678,19 +679,23 @@ def test_a_stop_ends_a_sample(sample):
         (['--cache=paged', '--page_size=17'], 'page_size=17 is not known: use 16, 64, 128'),
         (
             ['--decode_kernel=fast'],
-            "decode_kernel='fast' is not known: use auto, triton, torch, flex, flashinfer, flashmla",
+            "decode_kernel='fast' is not known: use auto, triton, torch, flex, flashinfer, "
+            'flashmla',
         ),
         (
             ['--decode_kernel=flex', '--cache_dtype=int8'],
-            '--decode_kernel=flex cannot run: it reads caches of full precision, not int8. Use --decode_kernel=auto',
+            '--decode_kernel=flex cannot run: it reads caches of full precision, not int8. '
+            'Use --decode_kernel=auto',
         ),
         (
             ['--decode_kernel=flashinfer'],
-            '--decode_kernel=flashinfer cannot run: flashinfer is not installed (pip install flashinfer-python)',
+            '--decode_kernel=flashinfer cannot run: flashinfer is not installed '
+            '(pip install flashinfer-python)',
         ),
         (
             ['--decode_kernel=flashmla', '--cache=paged'],
-            '--decode_kernel=flashmla cannot run: flash_mla is not installed (see github.com/deepseek-ai/FlashMLA)',
+            '--decode_kernel=flashmla cannot run: flash_mla is not installed '
+            '(see github.com/deepseek-ai/FlashMLA)',
         ),
         (
             ['--decode_kernel=triton', '--cache=paged'],
@@ -713,7 +718,8 @@ def test_a_stop_ends_a_sample(sample):
         (['--stop=["a", ""]'], 'must be a text, or a JSON list of texts'),
         (
             ['--init_from=gpt2.pt', '--cache=dense', '--max_new_tokens=99', '--start=abc'],
-            '--start: 3 tokens and max_new_tokens=99 outgrow block_size=24, where learned positions end: use --cache=none, or --max_new_tokens=22',
+            '--start: 3 tokens and max_new_tokens=99 outgrow block_size=24, where learned positions '
+            'end: use --cache=none, or --max_new_tokens=22',
         ),
         (
             ['--init_from=gpt2.pt', '--prompts=p.txt', '--max_new_tokens=99'],

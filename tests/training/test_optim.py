@@ -20,7 +20,7 @@ from nanomla.training.optim import (
 
 
 def matrix(rows, cols, low=0.05, seed=0):
-    """A matrix with known singular values between `low` and 1, and random singular vectors; float64."""
+    """A float64 matrix with known singular values from `low` to 1, and random vectors."""
     g = torch.Generator().manual_seed(seed)
     n = min(rows, cols)
     u, v = (
@@ -31,7 +31,7 @@ def matrix(rows, cols, low=0.05, seed=0):
 
 
 def polynomial_of_singular_values(m, steps=5):
-    """What Newton-Schulz does, by an SVD: x -> a x + b x³ + c x⁵ on every singular value of m / |m|."""
+    """What Newton-Schulz does, by an SVD: x -> a x + b x³ + c x⁵ on singular values of m / |m|."""
     u, s, vt = torch.linalg.svd(m.double(), full_matrices=False)
     s = s / s.norm()
     a, b, c = NEWTON_SCHULZ
