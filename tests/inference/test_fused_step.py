@@ -1,7 +1,12 @@
 """
-step_kernels.py against PyTorch: thin products, the choice of a token, whole blocks. As in test_decode_kernels.py the kernels run
-under Triton's interpreter in a child process that one test starts; the tests marked gpu hold the same promises on a GPU.
+fused_step.py against PyTorch: linear layers, the drawing of a token, whole blocks.
+
+The kernels run here under Triton's interpreter, in a child process that one test starts; the tests
+marked gpu hold the same promises on a GPU.
 """
+
+import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from interpreter import interpreted, needs_triton, run_interpreted
 
 from model import GPT, MLP, GPTConfig, Linear, MultiHeadAttention, Norm
 from model_mla import GPT_MLA, MultiHeadLatentAttention
-from nanomla.inference import fused_step as s
+from nanomla.inference import fused_step
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import Sampling, choose
 
@@ -20,79 +25,86 @@ def test_under_the_interpreter(which):
     run_interpreted(__file__, which)
 
 
-def off(B, C, N, kind, act, bias, add, device='cpu', dtype=torch.float32):
-    """The largest error of `thin` against its reference in float64, as a share of the largest result."""
+@dataclass
+class LinearCase:
+    """A call of fused_linear: B rows of C channels, N outputs."""
 
-    def random(*shape):
-        return torch.randn(*shape, device=device, dtype=dtype)
-
-    norm = Norm(C, GPTConfig(bias=bias), kind=kind).to(device, dtype) if kind else None
-    with torch.no_grad():
-        for p in norm.parameters() if norm else ():
-            p.normal_()
-        rows = N * (2 if act == 'swiglu' else 1)
-        x, weight, bias, add = (
-            random(B, C) + 0.5,
-            random(rows, C) * C**-0.5,
-            random(rows) if bias else None,
-            random(B, N) if add else None,
-        )
-        got = s.fused_linear(x, weight, bias, norm, act, add if add is None else add.clone())
-        x, weight, bias, add = (None if t is None else t.double() for t in (x, weight, bias, add))
-        want = s.fused_linear_reference(x, weight, bias, norm.double() if norm else None, act, add)
-    return ((got.double() - want).abs().max() / want.abs().max()).item()
+    B: int
+    C: int
+    N: int
+    norm: str | None
+    act: str
+    bias: bool
+    residual: bool
 
 
-CASES = [
-    (1, 40, 24, 'layernorm', '', True, False),
-    (1, 33, 10, None, 'gelu', False, True),
-    (1, 64, 12, 'rmsnorm', 'swiglu', True, False),
-    (1, 64, 9, None, 'relu2', True, True),
-    (3, 40, 24, 'layernorm', 'gelu_tanh', True, False),
-    (5, 130, 33, 'rmsnorm', 'swiglu', True, True),
-    (17, 64, 20, None, 'gelu', True, True),
-    (2, 64, 9, 'layernorm', 'relu2', False, False),
+LINEAR_CASES = [
+    LinearCase(1, 40, 24, 'layernorm', '', True, False),
+    LinearCase(1, 33, 10, None, 'gelu', False, True),
+    LinearCase(1, 64, 12, 'rmsnorm', 'swiglu', True, False),
+    LinearCase(1, 64, 9, None, 'relu2', True, True),
+    LinearCase(3, 40, 24, 'layernorm', 'gelu_tanh', True, False),
+    LinearCase(5, 130, 33, 'rmsnorm', 'swiglu', True, True),
+    LinearCase(17, 64, 20, None, 'gelu', True, True),
+    LinearCase(2, 64, 9, 'layernorm', 'relu2', False, False),
 ]
 
 
+def double(x):
+    return None if x is None else x.double()
+
+
 @interpreted
-@pytest.mark.parametrize('case', CASES, ids=str)
-def test_interpreted_thin(case):
-    assert off(*case) < 1e-5
+@pytest.mark.parametrize('case', LINEAR_CASES, ids=str)
+@torch.no_grad()
+def test_interpreted_linear(case):
+    rows = 2 * case.N if case.act == 'swiglu' else case.N
+    x = torch.randn(case.B, case.C) + 0.5
+    weight = torch.randn(rows, case.C) * case.C**-0.5
+    norm = bias = residual = None
+    if case.norm:
+        norm = Norm(case.C, GPTConfig(bias=case.bias), kind=case.norm)
+        for p in norm.parameters():
+            p.normal_()
+    if case.bias:
+        bias = torch.randn(rows)
+    if case.residual:
+        residual = torch.randn(case.B, case.N)
+    want = fused_step.fused_linear_reference(
+        x.double(),
+        weight.double(),
+        double(bias),
+        copy.deepcopy(norm).double() if norm else None,
+        case.act,
+        double(residual),
+    )
+    got = fused_step.fused_linear(x, weight, bias, norm, case.act, residual)
+    assert (got.double() - want).abs().max() < 1e-5 * want.abs().max()
 
 
 @interpreted
 @pytest.mark.parametrize('B', [1, 3])
-def test_interpreted_thin_of_every_head(B):
+def test_interpreted_linear_of_every_head(B):
     wide, weight = torch.randn(B, 3, 50), torch.randn(3, 24, 40)
     x = wide[..., 5:45]
-    torch.testing.assert_close(
-        s.fused_linear(x, weight), torch.einsum('bhc,hnc->bhn', x, weight), rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(
-        s.fused_linear(x[..., :24], weight.mT),
-        torch.einsum('bhc,hcn->bhn', x[..., :24], weight),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-
-
-def chosen(device, PART):
-    """The kernel's choices and those of decoding.choose."""
-    logits = torch.randn(4, 700, device=device).bfloat16()  # many are equal
-    logits[3] = 0
-    logits[2, 5:] = -torch.inf
-    draw = torch.tensor([0, 0.3, 0.6, 0.999], device=device)
-    for top_k, temperature in ((0, 1.3), (1, 0.7), (20, 0.7), (999, 1)):
-        yield (
-            s.choose(logits[:, :650], draw, temperature, top_k, block=PART),
-            choose(logits.float(), draw, Sampling(temperature, top_k, vocab_size=650)),
-        )
+    want = torch.einsum('bhc,hnc->bhn', x, weight)
+    torch.testing.assert_close(fused_step.fused_linear(x, weight), want, rtol=1e-4, atol=1e-4)
+    x = x[..., :24]
+    want = torch.einsum('bhc,hcn->bhn', x, weight)
+    torch.testing.assert_close(fused_step.fused_linear(x, weight.mT), want, rtol=1e-4, atol=1e-4)
 
 
 @interpreted
-def test_interpreted_choice():
-    assert all(torch.equal(*pair) for pair in chosen('cpu', 256))
+@pytest.mark.parametrize('top_k, temperature', [(0, 1.3), (1, 0.7), (20, 0.7), (999, 1)])
+def test_interpreted_draws_are_those_of_generate(top_k, temperature):
+    logits = torch.randn(4, 700).bfloat16()  # many are equal
+    logits[3] = 0
+    logits[2, 5:] = -torch.inf
+    logits = logits[:, :650]
+    draw = torch.tensor([0, 0.3, 0.6, 0.999])
+    got = fused_step.choose(logits, draw, temperature, top_k, block=256)
+    want = choose(logits.float(), draw, Sampling(temperature, top_k, vocab_size=650))
+    assert torch.equal(got, want)
 
 
 VARIANTS = {
@@ -118,7 +130,7 @@ VARIANTS = {
         ),
     ),
 }
-HOW = {
+CACHE_OPTIONS = {
     'gpt2': {},
     'llama': dict(layout='paged', page_size=16),
     'gqa': {},
@@ -132,9 +144,12 @@ HOW = {
 
 
 @torch.no_grad()
-def decoded(model, ids, fuse, **how):
-    """Logits of the last 2 of ids (B, T), decoded one by one behind prompts of different lengths, and the cache."""
-    cache = Cache.of(model, len(ids), 32, fuse=fuse, **how)
+def decoded(model, ids, fuse, **options):
+    """
+    Return the logits of the last 2 of ids (B, T), decoded one by one after prompts of different
+    lengths, and the cache.
+    """
+    cache = Cache.of(model, len(ids), 32, fuse=fuse, **options)
     for store in cache.stores:
         for buffer in store.buffers:
             buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
@@ -142,28 +157,37 @@ def decoded(model, ids, fuse, **how):
     prompt = torch.stack([row.roll(b) for b, row in enumerate(ids)])[:, : ids.size(1) - 2]
     model(prompt, context=cache)
     last_two = range(ids.size(1) - 2, ids.size(1))
-    steps = [s.hidden(model, ids[:, t : t + 1], cache) for t in last_two]
+    steps = [fused_step.hidden(model, ids[:, t : t + 1], cache) for t in last_two]
     return model.lm_head(torch.cat(steps, dim=1)), cache
 
 
+def variant_params():
+    """Return the names of the variants; all but three are slow."""
+    params = []
+    for name in VARIANTS:
+        marks = () if name in ('gpt2', 'llama', 'mla') else pytest.mark.slow
+        params.append(pytest.param(name, marks=marks))
+    return params
+
+
 @interpreted
-@pytest.mark.parametrize(
-    'variant',
-    [
-        v if v in ('gpt2', 'llama', 'mla') else pytest.param(v, marks=pytest.mark.slow)
-        for v in VARIANTS
-    ],
-)
+@pytest.mark.parametrize('variant', variant_params())
 def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
-    model = tiny(VARIANTS[variant][0], **dict(n_layer=1) | VARIANTS[variant][1])
+    kind, settings = VARIANTS[variant]
+    model = tiny(kind, **(dict(n_layer=1) | settings))
+    blocks_run, run_block = [], fused_step.run_block
+
+    def counted(block, *args):
+        blocks_run.append(block)
+        return run_block(block, *args)
+
+    monkeypatch.setattr(fused_step, 'run_block', counted)
     for B in (1, 2) if variant in ('gpt2', 'mla') else (2,):
-        calls, run_block = [], s.run_block
-        monkeypatch.setattr(s, 'run_block', lambda *args: calls.append(1) or run_block(*args))
-        (got, cache), (want, plain) = (
-            decoded(model, tokens(8, B=B), fuse, **HOW[variant]) for fuse in (True, False)
-        )
-        monkeypatch.setattr(s, 'run_block', run_block)
-        assert len(calls) == 2 * model.config.n_layer and cache.kernel == 'triton'
+        blocks_run.clear()
+        want, plain = decoded(model, tokens(8, B=B), False, **CACHE_OPTIONS[variant])
+        assert not blocks_run
+        got, cache = decoded(model, tokens(8, B=B), True, **CACHE_OPTIONS[variant])
+        assert len(blocks_run) == 2 * model.config.n_layer and cache.kernel == 'triton'
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
         for a, b in zip(cache.stores, plain.stores):
             torch.testing.assert_close(a.data[0], b.data[0], rtol=0, atol=1e-4, equal_nan=True)
@@ -179,11 +203,18 @@ def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
 )
 def test_interpreted_quantised_blocks(kind, settings, tiny, tokens):
     model = tiny(kind, n_layer=1, **settings)
-    (got, cache), (want, _) = (
-        decoded(model, tokens(8), fuse, dtype='int8', window=4) for fuse in (True, False)
-    )
+    got, cache = decoded(model, tokens(8), True, dtype='int8', window=4)
+    want, _ = decoded(model, tokens(8), False, dtype='int8', window=4)
     assert cache.kernel == 'triton'
     torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
+
+
+class OtherMLP(MLP):
+    pass
+
+
+class OtherNorm(Norm):
+    pass
 
 
 @pytest.fixture
@@ -201,16 +232,16 @@ def fusable(tiny):
 
 @torch.no_grad()
 def test_a_plain_block_can_be_fused(fusable):
-    assert s.can_fuse(*fusable)
+    assert fused_step.can_fuse(*fusable)
 
 
 @torch.no_grad()
 def test_prompts_gradients_and_other_dtypes_are_not_fused(fusable):
     block, x, layer = fusable
-    assert not s.can_fuse(block, torch.zeros(2, 2, 32), layer)
-    assert not s.can_fuse(block, x.bfloat16(), layer)
+    assert not fused_step.can_fuse(block, torch.zeros(2, 2, 32), layer)
+    assert not fused_step.can_fuse(block, x.bfloat16(), layer)
     with torch.enable_grad():
-        assert not s.can_fuse(block, x, layer)
+        assert not fused_step.can_fuse(block, x, layer)
 
 
 @torch.no_grad()
@@ -226,20 +257,18 @@ def test_prompts_gradients_and_other_dtypes_are_not_fused(fusable):
         lambda block, layer: block.attn.register_forward_pre_hook(lambda *args: None),
         lambda block, layer: setattr(block.attn, 'c_proj', torch.nn.Linear(32, 32)),  # an adapter's
         lambda block, layer: setattr(block.attn, 'forward', block.attn.forward),
-        lambda block, layer: setattr(
-            block, 'mlp', type('Wider', (MLP,), {})(GPTConfig(n_head=4, n_embd=32)).eval()
-        ),
-        lambda block, layer: setattr(block, 'ln_2', type('Other', (Norm,), {})(32, GPTConfig())),
+        lambda block, layer: setattr(block, 'mlp', OtherMLP(GPTConfig(n_head=4, n_embd=32)).eval()),
+        lambda block, layer: setattr(block, 'ln_2', OtherNorm(32, GPTConfig())),
     ],
 )
 def test_what_a_fused_block_does_not_compute_is_not_fused(change, fusable):
     block, x, layer = fusable
     change(block, layer)
-    assert not s.can_fuse(block, x, layer)
+    assert not fused_step.can_fuse(block, x, layer)
 
 
 def test_32_bit_logits_are_not_ordered_by_the_kernel():
-    assert not s.can_choose(torch.zeros(1, 9), 1.0, 1.0)
+    assert not fused_step.can_choose(torch.zeros(1, 9), 1.0, 1.0)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -262,7 +291,7 @@ class GatedGPT(GPT):
 
 
 class GroupedLatentAttention(MultiHeadLatentAttention):
-    """MLA with two latents, each read by half of the heads: two blocks of W^UK and W^UV are zero."""
+    """MLA with two latents, each read by half of the heads: blocks of W^UK and W^UV are zero."""
 
     def read_out(self, q_nope, q_pe, c_kv, k_pe):
         first, second = (c_kv * mask for mask in self.masks(c_kv))
@@ -309,7 +338,7 @@ def check_plain_path(model_class, device, kernel, dtype=torch.float32, atol=1e-5
     with torch.no_grad():
         model(idx[:, :8], context=cache)
         for t in range(8, 12):
-            got = model.lm_head(s.hidden(model, idx[:, t : t + 1], cache))[:, -1]
+            got = model.lm_head(fused_step.hidden(model, idx[:, t : t + 1], cache))[:, -1]
             want = model(idx[:, : t + 1])[:, -1]
             torch.testing.assert_close(got, want, rtol=0, atol=atol)
 
