@@ -191,14 +191,18 @@ def window_tile(tile: Tile) -> Tile:
 
 def plan(problem: Problem, device: torch.device) -> TilePlan:
     """Choose tiles, splits, warps and registers for a call on a GPU."""
-    gpu = gpu_limits(device)
+    key = shape_key(problem.heads, problem.C, problem.P, problem.latent, problem.bits, problem.size)
+    variant = tiles_of_shapes().get(key, ())
+    return plan_variant(problem, tuple(variant), gpu_limits(device))
+
+
+@lru_cache(1024)
+def plan_variant(problem: Problem, variant: tuple[int, ...], gpu: GpuLimits) -> TilePlan:
+    """Choose the plan with a variant, as in tiles_of_shapes, or without one, ()."""
     num_warps, registers = warps_and_registers(problem)
     # Programs that a multiprocessor has registers for.
     at_once = min(16 // num_warps, 65536 // (32 * num_warps * registers))
-
-    key = shape_key(problem.heads, problem.C, problem.P, problem.latent, problem.bits, problem.size)
-    variant = tiles_of_shapes().get(key) or default_variant(problem, gpu, at_once)
-    BLOCK_N, num_stages, prefetch, stagger = variant
+    BLOCK_N, num_stages, prefetch, stagger = variant or default_variant(problem, gpu, at_once)
     heads = min(64, power_of_2(problem.heads))
     tile = fitting_tile(problem, Tile(heads, BLOCK_N, num_stages), gpu)
     if not COMPILED or problem.size < tile.BLOCK_N:
