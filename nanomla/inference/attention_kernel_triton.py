@@ -304,7 +304,7 @@ def attend_span(inputs, sequence, span, part, factor, shape: tl.constexpr):
     of the softmax's sum (G,) to `part`.
 
     Everything is transposed: tokens are the rows of the tensor cores' products, and heads their
-    columns. Slots behind the last token are never read: the last tile has its last token again.
+    columns. Slots after the last token are never read: the last tile has its last token again.
     """
     H: tl.constexpr = shape.H
     C: tl.constexpr = shape.C
@@ -663,7 +663,7 @@ def append_kernel(
     HAS_ROWS: tl.constexpr,
 ):
     """
-    Write a sequence's new token, if it has one (counts (B,)), behind those that were there:
+    Write a sequence's new token, if it has one (counts (B,)), after those that were there:
     program (sequence, store).
 
     The first program of a sequence writes to the first store (with NORM: normed), the second to

@@ -16,7 +16,7 @@ import math
 import warnings
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -86,10 +86,10 @@ def flex_blocks(cache, lengths):
     nth = torch.arange(count, dtype=torch.int32, device=cache.device).expand(cache.rows, -1)
     if cache.pages:
         table, slots = cache.block_table, cache.slots
-        # order[b, page]: which page of the sequence it is; one column more for what is not held
-        held = torch.where(nth * page < lengths[:, None], table, slots // page)
+        # order[b, page]: which page of the sequence it is; one column more for unused pages
+        listed = torch.where(nth * page < lengths[:, None], table, slots // page)
         order = torch.full_like(table[:, :1], cache.size).repeat(1, slots // page + 1)
-        order.scatter_(1, held.long(), nth)
+        order.scatter_(1, listed.long(), nth)
 
         def seen(b, h, i, j):
             return order[b, j // page] * page + j % page < lengths[b]
@@ -196,10 +196,10 @@ def flashinfer_pages(cache, device):
     Return lengths, where each sequence's pages begin, and the pages. An empty row reads a token of
     any page, and nobody reads what it gets.
     """
-    pages = [held or [0] for held in cache.pages_of_row]
+    pages = [own or [0] for own in cache.pages_of_row]
     lengths = [max(1, used) for used in cache.used]
     starts = torch.tensor([0, *accumulate(map(len, pages))], dtype=torch.int32)
-    flat = [page for held in pages for page in held]
+    flat = list(chain.from_iterable(pages))
     return lengths, starts, torch.tensor(flat, dtype=torch.int32, device=device)
 
 
