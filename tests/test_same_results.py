@@ -10,6 +10,7 @@ made here by hand, must still load. Only where a result is meant to change, reco
 The scripts run on one thread, with the kernels that every processor has. Where torch or its
 arithmetic is another one all the same, a warning says so, and numbers are compared to 1e-4.
 """
+
 import csv
 import hashlib
 import json
@@ -38,23 +39,57 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path(__file__).with_name('same_results.json')
 EVAL = 'eval.py' if (ROOT / 'eval.py').exists() else 'evaluate.py'
 ENVIRONMENT = {
-    name: value for name, value in os.environ.items()
+    name: value
+    for name, value in os.environ.items()
     if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
 } | dict(
-    OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', ATEN_CPU_CAPABILITY='default', MKL_CBWR='COMPATIBLE',
-    ONEDNN_MAX_CPU_ISA='SSE41', CUDA_VISIBLE_DEVICES='', PYTHONUTF8='1')
+    OMP_NUM_THREADS='1',
+    MKL_NUM_THREADS='1',
+    ATEN_CPU_CAPABILITY='default',
+    MKL_CBWR='COMPATIBLE',
+    ONEDNN_MAX_CPU_ISA='SSE41',
+    CUDA_VISIBLE_DEVICES='',
+    PYTHONUTF8='1',
+)
 
 TRAIN = dict(
-    device='cpu', dtype='float32', compile=False, batch_size=8, gradient_accumulation_steps=1,
-    eval_iters=8, warmup_iters=4, learning_rate=2e-2, min_lr=1e-3, sample_tokens=24)
+    device='cpu',
+    dtype='float32',
+    compile=False,
+    batch_size=8,
+    gradient_accumulation_steps=1,
+    eval_iters=8,
+    warmup_iters=4,
+    learning_rate=2e-2,
+    min_lr=1e-3,
+    sample_tokens=24,
+)
 FROM_SCRATCH = TRAIN | dict(
-    n_layer=2, n_head=2, n_embd=16, block_size=32, max_iters=40, eval_interval=10, log_interval=2)
+    n_layer=2, n_head=2, n_embd=16, block_size=32, max_iters=40, eval_interval=10, log_interval=2
+)
 MODELS = dict(
     gpt2=dict(bias=True),
-    modern=dict(pos='rope', norm='rmsnorm', qk_norm=True, act='relu2', zero_init=True,
-                optimizer='muon', ema_decay=0.9, schedule='wsd'),
-    mla=dict(attention='mla', kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, optimizer='muon',
-             muon_up=0.5, dropout=0.1, gradient_accumulation_steps=2))
+    modern=dict(
+        pos='rope',
+        norm='rmsnorm',
+        qk_norm=True,
+        act='relu2',
+        zero_init=True,
+        optimizer='muon',
+        ema_decay=0.9,
+        schedule='wsd',
+    ),
+    mla=dict(
+        attention='mla',
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        optimizer='muon',
+        muon_up=0.5,
+        dropout=0.1,
+        gradient_accumulation_steps=2,
+    ),
+)
 
 # Operations that the scripts use, without a line of theirs: what this prints names the arithmetic.
 ARITHMETIC = """
@@ -118,47 +153,167 @@ def is_png(path):
 # files of the time of e498ffd, and of nanoGPT
 
 CHARS = '\n ,acdehimnorstu'
-META = dict(tokenizer='char', source='A tale of a cat', chars=CHARS, vocab_size=16, dtype='uint16',
-            train_tokens=5400, val_tokens=600)
+META = dict(
+    tokenizer='char',
+    source='A tale of a cat',
+    chars=CHARS,
+    vocab_size=16,
+    dtype='uint16',
+    train_tokens=5400,
+    val_tokens=600,
+)
 SETTINGS = dict(  # train.py's, all of them; the dataset is filled in
-    out_dir='out-old', init_from='scratch', eval_interval=5, eval_iters=8, eval_only=False,
-    log_interval=1, always_save_checkpoint=False, keep_checkpoints=0, sample_tokens=0,
-    wandb_log=False, wandb_project='nanomla', wandb_run_name='', dataset='',
-    gradient_accumulation_steps=1, batch_size=4, block_size=32, seed=1337, attention='mha',
-    n_layer=2, n_head=4, n_embd=16, n_kv_head=2, head_dim=8, n_inner=40, mlp=True, dropout=0.0,
-    dropout_in='all', bias=False, pos='rope', rope_theta=10000.0, rope_scaling=1.0, norm='rmsnorm',
-    norm_eps=1e-5, act='swiglu', qk_norm=False, softmax_scale=0.0, tie_weights=True, init='gpt2',
-    zero_init=False, kernel='sdpa', q_lora_rank=0, kv_lora_rank=512, qk_nope_head_dim=0,
-    qk_rope_head_dim=32, v_head_dim=0, latent_norm=True, qk_norm_latent=False,
-    latent_init='fan_in', optimizer='adamw', learning_rate=0.01, muon_lr=0.02, muon_up=1.0,
-    muon_split=True, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0, ema_decay=0.0,
-    train_only='', teacher='', distill=0.5, distill_hidden=0.0, max_iters=10, decay_lr=True,
-    schedule='cosine', warmup_iters=2, lr_decay_iters=0, min_lr=0.001, cooldown=0.4,
-    max_minutes=0.0, target_loss=0.0, device='cpu', dtype='float32', compile=False,
-    fused_loss=True, fp8_head=False, cuda_graph=False, backend='auto')
+    out_dir='out-old',
+    init_from='scratch',
+    eval_interval=5,
+    eval_iters=8,
+    eval_only=False,
+    log_interval=1,
+    always_save_checkpoint=False,
+    keep_checkpoints=0,
+    sample_tokens=0,
+    wandb_log=False,
+    wandb_project='nanomla',
+    wandb_run_name='',
+    dataset='',
+    gradient_accumulation_steps=1,
+    batch_size=4,
+    block_size=32,
+    seed=1337,
+    attention='mha',
+    n_layer=2,
+    n_head=4,
+    n_embd=16,
+    n_kv_head=2,
+    head_dim=8,
+    n_inner=40,
+    mlp=True,
+    dropout=0.0,
+    dropout_in='all',
+    bias=False,
+    pos='rope',
+    rope_theta=10000.0,
+    rope_scaling=1.0,
+    norm='rmsnorm',
+    norm_eps=1e-5,
+    act='swiglu',
+    qk_norm=False,
+    softmax_scale=0.0,
+    tie_weights=True,
+    init='gpt2',
+    zero_init=False,
+    kernel='sdpa',
+    q_lora_rank=0,
+    kv_lora_rank=512,
+    qk_nope_head_dim=0,
+    qk_rope_head_dim=32,
+    v_head_dim=0,
+    latent_norm=True,
+    qk_norm_latent=False,
+    latent_init='fan_in',
+    optimizer='adamw',
+    learning_rate=0.01,
+    muon_lr=0.02,
+    muon_up=1.0,
+    muon_split=True,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    grad_clip=1.0,
+    ema_decay=0.0,
+    train_only='',
+    teacher='',
+    distill=0.5,
+    distill_hidden=0.0,
+    max_iters=10,
+    decay_lr=True,
+    schedule='cosine',
+    warmup_iters=2,
+    lr_decay_iters=0,
+    min_lr=0.001,
+    cooldown=0.4,
+    max_minutes=0.0,
+    target_loss=0.0,
+    device='cpu',
+    dtype='float32',
+    compile=False,
+    fused_loss=True,
+    fp8_head=False,
+    cuda_graph=False,
+    backend='auto',
+)
 MODEL_ARGS = (
     'block_size vocab_size n_layer n_head n_embd dropout dropout_in bias n_kv_head head_dim '
     'n_inner mlp pos rope_theta rope_scaling norm norm_eps act qk_norm softmax_scale tie_weights '
-    'init zero_init kernel').split()
+    'init zero_init kernel'
+).split()
 MLA_ARGS = (
     'q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim latent_norm '
-    'latent_init qk_norm_latent absorb kv_lora_ranks source_head_dim').split()
+    'latent_init qk_norm_latent absorb kv_lora_ranks source_head_dim'
+).split()
 OLD = dict(  # what differs from SETTINGS in the run, and then in its model
     llama=({}, {}),
-    mla=(dict(attention='mla', n_head=2, n_kv_head=0, head_dim=0, n_inner=0, pos='learned',
-              norm='layernorm', act='gelu', q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
-              optimizer='muon', muon_up=0.25, ema_decay=0.9),
-         dict(n_kv_head=2, head_dim=8, n_inner=64, pos='rope', qk_nope_head_dim=4, v_head_dim=8,
-              absorb=False, kv_lora_ranks=(), source_head_dim=0)))
+    mla=(
+        dict(
+            attention='mla',
+            n_head=2,
+            n_kv_head=0,
+            head_dim=0,
+            n_inner=0,
+            pos='learned',
+            norm='layernorm',
+            act='gelu',
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            optimizer='muon',
+            muon_up=0.25,
+            ema_decay=0.9,
+        ),
+        dict(
+            n_kv_head=2,
+            head_dim=8,
+            n_inner=64,
+            pos='rope',
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            absorb=False,
+            kv_lora_ranks=(),
+            source_head_dim=0,
+        ),
+    ),
+)
 SHAPES = dict(  # of a block's weights, in the order of the state dict
-    llama={'ln_1': (16,), 'attn.c_proj': (16, 32), 'attn.c_attn': (64, 16), 'ln_2': (16,),
-           'mlp.c_fc': (80, 16), 'mlp.c_proj': (16, 40)},
-    mla={'ln_1': (16,), 'attn.c_proj': (16, 16), 'attn.q_a_proj': (8, 16),
-         'attn.q_a_layernorm': (8,), 'attn.q_b_proj': (16, 8),
-         'attn.kv_a_proj_with_mqa': (12, 16), 'attn.kv_a_layernorm': (8,),
-         'attn.kv_b_proj': (24, 8), 'ln_2': (16,), 'mlp.c_fc': (64, 16), 'mlp.c_proj': (16, 64)},
-    nanogpt={'ln_1': (16,), 'attn.c_attn': (48, 16), 'attn.c_proj': (16, 16), 'ln_2': (16,),
-             'mlp.c_fc': (64, 16), 'mlp.c_proj': (16, 64)})
+    llama={
+        'ln_1': (16,),
+        'attn.c_proj': (16, 32),
+        'attn.c_attn': (64, 16),
+        'ln_2': (16,),
+        'mlp.c_fc': (80, 16),
+        'mlp.c_proj': (16, 40),
+    },
+    mla={
+        'ln_1': (16,),
+        'attn.c_proj': (16, 16),
+        'attn.q_a_proj': (8, 16),
+        'attn.q_a_layernorm': (8,),
+        'attn.q_b_proj': (16, 8),
+        'attn.kv_a_proj_with_mqa': (12, 16),
+        'attn.kv_a_layernorm': (8,),
+        'attn.kv_b_proj': (24, 8),
+        'ln_2': (16,),
+        'mlp.c_fc': (64, 16),
+        'mlp.c_proj': (16, 64),
+    },
+    nanogpt={
+        'ln_1': (16,),
+        'attn.c_attn': (48, 16),
+        'attn.c_proj': (16, 16),
+        'ln_2': (16,),
+        'mlp.c_fc': (64, 16),
+        'mlp.c_proj': (16, 64),
+    },
+)
 
 
 class Numbers:
@@ -203,13 +358,30 @@ def weights(shapes, numbers, positions=False):
 
 def adamw(matrices, vectors, numbers, own=None):
     """AdamW's state after 10 steps, with decay for matrices; `own` are further keys of a group."""
-    moments = [dict(step=torch.tensor(10.0), exp_avg=numbers.between(-1e-2, 1e-2, p.shape),
-                    exp_avg_sq=numbers.between(1e-4, 1e-3, p.shape)) for p in matrices + vectors]
+    moments = [
+        dict(
+            step=torch.tensor(10.0),
+            exp_avg=numbers.between(-1e-2, 1e-2, p.shape),
+            exp_avg_sq=numbers.between(1e-4, 1e-3, p.shape),
+        )
+        for p in matrices + vectors
+    ]
     index = list(range(len(moments)))
-    rest = dict(lr=0.00134, betas=(0.9, 0.95), eps=1e-8, amsgrad=False, maximize=False,
-                foreach=None, capturable=False, differentiable=False, fused=True) | (own or {})
-    groups = [dict(weight_decay=0.1, **rest, params=index[:len(matrices)]),
-              dict(weight_decay=0.0, **rest, params=index[len(matrices):])]
+    rest = dict(
+        lr=0.00134,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+        foreach=None,
+        capturable=False,
+        differentiable=False,
+        fused=True,
+    ) | (own or {})
+    groups = [
+        dict(weight_decay=0.1, **rest, params=index[: len(matrices)]),
+        dict(weight_decay=0.0, **rest, params=index[len(matrices) :]),
+    ]
     return dict(state=dict(enumerate(moments)), param_groups=groups)
 
 
@@ -218,8 +390,10 @@ def muon(matrices, behind_latents, numbers):
     params = matrices + behind_latents
     index = list(range(len(params)))
     rest = dict(weight_decay=0.1, momentum=0.95, steps=5)
-    groups = [dict(base_lr=0.02, lr=0.00268, **rest, params=index[:len(matrices)]),
-              dict(base_lr=0.005, lr=0.00067, **rest, params=index[len(matrices):])]
+    groups = [
+        dict(base_lr=0.02, lr=0.00268, **rest, params=index[: len(matrices)]),
+        dict(base_lr=0.005, lr=0.00067, **rest, params=index[len(matrices) :]),
+    ]
     moments = [dict(momentum=numbers.between(-1e-2, 1e-2, p.shape)) for p in params]
     return dict(state=dict(enumerate(moments)), param_groups=groups)
 
@@ -234,8 +408,10 @@ def old_optimizers(state, kind, numbers):
         return [adamw([*matrices.values()], vectors, numbers, own)], None
     embedding = matrices.pop('transformer.wte.weight')
     behind = [matrices.pop(name) for name in list(matrices) if '_b_proj' in name]
-    optimizers = [adamw([embedding], vectors, numbers, own),
-                  muon([*matrices.values()], behind, numbers)]
+    optimizers = [
+        adamw([embedding], vectors, numbers, own),
+        muon([*matrices.values()], behind, numbers),
+    ]
     return optimizers, [numbers.weight(p.shape) for p in params.values()]
 
 
@@ -246,9 +422,17 @@ def write_old_run(folder, kind, dataset):
     values = settings | dict(vocab_size=16) | of_model
     names = MODEL_ARGS + MLA_ARGS * (kind == 'mla')
     content = dict(
-        kind=settings['attention'], model_args={name: values[name] for name in names}, step=10,
-        best_val_loss=4.5, best_step=10, meta=META, config=settings, commit='e498ffd',
-        seconds=1.349, model=weights(SHAPES[kind], numbers))
+        kind=settings['attention'],
+        model_args={name: values[name] for name in names},
+        step=10,
+        best_val_loss=4.5,
+        best_step=10,
+        meta=META,
+        config=settings,
+        commit='e498ffd',
+        seconds=1.349,
+        model=weights(SHAPES[kind], numbers),
+    )
     optimizers, average = old_optimizers(content['model'], kind, numbers)
     folder.mkdir()
     torch.save(content, folder / 'ckpt.pt')
@@ -256,16 +440,47 @@ def write_old_run(folder, kind, dataset):
     torch.save(content, folder / 'last.pt')
 
     clock = dict(seconds=1.3, train_seconds=0.05)
-    lines = [dict(
-        event='settings', config=settings, kind=settings['attention'], params=7248,
-        commit='e498ffd', world=1, device='CPU, 1 threads', dtype='float32', torch='2.13.0+cpu',
-        data=dict(name=str(dataset), source=META['source'], tokenizer='char'),
-        cache_bytes_per_token=128)]
-    lines += [dict(event='train', step=step, tokens=128 * step, **clock, loss=5 - 0.05 * step,
-                   lr=0.01, tok_per_s=23032, mfu=None) for step in range(1, 11)]
-    lines += [dict(event='eval', step=10, tokens=1280, **clock, val_loss=4.5, train_loss=4.5),
-              dict(event='end', step=10, why='max_iters reached', best_val_loss=4.5, best_step=10,
-                   **clock, tok_per_s=22862, peak_memory=413257728)]
+    lines = [
+        dict(
+            event='settings',
+            config=settings,
+            kind=settings['attention'],
+            params=7248,
+            commit='e498ffd',
+            world=1,
+            device='CPU, 1 threads',
+            dtype='float32',
+            torch='2.13.0+cpu',
+            data=dict(name=str(dataset), source=META['source'], tokenizer='char'),
+            cache_bytes_per_token=128,
+        )
+    ]
+    lines += [
+        dict(
+            event='train',
+            step=step,
+            tokens=128 * step,
+            **clock,
+            loss=5 - 0.05 * step,
+            lr=0.01,
+            tok_per_s=23032,
+            mfu=None,
+        )
+        for step in range(1, 11)
+    ]
+    lines += [
+        dict(event='eval', step=10, tokens=1280, **clock, val_loss=4.5, train_loss=4.5),
+        dict(
+            event='end',
+            step=10,
+            why='max_iters reached',
+            best_val_loss=4.5,
+            best_step=10,
+            **clock,
+            tok_per_s=22862,
+            peak_memory=413257728,
+        ),
+    ]
     (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
@@ -282,9 +497,13 @@ def write_nanogpt(folder, dataset, compiled):
         state = OrderedDict((f'_orig_mod.{name}', value) for name, value in state.items())
     shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, bias=False, dropout=0.0)
     content = dict(
-        model=state, optimizer=optimizer, model_args=shape | dict(vocab_size=16), iter_num=10,
+        model=state,
+        optimizer=optimizer,
+        model_args=shape | dict(vocab_size=16),
+        iter_num=10,
         best_val_loss=torch.tensor(2.5),
-        config=shape | dict(out_dir='out', dataset=str(dataset), device='cpu', compile=compiled))
+        config=shape | dict(out_dir='out', dataset=str(dataset), device='cpu', compile=compiled),
+    )
     folder.mkdir()
     torch.save(content, folder / 'ckpt.pt')
 
@@ -303,11 +522,14 @@ def write_files(folder):
 # --------------------------------------------------------------------------------------------------
 # what the scripts are asked for: each function runs one of them and returns plain values
 
+
 def losses(lines):
     """[[step, loss], ...] of training and of validation, from the lines of a log.jsonl."""
     events = [json.loads(line) for line in lines]
-    return {key: [[event['step'], event[key]] for event in events if event['event'] == name]
-            for name, key in (('train', 'loss'), ('eval', 'val_loss'))}
+    return {
+        key: [[event['step'], event[key]] for event in events if event['event'] == name]
+        for name, key in (('train', 'loss'), ('eval', 'val_loss'))
+    }
 
 
 def weights_of(checkpoint):
@@ -339,8 +561,9 @@ def resume(results, kind):
     settings = TRAIN | dict(max_iters=16, eval_interval=3, log_interval=1)
     if kind == 'mla':
         settings |= dict(optimizer='muon', muon_up=0.25, ema_decay=0.9)
-    results.run('train.py', dataset=results.folder / 'text', out_dir=out, init_from='resume',
-                **settings)
+    results.run(
+        'train.py', dataset=results.folder / 'text', out_dir=out, init_from='resume', **settings
+    )
     after = log.read_text()
     assert after.startswith(before) and is_png(out / 'curve.png')
     return losses(after.removeprefix(before).splitlines()) | weights_of(out / 'ckpt.pt')
@@ -350,43 +573,82 @@ def sample(results, name, **settings):
     if name in MODELS:
         results.wait(f'train {name}')
     length = 40 if name in ('modern', 'mla') else 24  # without RoPE, a text ends with the block
-    return results.run('sample.py', out_dir=results.folder / name, device='cpu', dtype='float32',
-                       start='the cat ', num_samples=2, max_new_tokens=length, **settings)
+    return results.run(
+        'sample.py',
+        out_dir=results.folder / name,
+        device='cpu',
+        dtype='float32',
+        start='the cat ',
+        num_samples=2,
+        max_new_tokens=length,
+        **settings,
+    )
 
 
 def answer(results):
     """Samples of several prompts at a time, from a quantised cache."""
     prompts = results.folder / 'prompts.txt'
     prompts.write_text('the cat\nshe ran to\nhis red hat in\nsun\n')
-    return results.run('sample.py', init_from=results.folder / 'old-mla' / 'last.pt', device='cpu',
-                       dtype='float32', prompts=prompts, cache='paged', cache_dtype='int8',
-                       batch_size=2, jsonl=True, max_new_tokens=20, top_k=8, top_p=0.9,
-                       temperature=1.0, stop=', ')
+    return results.run(
+        'sample.py',
+        init_from=results.folder / 'old-mla' / 'last.pt',
+        device='cpu',
+        dtype='float32',
+        prompts=prompts,
+        cache='paged',
+        cache_dtype='int8',
+        batch_size=2,
+        jsonl=True,
+        max_new_tokens=20,
+        top_k=8,
+        top_p=0.9,
+        temperature=1.0,
+        stop=', ',
+    )
 
 
 def convert(results):
     """An old Llama as MLA: the table that the file holds, the numbers in print, and the weights."""
     out = results.folder / 'converted'
-    said = results.run('convert_mla.py', results.folder / 'old-llama', out=out, saving=0.5,
-                       q_lora_rank=8, rotate=True, cache_dtype='int8', calibration_tokens=2000,
-                       eval_tokens=500, device='cpu')
+    said = results.run(
+        'convert_mla.py',
+        results.folder / 'old-llama',
+        out=out,
+        saving=0.5,
+        q_lora_rank=8,
+        rotate=True,
+        cache_dtype='int8',
+        calibration_tokens=2000,
+        eval_tokens=500,
+        device='cpu',
+    )
     assert is_png(out / 'conversion.png')
     history = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True)['conversion']
     keys = 'bytes', 'saved', 'nats', 'perplexity'
     table = [[row[key] for key in keys] for row in history['table']]
     printed = re.findall(r' (\d+) +([-\d.]+) % +([\d.]+)$', said, re.MULTILINE)
     assert len(printed) == len(table)
-    return dict(table=table, printed=[[*map(float, row)] for row in printed],
-                layers=[[layer['rank'], layer['energy']] for layer in history['layers']],
-                ) | weights_of(out / 'ckpt.pt')
+    return dict(
+        table=table,
+        printed=[[*map(float, row)] for row in printed],
+        layers=[[layer['rank'], layer['energy']] for layer in history['layers']],
+    ) | weights_of(out / 'ckpt.pt')
 
 
 def find_heads(results):
     """Columns of heads.csv, with all heads of two models, and what heads.json has on the models."""
     out = results.folder / 'heads'
     folders = f'{results.folder}/nanogpt,{results.folder}/old-mla'
-    results.run('find_induction_heads.py', out_dir=folders, out=out, texts=8, threshold=0.001,
-                causes='all', latents=True, device='cpu')
+    results.run(
+        'find_induction_heads.py',
+        out_dir=folders,
+        out=out,
+        texts=8,
+        threshold=0.001,
+        causes='all',
+        latents=True,
+        device='cpu',
+    )
     assert is_png(out / 'heads.png') and is_png(out / 'latents.png')
     with open(out / 'heads.csv', encoding='utf-8', newline='') as file:
         heads = list(csv.DictReader(file))
@@ -404,12 +666,26 @@ def find_heads(results):
 def evaluate(results):
     """Losses through several caches, from results.json."""
     out = results.folder / 'evaluated'
-    results.run(EVAL, models=results.folder / 'old-mla', cache='dense,paged,none',
-                cache_dtype='auto,int8', window=8, chunk_size=8, out_dir=out, device='cpu',
-                dtype='float32')
-    return [[record['cache'], record['cache_bytes'].get('bytes_per_token'),
-             record['result']['loss'], record['result']['bits_per_byte']]
-            for record in json.loads((out / 'results.json').read_text())]
+    results.run(
+        EVAL,
+        models=results.folder / 'old-mla',
+        cache='dense,paged,none',
+        cache_dtype='auto,int8',
+        window=8,
+        chunk_size=8,
+        out_dir=out,
+        device='cpu',
+        dtype='float32',
+    )
+    return [
+        [
+            record['cache'],
+            record['cache_bytes'].get('bytes_per_token'),
+            record['result']['loss'],
+            record['result']['bits_per_byte'],
+        ]
+        for record in json.loads((out / 'results.json').read_text())
+    ]
 
 
 def compare(results):
@@ -431,14 +707,25 @@ def arithmetic(results):
 
 SAMPLES = [  # of which checkpoint, through which cache, at which temperature
     *product(MODELS, ('dense', 'paged', 'none'), (0.0, 0.8)),
-    ('old-llama', 'paged', 0.8), ('old-mla', 'dense', 0.8),
-    ('nanogpt', 'none', 0.8), ('nanogpt-compiled', 'none', 0.8)]
+    ('old-llama', 'paged', 0.8),
+    ('old-mla', 'dense', 0.8),
+    ('nanogpt', 'none', 0.8),
+    ('nanogpt-compiled', 'none', 0.8),
+]
 JOBS = {f'train {name}': partial(train, name=name) for name in MODELS}
 JOBS |= {f'resume {kind}': partial(resume, kind=kind) for kind in OLD}
-JOBS |= dict(arithmetic=arithmetic, heads=find_heads, convert=convert, evaluate=evaluate,
-             compare=compare, answer=answer)
-JOBS |= {f'sample {name} {cache} {heat}': partial(sample, name=name, cache=cache, temperature=heat)
-         for name, cache, heat in SAMPLES}
+JOBS |= dict(
+    arithmetic=arithmetic,
+    heads=find_heads,
+    convert=convert,
+    evaluate=evaluate,
+    compare=compare,
+    answer=answer,
+)
+JOBS |= {
+    f'sample {name} {cache} {heat}': partial(sample, name=name, cache=cache, temperature=heat)
+    for name, cache, heat in SAMPLES
+}
 
 
 class Results:
@@ -450,8 +737,17 @@ class Results:
     def __init__(self, folder):
         self.folder, self.lock, self.futures = folder, threading.Lock(), {}
         self.pool, self.free, self.number = ThreadPoolExecutor(2), SimpleQueue(), count()
-        self.runners = [Popen([sys.executable, '-c', RUNNER], cwd=ROOT, env=ENVIRONMENT,
-                              stdin=PIPE, stdout=PIPE, encoding='utf-8') for _ in range(2)]
+        self.runners = [
+            Popen(
+                [sys.executable, '-c', RUNNER],
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdin=PIPE,
+                stdout=PIPE,
+                encoding='utf-8',
+            )
+            for _ in range(2)
+        ]
         for runner in self.runners:
             self.free.put(runner)
         write_files(folder)
@@ -494,8 +790,11 @@ class Results:
 
 def surroundings(results):
     """What numbers depend on besides the code."""
-    return dict(torch=torch.__version__.partition('+')[0], machine=platform.machine(),
-                arithmetic=results.wait('arithmetic'))
+    return dict(
+        torch=torch.__version__.partition('+')[0],
+        machine=platform.machine(),
+        arithmetic=results.wait('arithmetic'),
+    )
 
 
 def record():
@@ -509,6 +808,7 @@ def record():
 
 # --------------------------------------------------------------------------------------------------
 # the promises
+
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
@@ -528,17 +828,20 @@ def exact(results, recorded):
     """Whether every bit counts: this is torch and the arithmetic that were recorded."""
     then, now = recorded['surroundings'], surroundings(results)
     if now != then:
-        warnings.warn(f'compared to 1e-4, not bit by bit: recorded with {then}, this is {now}',
-                      stacklevel=1)
+        warnings.warn(
+            f'compared to 1e-4, not bit by bit: recorded with {then}, this is {now}', stacklevel=1
+        )
     return now == then
 
 
 @pytest.fixture
 def is_same(results, recorded, exact):
     """is_same(job) asserts that a job gives what was recorded."""
+
     def check(job):
         found = results.wait(job)
         assert found == (recorded[job] if exact else close_to(recorded[job]))
+
     return check
 
 

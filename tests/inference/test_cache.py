@@ -718,8 +718,8 @@ def test_a_stop_ends_a_sample(sample):
         (['--stop=["a", ""]'], 'must be a text, or a JSON list of texts'),
         (
             ['--init_from=gpt2.pt', '--cache=dense', '--max_new_tokens=99', '--start=abc'],
-            '--start: 3 tokens and max_new_tokens=99 outgrow block_size=24, where learned positions '
-            'end: use --cache=none, or --max_new_tokens=22',
+            '--start: 3 tokens and max_new_tokens=99 outgrow block_size=24, where learned '
+            'positions end: use --cache=none, or --max_new_tokens=22',
         ),
         (
             ['--init_from=gpt2.pt', '--prompts=p.txt', '--max_new_tokens=99'],
