@@ -10,9 +10,7 @@ A run leaves out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.j
 
 # output
 out_dir = 'out'
-init_from = (
-    'scratch'  # scratch | resume (out_dir/last.pt) | gpt2 to gpt2-xl | a checkpoint or folder
-)
+init_from = 'scratch'  # scratch | resume (last.pt) | gpt2 to gpt2-xl | a checkpoint or folder
 eval_interval = 2000  # steps between evaluations; each one also writes the checkpoints
 eval_iters = 200  # batches of an evaluation; a validation split that is smaller is scored whole
 eval_only = False  # evaluate once and stop
