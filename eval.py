@@ -21,9 +21,7 @@ cache = 'dense'  # dense | paged | none: whole texts without a cache
 cache_dtype = 'auto'  # auto = that of the model | float32 | bfloat16 | float16 | int8 | int4
 window = '128'  # int8, int4: the last tokens of a sequence that are kept in full precision as well
 page_size = 64  # tokens in a page of a paged cache: 16 | 64 | 128
-chunk_size = (
-    32  # tokens that run at a time, in full precision: 1 = as decoding does; 0 = all at once
-)
+chunk_size = 32  # tokens that run at a time: 1 = as decoding does; 0 = all at once
 # perplexity
 data = ''  # a dataset (its folder, or its name in data/) or a text file; '' = the model's own
 split = 'val'  # of a dataset: val | train
