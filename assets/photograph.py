@@ -1,5 +1,5 @@
 """
-A picture of a page as a browser shows it, for the README.
+A picture of a page as a browser shows it, for the docs.
 
     python assets/photograph.py --page=out/heads.html
 

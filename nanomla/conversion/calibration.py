@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, MultiHeadAttention
+from nanomla.checkpoints.text import decode_file
 from nanomla.checkpoints.tokenizer import HFTokenizer
 from nanomla.conversion.source import check_source
 from nanomla.core import token_files
@@ -214,18 +215,11 @@ def file_tokens(
             'dataset of them'
         )
     codec = tokenizer or Tokenizer(meta or dict(tokenizer='gpt2'))
+    text = decode_file(name, codec.name == 'bytes', 'calibration')
     try:
-        raw = Path(name).read_bytes()
-        if codec.name == 'bytes':
-            ids = codec.encode_array(raw)
-        else:
-            ids = codec.encode(raw.decode('utf-8-sig'))
+        ids = codec.encode_array(text) if codec.name == 'bytes' else codec.encode(text)
     except UserError as error:
         raise UserError(f'calibration={name}: {error}') from None
-    except OSError as error:
-        raise UserError(f'calibration={name}: {error.strerror or error}') from None
-    except ValueError:
-        raise UserError(f'calibration={name}: it is not UTF-8 text') from None
     return np.asarray(ids, np.int64)
 
 
