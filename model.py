@@ -319,9 +319,13 @@ class Attention(nn.Module):
         -> (B, H, T, Dv). With a cache k and v have N slots, and mask (B, 1, T, N) is True where a
         query may look.
         """
-        grouped = q.size(1) != k.size(1)
         if self.kernel == 'eager':
             return self.attend_eagerly(q, k, v, mask)
+        if self.kernel == 'sdpa' and q.device.type == 'cpu' and v.size(-1) < k.size(-1):
+            # torch's fused kernel for CPUs takes keys and values of one width only
+            padded = F.pad(v, (0, k.size(-1) - v.size(-1)))
+            return self.attend(q, k, padded, mask)[..., : v.size(-1)]
+        grouped = q.size(1) != k.size(1)
         if mask is not None:  # only the backend that torch picks takes any mask
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped
