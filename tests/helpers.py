@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from nanomla.core import files
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300  # seconds that an event may take on a busy machine; tests wait for it, not for them
@@ -181,6 +184,21 @@ def log(out='out') -> list[dict]:
 def series(out, event, key) -> dict:
     """Return step -> value; of a step that is in the log twice, the later one."""
     return {line['step']: line[key] for line in log(out) if line['event'] == event}
+
+
+# -------------------------------------------------------------------------------------------------
+# full disks
+
+
+def fill_disk(monkeypatch, name: str) -> None:
+    """Let every write to the file that is to become `name` fail as on a full disk."""
+
+    def opened(path, mode='r', **options):
+        if re.fullmatch(re.escape(name) + r'\.\d+\.partial', Path(path).name):
+            path, mode = '/dev/full', mode.replace('x', 'w')
+        return open(path, mode, **options)
+
+    monkeypatch.setattr(files, 'open', opened, raising=False)
 
 
 # -------------------------------------------------------------------------------------------------

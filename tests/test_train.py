@@ -27,6 +27,7 @@ from helpers import (
     TEXT,
     TINY,
     exit_code,
+    fill_disk,
     hf_gpt2,
     log,
     run,
@@ -1125,13 +1126,11 @@ def one_error(capsys, begins):
 @pytest.mark.parametrize('name', ['ckpt.pt', 'last.pt'])
 def test_a_full_disk_leaves_the_last_checkpoint(name, capsys, monkeypatch):
     train(max_iters=4)
-    monkeypatch.setattr(checkpoint, 'remove_leftovers', lambda path: None)
     before = files('out')
-    Path('out', f'{name}.{os.getpid()}.partial').symlink_to('/dev/full')
-    assert (
-        exit_code('train.py', words(TINY | dict(init_from='resume', always_save_checkpoint=True)))
-        == 2
-    )
+    again = words(TINY | dict(init_from='resume', always_save_checkpoint=True))
+    with monkeypatch.context() as patch:
+        fill_disk(patch, name)
+        assert exit_code('train.py', again) == 2
     assert one_error(capsys, f'cannot write out/{name}: no space left on the device')
     after = files('out')
     assert after[name] == before[name] and sorted(after) == sorted(before)

@@ -10,8 +10,8 @@ Checkpoints: models on disk. A checkpoint is one dict of tensors and plain value
     config          the settings of the run
 
 and, in last.pt only, what a resumed run needs: optimizers, average, seconds. Files are written
-aside, synced and renamed, and read with weights_only=True, which runs no code from them. nanoGPT's
-ckpt.pt loads as it is.
+aside, synced and renamed. They are read with weights_only=True, which runs no code from them, after
+content.py has found each byte as it was written. nanoGPT's ckpt.pt loads as it is.
 """
 
 import os
@@ -20,11 +20,18 @@ from pathlib import Path
 
 import torch
 
-from model import GPT
+from model import GPT, GPTConfig
 from model_mla import GPT_MLA
-from nanomla.core.checks import settings_errors
+from nanomla.checkpoints.content import (
+    check_bytes,
+    check_model_args,
+    checked_content,
+    seal,
+    way_out,
+)
+from nanomla.core.checks import settings_errors, shortened
 from nanomla.core.configurator import UserError
-from nanomla.core.files import replacing
+from nanomla.core.files import remove_leftovers, replacing
 
 # Every attention that the scripts know, by the name that --attention and checkpoints give it.
 MODELS: dict[str, type[GPT]] = dict(mha=GPT, mla=GPT_MLA)
@@ -118,9 +125,10 @@ def save(path: str | Path, checkpoint: dict) -> None:
     path = Path(path)
     try:
         remove_leftovers(path)
-        with replacing(path, 'wb') as file:
+        with replacing(path, 'w+b') as file:
             try:
                 torch.save(checkpoint, file)
+                seal(file)
             except RuntimeError as error:
                 # torch.save hides the OSError of a full disk in a RuntimeError of its own.
                 if isinstance(error.__context__, OSError):
@@ -130,12 +138,6 @@ def save(path: str | Path, checkpoint: dict) -> None:
         raise UserError(f'{error}; what was there before is untouched') from None
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what saves of `path` that were killed have left: each is as large as a model."""
-    for leftover in path.parent.glob(f'{path.name}.*.partial'):
-        leftover.unlink(missing_ok=True)
-
-
 def load(path: str | Path) -> dict:
     """Return the checkpoint in a file, or in a folder's ckpt.pt. UserError for anything else."""
     # os.path and not Path.exists, which raises where a folder may not be looked into.
@@ -143,32 +145,24 @@ def load(path: str | Path) -> dict:
         path = Path(path, 'ckpt.pt')
     if not os.path.exists(path):
         raise UserError(
-            f'there is no checkpoint {path}: train one first, or name another file or folder'
+            f'there is no checkpoint {shortened(str(path), 200)}: '
+            'train one first, or name another file or folder'
         )
+    path = Path(path)
+    check_bytes(path)
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # truncated, foreign and malicious files fail in many ways
-        why = 'it is damaged or something else'
+    except Exception as error:  # foreign and malicious files fail in many ways
+        why = f'it is damaged or something else{way_out(path)}'
         if 'GLOBAL' in str(error):
             why = 'it holds code, which is never run'
         raise UserError(f'{path} is no checkpoint that can be loaded: {why}') from None
-    if not is_checkpoint(checkpoint):
-        raise UserError(
-            f"{path} is no nanoMLA or nanoGPT checkpoint: it has no 'model' and 'model_args'"
-        )
-    checkpoint.setdefault('kind', 'mha')
-    checkpoint.setdefault('step', checkpoint.get('iter_num', 0))  # nanoGPT's name
+    checkpoint = checked_content(checkpoint, path)
     kind = checkpoint['kind']
-    if not isinstance(kind, str) or kind not in MODELS:
+    if kind not in MODELS:
         raise UserError(f"{path} holds a model of kind '{kind}', known are {', '.join(MODELS)}")
     checkpoint['path'] = str(path)
     return checkpoint
-
-
-def is_checkpoint(content: object) -> bool:
-    if not isinstance(content, dict):
-        return False
-    return all(isinstance(content.get(key), dict) for key in ('model', 'model_args'))
 
 
 def build(checkpoint: dict, **changes) -> GPT:
@@ -180,18 +174,31 @@ def build(checkpoint: dict, **changes) -> GPT:
     path = checkpoint['path']
     model_class = MODELS[checkpoint['kind']]
     args = checkpoint['model_args'] | changes
-    unknown = sorted(str(key) for key in set(args) - set(model_class.Config.keys()))
-    if unknown:
-        raise UserError(f'{path} has model settings that are not known here: {", ".join(unknown)}')
+    check_model_args(args, model_class.Config, path)
+    weights = weights_of(checkpoint)
     try:
-        model = model_class(model_class.Config(**args))
-        model.load_state_dict(weights_of(checkpoint))
+        config = model_class.Config(**args)
+        check_shapes(model_class, config, weights)
+        model = model_class(config)
+        model.load_state_dict(weights)
     except ValueError as error:  # the config's own checks
         raise UserError(f'{path}: {error}') from None
     except (RuntimeError, TypeError) as error:
         why = ' '.join(str(error).split())[:160]
         raise UserError(f'{path}: the weights do not fit the model it describes: {why}') from None
     return model
+
+
+def check_shapes(model_class: type[GPT], config: GPTConfig, weights: dict) -> None:
+    """
+    Raise a RuntimeError where a model of this config has other parameters than `weights`.
+
+    No memory is taken and no time, whatever numbers the config holds.
+    """
+    if config.n_layer > len(weights):
+        raise RuntimeError(f'n_layer={config.n_layer}, but there are {len(weights)} tensors')
+    with torch.device('meta'):
+        model_class(config).load_state_dict(weights, assign=True)
 
 
 def weights_of(checkpoint: dict) -> dict:

@@ -41,14 +41,18 @@ def read_text(
     max_tokens: only the first so many; 0 is all
     option: the setting that names the text, for messages
     """
+    if os.path.isfile(data):
+        return read_text_file(data, codec, max_tokens, option)
     name = data or loaded.settings.get('dataset', '')
     if not name:
         raise UserError(
             f'{loaded.path} does not say what text it was trained on: '
             f'name a dataset or a text file by {option}'
         )
-    if os.path.isfile(name):
-        return read_text_file(name, codec, max_tokens, option)
+    if data:
+        prepare(data, option)
+    else:
+        require(name, loaded.path, option)
     ids = read_split(name, codec, split, loaded.path, option)
     if max_tokens:
         ids = ids[:max_tokens]
@@ -93,16 +97,33 @@ def decode_file(path: str, may_be_binary: bool, option: str = '--data') -> str |
         raise UserError(f'{option}={path} cannot be read: it is not UTF-8 text') from None
 
 
-def read_split(
-    name: str, codec: TextCodec, split: str, model: str, option: str = '--data'
-) -> np.ndarray:
-    """Return the ids of one split of a dataset. UserError where they are not those of `model`."""
+def prepare(name: str, option: str) -> None:
+    """Make the dataset that a person named, where it is missing."""
     folder = token_files.find(name)
     if not os.path.exists(folder):
         raise UserError(
             f'{option}={name} is neither a text file nor a dataset: {folder} is not there'
         )
     token_files.prepare_if_missing(name)
+
+
+def require(name: str, model: str, option: str) -> None:
+    """
+    Raise a UserError unless the dataset that a checkpoint names is there.
+
+    It is only read: no prepare.py is run because a checkpoint says so.
+    """
+    folder = token_files.find(name)
+    if not os.path.exists(folder / 'train.bin'):
+        raise UserError(
+            f'{model} says that it was trained on {name!r}, and {folder} has no train.bin: '
+            f'run its prepare.py, or name a text by {option}'
+        )
+
+
+def read_split(name: str, codec: TextCodec, split: str, model: str, option: str) -> np.ndarray:
+    """Return the ids of one split of a dataset. UserError where they are not those of `model`."""
+    folder = token_files.find(name)
     meta = token_files.read_meta(folder)
     own = codec.meta.get('tokenizer', codec.tokenizer.name)
     if (meta['tokenizer'], meta.get('chars')) != (own, codec.meta.get('chars')):
@@ -110,7 +131,7 @@ def read_split(
             f'{folder} holds tokens of another vocabulary ({meta["tokenizer"]}) than {model} has '
             f'({own}): give its text as a file by {option}'
         )
-    ids = token_files.read_tokens(folder / f'{split}.bin', meta['dtype'])
+    ids = token_files.read_split(folder, split, meta)
     largest = int(ids.max())
     if largest >= codec.tokenizer.vocab_size:
         raise UserError(

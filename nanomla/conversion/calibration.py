@@ -8,9 +8,9 @@ after it, so that a layer with a bias is one matrix [W | b] on x̃, and C̃ = C 
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -198,7 +198,7 @@ def tokens_of(
     the `meta` of its dataset or its own `tokenizer` describes. UserError when the text cannot be
     read, or has other tokens than the model.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):
         ids = file_tokens(name, vocab_size, meta or {}, tokenizer)
         cut = len(ids) * 9 // 10
         return ids[:cut], ids[cut:], name
@@ -226,7 +226,7 @@ def file_tokens(
 def dataset_tokens(name: str, vocab_size: int, meta: dict) -> tuple[np.ndarray, np.ndarray, str]:
     """Return both splits of a dataset as memmaps, and its source."""
     folder = token_files.find(name)
-    if not (folder / 'train.bin').exists():
+    if not os.path.exists(folder / 'train.bin'):
         raise UserError(
             f'calibration={name}: there is no such file, and no dataset {folder} with train.bin: '
             'prepare it first, or name a text file'
@@ -238,8 +238,8 @@ def dataset_tokens(name: str, vocab_size: int, meta: dict) -> tuple[np.ndarray, 
             f'calibration={name}: it has other tokens ({theirs["tokenizer"]}, '
             f'{theirs["vocab_size"]}) than the model has'
         )
-    train = token_files.read_tokens(folder / 'train.bin', theirs['dtype'])
-    val = token_files.read_tokens(folder / 'val.bin', theirs['dtype'])
+    train = token_files.read_split(folder, 'train', theirs)
+    val = token_files.read_split(folder, 'val', theirs)
     return train, val, theirs['source']
 
 

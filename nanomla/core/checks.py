@@ -1,8 +1,12 @@
-"""Checks of what a person asked for: known words, numbers in their range, lists with commas."""
+"""
+Checks of what a person asked for (known words, numbers in their range, lists with commas) and of
+what a file holds (the types and ranges of its entries).
+"""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from nanomla.core.configurator import UserError
 
@@ -62,3 +66,97 @@ def settings_errors() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(error) from None
+
+
+# -------------------------------------------------------------------------------------------------
+# what a file holds
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    What an entry of a file may be. fits: says of a value whether it is that; words: that, in words.
+
+    rule | other allows both, and rule | None allows None.
+    """
+
+    fits: Callable[[object], bool]
+    words: str
+
+    def __or__(self, other: 'Rule | None') -> 'Rule':
+        if other is None:
+            other = Rule(lambda value: value is None, 'None')
+        return Rule(
+            lambda value: self.fits(value) or other.fits(value), f'{self.words} or {other.words}'
+        )
+
+
+def whole(least: float = -math.inf, most: float = 2**63 - 1) -> Rule:
+    """Return the rule of a whole number in a range; True and False are none."""
+    words = 'a whole number'
+    if least > -math.inf:
+        words += f' from {least} on'
+    return Rule(lambda value: type(value) is int and least <= value <= most, words)
+
+
+def number(least: float = -math.inf) -> Rule:
+    """Return the rule of an int or float of at least `least`, or nan."""
+    words = 'a number'
+    if least > -math.inf:
+        words += f' from {least} on'
+    return Rule(lambda value: type(value) in (int, float) and not value < least, words)
+
+
+def one_of(*words: str) -> Rule:
+    return Rule(lambda value: isinstance(value, str) and value in words, ' or '.join(words))
+
+
+def list_of(rule: Rule) -> Rule:
+    """Return the rule of a list or tuple whose items all fit `rule`."""
+
+    def fits(value):
+        return isinstance(value, (list, tuple)) and all(map(rule.fits, value))
+
+    return Rule(fits, f'a list of items that are {rule.words}')
+
+
+def table_of(rule: Rule) -> Rule:
+    """Return the rule of a dict with texts as keys and values that fit `rule`."""
+
+    def fits(value):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            return False
+        return all(map(rule.fits, value.values()))
+
+    return Rule(fits, f'a table of text to {rule.words}')
+
+
+TEXT = Rule(lambda value: isinstance(value, str), 'a text')
+FLAG = Rule(lambda value: isinstance(value, bool), 'True or False')
+TABLE = Rule(lambda value: isinstance(value, dict), 'a table')
+ANYTHING = Rule(lambda value: True, 'anything')
+
+
+def check_entries(content: object, rules: Mapping[str, Rule], needed: Iterable[str] = ()) -> None:
+    """
+    Raise a ValueError, which names the entry, unless `content` is a dict whose entries fit `rules`.
+
+    needed: entries that must be there; of the others those that are there count, and entries
+    without a rule may be anything.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f'{shortened(content)} is no table of entries')
+    for name in needed:
+        if name not in content:
+            raise ValueError(f"it has no entry '{name}'")
+    for name, rule in rules.items():
+        if name in content and not rule.fits(content[name]):
+            raise ValueError(f'{name} is {shortened(content[name])}, not {rule.words}')
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """Return a value in one short line, whatever a file holds."""
+    if isinstance(value, (dict, list, tuple, set)) and len(value) > 8:
+        return f'a {type(value).__name__} of {len(value)}'
+    text = ' '.join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + '...'

@@ -1,10 +1,19 @@
-"""Files that a kill leaves old or new, never half; tables of results; locks; progress bars."""
+"""
+Files: written whole or not at all, JSON and tables of results, locks, progress bars.
+
+Whatever this project writes goes through `replacing` (a file), `replacing_folder` (a folder) or
+`appending` (a log): a kill leaves the old or the new, a full disk is one line, and a symbolic link
+that stands in the way is never followed.
+"""
 
 import csv
 import errno
+import glob
 import io
 import json
 import os
+import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +24,7 @@ from filelock import FileLock, Timeout
 from nanomla.core.configurator import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository
+FORMULA = ('=', '+', '-', '@', '\t', '\r')  # a spreadsheet runs a cell that begins with one
 
 
 @contextmanager
@@ -26,6 +36,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         why = error.strerror or error
         if error.errno == errno.ENOSPC:
             why = 'no space left on the device'
+        if error.errno == errno.ELOOP:
+            why = 'it is a symbolic link, which is never written through'
         raise UserError(f'cannot write {path}: {why}') from None
 
 
@@ -34,27 +46,50 @@ def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[io.IOBase]:
     """
     Open a file beside `path` that takes its place at the end of the `with`: all of it or nothing.
 
-    Folders are made. The file is synced before it is renamed, and its folder after it where that
-    works (not on Windows). UserError when it cannot be written; `path` is then as it was.
+    mode: 'w', 'wb' or 'w+b'. Folders are made. The file is synced before it is renamed, and its
+    folder after it where that works (not on Windows). A link at `path` is replaced, not followed.
+    UserError when it cannot be written; `path` is then as it was.
     """
     path = Path(path)
-    aside = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    aside = beside(path)
     text = dict(encoding='utf-8', newline='') if 'b' not in mode else {}
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, mode, **text) as file:
+            aside.unlink(missing_ok=True)  # of a process with this number that was killed
+            with open(aside, mode.replace('w', 'x'), **text) as file:  # x: never through a link
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
     finally:
-        with suppress(OSError):  # it is gone where all went well
+        with suppress(OSError, ValueError):  # it is gone where all went well
             aside.unlink()
+    sync_folder(path.parent)
+
+
+def beside(path: Path) -> Path:
+    """Return the name under which this process writes what will be `path`."""
+    return path.with_name(f'{path.name}.{os.getpid()}.partial')
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what processes that were killed have left of writing `path`."""
+    path = Path(path)
+    for leftover in path.parent.glob(f'{glob.escape(path.name)}.*.partial'):
+        number = leftover.name.removeprefix(f'{path.name}.').removesuffix('.partial')
+        if number.isdigit():
+            leftover.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a renamed entry of a folder to the disk, where the system can (Windows cannot)."""
     with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
@@ -63,8 +98,89 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
         file.write(content)
 
 
+def copy_file(source: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Copy a file, all of it or nothing."""
+    with replacing(path, 'wb') as file, open(source, 'rb') as original:
+        shutil.copyfileobj(original, file)
+
+
+@contextmanager
+def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    Make a folder beside `folder` that gets its name at the end of the `with`: all of it or nothing.
+
+    UserError when `folder` is there already or cannot be written; then nothing is left of it.
+    """
+    folder = Path(os.path.normpath(folder))
+    aside = beside(folder)
+    if os.path.lexists(folder):
+        raise UserError(f'{folder} is there already: name another folder, or remove it')
+    try:
+        with writing(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            yield aside
+            for file in aside.iterdir():
+                with open(file, 'r+b') as opened:
+                    os.fsync(opened.fileno())
+            sync_folder(aside)
+            os.rename(aside, folder)
+    except UserError as error:
+        # What is written in it is named by the place where it will be.
+        message = str(error).replace(str(aside), str(folder))
+        raise UserError(f'{message}; nothing is left of {folder}') from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # it is gone where all went well
+    sync_folder(folder.parent)
+
+
+def appending(path: str | os.PathLike) -> io.TextIOWrapper:
+    """
+    Open a text file to add lines to, made if missing with its folders.
+
+    A last line that a kill has cut short is removed. UserError where it cannot be written, or is a
+    link or no file.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        opened = os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            os.close(opened)
+            raise OSError(errno.EINVAL, 'it is no file')
+        with open(opened, 'rb', closefd=False) as file:
+            os.truncate(opened, whole_lines(file))
+        return open(opened, 'a', encoding='utf-8', newline='')
+
+
+def whole_lines(file: io.BufferedReader) -> int:
+    """Return how many bytes of a file are lines that have an end."""
+    size = file.seek(0, os.SEEK_END)
+    block = 2**16
+    for begin in range((size - 1) // block * block, -1, -block):
+        file.seek(begin)
+        end = file.read(block).rfind(b'\n')
+        if end >= 0:
+            return begin + end + 1
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------
-# rows: JSONL and CSV
+# rows: JSON, JSONL and CSV
+
+
+def parse_json(text: str | bytes) -> object:
+    """Return what a JSON text says. ValueError for any text that is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """Return what a JSON file says. OSError or ValueError where it cannot be read or is none."""
+    return parse_json(Path(path).read_bytes())
 
 
 def jsonl(rows: list[dict]) -> str:
@@ -75,9 +191,13 @@ def jsonl(rows: list[dict]) -> str:
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
     """Return the rows of a JSONL file. A ValueError names the first line that is no JSON object."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
+    # Lines end with \n alone: a text in JSON may hold other signs that Python counts as line ends.
+    lines = Path(path).read_bytes().split(b'\n')
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
@@ -87,7 +207,11 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def csv_table(rows: list[dict]) -> str:
-    """Return the rows as CSV with a header; keys of a nested dict are joined with an underscore."""
+    """
+    Return the rows as CSV with a header; keys of a nested dict are joined with an underscore.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
     flat = []
     for row in rows:
         cells = {}
@@ -96,7 +220,7 @@ def csv_table(rows: list[dict]) -> str:
                 cells |= {f'{key}_{inner}': nested for inner, nested in value.items()}
             else:
                 cells[key] = value
-        flat.append(cells)
+        flat.append({csv_cell(key): csv_cell(value) for key, value in cells.items()})
     if not flat:
         return ''
     columns = {}  # all keys in the order in which they first appear
@@ -107,6 +231,14 @@ def csv_table(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
+
+
+def csv_cell(value: object) -> object:
+    """Return a value as a cell that no spreadsheet runs; lists and the like are texts, too."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    text = str(value)
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 class ResultsTable(list):

@@ -3,29 +3,50 @@ Token files: what data/*/prepare.py writes and what train.py reads.
 
 A dataset is a folder. `train.bin` and `val.bin` are bare token ids (uint16, or uint32 where the
 vocabulary needs it), laid out as nanoGPT writes them. `meta.json` describes them: dtype,
-vocab_size, tokenizer, source, the number of tokens, sha256 of the text and, for characters, the
-characters.
+vocab_size, tokenizer, source, the number of tokens and the CRC-32 of each split, sha256 of the text
+and, for characters, the characters. What is read is held against it.
 """
 
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from nanomla.core.checks import TEXT, Rule, check_entries, list_of, one_of, whole
 from nanomla.core.configurator import UserError
-from nanomla.core.files import ROOT, writing
+from nanomla.core.files import ROOT, read_json, sync_folder, write_file, writing
 from nanomla.core.tokenizers import Tokenizer
 
 DATA = ROOT / 'data'
 SPLITS = ('train', 'val')
+CHECKED_BYTES = 2**29  # larger splits are held against their size alone
+
+CHARS = Rule(lambda value: isinstance(value, str) and len(value) > 0, 'the characters as one text')
+TOKEN_IDS = whole(least=0) | list_of(whole(least=0)) | None
+META = dict(  # the entries of meta.json, and of the meta in a checkpoint
+    tokenizer=TEXT,
+    source=TEXT,
+    dtype=one_of('uint16', 'uint32'),
+    vocab_size=whole(least=1, most=2**32),
+    chars=CHARS | None,
+    train_tokens=whole(least=0),
+    val_tokens=whole(least=0),
+    train_crc32=whole(least=0),
+    val_crc32=whole(least=0),
+    bos_token_id=TOKEN_IDS,
+    eos_token_id=TOKEN_IDS,
+)
 
 # -------------------------------------------------------------------------------------------------
 # writing, for data/*/prepare.py
@@ -102,21 +123,27 @@ class TokenWriter:
         self.vocab_size = vocab_size
         self.keep = keep
         self.dtype = token_dtype(vocab_size)
-        self.files = {}
+        self.files, self.crc = {}, dict.fromkeys(SPLITS, 0)
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for split in SPLITS:
-                file = open(self.partial(split), 'r+b' if sizes else 'wb')
+                if sizes:
+                    file = open_regular(self.partial(split))
+                    self.crc[split] = crc_of(file, sizes[split])
+                    file.truncate()
+                else:
+                    self.partial(split).unlink(missing_ok=True)
+                    file = open(self.partial(split), 'xb')  # x: never through a link
                 self.files[split] = file
-                file.seek(sizes[split] if sizes else 0)
-                file.truncate()
 
     def partial(self, split: str) -> Path:
         return self.folder / f'{split}.bin.partial'
 
     def add(self, split: str, ids) -> None:
+        raw = np.asarray(ids, self.dtype).tobytes()
         with writing(self.partial(split)):
-            self.files[split].write(np.asarray(ids, self.dtype).tobytes())
+            self.files[split].write(raw)
+        self.crc[split] = zlib.crc32(raw, self.crc[split])
 
     def sync(self) -> dict[str, int]:
         """Bring everything so far to the disk. Return the `sizes` to go on from."""
@@ -143,17 +170,18 @@ class TokenWriter:
             dtype=self.dtype,
             train_tokens=tokens['train'],
             val_tokens=tokens['val'],
+            train_crc32=self.crc['train'],
+            val_crc32=self.crc['val'],
         )
-        meta_partial = self.folder / 'meta.json.partial'
         meta_text = json.dumps(meta, indent=1, ensure_ascii=False) + '\n'
         with writing(self.folder):
             for file in self.files.values():
                 file.close()
-            meta_partial.write_bytes(meta_text.encode())
             (self.folder / 'train.bin').unlink(missing_ok=True)
             self.partial('val').replace(self.folder / 'val.bin')
-            meta_partial.replace(self.folder / 'meta.json')
+            write_file(self.folder / 'meta.json', meta_text.encode(errors='backslashreplace'))
             self.partial('train').replace(self.folder / 'train.bin')
+            sync_folder(self.folder)
         return meta
 
     def __enter__(self) -> 'TokenWriter':
@@ -167,6 +195,27 @@ class TokenWriter:
                 file.close()
                 if not self.keep:
                     self.partial(split).unlink()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read and write. OSError for a link and for what is no file."""
+    opened = os.open(path, os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_BINARY', 0))
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(f'{path} is no file')
+    return open(opened, 'r+b')
+
+
+def crc_of(file: BinaryIO, size: int) -> int:
+    """Return the CRC-32 of the next `size` bytes of a file, and leave the file behind them."""
+    crc = 0
+    while size > 0:
+        raw = file.read(min(size, 2**20))
+        if not raw:
+            raise OSError(f'{file.name} is shorter than it was')
+        crc = zlib.crc32(raw, crc)
+        size -= len(raw)
+    return crc
 
 
 def in_order(function: Callable, items: Iterable, num_proc: int) -> Iterator:
@@ -249,34 +298,50 @@ def read_meta(folder: str | os.PathLike) -> dict:
         source = f'{folder} (no meta.json: taken as GPT-2 tokens)'
         return dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16', source=source)
     try:
-        return check_meta(json.loads(path.read_text(encoding='utf-8')))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        meta = read_json(path)
+        check_entries(meta, META, needed=('tokenizer', 'source', 'dtype', 'vocab_size'))
+        if meta['tokenizer'] == 'char':
+            check_entries(meta, dict(chars=CHARS), needed=['chars'])
+            if len(meta['chars']) != meta['vocab_size']:
+                raise ValueError(f'it has {len(meta["chars"])} chars')
+        return meta
+    except (OSError, ValueError) as error:
         raise UserError(
-            f'{path} cannot be used ({error!r}): run the prepare.py of this dataset again'
+            f'{path} cannot be used ({error}): run the prepare.py of this dataset again'
         ) from None
 
 
-def check_meta(meta: dict) -> dict:
-    """Return a meta with its vocab_size as a number, or raise what is wrong with it."""
-    needed = {name: meta[name] for name in ('tokenizer', 'source', 'dtype')}
-    needed['vocab_size'] = int(meta['vocab_size'])
-    if needed['dtype'] not in ('uint16', 'uint32'):
-        raise ValueError(f'dtype {needed["dtype"]}')
-    if needed['tokenizer'] == 'char' and len(meta['chars']) != needed['vocab_size']:
-        raise ValueError(f'{len(meta["chars"])} chars')
-    return meta | needed
+def read_split(folder: str | os.PathLike, split: str, meta: dict) -> np.memmap:
+    """
+    Return a read-only memmap of a split ('train' or 'val') of a dataset, held against its meta.
 
-
-def read_tokens(path: Path, dtype: str) -> np.memmap:
-    """Return a read-only memmap of a split. UserError: it is missing, empty or not whole tokens."""
-    if not path.exists():
+    UserError where it is missing, empty, or not what was written: of another size, or, up to
+    CHECKED_BYTES, with other bytes. Of what has no counts in its meta (nanoGPT's) any tokens count.
+    """
+    path = Path(folder) / f'{split}.bin'
+    if not os.path.exists(path):
         raise UserError(f'{path} is missing: run the prepare.py of this dataset')
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f'{path} is empty: run the prepare.py of this dataset again')
-    if size % np.dtype(dtype).itemsize:
-        raise UserError(
-            f'{path} has {size} bytes, which is no whole number of {dtype} tokens: '
-            'run the prepare.py of this dataset again'
-        )
-    return np.memmap(path, dtype, mode='r')
+    again = 'run the prepare.py of this dataset again'
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f'{path} is no file: {again}')
+        size, width = os.stat(path).st_size, np.dtype(meta['dtype']).itemsize
+        if size == 0:
+            raise UserError(f'{path} is empty: {again}')
+        if size % width:
+            raise UserError(
+                f'{path} has {size} bytes, which is no whole number of {meta["dtype"]} tokens: '
+                f'{again}'
+            )
+        expected = meta.get(f'{split}_tokens', size // width)
+        if size // width != expected:
+            raise UserError(
+                f'{path} has {size // width:,} tokens, but meta.json says {expected:,}: {again}'
+            )
+        ids = np.memmap(path, meta['dtype'], mode='r')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
+    crc = meta.get(f'{split}_crc32')
+    if crc is not None and size <= CHECKED_BYTES and zlib.crc32(ids) != crc:
+        raise UserError(f'{path} is damaged: its bytes are not those that were written; {again}')
+    return ids

@@ -201,7 +201,7 @@ def read_vocabulary(loaded: LoadedModel, source: str, options: LoadOptions) -> V
     begin, special = special_tokens(codec, vocab_size)
     held_out = None
     if folder is not None:
-        used, held_out = tokens_in(folder, meta['dtype'], meta['vocab_size'], options.often)
+        used, held_out = tokens_in(folder, options.often)
     elif codec is not None:
         used = printable_tokens(codec, vocab_size)
     else:
@@ -268,13 +268,13 @@ def printable_tokens(codec, vocab_size: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def tokens_in(
-    folder: Path, dtype: str, vocab_size: int, often: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_in(folder: Path, often: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ids that a dataset uses `often` times or more, and its validation split."""
+    meta = token_files.read_meta(folder)
+    vocab_size = meta['vocab_size']
     counts = np.zeros(vocab_size, dtype=np.int64)
     for split in ('train', 'val'):
-        ids = token_files.read_tokens(folder / f'{split}.bin', dtype)[:COUNTED]
+        ids = token_files.read_split(folder, split, meta)[:COUNTED]
         counts += np.bincount(ids, minlength=vocab_size)[:vocab_size]
     used = torch.from_numpy(np.flatnonzero(counts >= often))
     return used, torch.from_numpy(ids.astype(np.int64))

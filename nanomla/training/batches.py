@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import read_meta, read_tokens
+from nanomla.core.token_files import read_meta, read_split
 
 RESIDENT_TOKENS = 2**28  # splits up to this many tokens live on the device (1 GiB as int32)
 
@@ -45,7 +45,7 @@ class Dataset:
         self.tokens, self.resident = {}, {}
         for split in ('train', 'val'):
             path = self.folder / f'{split}.bin'
-            ids = self.tokens[split] = read_tokens(path, self.meta['dtype'])
+            ids = self.tokens[split] = read_split(self.folder, split, self.meta)
             if len(ids) <= block_size:
                 raise UserError(
                     f'{path} has {len(ids)} tokens, too few for one block of {block_size}: '

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers import ROOT, VARIANTS, hf_gpt2
+from helpers import ROOT, VARIANTS, fill_disk, hf_gpt2
 from refusals import refused
 
 from nanomla.checkpoints import native
@@ -278,10 +278,9 @@ def untouched(path, before):
 def test_a_full_disk_leaves_the_old_file(size, saved, monkeypatch):
     before = saved.read_bytes()
     content = dict(x=torch.zeros(size))
-    # Every write to the file beside it ends with ENOSPC.
-    monkeypatch.setattr(native, 'remove_leftovers', lambda path: None)
-    saved.with_name(f'ckpt.pt.{os.getpid()}.partial').symlink_to('/dev/full')
-    refused(native.save, saved, content, match=f'cannot write {saved}: no space left')
+    with monkeypatch.context() as patch:
+        fill_disk(patch, 'ckpt.pt')
+        refused(native.save, saved, content, match=f'cannot write {saved}: no space left')
     assert untouched(saved, before)
     native.save(saved, content)  # with room again
     assert torch.load(saved)['x'].numel() == size

@@ -1,6 +1,7 @@
 """What a model's ids mean, and the text that it is measured on with the number of its bytes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,5 +121,36 @@ def test_tokens_of_another_vocabulary_are_refused(loaded):
 
 def test_ids_beyond_the_vocabulary_are_refused(loaded):
     token_files.write_text('data/tale', CHARS * 99, 'char', 'a test')
+    meta = json.loads(Path('data/tale/meta.json').read_text())
+    del meta['val_tokens'], meta['val_crc32']  # as nanoGPT's files come
+    Path('data/tale/meta.json').write_text(json.dumps(meta))
     np.full(50, 9, np.uint16).tofile('data/tale/val.bin')
     refused(read_text, loaded, codec_of(loaded), match='holds token 9, but the vocabulary has 8')
+
+
+# -------------------------------------------------------------------------------------------------
+# what a checkpoint names is only read
+
+PREPARE = """
+from pathlib import Path
+Path('ran').touch()
+"""
+
+
+@pytest.mark.parametrize('name', ['data/foreign', 'foreign', '.', '../foreign'])
+def test_no_prepare_script_runs_because_a_checkpoint_names_its_folder(name, loaded, folder):
+    for place in ('data/foreign', 'foreign', '.', '../foreign'):
+        Path(place).mkdir(parents=True, exist_ok=True)
+        (Path(place) / 'prepare.py').write_text(PREPARE)
+    loaded.checkpoint['config'] = dict(dataset=name)
+    refused(read_text, loaded, codec_of(loaded), match='no train.bin.*--data')
+    assert not Path('ran').exists()
+    # The same folder, named by a person, is prepared.
+    refused(read_text, loaded, codec_of(loaded), 'data/foreign', match='data/foreign')
+    assert Path('ran').exists()
+
+
+def test_a_checkpoint_cannot_have_a_file_read_as_its_text(loaded, folder):
+    (folder / 'secret.txt').write_text(CHARS)
+    loaded.checkpoint['config'] = dict(dataset=str(folder / 'secret.txt'))
+    refused(read_text, loaded, codec_of(loaded), match='no train.bin')

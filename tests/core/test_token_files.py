@@ -148,6 +148,25 @@ def break_meta(folder, **changes):
     )
 
 
+def put_other_val(folder, raw):
+    """Put tokens into val.bin as nanoGPT does: nothing says what they were."""
+    (folder / 'val.bin').write_bytes(raw)
+    break_meta(folder, val_tokens=None, val_crc32=None)
+
+
+def append(path, raw):
+    path.write_bytes(path.read_bytes() + raw)
+
+
+def overwrite(path, raw):
+    path.write_bytes(raw + path.read_bytes()[len(raw) :])
+
+
+def turn_into_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
     'spoil, message',
     [
@@ -158,13 +177,29 @@ def break_meta(folder, **changes):
             'train.bin has 3 bytes, which is no whole number of uint16 tokens',
         ),
         (
-            lambda d: (d / 'val.bin').write_bytes(bytes(16)),
+            lambda d: put_other_val(d, bytes(16)),
             'val.bin has 8 tokens, too few for one block of 8',
         ),
         (
-            lambda d: (d / 'val.bin').write_bytes(b'\xe8\x03' * 20),
+            lambda d: put_other_val(d, b'\xe8\x03' * 20),
             'val.bin holds token 1000, but its vocabulary has 1000',
         ),
+        (
+            lambda d: os.truncate(d / 'train.bin', 100),
+            'train.bin has 50 tokens, but meta.json says',
+        ),
+        (lambda d: os.truncate(d / 'val.bin', 16), 'val.bin has 8 tokens, but meta.json says'),
+        (lambda d: append(d / 'train.bin', b'\1\0'), 'tokens, but meta.json says'),
+        (lambda d: overwrite(d / 'val.bin', bytes(20)), 'val.bin is damaged'),
+        (lambda d: overwrite(d / 'train.bin', b'\7'), 'train.bin is damaged'),
+        (lambda d: turn_into_folder(d / 'val.bin'), 'val.bin is no file'),
+        (lambda d: (d / 'meta.json').write_text('[' * 100_000), 'meta.json cannot be used'),
+        (lambda d: break_meta(d, source=5), 'source is 5, not a text'),
+        (lambda d: break_meta(d, tokenizer=['char']), "tokenizer is ['char'], not a text"),
+        (lambda d: break_meta(d, vocab_size=-3), 'vocab_size is -3'),
+        (lambda d: break_meta(d, train_tokens='many'), "train_tokens is 'many'"),
+        (lambda d: break_meta(d, tokenizer='char'), "it has no entry 'chars'"),
+        (lambda d: break_meta(d, tokenizer='char', chars=7), 'chars is 7'),
         (lambda d: (d / 'meta.json').write_text('{'), 'meta.json cannot be used'),
         (lambda d: (d / 'meta.json').write_text('[]'), 'meta.json cannot be used'),
         (lambda d: (d / 'meta.json').write_bytes(b'\xff'), 'meta.json cannot be used'),

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from nanomla.core.configurator import UserError
 from nanomla.core.files import jsonl
-from nanomla.core.token_files import TokenWriter, read_meta, read_tokens, val_begin
+from nanomla.core.token_files import TokenWriter, read_meta, read_split, val_begin
 from nanomla.core.tokenizers import Tokenizer
 
 END = 50256
@@ -98,8 +98,7 @@ def shakespeare(project, monkeypatch):
 def text_of(folder):
     codec, meta = Tokenizer(read_meta(folder)), read_meta(folder)
     return b''.join(
-        codec.decode_bytes(read_tokens(Path(folder) / f'{split}.bin', meta['dtype']).tolist())
-        for split in ('train', 'val')
+        codec.decode_bytes(read_split(folder, split, meta).tolist()) for split in ('train', 'val')
     )
 
 

@@ -1,0 +1,190 @@
+"""
+Verify checkpoints before they are used: no byte has changed, and the content is what a checkpoint
+holds.
+
+torch.save writes a zip archive. `seal` adds checksums of all its bytes as the archive's comment,
+which torch.load skips. nanoGPT's and older checkpoints have none: they are held against the CRC-32
+that the archive has of each of its records, at which torch.load does not look.
+"""
+
+import mmap
+import os
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from nanomla.core.checks import (
+    ANYTHING,
+    FLAG,
+    TABLE,
+    TEXT,
+    Rule,
+    check_entries,
+    list_of,
+    number,
+    whole,
+)
+from nanomla.core.configurator import UserError
+from nanomla.core.token_files import META
+
+CHUNK = 2**25  # bytes that have a checksum; in the files, so it stays
+SEAL = b'nanomla-crc32'  # ends a file that has checksums of all its bytes
+COUNT_DIGITS = 6  # before it, how many checksums there are; before these, the checksums in hex
+TENSOR = Rule(lambda value: isinstance(value, torch.Tensor), 'a tensor')
+
+# The entries of a checkpoint that scripts read; others may be anything.
+ENTRIES = dict(
+    model=TABLE,
+    model_args=TABLE,
+    kind=TEXT,
+    step=whole(least=0),
+    best_val_loss=number(),
+    best_step=whole(least=0),
+    seconds=number(least=0),
+    meta=TABLE,
+    config=TABLE,
+    commit=TEXT,
+    conversion=TABLE | None,
+    optimizers=list_of(TABLE),
+    scaler=TABLE,
+    average=list_of(TENSOR) | None,
+)
+SETTINGS = dict(dataset=TEXT)  # of these, `config` may hold any
+# Of a model's settings, by the type of their default.
+SETTING_RULES = {
+    bool: FLAG,
+    int: whole(),
+    float: number(),
+    str: TEXT,
+    tuple: list_of(whole()),
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# bytes
+
+
+def seal(file: BinaryIO) -> None:
+    """Add checksums of all its bytes to an archive that torch.save has written to `file`."""
+    file.flush()
+    size = file.seek(0, os.SEEK_END)
+    count = -(-size // CHUNK)
+    length = 8 * count + COUNT_DIGITS + len(SEAL)
+    # An archive without a comment ends with the comment's length.
+    file.seek(size - 2)
+    assert file.read(2) == b'\0\0' and length < 2**16, 'not an archive of torch.save'
+    file.seek(size - 2)
+    file.write(length.to_bytes(2, 'little'))
+    file.flush()
+    sums = checksums(file, size)
+    file.seek(size)
+    file.write(b''.join(sums) + str(count).zfill(COUNT_DIGITS).encode() + SEAL)
+
+
+def checksums(file: BinaryIO, size: int) -> list[bytes]:
+    """Return the CRC-32 of each CHUNK of the first `size` bytes of a file, as hex."""
+    with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
+        # zlib works on large pieces without Python's lock.
+        with memoryview(content) as view, ThreadPoolExecutor() as pool:
+            chunks = [view[begin : begin + CHUNK] for begin in range(0, size, CHUNK)]
+            sums = [b'%08x' % crc for crc in pool.map(zlib.crc32, chunks)]
+            for chunk in chunks:
+                chunk.release()
+    return sums
+
+
+def check_bytes(path: Path) -> None:
+    """
+    Raise a UserError unless a checkpoint is as it was written.
+
+    A file that is no archive, as torch once wrote them, has no checksums and passes.
+    """
+    try:
+        with open(path, 'rb') as file:
+            fine = is_as_written(file)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
+    except Exception:  # zipfile raises many kinds
+        fine = False
+    if not fine:
+        raise UserError(
+            f'{path} is damaged: its bytes are not those that were written{way_out(path)}'
+        )
+
+
+def is_as_written(file: BinaryIO) -> bool:
+    """Return whether the bytes of a checkpoint fit its checksums, or those of its records."""
+    size = file.seek(0, os.SEEK_END)
+    tail = COUNT_DIGITS + len(SEAL)
+    file.seek(max(0, size - tail))
+    end = file.read()
+    if end.endswith(SEAL):
+        count = int(end[:COUNT_DIGITS])
+        size -= tail + 8 * count
+        file.seek(size)
+        return file.read(8 * count) == b''.join(checksums(file, size))
+    file.seek(0)
+    if file.read(4) != b'PK\x03\x04':
+        return True
+    with zipfile.ZipFile(file) as archive:
+        return not archive.comment and archive.testzip() is None
+
+
+def way_out(path: Path) -> str:
+    """Return which other checkpoints of the run are there, for the end of a message."""
+    candidates = [path.parent / 'ckpt.pt', path.parent / 'last.pt']
+    candidates += sorted(path.parent.glob('step-*.pt'))[-1:]
+    candidates += [path.parent / 'previous' / name for name in ('ckpt.pt', 'last.pt')]
+    others = [str(file) for file in candidates if file != path and os.path.isfile(file)]
+    if not others:
+        return '; take it from a copy, or train again'
+    return f'; go on from {" or ".join(others)} by --init_from'
+
+
+# -------------------------------------------------------------------------------------------------
+# content
+
+
+def checked_content(content: object, path: str | Path) -> dict:
+    """
+    Return the content of a checkpoint with the names of ours, or raise a UserError that says which
+    entry is not what it should be.
+    """
+    tables = ('model', 'model_args')
+    if not isinstance(content, dict) or not all(name in content for name in tables):
+        raise UserError(
+            f"{path} is no nanoMLA or nanoGPT checkpoint: it has no 'model' and 'model_args'"
+        )
+    content.setdefault('kind', 'mha')
+    content.setdefault('step', content.get('iter_num', 0))  # nanoGPT's name
+    loss = content.get('best_val_loss')
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # nanoGPT's is a tensor
+        content['best_val_loss'] = loss.item()
+    try:
+        check_entries(content, ENTRIES)
+        check_entries(content.get('meta', {}), META)
+        check_entries(content.get('config', {}), SETTINGS)
+        if content.get('meta', {}).get('tokenizer') == 'char':
+            check_entries(content['meta'], {}, needed=['chars'])
+    except ValueError as error:
+        raise UserError(f'{path} is no checkpoint that can be used: {error}') from None
+    return content
+
+
+def check_model_args(args: dict, config_class: type, path: str | Path) -> None:
+    """Raise a UserError unless `args` are fields of a model's config, each of its type."""
+    rules = {}
+    for field in fields(config_class):
+        rules[field.name] = SETTING_RULES.get(type(field.default), ANYTHING)
+    unknown = sorted(str(key) for key in args if key not in rules)
+    if unknown:
+        raise UserError(f'{path} has model settings that are not known here: {", ".join(unknown)}')
+    try:
+        check_entries(args, rules)
+    except ValueError as error:
+        raise UserError(f'{path} has model settings that do not fit: {error}') from None
