@@ -50,6 +50,8 @@ class GPTConfig:
     pos: str = 'learned'
     rope_theta: float = 10000.0
     rope_scaling: float = 1.0  # linear: position p counts as p / rope_scaling
+    rope_frequencies: tuple = ()  # of each pair, in the place of those by rope_theta
+    nope_layers: tuple = ()  # layers without RoPE in a model with it
     norm: str = 'layernorm'
     norm_eps: float = 1e-5
     act: str = 'gelu'  # 'gelu' is erf, as in nanoGPT; OpenAI's GPT-2 is 'gelu_tanh'
@@ -98,6 +100,8 @@ class GPTConfig:
                 self.n_inner = 4 * self.n_embd
         if self.rope_dim % 2:
             raise ValueError(f'RoPE rotates pairs: its width must be even, not {self.rope_dim}')
+        if len(self.rope_frequencies) not in (0, self.rope_dim // 2):
+            raise ValueError(f'rope_frequencies must be {self.rope_dim // 2}, one for each pair')
 
     @property
     def inner_dropout(self) -> float:
@@ -178,6 +182,11 @@ class Norm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
+@lru_cache(maxsize=16)  # once: a CUDA graph that is being recorded allows no copy
+def on_device(numbers: tuple, device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 def rope_tables(config: GPTConfig, positions: torch.Tensor):
     """
     Return cos and sin of RoPE (Su et al. 2021, eq. 15), each (T, 1, rope_dim / 2) in fp32, for
@@ -189,6 +198,8 @@ def rope_tables(config: GPTConfig, positions: torch.Tensor):
         return None
     pair = torch.arange(0, config.rope_dim, 2, device=positions.device).float()
     frequency = config.rope_theta ** (-pair / config.rope_dim)
+    if config.rope_frequencies:
+        frequency = on_device(config.rope_frequencies, positions.device)
     angle = (positions.float() / config.rope_scaling)[..., None] * frequency
     return angle.cos()[..., None, :], angle.sin()[..., None, :]
 
@@ -411,11 +422,13 @@ class MultiHeadAttention(Attention):
         self.widths = [n * config.head_dim for n in heads]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)  # W^Q | W^K | W^V
         self.c_attn.weight.splits = self.widths  # Muon orthogonalises each by itself
+        self.rotates = layer not in config.nope_layers
 
     def qkv(self, x, rope):
         parts = self.c_attn(x).split(self.widths, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.v_dim)) for t in parts)  # (B, T, heads, D)
         q, k = self.normed(q, k)
+        rope = rope if self.rotates else None
         return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
 
     def sizes(self):
@@ -434,6 +447,7 @@ class MultiHeadAttention(Attention):
         q, k, v = qkv.split(self.widths, dim=-1)
         if self.qk_norm:
             q, k = (F.rms_norm(t.unflatten(-1, (-1, D)), (D,)).flatten(1) for t in (q, k))
+        rope = rope if self.rotates else None
         q = cache.rope_and_append(q, rope, rope_widths=(D, D, 0), k=k, v=v)
         y = cache.attend_in_place(q.unflatten(-1, (-1, D))[:, :, None], self.scale)
         return y[:, :, 0]
@@ -560,7 +574,7 @@ class GPT(nn.Module):
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         parts['drop'] = nn.Dropout(config.inner_dropout)
         parts['h'] = nn.ModuleList(
-            Block(config, self.Attention(config, layer)) for layer in range(config.n_layer)
+            self.make_block(config, layer) for layer in range(config.n_layer)
         )
         parts['ln_f'] = Norm(config.n_embd, config)
         self.transformer = nn.ModuleDict(parts)
@@ -568,6 +582,9 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
+
+    def make_block(self, config: GPTConfig, layer: int) -> Block:
+        return Block(config, self.Attention(config, layer))
 
     def init_weights(self) -> None:
         """

@@ -155,6 +155,7 @@ class MultiHeadLatentAttention(Attention):
             scale_width = N + P
         super().__init__(config, qk_dim=N + P, v_dim=D, scale_width=scale_width)
         self.nope = N
+        self.rotates = layer not in config.nope_layers
         self.pe = P
         self.absorb = config.absorb
         self.q_lora_rank = config.q_lora_rank
@@ -224,9 +225,15 @@ class MultiHeadLatentAttention(Attention):
         Apply RoPE. Pair k of a converted model turns as pair rope_pairs[k] of its source does, and
         several may turn alike.
         """
-        if rope is not None and self.rope_pairs is not None:
-            rope = [table[..., self.rope_pairs] for table in rope]
-        return rotate(x, rope)
+        return rotate(x, self.own_tables(rope))
+
+    def own_tables(self, rope):
+        """Return the tables of this layer's pairs; None in a layer without RoPE."""
+        if rope is None or not self.rotates:
+            return None
+        if self.rope_pairs is None:
+            return rope
+        return [table[..., self.rope_pairs] for table in rope]
 
     def heads(self, x, widths):
         """(B, T, sum of widths) -> for each symbol (B, T, H, its width in a head)."""
@@ -342,11 +349,14 @@ class MultiHeadLatentAttention(Attention):
             by_head = (t.unflatten(-1, (H, -1)) for t in (q_nope, q_pe))
             q_nope, q_pe = (t.flatten(1) for t in self.normed_query(*by_head))
             k_pe = nn.functional.rms_norm(k_pe, (P,))
-        if self.rope_pairs is not None and rope is not None:
-            rope = [table[..., self.rope_pairs] for table in rope]
         norm_kv = self.kv_a_layernorm if isinstance(self.kv_a_layernorm, Norm) else None
         q_pe = cache.rope_and_append(
-            q_pe, rope, rope_widths=(P, 0, P), norm=norm_kv, c_kv=c_kv, k_pe=k_pe
+            q_pe,
+            self.own_tables(rope),
+            rope_widths=(P, 0, P),
+            norm=norm_kv,
+            c_kv=c_kv,
+            k_pe=k_pe,
         )
         w_uk, w_uv = self.up_projections(x.dtype)
         q = ops.fused_linear(q_nope.unflatten(-1, (H, -1)), w_uk.transpose(1, 2))

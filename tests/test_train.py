@@ -871,7 +871,9 @@ def test_model_settings_have_the_defaults_of_the_models():
         'absorb',
         'kv_lora_ranks',
         'source_head_dim',
-    }  # the data's, decoding's, and conversion's
+        'rope_frequencies',
+        'nope_layers',
+    }  # the data's, decoding's, conversion's, and those of loaded models
     wanted = fields | dict(
         bias=False, pos='learned'
     )  # MLA without a word about positions takes rope

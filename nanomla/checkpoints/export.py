@@ -19,7 +19,7 @@ import torch
 
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA, MLAConfig
-from nanomla.checkpoints.hf import DEEPSEEK_V3, LLAMA, Architecture, architecture_of, layout
+from nanomla.checkpoints.hf import DEEPSEEK_V3, LLAMA, Family, architecture_of, layout
 from nanomla.checkpoints.hub import model_folder, read_json
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.configurator import UserError
@@ -39,7 +39,7 @@ class StockModel:
     rope: the RoPE of config.json, None for the one that `config` describes
     """
 
-    architecture: Architecture
+    architecture: Family
     config: GPTConfig
     params: dict[str, torch.Tensor]
     rope: dict | None = None
@@ -117,7 +117,7 @@ def stock_model(model: GPT) -> StockModel:
     return StockModel(architecture, model.config, params)
 
 
-def check_config(architecture: Architecture, config: GPTConfig) -> None:
+def check_config(architecture: Family, config: GPTConfig) -> None:
     unsupported = []
     for key, value in architecture.requires.items():
         if getattr(config, key) != value:
