@@ -78,7 +78,7 @@ from pathlib import Path
 
 from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import Settings, UserError, configure
-from nanomla.core.files import progress_bar, write_file
+from nanomla.core.files import STARTED_BY_A_SCRIPT, progress_bar, write_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -246,7 +246,8 @@ def data_folder(name: str) -> Path | None:
         script = folder / 'prepare.py'
         if not script.exists():
             raise UserError(f'--data={name}: there is no train.jsonl in {folder}')
-        if subprocess.run([sys.executable, str(script)]).returncode:
+        environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
+        if subprocess.run([sys.executable, str(script)], env=environment).returncode:
             raise UserError(f'{script} could not prepare the data (its message is above)')
     return folder
 

@@ -43,7 +43,7 @@ import sys
 from pathlib import Path
 
 from nanomla.comparison.figures import draw, draw_front
-from nanomla.comparison.table import read, rows, table
+from nanomla.comparison.table import read, report, rows, table
 from nanomla.core.checks import split_list
 from nanomla.core.configurator import UserError, configure
 from nanomla.core.files import lock, write_file
@@ -161,14 +161,13 @@ def show(paths, picture) -> None:
         draw_front(found, picture)
         print(picture)
         return
-    text = table(found[0])
-    write_file(picture.with_suffix('.md'), text)
+    write_file(picture.with_suffix('.md'), table(found[0]))
     write_file(picture.with_suffix('.json'), json.dumps(rows(found[0]), indent=1) + '\n')
     draw(found[0], picture)
     front = picture.with_name(picture.stem + '_front.png')
     draw_front(found, front)
-    print('\n' + text)
-    print(f'{picture}, {front}')
+    print('\n' + report(found[0]))
+    print(f'pictures: {picture}, {front}')
 
 
 if __name__ == '__main__':

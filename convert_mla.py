@@ -79,6 +79,7 @@ from nanomla.core.checks import check_choice, check_range
 from nanomla.core.devices import commit, describe, pick_device, pick_dtype
 from nanomla.core.files import progress_bar
 from nanomla.inference.quantize import BITS
+from nanomla.training.next_steps import print_next_steps
 
 LONGEST_WINDOW = 1024  # tokens, unless block_size asks for more
 
@@ -299,14 +300,21 @@ def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> 
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def print_next_step(source: str, loaded: LoadedModel) -> None:
+def print_next(source: str, loaded: LoadedModel, text: str) -> None:
+    """Print what was written and the next commands. text: what the model was calibrated on."""
     written = f'{out}/ckpt.pt'
     if export:
         written += f' and {export}'
-    command = f'python train.py config/heal_mla.py --init_from={out} --teacher={source}'
+    print(f'written: {written}')
+    heal = ['train.py', 'config/heal_mla.py', f'--init_from={out}', f'--teacher={source}']
+    evaluate = ['eval.py', f'--models={source},{out}']
+    sample = ['sample.py', f'--init_from={out}']
     if 'dataset' in loaded.settings:
-        command += f' --dataset={loaded.settings["dataset"]}'
-    print(f'written: {written}; heal it with: {command}')
+        print_next_steps([*heal, f'--dataset={loaded.settings["dataset"]}'], evaluate, sample)
+    elif text:
+        print_next_steps([*evaluate, f'--data={text}'], sample)
+    else:
+        print_next_steps(sample)
 
 
 def main(source: str) -> None:
@@ -325,7 +333,7 @@ def main(source: str) -> None:
     mla = convert_and_measure(model, text, report)
     print_report(report)
     write_outputs(mla, loaded, report, f'commit {commit()} · {describe(picked_device)}')
-    print_next_step(source, loaded)
+    print_next(source, loaded, name)
 
 
 if __name__ == '__main__':

@@ -105,6 +105,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +123,12 @@ from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate
 from nanomla.training.batches import Dataset
 from nanomla.training.launch import lock_run_folder
+from nanomla.training.next_steps import print_after_training
 from nanomla.training.trainer import Trainer, check_ranges, get_lr_share
 
 WARMUP_STEPS = 5  # they compile, record and allocate: speed is measured after them
+SECONDS_BETWEEN_LINES = 10  # at most, where steps are slow and there is no progress bar
+WIDTH = 100  # columns of a line
 RESUMABLE = {'optimizers', 'scaler', 'average', 'best_val_loss', 'best_step', 'seconds'}
 
 started = time.perf_counter()
@@ -147,7 +151,7 @@ def log_line(message):
 log_line(config.echo())
 if on_cpu:
     changes = ', '.join(f'{key}={value}' for key, value in on_cpu.items())
-    log_line(f'on the CPU: {changes}')
+    log_line(textwrap.fill(f'on the CPU: {changes}', WIDTH, subsequent_indent='  '))
 
 # -------------------------------------------------------------------------------------------------
 # settings, checked before anything is written
@@ -253,6 +257,8 @@ log_line(
     f'{model.cache_bytes_per_token():,} bytes a token (bf16), {devices.describe(device)}, '
     f'{stream_dtype}\ntext: {meta["source"]}; {tokens_per_step:,} tokens a step'
 )
+if compile:
+    log_line('compiling in the first step: about a minute, once (--compile=False leaves it out)')
 if eval_only:
     log_line(f'val loss {trainer.evaluate():.4f} nats')
     if world > 1:
@@ -280,6 +286,15 @@ def log_event(event, **numbers):
     if wandb_log:
         scalars = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
         wandb.log({f'{event}/{key}': value for key, value in scalars.items()}, step=run.step)
+
+
+def step_line(loss):
+    """Return the line of a step, with the speed once that is measured."""
+    line = f'step {run.step:6d}/{max_iters} | loss {loss:.4f}'
+    if speed:
+        left = (max_iters - run.step) * tokens_per_step / speed / 60
+        line += f' | {speed / 1e3:,.1f}k tok/s | {left:.1f} min left'
+    return line
 
 
 def check_loss(value):
@@ -393,10 +408,11 @@ signals = devices.Signals()  # SIGTERM, SIGUSR1 and Ctrl-C end the run after its
 
 # -------------------------------------------------------------------------------------------------
 # the loop
-speed_from = run.step + WARMUP_STEPS
+first_step, speed_from = run.step + 1, run.step + WARMUP_STEPS
 train_seconds, timed_steps = 0.0, 0  # without evaluations and checkpoints
 speed = 0.0  # tokens a second
 mark = None  # (time, step) after the last pause
+last_line = 0.0  # the time of the last step's line
 stop = 'max_iters reached' if run.step >= max_iters else ''
 while not stop:
     loss = trainer.update(run.step)
@@ -406,7 +422,8 @@ while not stop:
     evaluating = run.step % eval_interval == 0 or ending
     keeping = run.step in steps_to_keep
     stopped_alone = world == 1 and signals.name
-    if not (logging or evaluating or keeping or run.step == speed_from or stopped_alone):
+    starting = run.step in (first_step, speed_from)
+    if not (logging or evaluating or keeping or starting or stopped_alone):
         if bar:
             bar.update(1)
         continue
@@ -440,12 +457,12 @@ while not stop:
                 f'loss {lossf:.4f}, best val {run.best:.4f}, {speed / 1e3:,.1f}k tok/s',
                 refresh=False,
             )
-        elif run.step % (10 * log_interval) == 0:
-            line = f'step {run.step:6d}/{max_iters} | loss {lossf:.4f} | {speed / 1e3:,.1f}k tok/s'
-            if speed:
-                left = (max_iters - run.step) * tokens_per_step / max(speed, 1) / 60
-                line += f' | {left:.1f} min left'
-            log_line(line)
+    line_due = run.step == first_step or run.step % (10 * log_interval) == 0
+    if logging and time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
+        line_due = True
+    if line_due and not bar:
+        log_line(step_line(lossf))
+        last_line = time.perf_counter()
     if ending:
         stop = 'max_iters reached'
     elif stop_votes:
@@ -476,7 +493,8 @@ while not stop:
         save_weights(native.step_name(run.step))
     if main and (run.step % eval_interval == 0 or stop):
         save_state()
-    mark = (time.perf_counter(), run.step)
+    if run.step >= speed_from:
+        mark = (time.perf_counter(), run.step)
     if bar:
         bar.update(1)
 
@@ -539,11 +557,13 @@ if main:
         log_line(f'no picture: {error}')
     log_line(
         f'{stop} | best val loss {run.best:.4f} at step {run.best_step} | {seconds():.0f} s | '
-        f'{speed:,.0f} tok/s | peak memory {memory_used / 2**30:.2f} GiB | {out}/curve.png'
+        f'{speed:,.0f} tok/s | peak memory {memory_used / 2**30:.2f} GiB\npicture: {out}/curve.png'
     )
     if halted:
         words = [word for word in sys.argv[1:] if not word.startswith('--init_from')]
         log_line(f'go on with: python train.py {shlex.join(words)} --init_from=resume')
+    else:
+        print_after_training(config, model)
     run_lock.release()
 if world > 1:
     dist.destroy_process_group()

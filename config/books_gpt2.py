@@ -25,3 +25,18 @@ eval_interval = 200
 eval_iters = 64
 log_interval = 20
 sample_tokens = 100
+
+# a laptop tries the recipe on a small model
+on_cpu = dict(
+    compile=False,
+    batch_size=8,
+    block_size=128,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    max_iters=500,
+    lr_decay_iters=500,
+    warmup_iters=20,
+    eval_interval=100,
+    eval_iters=20,
+)

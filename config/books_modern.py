@@ -34,3 +34,19 @@ eval_interval = 150
 eval_iters = 64
 log_interval = 20
 sample_tokens = 100
+
+# a laptop tries the recipe on a small model
+on_cpu = dict(
+    compile=False,
+    batch_size=8,
+    block_size=128,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    dtype='fast',
+    kernel='eager',
+    max_iters=150,
+    warmup_iters=10,
+    eval_interval=50,
+    eval_iters=20,
+)

@@ -78,3 +78,5 @@ schedule = 'wsd'
 warmup_iters = 50
 cooldown = 0.6
 min_lr = 0.0
+
+on_cpu = dict(cuda_graph=False, compile=False)

@@ -93,3 +93,5 @@ warmup_iters = 50
 cooldown = 0.6
 min_lr = 0.0
 cuda_graph = True  # a step is short: replay it without Python in between
+
+on_cpu = dict(cuda_graph=False, compile=False)

@@ -63,3 +63,5 @@ warmup_iters = 100
 weight_decay = 0.1
 schedule = 'cosine'
 min_lr = 6e-5
+
+on_cpu = dict(cuda_graph=False, compile=False)

@@ -1,4 +1,8 @@
-"""Finetune OpenAI's GPT-2 XL on Shakespeare; --init_from=gpt2 for the small one."""
+"""
+Finetune OpenAI's GPT-2 XL on Shakespeare; --init_from=gpt2 for the small one, which a CPU takes.
+
+    python train.py config/finetune_shakespeare.py --init_from=gpt2
+"""
 
 out_dir = 'out-shakespeare'
 init_from = 'gpt2-xl'
@@ -16,3 +20,12 @@ max_iters = 20
 learning_rate = 3e-5
 decay_lr = False
 dropout = 0.0
+
+# the small GPT-2, and 1,024 tokens a step
+on_cpu = dict(
+    compile=False,
+    init_from='gpt2',
+    block_size=256,
+    gradient_accumulation_steps=4,
+    eval_iters=10,
+)

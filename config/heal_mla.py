@@ -27,3 +27,5 @@ eval_interval = 50
 eval_iters = 200
 log_interval = 10
 sample_tokens = 0
+
+on_cpu = dict(compile=False)

@@ -7,7 +7,7 @@ Induction on real text: GPT-2-size models on the same batches of books as GPT-2 
     python find_induction_heads.py --sweep=out-induction-books-mha,out-induction-books-mla \
         --often=1000 --copying=True --latents=True
 
-On one H200 each takes four minutes; without a GPU: --cuda_graph=False.
+On one H200 each takes four minutes. A CPU trains smaller models.
 """
 
 out_dir = 'out-induction-books'
@@ -39,3 +39,17 @@ cooldown = 0.2
 min_lr = 0.0
 
 cuda_graph = True  # at this batch a step is as long as the start of its kernels
+
+# a small model of the same kind
+on_cpu = dict(
+    cuda_graph=False,
+    compile=False,
+    batch_size=8,
+    block_size=128,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    max_iters=1700,
+    eval_interval=170,
+    eval_iters=20,
+)

@@ -167,3 +167,5 @@ contenders = dict(
 seeds = [1000]
 tune_seed = 0
 tune = {}
+
+on_cpu = dict(cuda_graph=False, compile=False)

@@ -30,3 +30,22 @@ weight_decay = 0.1
 eval_interval = 1000
 eval_iters = 200
 log_interval = 10
+
+# a laptop tries the recipe on a small model
+on_cpu = dict(
+    compile=False,
+    batch_size=8,
+    block_size=128,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    gradient_accumulation_steps=1,
+    max_iters=2000,
+    lr_decay_iters=2000,
+    warmup_iters=50,
+    eval_interval=200,
+    eval_iters=20,
+    head_dim=32,
+    kv_lora_rank=64,
+    qk_rope_head_dim=16,
+)

@@ -46,3 +46,25 @@ cooldown = 0.9  # the last 90 % of the steps decay to zero
 ema_decay = 0.99
 min_lr = 0.0
 cuda_graph = True  # a step takes 5 ms: replay it without Python in between
+
+# a laptop's share, as in train_shakespeare_mla.py
+on_cpu = dict(
+    cuda_graph=False,
+    compile=False,
+    dtype='fast',
+    kernel='eager',
+    block_size=64,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    tie_weights=True,
+    dropout=0.0,
+    muon_lr=0.02,
+    learning_rate=0.005,
+    warmup_iters=10,
+    max_iters=1300,
+    cooldown=0.7,
+    ema_decay=0.98,
+    weight_decay=0.1,
+    eval_interval=75,
+)

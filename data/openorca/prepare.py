@@ -23,6 +23,7 @@ import hugging_face
 from nanomla.adapters.instructions import KEYS, check_example, read_examples
 from nanomla.core.configurator import UserError, configure
 from nanomla.core.files import write_file
+from nanomla.training.next_steps import print_next_steps
 
 dataset = 'Open-Orca/OpenOrca'  # its name on huggingface.co
 input = ''  # instead: a local .jsonl or .parquet file, or 'rules' for the set made by rule
@@ -212,6 +213,10 @@ def main():
     meta = dict(source=source, train=train, val=val, seed=seed)
     write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
     print(f'{folder}: {train} examples to train on, {val} to evaluate on, of {source}')
+    benchmark = ['bench_adapters.py', 'random:tiny', 'config/adapters.json', 'out-adapters']
+    if out:
+        benchmark.append(f'--data={out}')
+    print_next_steps(benchmark)
 
 
 if __name__ == '__main__':

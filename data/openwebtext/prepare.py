@@ -30,6 +30,7 @@ from nanomla.core.configurator import UserError, configure
 from nanomla.core.files import progress_bar, write_file
 from nanomla.core.token_files import SPLITS, TokenWriter, in_order, summary
 from nanomla.core.tokenizers import Tokenizer
+from nanomla.training.next_steps import dataset_option, print_next_steps
 
 dataset = 'Skylion007/openwebtext'  # its name on huggingface.co
 input = ''  # instead: .jsonl, .parquet or .txt files (a line a document); * stands for several
@@ -234,6 +235,10 @@ def main():
         meta = files.publish(meta | dict(documents=done, plan=plan))
     progress.unlink(missing_ok=True)
     print(summary(folder, meta))
+    print_next_steps(
+        ['train.py', 'config/train_gpt2_mla.py', *dataset_option(out)],
+        ['train.py', 'config/train_gpt2.py', *dataset_option(out)],
+    )
 
 
 if __name__ == '__main__':

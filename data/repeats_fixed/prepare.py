@@ -18,6 +18,7 @@ from repeated_text import RepeatedText
 
 from nanomla.core.configurator import configure
 from nanomla.core.token_files import summary
+from nanomla.training.next_steps import dataset_option, print_next_steps
 
 documents = 100000  # to train on; a tenth as many validate
 symbols = 64  # different ones; the newline that begins a document is one more
@@ -30,3 +31,7 @@ configure(globals())
 text = RepeatedText(documents, symbols, length, length, seed)
 folder = out or HERE
 print(summary(folder, text.write(folder)))
+print_next_steps(
+    ['train.py', 'config/induction.py', 'config/induction_trap.py', *dataset_option(out)],
+    ['find_induction_heads.py', '--sweep=out-induction-trap'],
+)

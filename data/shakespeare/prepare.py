@@ -19,6 +19,7 @@ from tiny_shakespeare import find_text
 
 from nanomla.core.configurator import configure
 from nanomla.core.token_files import summary, write_text
+from nanomla.training.next_steps import print_next_steps
 
 input = ''  # a text file of your own ('' = tiny Shakespeare)
 val_fraction = 0.1  # the share of the text, at its end, that validates
@@ -27,3 +28,4 @@ configure(globals())
 
 text, source = find_text(input)
 print(summary(HERE, write_text(HERE, text, 'gpt2', source, val_fraction)))
+print_next_steps(['train.py', 'config/finetune_shakespeare.py', '--init_from=gpt2'])

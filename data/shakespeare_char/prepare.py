@@ -18,6 +18,7 @@ from tiny_shakespeare import find_text
 
 from nanomla.core.configurator import configure
 from nanomla.core.token_files import summary, write_text
+from nanomla.training.next_steps import print_next_steps
 
 input = ''  # a text file of your own ('' = tiny Shakespeare)
 val_fraction = 0.1  # the share of the text, at its end, that validates
@@ -26,3 +27,7 @@ configure(globals())
 
 text, source = find_text(input)
 print(summary(HERE, write_text(HERE, text, 'char', source, val_fraction)))
+print_next_steps(
+    ['train.py', 'config/train_shakespeare_mla.py'],
+    ['compare.py', 'config/compare_quick.py'],
+)

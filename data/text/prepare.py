@@ -33,6 +33,7 @@ from nanomla.core.configurator import UserError, configure
 from nanomla.core.files import progress_bar, writing
 from nanomla.core.token_files import TokenWriter, in_order, summary, val_begin
 from nanomla.core.tokenizers import Tokenizer
+from nanomla.training.next_steps import print_next_steps
 
 tokenizer = 'char'  # char (the characters of the text), bytes (any file) or gpt2 (50,257 tokens)
 out = ''  # the folder of the dataset ('' = data/text, which is --dataset=text in train.py)
@@ -211,6 +212,11 @@ def main():
             files = [standard_input if name == '-' else (name, path) for name, path in files]
         meta = write_dataset(Text(files, tokenizer), folder)
     print(summary(folder, meta))
+    dataset = f'--dataset={out or "text"}'
+    print_next_steps(
+        ['train.py', 'config/train_shakespeare_mla.py', dataset],
+        ['sample.py', '--out_dir=out-shakespeare-mla'],
+    )
 
 
 if __name__ == '__main__':

@@ -395,20 +395,22 @@ def print_plan(field: dict[str, Contender], source: str, places: int, device: to
     """
     control = control_of(field)
     comparison = control.comparison
+    seeds = 'one seed'
+    if len(comparison.seeds) > 1:
+        seeds = f'{len(comparison.seeds)} seeds'
     text = (
-        f'{comparison.title}: {comparison.train["max_iters"]:,} steps of '
-        f'{comparison.tokens_per_step():,} tokens, {len(comparison.seeds)} seeds, {source}, '
-        f'{describe(device)}'
+        f'{comparison.train["max_iters"]:,} steps of {comparison.tokens_per_step():,} tokens, '
+        f'{seeds}, {source}, {describe(device)}'
     )
     if places > 1:
         text += f', {places} runs at a time'
-    print(text, flush=True)
+    print(f'{comparison.title}\n  {text}', flush=True)
     for contender in field.values():
         print(f'  {in_one_line(contender, control)}', flush=True)
     if control.error or control.config.label != 'MHA' or control.config.pos != 'rope':
         print(
-            f"  note: the control '{control.name}' is not MHA with RoPE, so differences may be "
-            'those of positions and not of the cache',
+            f"  note: the control '{control.name}' is not MHA with RoPE, so differences\n"
+            '  may be those of positions and not of the cache',
             flush=True,
         )
 

@@ -18,9 +18,9 @@ import textwrap
 from dataclasses import dataclass
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import read_jsonl
+from nanomla.core.files import read_jsonl, text_table
 
-TEXT_WIDTH = 140  # letters in a line below the table
+TEXT_WIDTH = 110  # letters in a line below the table
 
 # -------------------------------------------------------------------------------------------------
 # numbers
@@ -233,11 +233,12 @@ def _beats(row: dict, other: dict) -> bool:
 # -------------------------------------------------------------------------------------------------
 # the table
 
+LOSS = 'val loss, mean ± sd'
 COLUMNS = (
     '',
     'parameters',
     'KV bytes a token',
-    'val loss, mean ± sd',
+    LOSS,
     'against the control [95 % interval]',
     'tuned',  # the names of the settings stand here
     'training tok/s',
@@ -249,8 +250,28 @@ ALWAYS_SHOWN = 5  # columns; the others are left out where they have no numbers
 
 def table(results: Results) -> str:
     """Return the results in Markdown: the table, what its numbers mean, where they come from."""
-    everyone, results = results, results.reached()
-    found = rows(results)
+    header, *cells = _table_cells(rows(results.reached()))
+    lines = ['| ' + ' | '.join(line) + ' |' for line in [header, *cells]]
+    lines.insert(1, '|---' * len(header) + '|')
+    return '\n'.join(lines + _notes(results)) + '\n'
+
+
+def report(results: Results) -> str:
+    """Return what `table` does for a terminal: aligned columns, and a failure below them."""
+    header, *cells = _table_cells(rows(results.reached()))
+    header[0] = 'contender'
+    failures = []
+    for line in cells:
+        loss = header.index(LOSS)
+        if line[loss].startswith('failed: '):
+            failures += ['', *_wrapped(f'{line[0]} {line[loss]}')]
+            line[loss] = 'failed'
+    aligned = text_table([dict(zip(header, line)) for line in cells], names=['contender'])
+    return '\n'.join([aligned, *failures, *_notes(results)]) + '\n'
+
+
+def _table_cells(found: list[dict]) -> list[list[str]]:
+    """Return the header and a line of cells for each row, without columns that are empty."""
     tuned_names = _tuned_names(found)
     cells = [list(COLUMNS)]
     cells[0][5] = ', '.join(tuned_names)
@@ -260,23 +281,33 @@ def table(results: Results) -> str:
     for column in range(len(COLUMNS)):
         if column < ALWAYS_SHOWN or any(line[column] for line in cells[1:]):
             shown.append(column)
-    lines = ['| ' + ' | '.join(line[column] for column in shown) + ' |' for line in cells]
-    lines.insert(1, '|---' * len(shown) + '|')
+    return [[line[column] for column in shown] for line in cells]
+
+
+def _notes(everyone: Results) -> list[str]:
+    """Return the lines below the table: what it means, where it comes from, samples."""
+    results = everyone.reached()
     waiting = [
         about['label']
         for name, about in everyone.contenders.items()
         if name not in results.contenders
     ]
-    lines += ['', textwrap.fill(_explanation(results, found, waiting), TEXT_WIDTH)]
-    lines += ['', facts(results.head)]
+    lines = ['', *_wrapped(_explanation(results, rows(results), waiting))]
+    lines += ['', *_wrapped(facts(results.head))]
     lines += _list('What differs from the control, by settings of train.py:', _changes(results))
     lines += _list('Runs that failed:', _failures(results))
     for about in results.contenders.values():
         sample = decode_of(about).get('sample')
         if sample:
-            indented = ['    ' + line for line in sample.splitlines()]
-            lines += ['', f'A sample of {about["label"]}:', '', *indented]
-    return '\n'.join(lines) + '\n'
+            lines += ['', f'A sample of {about["label"]}:', '']
+            for line in sample.splitlines():
+                lines += _wrapped(line, '    ', '    ') or ['']
+    return lines
+
+
+def _wrapped(text: str, first: str = '', later: str = '') -> list[str]:
+    """Return a text in lines that fit a terminal, each after its margin."""
+    return textwrap.wrap(text, TEXT_WIDTH, initial_indent=first, subsequent_indent=later)
 
 
 def _tuned_names(found: list[dict]) -> list[str]:
@@ -356,7 +387,12 @@ def _tuned_cell(row: dict, tuned_names: list[str]) -> str:
 
 def _list(heading: str, entries: list[str]) -> list[str]:
     """Return the lines of a list below a heading; none without entries."""
-    return ['', heading, '', *entries] if entries else []
+    if not entries:
+        return []
+    lines = ['', heading, '']
+    for entry in entries:
+        lines += _wrapped(entry, later='  ')
+    return lines
 
 
 def _changes(results: Results) -> list[str]:

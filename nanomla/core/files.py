@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from nanomla.core.configurator import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository
 FORMULA = ('=', '+', '-', '@', '\t', '\r')  # a spreadsheet runs a cell that begins with one
+# In the environment of a script that another one has started and waits for.
+STARTED_BY_A_SCRIPT = 'NANOMLA_STARTED_BY_A_SCRIPT'
+TABLE_WIDTH = 120  # columns of a terminal that a table takes at most
 
 
 @contextmanager
@@ -183,6 +186,9 @@ def read_json(path: str | os.PathLike) -> object:
     return parse_json(Path(path).read_bytes())
 
 
+# rows: JSONL, CSV and text
+
+
 def jsonl(rows: list[dict]) -> str:
     """Return the rows as JSON, one a line."""
     return ''.join(json.dumps(row) + '\n' for row in rows)
@@ -239,6 +245,35 @@ def csv_cell(value: object) -> object:
         return value
     text = str(value)
     return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def text_table(rows: list[dict[str, str]], names: list[str], left: Collection[str] = ()) -> str:
+    """
+    Return rows of cells, column -> text, as aligned columns of at most TABLE_WIDTH letters.
+
+    What does not fit beside the columns before it follows below them, with the columns `names`
+    again, which tell the rows apart. left: further columns that are aligned to the left.
+    """
+    widths = {}
+    for row in rows:
+        for column, cell in row.items():
+            widths[column] = max(widths.get(column, len(column)), len(cell))
+    parts = [[]]
+    for column in widths:
+        used = sum(widths[other] + 2 for other in parts[-1])
+        if used + widths[column] > TABLE_WIDTH and set(parts[-1]) - set(names):
+            parts.append([name for name in names if name in widths])
+        parts[-1].append(column)
+    lines = []
+    for part in parts:
+        for row in [{column: column for column in part}, *rows]:
+            cells = []
+            for column in part:
+                align = str.ljust if column in names or column in left else str.rjust
+                cells.append(align(row.get(column, ''), widths[column]))
+            lines.append('  '.join(cells).rstrip())
+        lines.append('')
+    return '\n'.join(lines).rstrip('\n')
 
 
 class ResultsTable(list):

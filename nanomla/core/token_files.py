@@ -25,7 +25,14 @@ import numpy as np
 
 from nanomla.core.checks import TEXT, Rule, check_entries, list_of, one_of, whole
 from nanomla.core.configurator import UserError
-from nanomla.core.files import ROOT, read_json, sync_folder, write_file, writing
+from nanomla.core.files import (
+    ROOT,
+    STARTED_BY_A_SCRIPT,
+    read_json,
+    sync_folder,
+    write_file,
+    writing,
+)
 from nanomla.core.tokenizers import Tokenizer
 
 DATA = ROOT / 'data'
@@ -94,11 +101,11 @@ def write_text(
 
 
 def summary(folder: str | os.PathLike, meta: dict) -> str:
-    """Return the line with which a prepare.py ends."""
+    """Return two lines about a dataset that a prepare.py has made: its size and its text."""
     train, val, vocab_size = meta['train_tokens'], meta['val_tokens'], meta['vocab_size']
     return (
         f'{folder}: {train:,} tokens to train on, {val:,} to validate, '
-        f'vocabulary {vocab_size:,}; {meta["source"]}'
+        f'vocabulary {vocab_size:,}\ntext: {meta["source"]}'
     )
 
 
@@ -266,7 +273,8 @@ def prepare_if_missing(name: str) -> None:
             f"there is no dataset '{name}': {folder} has no train.bin and val.bin and no "
             f'prepare.py; known: {known}'
         )
-    if subprocess.run([sys.executable, str(script)]).returncode:
+    environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
+    if subprocess.run([sys.executable, str(script)], env=environment).returncode:
         raise UserError(f'{script} could not prepare the dataset (its message is above)')
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanomla.core import figures
-from nanomla.core.files import csv_table, write_file
+from nanomla.core.files import csv_table, text_table, write_file
 from nanomla.evals import retrieval
 
 # The metrics that stand for a task of the harness, the first that it has. {task}: of several tasks,
@@ -179,13 +179,8 @@ def table(rows: list[dict]) -> str:
     names = {}
     for row in rows:
         names |= dict.fromkeys(row)
-    columns = []
-    for name in names:
-        cells = [name.replace('_', ' ')] + [shown(name, row.get(name)) for row in rows]
-        width = max(len(cell) for cell in cells)
-        align = str.ljust if name in LEFT else str.rjust
-        columns.append([align(cell, width) for cell in cells])
-    return '\n'.join('  '.join(line).rstrip() for line in zip(*columns))
+    cells = [{name.replace('_', ' '): shown(name, row.get(name)) for name in names} for row in rows]
+    return text_table(cells, names=['model', 'cache'], left=LEFT)
 
 
 def footer(records: list[dict], seed: int) -> str:

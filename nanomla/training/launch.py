@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import ROOT, FolderLock, lock, writing
+from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, FolderLock, lock, writing
 
 PROMPT = '$ python train.py '  # begins an attempt in output.txt
 IN_USE = 'is in use by another train.py'
@@ -46,7 +46,7 @@ def train_command(words: Iterable[str], repository: str | os.PathLike = ROOT) ->
 def train_environment(changes: dict | None = None) -> dict:
     """Return the environment of a run: ours with `changes`."""
     # Where Python is when a SIGSEGV, SIGABRT or their like ends it goes to standard error.
-    return os.environ | dict(PYTHONFAULTHANDLER='1') | (changes or {})
+    return os.environ | {'PYTHONFAULTHANDLER': '1', STARTED_BY_A_SCRIPT: '1'} | (changes or {})
 
 
 def run_train(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_results import made_up
 
-from nanomla.comparison.table import front, interval, read, rows, t_quantile, table
+from nanomla.comparison.table import front, interval, read, report, rows, t_quantile, table
 
 LOGS = ROOT / 'assets' / 'logs'
 
@@ -145,6 +145,22 @@ def test_a_table_names_grids_of_words():
     text = in_one_line(table(results))
     assert 'dropout_in of all, residual; qk_norm of True, False; learning_rate of 0.001.' in text
     assert '| residual, False, 0.001 |' in text
+
+
+def test_what_is_printed_fits_a_terminal_and_has_every_cell_of_the_table():
+    results = made_up(dict(mha=[1.5, 1.7, 1.6], mla=[1.4, None, 1.4], bad=[None] * 3))
+    results.contenders['bad']['error'] = 'n_embd does not fit, ' * 10
+    results.contenders['mla'] |= dict(
+        label='MLA with a long name, of which there are some',
+        differs={f'setting_{number}': number for number in range(20)},
+        decode=dict(sample='a word ' * 40, tok_per_s=None),
+    )
+    text = report(results)
+    assert max(map(len, text.splitlines())) <= 120
+    header, _, *lines = table_lines(table(results))
+    for line in [header, *lines]:
+        for cell in line.strip('| ').split(' | '):
+            assert cell in in_one_line(text)
 
 
 # -------------------------------------------------------------------------------------------------

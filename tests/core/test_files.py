@@ -126,3 +126,27 @@ def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot write .*file'):
         files.lock(tmp_path / 'file')
+
+
+# -------------------------------------------------------------------------------------------------
+# tables for a terminal
+
+
+def test_a_text_table_is_aligned_and_what_does_not_fit_follows_below_with_the_names():
+    rows = [
+        {'model': 'a', 'cache': 'dense', 'kind': 'mha', 'loss': '1.5', 'note': 'x' * 90},
+        {'model': 'long name', 'cache': 'int8', 'kind': 'mla', 'loss': '10.25', 'note': ''},
+    ]
+    lines = files.text_table(rows, names=['model', 'cache'], left=['kind']).splitlines()
+    assert lines[:4] == [
+        'model      cache  kind   loss',
+        'a          dense  mha     1.5',
+        'long name  int8   mla   10.25',
+        '',
+    ]
+    assert [line.split() for line in lines[4:]] == [
+        ['model', 'cache', 'note'],
+        ['a', 'dense', 'x' * 90],
+        ['long', 'name', 'int8'],
+    ]
+    assert max(map(len, lines)) <= files.TABLE_WIDTH
