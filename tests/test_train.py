@@ -852,7 +852,7 @@ def test_on_the_cpu_a_config_shrinks_and_a_key_beats_it(name, tmp_path, capsys):
     config = read_config(path)
     dataset.write_text(tmp_path / 'data' / config['dataset'], TEXT, 'char', 'A tale of a cat')
     small = {name: value for name, (value, _) in config._on_cpu.items()}
-    asked = dict(n_layer=1, max_iters=2)
+    asked = dict(n_layer=1, max_iters=2, eval_iters=1)
     run(
         'train.py',
         [
@@ -860,7 +860,6 @@ def test_on_the_cpu_a_config_shrinks_and_a_key_beats_it(name, tmp_path, capsys):
             *words(asked),
             '--device=cpu',
             '--out_dir=out',
-            '--eval_iters=1',
             '--sample_tokens=0',
         ],
     )
