@@ -25,13 +25,14 @@ WORDS = (
     'snow leaf clay rope star road wind cup tree song wolf oak tin map sea dust'
 ).split()
 FAMILIES = 'induction', 'previous', 'duplicate', 'current', 'first'
+BY_POSITION = 'previous', 'current', 'first', 'positional'  # rules that do not read tokens
 
 
 def sequence(T):
     """(texts, L): a first token and words that come twice, T in all."""
     L = (T - 1) // 2
-    words = [' ' + WORDS[i % len(WORDS)] + str(i // len(WORDS) or '') for i in range(L)]
-    return (['<|endoftext|>'] + words + words + [' end'])[:T], L
+    words = [f' {WORDS[i % len(WORDS)]}{i // len(WORDS) or ""}' for i in range(L)]
+    return (['<|endoftext|>', *words, *words, ' end'])[:T], L
 
 
 def rule(kind, T, L):
@@ -79,49 +80,88 @@ def family(A, kind, L):
     )
 
 
-def model(name, kind, heads, T=65, seed=0, trained=True, split=(), **more):
-    """A model of the report. heads: per layer, a list of (rule, firmness in logits)."""
+def head_entry(position, label, A, L, random):
+    """An entry of `scores`: everything that the page can show of a head."""
+    layer, head = position
+    entry = dict(layer=layer, head=head, label=label)
+    entry |= {kind: family(A, kind, L) for kind in FAMILIES}
+    strength = entry[label if label in FAMILIES else 'induction']['score']
+    # A head that counts positions scores without a repetition as well, and loses its stripe with
+    # a gap.
+    induction = entry['induction']['score']
+    control, gap = 0.04 * induction, 0.93 * induction
+    if label == 'positional':
+        control, gap = 0.95 * induction, 0.02 * induction
+    entry['induction'] |= dict(control=control, gap=gap)
+    copies = 0.9 if label == 'induction' else 0.0
+    entry['copying'] = float(np.tanh(random.normal(copies, 0.25)))
+    entry['effective_copying'] = float(np.tanh(random.normal(2 * copies, 0.25)))
+    costs = dict(zero=0.0, mean=0.0, pattern=0.0)
+    if label in ('induction', 'previous'):
+        costs = dict(zero=0.4, mean=0.3, pattern=0.25 if label == 'induction' else 0.0)
+    for method, cost in costs.items():
+        noise = abs(random.normal(0, 0.01))
+        entry[f'{method}_ablation'] = float(noise + cost * strength)
+    return entry
+
+
+def losses(T, L, random):
+    """loss_by_position of a model that copies from the second copy on."""
+    x = np.arange(1, T)
+    wave = 0.12 * random.normal(size=T - 1)
+    copied = 0.9 + 3 * np.exp(-(x - L) / 4.0)
+    return dict(x=x, repeated=np.where(x <= L, 7.1, copied) + wave, control=7.1 + wave[::-1])
+
+
+def group_costs(induction, previous):
+    """group_ablation of a model with so many induction and previous-token heads."""
+    costs = dict(loss=1.204, induction_heads=induction, previous_heads=previous)
+    for label, cost in dict(induction=4.81, previous=3.27).items():
+        costs |= {
+            f'{label}_zero': cost,
+            f'{label}_mean': 0.9 * cost,
+            f'{label}_pattern': 0.02 * cost,
+            f'{label}_frozen': 0.01 * cost,
+            f'{label}_zero_control': -0.004,
+        }
+    costs |= dict(
+        previous_to_induction_Q=-0.001,
+        previous_to_induction_K=3.11,
+        previous_to_induction_V=0.02,
+    )
+    return costs | {f'text_{key}': cost for key, cost in costs.items()}
+
+
+def composition(labels, positions, random):
+    """Pairs of heads, strongest first: induction heads read previous-token heads by their keys."""
+    pairs = []
+    for i, sender in enumerate(positions):
+        for j, reader in enumerate(positions):
+            if sender[0] >= reader[0]:
+                continue
+            for kind in 'QKV':
+                value = abs(random.normal(0.05, 0.02))
+                if kind == 'K' and labels[i] == 'previous' and labels[j] == 'induction':
+                    value += 0.35
+                pair = {'from': list(sender), 'to': list(reader), 'kind': kind}
+                pairs.append(pair | dict(value=float(value)))
+    return sorted(pairs, key=lambda pair: -pair['value'])[:1000]
+
+
+def model(name, kind, heads, T=65, seed=0, split=(), **more):
+    """A trained model of the report. heads: per layer, a list of (rule, firmness in logits)."""
     random = np.random.default_rng(seed)
     texts, L = sequence(T)
     flat = [head for layer in heads for head in layer]
-    noise = random.normal(scale=0.8, size=(len(flat), T, T)) - 0.015 * np.abs(
-        np.subtract.outer(np.arange(T), np.arange(T))
-    )
+    labels = [label for label, _ in flat]
+    positions = [divmod(i, len(heads[0])) for i in range(len(flat))]
+    distance = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
+    noise = random.normal(scale=0.8, size=(len(flat), T, T)) - 0.015 * distance
     aims = np.stack([firm * rule(label, T, L) for label, firm in flat])
     A = softmax(aims + noise)
-    # In MLA, what depends on the tokens comes through the latent, and what depends on the position
-    # through RoPE.
-    by_place = np.array(
-        [label in ('previous', 'current', 'first', 'positional') for label, _ in flat]
-    )[:, None, None]
-    content, rope = np.where(by_place, 0, aims) + noise, np.where(by_place, aims, 0)
-    at = [divmod(i, len(heads[0])) for i in range(len(flat))]
     scores = []
-    for i, (label, _) in enumerate(flat):
-        score = dict(
-            layer=at[i][0],
-            head=at[i][1],
-            label=label if trained else '',
-            **{key: family(A[i], key, L) for key in FAMILIES},
-        )
-        strength = score[label if label in FAMILIES else 'induction']['score']
-        score['induction'] |= dict(
-            control=score['induction']['score'] * (0.95 if label == 'positional' else 0.04),
-            gap=score['induction']['score'] * (0.02 if label == 'positional' else 0.93),
-        )
-        score |= dict(
-            copying=float(np.tanh(random.normal(0.9 if label == 'induction' else 0, 0.25))),
-            zero_ablation=float(
-                abs(random.normal(0, 0.01)) + 0.4 * strength * (label in ('induction', 'previous'))
-            ),
-            mean_ablation=float(
-                abs(random.normal(0, 0.01)) + 0.3 * strength * (label in ('induction', 'previous'))
-            ),
-            pattern_ablation=float(
-                abs(random.normal(0, 0.01)) + 0.25 * strength * (label == 'induction')
-            ),
-        )
-        scores.append(score)
+    for position, label, pattern in zip(positions, labels, A):
+        scores.append(head_entry(position, label, pattern, L, random))
     found = dict(
         name=name,
         kind=kind,
@@ -130,54 +170,29 @@ def model(name, kind, heads, T=65, seed=0, trained=True, split=(), **more):
         tokens=2_949_120_000,
         val_loss=3.2741,
         source='tests/head_reports.py, not a model',
-        trained=trained,
+        trained=True,
         layers=len(heads),
         heads=len(heads[0]),
         tokens_text=texts,
         patterns_u8=build.pack_patterns(A),
         scores=scores,
+        icl_score=-0.41,
+        loss_by_position=losses(T, L, random),
+        group_ablation=group_costs(labels.count('induction'), labels.count('previous')),
+        composition=composition(labels, positions, random),
     )
     if split:
-        chosen = [at.index(tuple(head)) for head in split]
+        # In MLA, what depends on the tokens comes through the latent, and what depends on the
+        # position through RoPE.
+        by_position = np.array([label in BY_POSITION for label in labels])[:, None, None]
+        content = np.where(by_position, 0, aims) + noise
+        rope = np.where(by_position, aims, 0)
+        chosen = [positions.index(tuple(head)) for head in split]
         found['mla_split'] = dict(
             heads=[list(head) for head in split],
             content_f16=build.pack_logits(content[chosen]),
             rope_f16=build.pack_logits(rope[chosen]),
         )
-    if trained:
-        x = np.arange(1, T)
-        wave = 0.12 * random.normal(size=T - 1)
-        found |= dict(
-            icl_score=-0.41,
-            loss_by_position=dict(
-                x=x,
-                repeated=np.where(x <= L, 7.1, 0.9 + 3 * np.exp(-(x - L) / 4.0)) + wave,
-                control=7.1 + wave[::-1],
-            ),
-        )
-        labels = [label for label, _ in flat]
-        group = [list(at[i]) for i, label in enumerate(labels) if label == 'induction']
-        found['group_ablation'] = dict(heads=group, zero=4.81, mean=4.12, one_by_one_sum=0.52)
-        edges = [
-            {
-                'from': list(at[i]),
-                'to': list(at[j]),
-                'kind': way,
-                'value': float(
-                    abs(random.normal(0.05, 0.02))
-                    + (
-                        0.35
-                        if way == 'K' and labels[i] == 'previous' and labels[j] == 'induction'
-                        else 0
-                    )
-                ),
-            }
-            for i in range(len(flat))
-            for j in range(len(flat))
-            if at[i][0] < at[j][0]
-            for way in 'QKV'
-        ]
-        found['composition'] = sorted(edges, key=lambda edge: -edge['value'])[:1000]
     return found | more
 
 
@@ -193,38 +208,40 @@ def layers(count=12, heads=12, seed=0):
     previous-token heads.
     """
     random = np.random.default_rng(seed)
+    names = ['', 'previous', 'current', 'duplicate', 'first', 'induction']
     out = []
     for layer in range(count):
         early, late = layer < count / 3, layer > count / 3
-        names, odds = (
-            ['', 'previous', 'current', 'duplicate', 'first', 'induction'],
-            np.array([3, 2 * early + 0.2, 1.2 * early + 0.1, 0.5, 2.5 * late + 0.3, 1.6 * late]),
-        )
-        out.append(
-            [
-                (str(random.choice(names, p=odds / odds.sum())), float(random.uniform(4, 8)))
-                for _ in range(heads)
-            ]
-        )
+        odds = np.array([3, 0.2, 0.1, 0.5, 0.3, 0.0])
+        if early:
+            odds += [0, 2, 1.2, 0, 0, 0]
+        if late:
+            odds += [0, 0, 0, 0, 2.5, 1.6]
+        rules = []
+        for _ in range(heads):
+            rule_name = str(random.choice(names, p=odds / odds.sum()))
+            rules.append((rule_name, float(random.uniform(4, 8))))
+        out.append(rules)
     return out
 
 
-def checkpoints(models, start=(9, 12)):
+def checkpoints(models):
     """Runs in which the induction heads appear between two moments, as a phase change does."""
     tokens = [0] + [int(round(10**power, -3)) for power in np.linspace(5, 9.4, 14)]
     runs = []
     for found, middle in zip(models, (7.2, 7.7)):
         grown = [0.02 + 0.98 / (1 + np.exp(-4 * (np.log10(seen + 1) - middle))) for seen in tokens]
-        last = np.array([score['induction']['score'] for score in found['scores']]).reshape(
-            found['layers'], found['heads']
-        )
+        shape = found['layers'], found['heads']
+        scores = np.reshape([entry['induction']['score'] for entry in found['scores']], shape)
+        gaps = np.reshape([entry['induction']['gap'] for entry in found['scores']], shape)
         runs.append(
             dict(
                 name=found['name'],
                 tokens=tokens,
                 step=[seen // 491_520 for seen in tokens],
-                max_induction=[float(last.max() * part) for part in grown],
-                scores=[(last * part).tolist() for part in grown],
+                max_induction=[float(gaps.max() * part) for part in grown],
+                scores=[(scores * part).tolist() for part in grown],
+                gaps=[(gaps * part).tolist() for part in grown],
                 icl=[-0.45 * part for part in grown],
                 repeat_loss=[10.8 - 9.2 * part for part in grown],
             )
@@ -232,16 +249,16 @@ def checkpoints(models, start=(9, 12)):
     return runs
 
 
-def report(models, runs=None):
-    return dict(
-        models=models,
-        made=dict(
-            command='python find_induction_heads.py --out_dir=out-mha --other=out-mla',
-            commit='0000000',
-            date='2025-01-31',
-        ),
-        **(dict(checkpoints=runs) if runs else {}),
+def report(models, runs=()):
+    made = dict(
+        command='python find_induction_heads.py --out_dir=out-mha,out-mla',
+        commit='0000000',
+        date='2025-01-31',
     )
+    found = dict(models=models, made=made)
+    if runs:
+        found['checkpoints'] = runs
+    return found
 
 
 def pair(T=65):
@@ -281,7 +298,5 @@ def large(T=127):
 
 
 if __name__ == '__main__':
-    build.write(
-        sys.argv[1] if len(sys.argv) > 1 else 'heads.html',
-        (pair if 'small' in sys.argv else large)(),
-    )
+    make = pair if 'small' in sys.argv else large
+    build.write(sys.argv[1] if len(sys.argv) > 1 else 'heads.html', make())

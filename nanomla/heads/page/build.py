@@ -11,19 +11,21 @@ or None.
         name, kind ('MHA', 'GQA', 'MQA', 'MLA', ...), params, step?, tokens?, val_loss?, source,
         trained (bool), layers, heads, tokens_text (T texts: the sequence on the page)
         patterns_u8: pack_patterns(A), A being the attention of every head, in layer-major order
-        scores: one dict a head: layer, head, label (one of LABELS) and the keys of SCORES; those of
-            FAMILIES are a dict of score, null?, control?, gap?, low?, high?, others a number
+        scores: one dict a head: layer, head, label (of names.LABELS, or '') and the keys of
+            names.SCORES; those of names.FAMILIES are a dict of score, null?, control?, gap?, low?,
+            high?, others a number
         loss_by_position?: x, repeated, control (nats)
         icl_score? (nats), icl_positions? (early, late)
-        group_ablation?: any small dict
+        group_ablation?: costs of groups of heads (names.group_tables reads its keys)
+        warnings?: a list of sentences
         composition?: a list of from [layer, head], to [layer, head], kind ('Q', 'K', 'V'), value
         mla_split?: heads [[layer, head], ...], content_f16, rope_f16: pack_logits of the two parts
             of the scaled logits of those heads. A head of 128 tokens takes 44 kB, its pattern 11 kB
-    checkpoints?: a list of name, tokens, step, max_induction?, scores? [checkpoint][layer][head],
-        icl?, repeat_loss?
+    checkpoints?: a list of name, tokens, step, the keys of names.CURVES?, and gaps? and scores?
+        [checkpoint][layer][head]
     made: command, commit, date
 
-The page gets LABELS, FAMILIES and SCORES from here, too: nothing in its scripts repeats them.
+Labels, scores and headings travel with the report from names.py: no script repeats them.
 
 Letters: H heads, T tokens.
 """
@@ -33,7 +35,6 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ import numpy as np
 from nanomla.core.configurator import UserError
 from nanomla.core.figures import COLORS
 from nanomla.core.files import write_file
+from nanomla.heads.page import names
 
 FOLDER = Path(__file__).parent
 COLORED_KINDS = ('mha', 'gqa', 'mqa', 'mla')
@@ -48,73 +50,6 @@ COLORED_KINDS = ('mha', 'gqa', 'mqa', 'mla')
 # stretch of base64 spells one, its marked letter is written as JSON's \uXXXX: neither letter can
 # end or begin an escape of its own.
 MARKED = re.compile(r'(?P<before>ht(?=tp)|src(?==)|fe(?=tch))(?P<letter>.)', re.IGNORECASE)
-
-
-@dataclass
-class Score:
-    """
-    A score of a head on the page.
-
-    column: its heading in the table, '' for none; short: its name where room is short
-    is_loss: a difference in loss, in nats, shown with its sign
-    """
-
-    key: str
-    name: str
-    short: str
-    column: str = ''
-    help: str = ''
-    is_loss: bool = False
-
-
-LABELS = ('induction', 'previous', 'duplicate', 'current', 'first', 'positional', '')
-FAMILIES = ('induction', 'on_text', 'previous', 'duplicate', 'current', 'first')
-SCORES = (
-    Score('induction', 'induction', 'induction'),
-    Score('on_text', 'induction on held-out text', 'on text'),
-    Score('previous', 'previous token', 'previous'),
-    Score('duplicate', 'duplicate token', 'duplicate'),
-    Score('current', 'current token', 'current'),
-    Score('first', 'first token', 'first'),
-    Score(
-        'copying',
-        'copying (OV)',
-        'copying',
-        'Copying',
-        'by weights, from the embedding. 1: makes likelier what it attends to; −1: less likely',
-    ),
-    Score(
-        'effective_copying',
-        'copying, as read',
-        'as read',
-        'as read',
-        'copying of what the head really reads, which earlier layers may have reversed',
-    ),
-    Score(
-        'zero_ablation',
-        'Δ loss, zero ablation',
-        'Δ zero',
-        'Δ zero',
-        "loss added when the head's output is set to zero (nats)",
-        is_loss=True,
-    ),
-    Score(
-        'mean_ablation',
-        'Δ loss, mean ablation',
-        'Δ mean',
-        'Δ mean',
-        "loss added when the head's output is replaced by its mean (nats)",
-        is_loss=True,
-    ),
-    Score(
-        'pattern_ablation',
-        'Δ loss, pattern kept',
-        'Δ pattern',
-        'Δ pattern kept',
-        'loss added when the head is removed but later heads keep their patterns (nats)',
-        is_loss=True,
-    ),
-)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -204,14 +139,20 @@ def page(report: dict) -> str:
     """Return the page: heads.html with every {{name}} replaced, once, by what it names."""
     for model in report['models']:
         check_sizes(model)
-    names = dict(labels=LABELS, families=FAMILIES, scores=[asdict(score) for score in SCORES])
-    texts = dict(report=embed(report | dict(names=names)), colors=colors())
+    models = [for_page(model) for model in report['models']]
+    data = report | dict(models=models, names=names.for_page(models))
+    texts = dict(report=embed(data), colors=colors())
 
     def part(found):
         name = found[1]
         return texts[name] if name in texts else read_part(name).rstrip()
 
     return re.sub(r'\{\{([\w.]+)\}\}', part, read_part('heads.html'))
+
+
+def for_page(model: dict) -> dict:
+    """Return a `models` entry with its costs of groups as tables in words."""
+    return model | dict(groups=names.group_tables(model.get('group_ablation') or {}))
 
 
 def colors() -> str:

@@ -1,28 +1,58 @@
 "use strict";
-// One model as the page shows it: its heads as small maps, one of them large, and what a query looks at.
+// One model as the page shows it: its heads as small maps, one of them large, and what a query
+// attends to.
+
+const MOST_KEYS = 8; // listed for a query
 
 class View {
   constructor(model) {
-    this.root = document.getElementById("view-template").content.firstElementChild.cloneNode(true);
-    this.part = name => this.root.querySelector(name);
+    const template = document.getElementById("view-template").content.firstElementChild;
+    this.root = template.cloneNode(true);
     this.map = new HeadMap(this.part("canvas.map"));
-    this.what = "weights";
-    this.part(".pick-model").innerHTML = models.map(model => `<option value="${model.index}">${esc(model.name)}</option>`).join("");
-    this.part(".pick-model").onchange = event => { this.setModel(models[event.target.value]); queryChanged(); };
-    this.part(".pick-values").onchange = event => { this.what = event.target.value; this.showHead(); this.showQuery(); };
-    this.part(".lock").onclick = () => setLocked(!state.locked);
-    exportButtons(this.part('[data-what="map"]'), "map", () => mapPicture(this.model, this.head, this.what));
-    exportButtons(this.part('[data-what="overview"]'), "heads", () => overviewPicture(this.model));
+    this.what = "weights"; // what the large map shows, of MAP_VALUES
+    this.fillMenus();
     this.listen();
-    this.seen = new IntersectionObserver(entries => {
-      for (const entry of entries) if (entry.isIntersecting) this.paintThumb(entry.target);
-    }, { rootMargin: "200px" });
+    // Small maps are painted when they come near the window.
+    this.observer = new IntersectionObserver(
+      entries => {
+        for (const { isIntersecting, target } of entries) {
+          if (isIntersecting) this.paintThumb(target);
+        }
+      },
+      { rootMargin: "200px" },
+    );
     this.setModel(model);
+  }
+
+  part(selector) {
+    return this.root.querySelector(selector);
+  }
+
+  fillMenus() {
+    const modelNames = models.map(model => [String(model.index), model.name]);
+    this.part(".pick-model").innerHTML = options(modelNames);
+    this.part(".pick-model").onchange = event => {
+      this.setModel(models[event.target.value]);
+      queryChanged();
+    };
+    const valueNames = Object.entries(MAP_VALUES).map(([what, { name }]) => [what, name]);
+    this.part(".pick-values").innerHTML = options(valueNames);
+    this.part(".pick-values").onchange = event => {
+      this.what = event.target.value;
+      this.showHead();
+      this.showQuery();
+    };
+    this.part(".lock").onclick = () => setLocked(!state.locked);
+    const saveMap = () => mapPicture(this.model, this.head, this.what);
+    addExportButtons(this.part('[data-what="map"]'), "map", saveMap);
+    const saveOverview = () => overviewPicture(this.model);
+    addExportButtons(this.part('[data-what="overview"]'), "heads", saveOverview);
   }
 
   setModel(model) {
     this.model = model;
-    this.head = bestHead(model);
+    // It begins with the head that is most an induction head.
+    this.head = sortedHeads(model, "induction")[0];
     this.part(".pick-model").value = model.index;
     this.part(".kind").textContent = model.kind;
     this.part(".kind").className = `kind kind-${model.kind.toLowerCase()}`;
@@ -34,48 +64,80 @@ class View {
   render() {
     this.showThumbs();
     this.showHead();
-    this.makeStrip();
+    this.showTokens();
     this.showQuery();
   }
 
   // the small maps ----------------------------------------------------------
 
   showThumbs() {
-    const { model } = this, holder = this.part(".thumbs"), grid = state.order === "grid";
-    const heads = Array.from({ length: model.count }, (_, head) => head);
-    const shown = grid ? heads : sortedHeads(model, state.shown).filter(head => state.labels.has(model.label(head)));
-    holder.className = `thumbs ${grid ? "grid" : "ranked"}`;
-    this.part(".choice").classList.toggle("broad", model.heads > 16);
+    const { model } = this;
+    const isGrid = state.order === "grid";
+    const holder = this.part(".thumbs");
+    holder.className = isGrid ? "thumbs grid" : "thumbs ranked";
     holder.style.setProperty("--heads", model.heads);
-    holder.style.setProperty("--thumb", `${Math.max(26, Math.min(92, 396 / model.layers))}px`); // all layers on one screen
-    holder.setAttribute("aria-label", `Heads of ${model.name}, ${grid ? "layer by layer" : `by ${SCORES[state.shown].name}`}`);
-    this.seen.disconnect();
-    const columns = grid ? ['<span class="corner"></span>', ...Array.from({ length: model.heads }, (_, head) => `<span class="column">H${head}</span>`)] : [];
-    holder.innerHTML = columns.join("") + shown.map(head => {
-      const label = model.label(head), faded = !state.labels.has(label);
-      const row = grid && head % model.heads === 0 ? `<span class="row">L${model.layer(head)}</span>` : "";
-      const value = model.score(head, state.shown);
-      const says = `layer ${model.layer(head)} head ${head % model.heads}, ${labelName(label)}, ${SCORES[state.shown].name} ${showScore(value, state.shown)}`;
-      return `${row}<button type="button" class="thumb${faded ? " faded" : ""}" data-head="${head}" tabindex="-1" aria-pressed="false" aria-label="${esc(says)}"
-        title="${esc(says)}"><span class="paper"></span><span class="caption">${grid ? "" : `<b>${model.nameOf(head)}</b>`}<i class="dot label-${esc(label || "none")}"></i><span
-        class="value">${value === null ? "" : showScore(value, state.shown)}</span></span></button>`;
-    }).join("");
-    if (!shown.length) holder.innerHTML = '<p class="quiet">No head of this model has a label that is switched on.</p>';
-    for (const thumb of holder.querySelectorAll(".thumb")) this.seen.observe(thumb);
+    // All layers fit on one screen.
+    holder.style.setProperty("--thumb", `${clamp(396 / model.layers, 26, 92)}px`);
+    const order = isGrid ? "layer by layer" : `by ${SCORES.get(state.shown).name}`;
+    holder.setAttribute("aria-label", `Heads of ${model.name}, ${order}`);
+    this.part(".choice").classList.toggle("broad", model.heads > 16);
+    this.observer.disconnect();
+    holder.innerHTML = isGrid ? this.gridMarkup() : this.rankedMarkup();
+    for (const thumb of holder.querySelectorAll(".thumb")) this.observer.observe(thumb);
     this.markThumb();
   }
 
-  paintThumb(thumb) {
-    this.seen.unobserve(thumb);
-    thumb.querySelector(".paper").replaceChildren(paint(this.model, Number(thumb.dataset.head), "weights", 64));
+  /** All heads, a row a layer. */
+  gridMarkup() {
+    const { model } = this;
+    const columns = range(model.heads).map(row => html`<span class="column">H${row}</span>`);
+    const rows = range(model.layers).map(layer => {
+      const heads = range(model.heads).map(row => model.headAt([layer, row]));
+      return html`<span class="row">L${layer}</span>${heads.map(head => this.thumbMarkup(head))}`;
+    });
+    return html`<span class="corner"></span>${columns}${rows}`;
   }
 
+  /** The heads with a label that is switched on, best first. */
+  rankedMarkup() {
+    const { model } = this;
+    const sorted = sortedHeads(model, state.shown);
+    const heads = sorted.filter(head => state.labels.has(model.label(head)));
+    if (heads.length) return html`${heads.map(head => this.thumbMarkup(head))}`;
+    return html`<p class="quiet">No head of this model has a label that is switched on.</p>`;
+  }
+
+  thumbMarkup(head) {
+    const { model } = this;
+    const label = model.label(head);
+    const value = model.score(head, state.shown);
+    const score = value === null ? "" : scoreText(value, state.shown);
+    const position = `layer ${model.layer(head)} head ${model.headInLayer(head)}`;
+    const { name: scoreName } = SCORES.get(state.shown);
+    const title = `${position}, ${labelName(label)}, ${scoreName} ${score || "–"}`;
+    const faded = state.labels.has(label) ? "" : "faded";
+    const name = state.order === "grid" ? "" : html`<b>${model.nameOf(head)}</b>`;
+    return html`<button type="button" class="thumb ${faded}" data-head="${head}" tabindex="-1"
+      aria-pressed="false" aria-label="${title}" title="${title}">
+      <span class="paper"></span>
+      <span class="caption">${name}<i class="dot label-${label || "none"}"></i>
+        <span class="value">${score}</span></span></button>`;
+  }
+
+  paintThumb(thumb) {
+    this.observer.unobserve(thumb);
+    const triangle = paintTriangle(this.model, Number(thumb.dataset.head), "weights", 64);
+    thumb.querySelector(".paper").replaceChildren(triangle);
+  }
+
+  /** Mark the chosen head's small map; it is the one that Tab comes to. */
   markThumb(focus = false) {
     const thumbs = [...this.root.querySelectorAll(".thumb")];
     const chosen = thumbs.find(thumb => Number(thumb.dataset.head) === this.head);
+    const reachable = chosen || thumbs[0];
     for (const thumb of thumbs) {
       thumb.setAttribute("aria-pressed", String(thumb === chosen));
-      thumb.tabIndex = thumb === (chosen || thumbs[0]) ? 0 : -1;
+      thumb.tabIndex = thumb === reachable ? 0 : -1;
     }
     if (focus) chosen?.focus();
   }
@@ -90,147 +152,273 @@ class View {
   // one head ----------------------------------------------------------------
 
   showHead() {
-    const { model, head } = this, label = model.label(head), pick = this.part(".pick-values");
-    pick.parentElement.hidden = !model.splitAt.size;
-    for (const option of pick.options) option.disabled = option.value !== "weights" && !model.split(head);
-    if (this.what !== "weights" && !model.split(head)) this.what = "weights";
-    pick.value = this.what;
-    for (const which of this.root.querySelectorAll(".which")) which.textContent = model.nameOf(head);
-    this.part(".chosen .label").className = `label label-${label || "none"}`;
-    const onText = model.scoreOf.get(head)?.on_text?.label;
-    this.part(".chosen .label").textContent = onText && onText !== label ? `${label && `${label}, `}${onText} on text` : labelName(label);
-    this.part(".facts").innerHTML = Object.keys(SCORES).filter(key => model.score(head, key) !== null).map(key => {
-      const value = model.score(head, key), bar = SCORES[key].is_loss || value < 0 ? "" : `<i style="width:${(100 * Math.min(1, value)).toFixed(1)}%"></i>`;
-      return `<div><dt title="${esc(SCORES[key].name)}">${esc(SCORES[key].short)}</dt><dd class="bar">${bar}</dd><dd>${showScore(value, key)}</dd></div>`;
-    }).join("") || '<div class="quiet">no scores in this report</div>';
+    const { model, head } = this;
+    this.showMapMenu();
+    for (const name of this.root.querySelectorAll(".which")) name.textContent = model.nameOf(head);
+    this.showLabel();
+    const measured = [...SCORES.keys()].filter(key => model.score(head, key) !== null);
+    const facts = measured.map(key => this.factMarkup(key));
+    const none = html`<div class="quiet">no scores in this report</div>`;
+    this.part(".facts").innerHTML = facts.length ? facts.join("") : none;
     this.map.show(model, head, this.what);
-    this.map.canvas.setAttribute("aria-label", `Attention of ${model.nameOf(head)} of ${model.name}. Arrow keys move the query and the key, Enter locks.`);
+    const name = `Attention of ${model.nameOf(head)} of ${model.name}.`;
+    const keys = "Arrow keys move the query and the key, Enter locks.";
+    this.map.canvas.setAttribute("aria-label", `${name} ${keys}`);
   }
 
-  makeStrip() {
-    this.part(".strip").replaceChildren(...this.model.tokensText.map((token, i) => {
+  /** Only MLA has parts of its logits, and the report has them for some heads. */
+  showMapMenu() {
+    const menu = this.part(".pick-values");
+    const hasParts = this.model.split(this.head) !== null;
+    menu.parentElement.hidden = this.model.splitIndex.size === 0;
+    for (const option of menu.options) option.disabled = option.value !== "weights" && !hasParts;
+    if (!hasParts) this.what = "weights";
+    menu.value = this.what;
+  }
+
+  /** The head's label; a head may have another one on held-out text. */
+  showLabel() {
+    const label = this.model.label(this.head);
+    const onText = this.model.scoresOf.get(this.head)?.on_text?.label;
+    const labels = [label, onText && onText !== label ? `${onText} on text` : ""];
+    this.part(".chosen .label").className = `label label-${label || "none"}`;
+    this.part(".chosen .label").textContent = labels.filter(Boolean).join(", ") || labelName("");
+  }
+
+  factMarkup(key) {
+    const { name, short: shortName, is_loss: isLoss } = SCORES.get(key);
+    const value = this.model.score(this.head, key);
+    const hasBar = !isLoss && value >= 0;
+    const bar = html`<i style="width:${percent(Math.min(1, value))}"></i>`;
+    return html`<div><dt title="${name}">${shortName}</dt>
+      <dd class="bar">${hasBar ? bar : ""}</dd><dd>${scoreText(value, key)}</dd></div>`;
+  }
+
+  /** The sequence, a piece of text a token. */
+  showTokens() {
+    const tokens = this.model.tokensText.map((token, i) => {
       const span = document.createElement("span");
       span.textContent = clip(visible(token), 24);
       span.title = `${i}: ${visible(token)}`;
       span.dataset.position = i;
       return span;
-    }));
+    });
+    this.part(".strip").replaceChildren(...tokens);
   }
 
-  // what the query looks at ---------------------------------------------------
+  // what the query attends to -------------------------------------------------
 
   /** The query and the key of this view: the page's, within this model's sequence. */
-  here() {
+  current() {
     const q = Math.min(state.query, this.model.T - 1);
-    return { q, k: state.key === null || state.key > q ? this.model.topKey(this.head, q) : state.key };
+    const hasKey = state.key !== null && state.key <= q;
+    return { q, k: hasKey ? state.key : this.model.topKey(this.head, q) };
   }
 
   showQuery() {
-    const { model, head } = this, { q, k } = this.here(), text = model.tokensText;
+    const { q, k } = this.current();
     this.map.mark(q, k, state.locked);
-    const token = i => `<span class="token">${esc(clip(visible(text[i]), 18))}</span>`;
-    const beyond = state.query > q ? ` <span class="quiet">(this sequence ends at ${q})</span>` : "";
-    this.part(".asks").innerHTML = `Query <b>${q}</b> ${token(q)}${beyond} gives key <b>${k}</b> ${token(k)} <b class="weight">${fixed(model.weight(head, q, k), 3)}</b>`;
-    const keys = Array.from({ length: q + 1 }, (_, i) => i).sort((a, b) => model.weight(head, q, b) - model.weight(head, q, a) || a - b)
-      .slice(0, 8).filter((key, i) => !i || model.weight(head, q, key) > 0);
-    this.part(".keys").innerHTML = keys.map(key => {
-      const weight = model.weight(head, q, key);
-      return `<li data-key="${key}"${key === k ? ' class="here"' : ""}><span class="place">${key}</span><span class="what"><span
-        class="token" title="${esc(visible(text[key]))}">${esc(clip(visible(text[key]), 18))}</span><span class="role">${model.role(q, key)}</span></span><span class="bar"><i style="width:${(100 * weight).toFixed(1)}%"></i></span><span class="weight">${fixed(weight, 3)}</span></li>`;
-    }).join("");
-    this.showSplit(q, k);
-    this.part(".lock").textContent = state.locked ? "Locked: click to follow the pointer" : "Lock this query";
-    this.part(".lock").setAttribute("aria-pressed", String(state.locked));
-    const spans = this.part(".strip").children;
-    for (let i = 0; i < spans.length; i++) {
-      const weight = i <= q ? model.weight(head, q, i) : 0;
-      spans[i].className = i > q ? "later" : i === q ? "query" : i === k ? "key" : "";
-      spans[i].style.background = i > q ? "" : weightColor(weight);
-      spans[i].style.color = i > q ? "" : inkOn(weight);
-    }
-    if (state.locked) this.part(".spoken").textContent = `Query ${q} ${visible(text[q])}: ${fixed(model.weight(head, q, k), 2)} on key ${k} ${visible(text[k])}`;
+    this.part(".asks").innerHTML = this.sentenceMarkup(q, k);
+    const rows = this.topKeys(q).map(key => this.keyMarkup(q, key, key === k));
+    this.part(".keys").innerHTML = rows.join("");
+    this.part(".split").innerHTML = this.splitMarkup(q, k);
+    const lock = this.part(".lock");
+    lock.textContent = state.locked ? "Locked: click to follow the pointer" : "Lock this query";
+    lock.setAttribute("aria-pressed", String(state.locked));
+    this.colorTokens(q, k);
+    if (state.locked) this.speak(q, k);
+  }
+
+  tokenMarkup(i) {
+    return html`<span class="token">${clip(visible(this.model.tokensText[i]), 18)}</span>`;
+  }
+
+  sentenceMarkup(q, k) {
+    const note = html` <span class="quiet">(this sequence ends at ${q})</span>`;
+    const weight = fixed(this.model.weight(this.head, q, k), 3);
+    return html`Query <b>${q}</b> ${this.tokenMarkup(q)}${state.query > q ? note : ""} gives key
+      <b>${k}</b> ${this.tokenMarkup(k)} <b class="weight">${weight}</b>`;
+  }
+
+  /** The keys with the largest weights of a query, best first: those above 0, at least one. */
+  topKeys(q) {
+    const weight = k => this.model.weight(this.head, q, k);
+    const ordered = range(q + 1).sort((a, b) => weight(b) - weight(a) || a - b);
+    const best = ordered.slice(0, MOST_KEYS);
+    return best.filter((k, i) => i === 0 || weight(k) > 0);
+  }
+
+  keyMarkup(q, k, isChosen) {
+    const weight = this.model.weight(this.head, q, k);
+    const token = visible(this.model.tokensText[k]);
+    return html`<li data-key="${k}" class="${isChosen ? "here" : ""}">
+      <span class="position">${k}</span>
+      <span class="what"><span class="token" title="${token}">${clip(token, 18)}</span>
+        <span class="role">${this.model.role(q, k)}</span></span>
+      <span class="bar"><i style="width:${percent(weight)}"></i></span>
+      <span class="weight">${fixed(weight, 3)}</span></li>`;
   }
 
   /** MLA: the logit as content plus RoPE. */
-  showSplit(q, k) {
-    const { model, head } = this, split = model.split(head), holder = this.part(".split");
-    if (!model.splitAt.size) { holder.innerHTML = ""; return; }
+  splitMarkup(q, k) {
+    const { model } = this;
+    const split = model.split(this.head);
+    if (!split && model.splitIndex.size === 0) return "";
     if (!split) {
-      holder.innerHTML = `<p class="quiet">The parts of the logit were kept for other heads: ${[...model.splitAt.keys()].slice(0, 6).map(other => model.nameOf(other)).join(", ")}${model.splitAt.size > 6 ? " …" : ""}</p>`;
-      return;
+      const heads = [...model.splitIndex.keys()];
+      const names = heads.slice(0, 6).map(head => model.nameOf(head)).join(", ");
+      const more = heads.length > 6 ? " …" : "";
+      return html`<p class="quiet">This report has the parts of the logit for other heads:
+        ${names}${more}</p>`;
     }
-    const parts = ["content", "rope", "sum"].map(name => [name, split[name][at(q, k)]]);
-    let most = 1e-6; // of the row, so that bars of one query compare
-    for (let i = at(q, 0); i <= at(q, q); i++) most = Math.max(most, Math.abs(split.content[i]), Math.abs(split.rope[i]), Math.abs(split.sum[i]));
-    holder.innerHTML = `<p class="quiet">Its logit, before the softmax</p>` + parts.map(([name, value]) => {
-      const half = 50 * Math.abs(value) / most;
-      return `<div class="part part-${name}"><span>${{ content: "content", rope: "RoPE", sum: "sum" }[name]}</span><span class="axis"><i style="left:${value < 0 ? 50 - half : 50}%;width:${half}%"></i></span>
-        <b>${signed(value, 2)}</b></div>`;
-    }).join("");
+    // The largest part of the row, so that bars of one query compare.
+    let largest = 1e-6;
+    for (const part of Object.values(split)) {
+      const row = part.subarray(at(q, 0), at(q, q) + 1);
+      for (const value of row) largest = Math.max(largest, Math.abs(value));
+    }
+    const names = { content: "content", rope: "RoPE", sum: "sum" };
+    const parts = Object.entries(names).map(([part, name]) =>
+      logitPartMarkup(part, name, split[part][at(q, k)], largest));
+    return html`<p class="quiet">Its logit, before the softmax</p>${parts}`;
   }
 
-  // hands ---------------------------------------------------------------------
+  /** Each token's background is its weight. */
+  colorTokens(q, k) {
+    [...this.part(".strip").children].forEach((span, i) => {
+      span.className = tokenClass(i, q, k);
+      const isVisible = i <= q;
+      const weight = this.model.weight(this.head, q, i);
+      span.style.background = isVisible ? weightColor(weight) : "";
+      span.style.color = isVisible ? inkOn(weight) : "";
+    });
+  }
+
+  /** What a screen reader says of a locked query. */
+  speak(q, k) {
+    const { tokensText } = this.model;
+    const weight = fixed(this.model.weight(this.head, q, k), 2);
+    this.part(".spoken").textContent =
+      `Query ${q} ${visible(tokensText[q])}: ${weight} on key ${k} ${visible(tokensText[k])}`;
+  }
+
+  // pointer and keyboard --------------------------------------------------------
 
   listen() {
-    const canvas = this.map.canvas;
+    this.listenToMap();
+    this.listenToTokens();
+    this.listenToThumbs();
+  }
+
+  listenToMap() {
+    const { canvas } = this.map;
     const point = event => {
       const cell = this.map.cellAt(event);
-      if (cell) setQuery(cell.q, cell.k);
+      if (cell && !state.locked) setQuery(cell.q, cell.k);
+      return cell;
     };
-    canvas.addEventListener("pointermove", event => { if (!state.locked) point(event); });
+    canvas.addEventListener("pointermove", point);
     canvas.addEventListener("click", event => {
-      if (!this.map.cellAt(event)) return;
-      if (!state.locked) point(event);
+      if (point(event)) setLocked(!state.locked);
+    });
+    canvas.addEventListener("keydown", event => this.mapKey(event));
+  }
+
+  mapKey(event) {
+    const move = this.moveOf(event);
+    if (move) {
+      const q = clamp(move.q, 0, this.model.T - 1);
+      setQuery(q, clamp(move.k, 0, q));
+    } else if (event.key === "Enter" || event.key === " ") {
       setLocked(!state.locked);
+    } else if (event.key === "Escape") {
+      setLocked(false);
+    } else {
+      return;
+    }
+    event.preventDefault();
+  }
+
+  /** Where a key of the keyboard leads: {q, k}, which may be outside the map. */
+  moveOf(event) {
+    const { q, k } = this.current();
+    const step = event.shiftKey ? 8 : 1;
+    const moves = {
+      ArrowUp: { q: q - step, k },
+      ArrowDown: { q: q + step, k },
+      ArrowLeft: { q, k: k - step },
+      ArrowRight: { q, k: k + step },
+      Home: { q, k: 0 },
+      End: { q, k: q },
+      PageUp: { q: q - 16, k },
+      PageDown: { q: q + 16, k },
+    };
+    return moves[event.key];
+  }
+
+  listenToTokens() {
+    const strip = this.part(".strip");
+    strip.addEventListener("pointerover", ({ target }) => {
+      const { position } = target.dataset;
+      if (position !== undefined && !state.locked) setQuery(Number(position), null);
     });
-    canvas.addEventListener("keydown", event => {
-      const { q, k } = this.here(), far = event.shiftKey ? 8 : 1;
-      const moves = { ArrowUp: [q - far, k], ArrowDown: [q + far, k], ArrowLeft: [q, k - far], ArrowRight: [q, k + far],
-                      Home: [q, 0], End: [q, q], PageUp: [q - 16, k], PageDown: [q + 16, k] };
-      const move = moves[event.key];
-      if (move) {
-        const row = Math.max(0, Math.min(this.model.T - 1, move[0]));
-        setQuery(row, Math.max(0, Math.min(row, move[1])));
-      } else if (event.key === "Enter" || event.key === " ") setLocked(!state.locked);
-      else if (event.key === "Escape") setLocked(false);
-      else return;
-      event.preventDefault();
-    });
-    this.part(".strip").addEventListener("pointerover", event => {
-      const place = event.target.dataset.position;
-      if (place !== undefined && !state.locked) setQuery(Number(place), null);
-    });
-    this.part(".strip").addEventListener("click", event => {
-      const place = event.target.dataset.position;
-      if (place === undefined) return;
-      setQuery(Number(place), null);
+    strip.addEventListener("click", ({ target }) => {
+      const { position } = target.dataset;
+      if (position === undefined) return;
+      setQuery(Number(position), null);
       setLocked(true);
     });
-    this.part(".keys").addEventListener("click", event => {
-      const row = event.target.closest("li");
-      if (row) setQuery(this.here().q, Number(row.dataset.key));
+    this.part(".keys").addEventListener("click", ({ target }) => {
+      const row = target.closest("li");
+      if (row) setQuery(this.current().q, Number(row.dataset.key));
     });
+  }
+
+  listenToThumbs() {
     const thumbs = this.part(".thumbs");
-    thumbs.addEventListener("click", event => {
-      const thumb = event.target.closest(".thumb");
+    thumbs.addEventListener("click", ({ target }) => {
+      const thumb = target.closest(".thumb");
       if (thumb) this.setHead(Number(thumb.dataset.head));
     });
     thumbs.addEventListener("keydown", event => {
-      const all = [...thumbs.querySelectorAll(".thumb")], here = all.indexOf(document.activeElement);
-      const across = state.order === "grid" ? this.model.heads : all.filter(thumb => thumb.offsetTop === all[0].offsetTop).length;
-      const next = { ArrowLeft: here - 1, ArrowRight: here + 1, ArrowUp: here - across, ArrowDown: here + across, Home: 0, End: all.length - 1 }[event.key];
-      if (here < 0 || next === undefined) return;
+      const next = nextThumb([...thumbs.querySelectorAll(".thumb")], event.key);
+      if (next === null) return;
       event.preventDefault();
-      if (all[next]) this.setHead(Number(all[next].dataset.head), true);
+      if (next) this.setHead(Number(next.dataset.head), true);
     });
   }
 }
 
-/** Heads by a score, best first; heads without one last. */
-function sortedHeads(model, key) {
-  const value = head => model.score(head, key) ?? -Infinity;
-  return Array.from({ length: model.count }, (_, head) => head).sort((a, b) => value(b) - value(a) || a - b);
+/**
+ * The small map that a key of the keyboard leads to from the focused one: undefined beyond the
+ * last, null for keys that lead nowhere.
+ */
+function nextThumb(thumbs, key) {
+  const here = thumbs.indexOf(document.activeElement);
+  const across = thumbs.filter(thumb => thumb.offsetTop === thumbs[0].offsetTop).length;
+  const moves = {
+    ArrowLeft: here - 1,
+    ArrowRight: here + 1,
+    ArrowUp: here - across,
+    ArrowDown: here + across,
+    Home: 0,
+    End: thumbs.length - 1,
+  };
+  if (here < 0 || !(key in moves)) return null;
+  return thumbs[moves[key]];
 }
 
-/** The head to begin with: the one that is most an induction head. */
-const bestHead = model => sortedHeads(model, "induction")[0];
+function tokenClass(i, q, k) {
+  if (i > q) return "later";
+  if (i === q) return "query";
+  return i === k ? "key" : "";
+}
+
+/** One part of a logit as a bar from the middle, to the left where it is negative. */
+function logitPartMarkup(part, name, value, largest) {
+  const width = (50 * Math.abs(value)) / largest;
+  const left = value < 0 ? 50 - width : 50;
+  return html`<div class="part part-${part}"><span>${name}</span>
+    <span class="axis"><i style="left:${left}%;width:${width}%"></i></span>
+    <b>${signed(value, 2)}</b></div>`;
+}
