@@ -199,7 +199,7 @@ def rope_tables(config: GPTConfig, positions: torch.Tensor):
     pair = torch.arange(0, config.rope_dim, 2, device=positions.device).float()
     frequency = config.rope_theta ** (-pair / config.rope_dim)
     if config.rope_frequencies:
-        frequency = on_device(config.rope_frequencies, positions.device)
+        frequency = on_device(tuple(config.rope_frequencies), positions.device)
     angle = (positions.float() / config.rope_scaling)[..., None] * frequency
     return angle.cos()[..., None, :], angle.sin()[..., None, :]
 

@@ -61,7 +61,7 @@ SETTING_RULES = {
     int: whole(),
     float: number(),
     str: TEXT,
-    tuple: list_of(whole()),
+    tuple: list_of(number()),
 }
 
 

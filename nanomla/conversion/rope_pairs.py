@@ -71,8 +71,10 @@ def frequency_weights(config: GPTConfig, rope: str) -> torch.Tensor:
     if rope == '2-norm':
         return torch.ones(D // 2, dtype=torch.float64)
     exponents = -torch.arange(0, D, 2, dtype=torch.float64) / D
-    theta = config.rope_theta**exponents / config.rope_scaling
-    angles = torch.arange(config.block_size)[:, None] * theta
+    theta = config.rope_theta**exponents
+    if config.rope_frequencies:
+        theta = torch.tensor(config.rope_frequencies, dtype=torch.float64)
+    angles = torch.arange(config.block_size)[:, None] * theta / config.rope_scaling
     return (1 - angles.cos()).mean(0)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from attentions.qk_gain import QKGainConfig
 from model import GPT, MultiHeadAttention
 from model_mla import MLAConfig
 from nanomla.core.configurator import UserError
@@ -17,6 +18,11 @@ def check_source(model: GPT) -> None:
     """
     if isinstance(model.config, MLAConfig):
         raise UserError('the source is an MLA model already: convert one with MHA, GQA or MQA')
+    if model.config.qk_norm or isinstance(model.config, QKGainConfig):
+        raise UserError(
+            'the source has QK-norm, which cannot pass through a latent: its keys would have to be '
+            'normed after W^UK, by a factor that each key/value head would have to cache beside it'
+        )
     for block in model.transformer.h:
         if type(block.attn) is not MultiHeadAttention:
             raise UserError(
@@ -28,11 +34,6 @@ def check_source(model: GPT) -> None:
         raise UserError(
             f'the source is a {type(model).__name__}, which may compute something of its own: only '
             'a GPT as in model.py can be converted'
-        )
-    if model.config.qk_norm:
-        raise UserError(
-            'the source has QK-norm (qk_norm=True), which cannot pass through a latent: its keys '
-            'would have to be normed after W^UK'
         )
 
 

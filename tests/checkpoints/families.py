@@ -79,7 +79,10 @@ FAMILIES = dict(
             tie_word_embeddings=True,
         ),
     ),
-    granite_untied=('Granite', dict(embedding_multiplier=3.0, attention_bias=True)),
+    granite_untied=(
+        'Granite',
+        dict(embedding_multiplier=3.0, attention_multiplier=0.3, attention_bias=True),
+    ),
 )
 
 

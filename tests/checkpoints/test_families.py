@@ -6,7 +6,7 @@ from families import FAMILIES, LONGROPE, hf_family
 from llamas import edit_config
 from refusals import refused
 
-from nanomla.checkpoints import hf
+from nanomla.checkpoints import hf, native
 from nanomla.inference.cache import Cache
 
 
@@ -52,6 +52,16 @@ def test_with_a_cache_the_logits_are_the_same(name, family, tokens):
     cache = Cache.of(ours, len(idx), 64)
     pieces = [ours(piece, context=cache) for piece in idx.split([20, 1, 15, 1, 23], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), ours(idx), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_checkpoint_keeps_frequencies_and_layers_without_rope(family, tokens, tmp_path):
+    _, _, ours = family('smollm3')
+    assert ours.config.nope_layers == (3,) and len(ours.config.rope_frequencies) == 4
+    args = native.model_args(ours)
+    native.save(tmp_path / 'ckpt.pt', dict(kind='mha', model_args=args, model=ours.state_dict()))
+    again = native.build(native.load(tmp_path / 'ckpt.pt')).eval()
+    assert torch.equal(again(tokens(60, 50)), ours(tokens(60, 50)))
 
 
 # -------------------------------------------------------------------------------------------------
