@@ -70,7 +70,7 @@ def split_mode(arguments: list[str]) -> tuple[str, list[str]]:
 
 if __name__ == '__main__':
     mode, arguments = split_mode(sys.argv[1:])
-    config = configure(globals(), arguments, also='train.py')  # --help is quick before imports
+    config = configure(globals(), arguments, also='train.py', classes='attentions')
 
 # -------------------------------------------------------------------------------------------------
 import subprocess

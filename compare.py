@@ -51,7 +51,7 @@ from nanomla.core.files import lock, write_file
 
 def main() -> int:
     own_names = set(globals())
-    config = configure(globals(), also='train.py')
+    config = configure(globals(), also='train.py', classes='attentions')
     out = Path(out_dir)
     picture = Path(figure or out / 'compare.png')
     if picture.suffix != '.png':

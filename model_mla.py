@@ -380,7 +380,7 @@ class MultiHeadLatentAttention(Attention):
             return weight.float().T * gain
 
         w_dkv, w_kr = self.kv_a_proj_with_mqa.weight.split(self.a_widths)
-        w_uk, w_uv = self.kv_b_proj.weight.split(self.b_widths)
+        w_uk, w_uv = self.up_projections(torch.float32)
         down = folded(w_dkv, self.kv_a_layernorm)
         if self.q_lora_rank:
             w_uq, w_qr = self.q_b_proj.weight.split(self.q_widths)
@@ -388,7 +388,7 @@ class MultiHeadLatentAttention(Attention):
             q, q_pe = down_q @ by_head(w_uq), down_q @ by_head(w_qr)
         else:
             q, q_pe = (by_head(w) for w in self.q_proj.weight.split(self.q_widths))
-        weights = dict(q=q, k=down @ by_head(w_uk), v=down @ by_head(w_uv))
+        weights = dict(q=q, k=down @ w_uk.mT, v=down @ w_uv.mT)
         if self.pe:
             weights |= dict(q_pe=q_pe, k_pe=w_kr.float().T.expand(H, -1, -1))
         return weights | dict(o=self.c_proj.weight.float().T.unflatten(0, (H, -1)))

@@ -96,7 +96,7 @@ backend = 'auto'  # torch.distributed: auto | nccl | gloo
 
 from nanomla.core.configurator import UserError, configure
 
-config = configure(globals())  # before the imports below, so that --help is quick
+config = configure(globals(), classes='attentions')  # before the imports: --help is quick
 
 # -------------------------------------------------------------------------------------------------
 import json

@@ -13,6 +13,7 @@ import torch
 from helpers import Globals
 from hypothesis import settings
 
+from model_mla import MLAConfig
 from nanomla.checkpoints.native import MODELS
 
 # With several pytest processes on a machine (-n 2) each takes its share of the cores.
@@ -172,9 +173,9 @@ def tiny():
     def make(kind='mha', **settings):
         torch.manual_seed(0)
         shape = dict(block_size=24, vocab_size=40, n_layer=2, n_head=4, n_embd=32)
-        if kind == 'mla':
-            shape |= dict(kv_lora_rank=12, qk_rope_head_dim=4)
         model_class = MODELS[kind]
+        if issubclass(model_class.Config, MLAConfig):
+            shape |= dict(kv_lora_rank=12, qk_rope_head_dim=4)
         model = model_class(model_class.Config(**(shape | settings))).eval()
         with torch.no_grad():
             for name, p in model.named_parameters():

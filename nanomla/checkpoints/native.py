@@ -1,7 +1,7 @@
 """
 Checkpoints: models on disk. A checkpoint is one dict of tensors and plain values:
 
-    kind            name of the attention in MODELS, 'mha' or 'mla'
+    kind            name of the attention in attentions.MODELS, such as 'mha' or 'mla'
     model_args      the fields of the model's config
     model           its state dict
     step            training steps taken
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from attentions import BROKEN, MODELS
 from model import GPT, GPTConfig
-from model_mla import GPT_MLA
 from nanomla.checkpoints.content import (
     check_bytes,
     check_model_args,
@@ -32,9 +32,6 @@ from nanomla.checkpoints.content import (
 from nanomla.core.checks import settings_errors, shortened
 from nanomla.core.configurator import UserError
 from nanomla.core.files import remove_leftovers, replacing
-
-# Every attention that the scripts know, by the name that --attention and checkpoints give it.
-MODELS: dict[str, type[GPT]] = dict(mha=GPT, mla=GPT_MLA)
 
 # Settings of which 0 means that the model derives the value from others.
 DERIVED = ('n_kv_head', 'head_dim', 'n_inner', 'qk_nope_head_dim', 'v_head_dim')
@@ -53,10 +50,12 @@ def kind_of(model: GPT) -> str:
         if type(model) is model_class:
             return kind
     name = type(model).__name__
-    raise UserError(f'{name} is not registered: add it to MODELS in nanomla/checkpoints/native.py')
+    raise UserError(f'{name} is not registered: write it into a file of its own in attentions/')
 
 
 def check_kind(kind: str) -> None:
+    if kind in BROKEN:
+        raise UserError(f"attention='{kind}' cannot be loaded: {BROKEN[kind]}")
     if kind not in MODELS:
         raise UserError(f"attention='{kind}' is not known: use {', '.join(MODELS)}")
 
@@ -89,7 +88,7 @@ def refuse_settings_of_others(kind: str, given: Mapping) -> None:
         owners = [owner for owner, model in MODELS.items() if name in model.Config.keys()]
         if owners and kind not in owners:
             raise UserError(
-                f'{where}: {name} is a setting of {" and ".join(owners).upper()}, '
+                f'{where}: {name} is a setting of {", ".join(owners).upper()}, '
                 f"but attention='{kind}'"
             )
 
@@ -159,6 +158,8 @@ def load(path: str | Path) -> dict:
         raise UserError(f'{path} is no checkpoint that can be loaded: {why}') from None
     checkpoint = checked_content(checkpoint, path)
     kind = checkpoint['kind']
+    if kind in BROKEN:
+        raise UserError(f"{path} holds a model of kind '{kind}': {BROKEN[kind]}")
     if kind not in MODELS:
         raise UserError(f"{path} holds a model of kind '{kind}', known are {', '.join(MODELS)}")
     checkpoint['path'] = str(path)

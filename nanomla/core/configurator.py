@@ -16,6 +16,9 @@ may stand in main(). A comment that does not fit beside the value may go on belo
         ''  # '' downloads the text
     )
 
+With configure(globals(), classes='attentions') the fields of config classes in that folder, such as
+`groups: int = 2  # ...` of a `class MineConfig(GPTConfig)`, are settings as well.
+
 A config file holds `name = literal`, where arithmetic on literals and on other settings is fine,
 and may hold `on_cpu = dict(name=literal, ...)`: values for a machine without a GPU. A setting whose
 default is a list or a table takes lists and tables of such values, in any depth.
@@ -120,7 +123,10 @@ class Settings(dict):
 
 
 def configure(
-    settings: dict, argv: Sequence[str] | None = None, also: str | None = None
+    settings: dict,
+    argv: Sequence[str] | None = None,
+    also: str | None = None,
+    classes: str | None = None,
 ) -> Settings:
     """
     Read config files and --key=value into a script's settings.
@@ -129,6 +135,8 @@ def configure(
     argv:     the arguments, sys.argv[1:] if None; --help or -h prints the settings and exits
     also:     a script in the same folder whose settings this script has, too ('train.py'); where
               both have one, its default is this script's
+    classes:  a folder beside the script, of whose files the new fields of config classes are
+              settings, too
 
     Raises UserError. From here on, a UserError that nobody catches ends the script with one line on
     stderr and exit code 2.
@@ -137,10 +145,12 @@ def configure(
     sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else list(argv)
     page, purpose = _read_page(settings['__file__'])
+    folder = os.path.dirname(os.path.abspath(settings['__file__']))
     if also:
-        folder = os.path.dirname(os.path.abspath(settings['__file__']))
         borrowed, _ = _read_page(os.path.join(folder, also))
         page |= {name: setting for name, setting in borrowed.items() if name not in page}
+    if classes:
+        page |= _read_classes(os.path.join(folder, classes), page)
     config = Settings({name: setting.default for name, setting in page.items()}, settings)
     if '-h' in argv or '--help' in argv:
         try:
@@ -214,6 +224,62 @@ def _read_page(path: str) -> tuple[dict[str, _Setting], str]:
         page[name] = _Setting(default, _comment(node, lines, comments), heading)
     purpose = (ast.get_docstring(tree) or '').partition('\n\n')[0]
     return page, purpose
+
+
+def _read_classes(folder: str, page: dict[str, _Setting]) -> dict[str, _Setting]:
+    """
+    Return the fields of config classes in a folder's files that are no settings of `page` yet.
+
+    A config class is one on another class whose name ends in Config. A file that is no Python is
+    left out: whoever asks for its class hears of it. UserError where two files mean different
+    things by one name.
+    """
+    fields, owners = {}, {}
+    for path in sorted(glob.glob(glob.escape(folder) + '/*.py')):
+        try:
+            found = _read_fields(path)
+        except (OSError, *UNPARSABLE):
+            continue
+        for name, field in found.items():
+            if name in page:  # another default for a setting that there is
+                continue
+            if name in fields and fields[name].default != field.default:
+                raise UserError(
+                    f'{path}: {name}={field.default!r}, but {owners[name]} has the default '
+                    f'{fields[name].default!r}: give one of them another name'
+                )
+            if name not in fields:
+                fields[name], owners[name] = field, path
+    return fields
+
+
+def _read_fields(path: str) -> dict[str, _Setting]:
+    """Return the annotated fields, with defaults, of the config classes in a file."""
+    with tokenize.open(path) as file:
+        source = file.read()
+    tree = ast.parse(source)
+    lines = ['', *source.split('\n')]
+    comments = _comments(source)
+    title = (ast.get_docstring(tree) or '').partition('\n')[0]
+    heading = f'{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}: {title}'
+    fields = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        if not any(ast.unparse(base).endswith('Config') for base in node.bases):
+            continue
+        for field in node.body:
+            match field:
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                    pass
+                case _:
+                    continue
+            try:
+                default = _evaluate(value, {})
+            except ValueError:  # no plain value, such as a tuple of ranks
+                continue
+            fields[name] = _Setting(default, _comment(field, lines, comments), heading)
+    return fields
 
 
 def _comments(source: str) -> dict[int, str]:
