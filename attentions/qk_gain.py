@@ -34,6 +34,10 @@ class QKGainConfig(GPTConfig):
         if self.post_norm and not self.mlp:
             raise ValueError('post_norm=True needs mlp=True')
 
+    @property
+    def label(self) -> str:
+        return f'{super().label} with QK gains'
+
 
 class QKGainAttention(MultiHeadAttention):
     def __init__(self, config: QKGainConfig, layer: int = 0):
