@@ -84,7 +84,7 @@ on_cpu = dict(
     learning_rate=5e-3,
     weight_decay=0.1,
     warmup_iters=10,
-    max_iters=700,
+    max_iters=500,
     cooldown=0.7,
     ema_decay=0.98,
 )
