@@ -117,6 +117,7 @@ from nanomla.checkpoints import native
 from nanomla.checkpoints.load import load_model
 from nanomla.core import devices, token_files
 from nanomla.core.checks import settings_errors
+from nanomla.core.files import print_line
 from nanomla.core.timing import peak_memory
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.inference.cache import Cache
@@ -145,7 +146,7 @@ def log_line(message):
     if main and bar:
         bar.write(message)
     elif main:
-        print(message, flush=True)
+        print_line(message)
 
 
 log_line(config.echo())

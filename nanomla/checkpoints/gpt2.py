@@ -1,6 +1,6 @@
 """OpenAI's GPT-2 weights from the Hugging Face hub or a folder."""
 
-import json
+import os
 from pathlib import Path
 
 import torch
@@ -76,7 +76,10 @@ def is_gpt2(folder: Path) -> bool:
     Return whether a folder's config.json names GPT-2. One that cannot be read counts, too: then
     from_pretrained says what is wrong with it.
     """
+    path = folder / 'config.json'
+    if not os.path.exists(path):
+        return False
     try:
-        return json.loads((folder / 'config.json').read_text()).get('model_type') == 'gpt2'
-    except (OSError, ValueError, AttributeError):
-        return (folder / 'config.json').exists()
+        return hub.read_json(path).get('model_type') == 'gpt2'
+    except UserError:
+        return True

@@ -1,6 +1,6 @@
 """The files of a Hugging Face model, in a folder here or on the hub."""
 
-import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -11,7 +11,49 @@ from pathlib import Path
 import torch
 
 from nanomla.checkpoints import tokenizer
+from nanomla.core import files
+from nanomla.core.checks import FLAG, TABLE, TEXT, check_entries, list_of, number, table_of, whole
 from nanomla.core.configurator import UserError
+from nanomla.core.token_files import TOKEN_IDS
+
+# Entries of a model's JSON files that are read, with what they may be; others may be anything.
+SIZE = whole(least=0, most=2**31) | None
+ENTRIES = dict.fromkeys(
+    (
+        'vocab_size',
+        'hidden_size',
+        'intermediate_size',
+        'num_hidden_layers',
+        'num_attention_heads',
+        'num_key_value_heads',
+        'head_dim',
+        'max_position_embeddings',
+        'q_lora_rank',
+        'kv_lora_rank',
+        'qk_nope_head_dim',
+        'qk_rope_head_dim',
+        'v_head_dim',
+        'first_k_dense_replace',
+        'n_positions',
+        'n_layer',
+        'n_head',
+        'n_embd',
+        'n_inner',
+    ),
+    SIZE,
+)
+ENTRIES |= dict.fromkeys(('rms_norm_eps', 'layer_norm_epsilon', 'rope_theta'), number() | None)
+ENTRIES |= dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), TOKEN_IDS)
+ENTRIES |= dict.fromkeys(('rope_scaling', 'rope_parameters'), TABLE | None)
+ENTRIES |= dict.fromkeys(('attention_bias', 'mlp_bias', 'tie_word_embeddings'), FLAG | None)
+ENTRIES |= dict.fromkeys(('model_type', 'hidden_act', 'activation_function'), TEXT | None)
+ENTRIES |= dict(
+    architectures=list_of(TEXT) | None,
+    rope_interleave=FLAG,
+    weight_map=table_of(TEXT),
+    bos_token=TEXT | TABLE | None,
+    add_bos_token=FLAG | None,
+)
 
 # The two kinds of weight files by their main file, with the patterns of all their files.
 WEIGHTS = {
@@ -24,7 +66,7 @@ NOT_OURS = ('*/*', 'consolidated*')
 
 def model_folder(name: str | Path) -> Path:
     """Return the folder with config.json and the tokenizer of a model: a folder, or of the hub."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # not Path.is_dir, which raises where the name is too long
         return Path(name)
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(name)):
         raise UserError(
@@ -40,7 +82,7 @@ def weight_files(name: str | Path) -> list[Path]:
         kinds.reverse()  # what torch alone can read comes first
     for kind in kinds:
         folder = Path(name)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             folder = download(str(name), WEIGHTS[kind])
         files = files_of_kind(name, folder, kind)
         if files:
@@ -106,10 +148,16 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
+    """Return the object that a JSON file of a model holds, its entries of the types they have."""
     try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError):
+        content = files.read_json(path)
+    except (OSError, ValueError):
         raise UserError(f'{path} cannot be read: it is damaged or no JSON') from None
+    try:
+        check_entries(content, ENTRIES)
+    except ValueError as error:
+        raise UserError(f'{path} cannot be used: {error}') from None
+    return content
 
 
 def read_tensors(name: str | Path) -> dict[str, Callable[[], torch.Tensor]]:
@@ -142,4 +190,6 @@ def tensors_in(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
         raise UserError(
             f'{path} cannot be read: it is damaged, or holds code, which is never run'
         ) from None
+    if not all(isinstance(key, str) for key in keys):
+        raise UserError(f'{path} holds no weights: its keys are not the names of tensors')
     return {key: partial(read, key) for key in keys}

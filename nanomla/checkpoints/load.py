@@ -69,10 +69,11 @@ def load_model(init_from: str | Path, **changes) -> LoadedModel:
 
 def is_hugging_face(init_from: str) -> bool:
     """Return whether a name means a Hugging Face folder, a model on the hub, or 'random:NAME'."""
+    # os.path and not Path, whose exists() raises for a name that no file system takes.
     path = Path(init_from)
-    if (path / 'config.json').exists() or init_from.startswith('random:'):
+    if os.path.exists(path / 'config.json') or init_from.startswith('random:'):
         return True
-    if path.suffix == '.pt' or path.exists() or path.parent.exists():
+    if path.suffix == '.pt' or os.path.exists(path) or os.path.exists(path.parent):
         return False
     return re.fullmatch(r'[\w-]+/[\w.-]+', init_from) is not None
 
@@ -126,7 +127,7 @@ def meta_of(loaded: LoadedModel) -> dict:
         return loaded.meta
     size = loaded.model.config.vocab_size
     dataset = loaded.settings.get('dataset')
-    if dataset and (find(dataset) / 'meta.json').exists():
+    if dataset and os.path.exists(find(dataset) / 'meta.json'):
         meta = read_meta(find(dataset))
         rounded_up = -(-meta['vocab_size'] // 64) * 64
         if size in (meta['vocab_size'], rounded_up):

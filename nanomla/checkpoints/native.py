@@ -16,6 +16,7 @@ content.py has found each byte as it was written. nanoGPT's ckpt.pt loads as it 
 
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from nanomla.checkpoints.content import (
 )
 from nanomla.core.checks import settings_errors, shortened
 from nanomla.core.configurator import UserError
+from nanomla.core.devices import check_host_memory
 from nanomla.core.files import remove_leftovers, replacing
 
 # Settings of which 0 means that the model derives the value from others.
@@ -79,7 +81,21 @@ def new_model(kind: str, settings: Mapping, given: Mapping, vocab_size: int) -> 
     model_class = MODELS[kind]
     with settings_errors():
         config = model_class.Config.from_settings(settings, given, vocab_size=vocab_size)
+        check_size(model_class, config)
         return model_class(config)
+
+
+def check_size(model_class: type[GPT], config: GPTConfig) -> None:
+    """Raise a UserError where memory cannot hold the fp32 weights of a model of this config."""
+    sizes = []
+    for n_layer in (1, 2):
+        few = replace(config, n_layer=n_layer)
+        with torch.device('meta'):
+            sizes.append(sum(p.numel() for p in model_class(few).parameters()))
+    number = sizes[0] + (config.n_layer - 1) * (sizes[1] - sizes[0])
+    check_host_memory(
+        4 * number, f'a model of {number:,} parameters', 'use a smaller n_layer or n_embd'
+    )
 
 
 def refuse_settings_of_others(kind: str, given: Mapping) -> None:

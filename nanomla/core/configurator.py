@@ -25,7 +25,10 @@ default is a list or a table takes lists and tables of such values, in any depth
 """
 
 import ast
+import atexit
+import contextlib
 import difflib
+import errno
 import glob
 import io
 import operator
@@ -139,10 +142,12 @@ def configure(
               settings, too
 
     Raises UserError. From here on, a UserError that nobody catches ends the script with one line on
-    stderr and exit code 2.
+    stderr and exit code 2, what the machine lacks with one line and exit code 1, and a character
+    that the output cannot show is printed as its escape.
     """
     assert '__file__' in settings, 'settings are read from a script: pass its globals()'
     sys.excepthook = _excepthook
+    _prepare_output()
     argv = sys.argv[1:] if argv is None else list(argv)
     page, purpose = _read_page(settings['__file__'])
     folder = os.path.dirname(os.path.abspath(settings['__file__']))
@@ -186,9 +191,75 @@ def _excepthook(kind, error, trace):
         print('interrupted', file=sys.stderr)
         raise SystemExit(130)
     if issubclass(kind, BrokenPipeError):  # the reader, such as `| head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         raise SystemExit(0)
+    if reason := machine_failure(error):
+        if isinstance(error, OSError):
+            discard(sys.stdout)  # what it still holds cannot be written either
+        print(f'error: {reason}', file=sys.stderr)
+        raise SystemExit(1)
     sys.__excepthook__(kind, error, trace)
+
+
+# -------------------------------------------------------------------------------------------------
+# what the machine lacks, and where the output cannot go
+
+# Of torch, whose errors are RuntimeErrors.
+TOO_LARGE = re.compile(
+    r"can't allocate memory|out of memory|not enough memory|size calculation overflowed"
+    r'|integer multiplication overflow|too large to fit|array is too big',
+    re.IGNORECASE,
+)
+COMPILERS = ('torch._dynamo', 'torch._inductor')
+NO_ROOM = {errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)}
+
+
+def machine_failure(error: BaseException) -> str:
+    """Return in one line what the machine lacks, '' for an error of another kind."""
+    reason = _short(error, 150)
+    if isinstance(error, MemoryError):
+        return 'out of memory: use a smaller model or a smaller batch'
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f'cannot write {error.filename or "the output"}: {error.strerror}'
+    if type(error).__module__.startswith(COMPILERS):
+        return f'torch.compile cannot work here ({reason}): use --compile=False'
+    if isinstance(error, (RuntimeError, ValueError, OverflowError)) and TOO_LARGE.search(reason):
+        return f'out of memory ({reason}): use a smaller model or a smaller batch'
+    return ''
+
+
+def _prepare_output() -> None:
+    """Let any character be printed, and let a full disk be one line at the end of the process."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell: `>&-`
+            setattr(sys, name, open(os.devnull, 'w'))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+    atexit.unregister(_flush_output)
+    atexit.register(_flush_output)
+
+
+def _flush_output() -> None:
+    """Bring out what is still held, at the end of the process; 1 is its exit code if that fails."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+    except OSError as error:
+        discard(sys.stdout)
+        print(f'error: cannot write the output: {error.strerror}', file=sys.stderr, flush=True)
+        os._exit(1)  # Python takes no exit code from here
+    except ValueError:  # it is closed
+        pass
+
+
+def discard(stream: io.TextIOBase) -> None:
+    """Let whatever a stream holds, and is given from now on, go nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # it has no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -535,6 +606,8 @@ def _check_type(config: Settings, name: str, value, where: str):
     kind = type(config[name])
     if type(value) is int and kind is float:
         return float(value)
+    if isinstance(value, str) and '\0' in value:
+        raise UserError(f'{where}: {name} holds a null character, which no name or text may')
     if type(value) is not kind:
         given = f'{_short(repr(value))} ({type(value).__name__})'
         raise UserError(f'{where}: {name} takes {TAKES[kind]}, not {given}')

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed
 
-from nanomla.core.configurator import UserError
+from nanomla.core.configurator import UserError, machine_failure
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
@@ -142,6 +144,50 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             teraflops = single if dtype == torch.float32 else half
             return 1e12 * teraflops
     return math.nan
+
+
+# -------------------------------------------------------------------------------------------------
+# memory
+
+
+def host_memory() -> float:
+    """Return the bytes of memory that this process may use, inf where the system does not say."""
+    limits = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        limits.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+    with suppress(OSError, ValueError):  # of a container; 'max' is no limit
+        limits.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    return min(limits)
+
+
+def check_host_memory(needed: float, what: str, advice: str) -> None:
+    """
+    Raise a UserError where `what` needs more bytes than there are.
+
+    Linux promises memory that it does not have and then kills the process that uses it, so that
+    this has to be asked before.
+    """
+    available = host_memory()
+    if needed > available:
+        raise UserError(
+            f'{what} needs at least {needed / 2**30:,.0f} GiB of memory, and there are '
+            f'{available / 2**30:,.0f} GiB: {advice}'
+        )
+
+
+@contextmanager
+def machine_errors(advice: str) -> Iterator[None]:
+    """Turn an error of the machine (memory, compiler) into a UserError with this advice."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(f'out of memory {advice}') from None
+        if reason := machine_failure(error):
+            raise UserError(reason) from None
+        raise
 
 
 # -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanomla.core.configurator import UserError
+from nanomla.core.configurator import UserError, discard
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository
 FORMULA = ('=', '+', '-', '@', '\t', '\r')  # a spreadsheet runs a cell that begins with one
@@ -346,6 +346,19 @@ def lock(folder: str | os.PathLike, name: str = 'lock', wait: bool = False) -> F
             'that has locks and can be written'
         ) from None
     return FolderLock(held)
+
+
+def print_line(message: str) -> None:
+    """
+    Print a line for people. A reader that has gone or a full disk does not end what is under way:
+    that is said once on stderr, and from then on nothing is printed.
+    """
+    try:
+        print(message, flush=True)
+    except OSError as error:
+        discard(sys.stdout)
+        with suppress(OSError):
+            print(f'nothing more is printed: {error.strerror}', file=sys.stderr, flush=True)
 
 
 def progress_bar(total: int, unit: str, done: int = 0):

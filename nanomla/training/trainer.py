@@ -84,6 +84,7 @@ class Trainer:
         self.device, self.world = data.device, data.world
         check_ranges(settings)
         self.check_device()
+        self.check_memory()
         if teacher is not None:
             self.check_teacher(teacher)
         self.choose_parameters()
@@ -133,6 +134,29 @@ class Trainer:
             raise UserError(
                 '--fp8_head=True needs a CUDA GPU and --fused_loss=True: use --fp8_head=False'
             )
+
+    def smaller_batch(self) -> str:
+        """Return what to do where memory runs out, for the end of a message."""
+        return (
+            f'on {self.device} with batch_size={self.s.batch_size}: use a smaller one '
+            '(and more gradient_accumulation_steps)'
+        )
+
+    def check_memory(self) -> None:
+        """Raise a UserError where a CPU has no room for the weights, or for one batch."""
+        if self.device.type != 'cpu':
+            return
+        s, c = self.s, self.model.config
+        # Weights, gradients and two moments in fp32.
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        devices.check_host_memory(
+            16 * trained, f'training {trained:,} parameters', 'use a smaller model'
+        )
+        # x and y, what each block and its MLP keep for the backward pass, and the logits.
+        width = c.n_layer * (2 * c.n_embd + c.n_inner) + c.vocab_size
+        batch = s.batch_size * s.block_size * (16 + width * self.model.stream.itemsize)
+        advice = 'use a smaller one (and more gradient_accumulation_steps)'
+        devices.check_host_memory(batch, f'batch_size={s.batch_size}', advice)
 
     def check_teacher(self, teacher: GPT) -> None:
         s, ours, theirs = self.s, self.model.config, teacher.config
@@ -215,25 +239,12 @@ class Trainer:
         torch.manual_seed((s.seed * 1_000_003 + step) * 4099 + self.data.rank)
         micro_steps = range(self.accumulation)
         starts = torch.stack([self.data.starts(step, n, s.batch_size) for n in micro_steps])
-        try:
+        with devices.machine_errors(self.smaller_batch()):
             if self.graphed_step:
                 self.starts.copy_(starts, non_blocking=True)
                 loss = self.graphed_step()
             else:
                 loss = self.one_step(starts)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f'out of memory on {self.device} with batch_size={s.batch_size}: use a smaller one '
-                '(and more gradient_accumulation_steps)'
-            ) from None
-        except Exception as error:
-            compiling = type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))
-            if s.compile and compiling:
-                reason = ' '.join(str(error).split())[:150]
-                raise UserError(
-                    f'torch.compile cannot work here ({reason}): use --compile=False'
-                ) from None
-            raise
         if self.average:
             self.average.update(step)
         return loss
@@ -272,7 +283,8 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64, device=on)
         # a quick run compiles nothing twice
         stance = 'force_eager' if s.cuda_graph else 'default'
-        with self.averaged(), torch.compiler.set_stance(stance):
+        failures = devices.machine_errors(self.smaller_batch())
+        with failures, self.averaged(), torch.compiler.set_stance(stance):
             for x, y in self.data.val_batches(s.batch_size, most=s.eval_iters * s.batch_size):
                 counted = (y >= 0).sum()
                 loss = torch.where(counted > 0, self.batch_loss(x, y) * counted, 0)
