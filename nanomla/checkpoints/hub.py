@@ -72,7 +72,7 @@ def model_folder(name: str | Path) -> Path:
         raise UserError(
             f'{name} is neither a folder nor the name of a model on the Hugging Face hub'
         )
-    return download(str(name), ['config.json', *tokenizer.FILES])
+    return download(str(name), ['config.json', 'generation_config.json', *tokenizer.FILES])
 
 
 def weight_files(name: str | Path) -> list[Path]:

@@ -7,6 +7,7 @@ local folder has been seen to drop white space.
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class HFTokenizer:
     bos: the id that begins a text, or None
     eos: the ids that end one
     leading_blank: whether decode_bytes puts a blank before each text, which is not in the text
+    loses_blank: whether a text that begins with a blank has the ids of one without, as in Llama 2
+        where transformers 5 has written it
     """
 
     name = 'hf'
@@ -60,6 +63,7 @@ class HFTokenizer:
         # These tokenizers put a blank in front of each text.
         begins_with_blank = self.decode_bytes(self.encode('a')).startswith(b' ')
         self.leading_blank = begins_with_blank and not byte_level
+        self.loses_blank = self.leading_blank and self.encode(' a') == self.encode('a')
         self.check_probes()
         self.bos = self.find_bos(vocab, config)
         self.eos = ids_that_end(config)
@@ -81,7 +85,8 @@ class HFTokenizer:
     def check_probes(self) -> None:
         for text in PROBES:
             back = self.decode(self.encode(text))
-            if back != text:
+            expected = text.removeprefix(' ') if self.loses_blank else text
+            if back != expected:
                 raise UserError(
                     f'{self.files[0]} turns {text!r} into {back!r}: '
                     'a tokenizer that changes texts is of no use here'
@@ -103,7 +108,14 @@ def read_tokenizer(folder: Path, config: dict) -> HFTokenizer | None:
     if not (folder / 'tokenizer.json').exists():
         return None
     files = [folder / name for name in FILES if (folder / name).exists()]
-    return HFTokenizer(files, config)
+    tokenizer = HFTokenizer(files, config)
+    tokenizer.eos |= ids_that_end(read_settings(folder / 'generation_config.json'))
+    if tokenizer.loses_blank:
+        print(
+            f'{files[0]}: a text that begins with a blank has the ids of the text without it',
+            file=sys.stderr,
+        )
+    return tokenizer
 
 
 def open_tokenizer(path: Path):
@@ -127,11 +139,18 @@ def read_tokenizer_config(files: list[Path]) -> dict:
     """Return tokenizer_config.json, {} where it is not among the files."""
     for file in files:
         if file.name == 'tokenizer_config.json':
-            try:
-                return dict(json.loads(file.read_text(encoding='utf-8')))
-            except (ValueError, TypeError):
-                raise UserError(f'{file} cannot be read: it is damaged or no JSON') from None
+            return read_settings(file)
     return {}
+
+
+def read_settings(file: Path) -> dict:
+    """Return the content of a JSON file, {} where it is not there."""
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f'{file} cannot be read: it is damaged or no JSON') from None
 
 
 def ids_that_end(config: dict) -> set[int]:

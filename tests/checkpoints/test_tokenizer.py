@@ -13,7 +13,7 @@ from refusals import refused
 
 from nanomla.checkpoints import hf
 from nanomla.checkpoints.export import export
-from nanomla.checkpoints.load import load_model
+from nanomla.checkpoints.load import codec_of, load_model
 from nanomla.checkpoints.tokenizer import PROBES
 
 TEXT = 'def f(x):\n    return x + 1\n\n\nclass A:\n\tpass\n' * 3 + 'naïve 漢字  words and words'
@@ -35,6 +35,15 @@ def pieces_tokenizer():
     spec = json.loads(tok.to_str())
     spec['added_tokens'] = spec['added_tokens'][:3]  # the bytes' names are plain tokens
     return Tokenizer.from_str(json.dumps(spec))
+
+
+def metaspace_tokenizer(scheme):
+    """`pieces_tokenizer` as transformers 5 writes it: a pre-tokenizer puts the first ▁."""
+    from tokenizers import Tokenizer
+
+    spec = json.loads(pieces_tokenizer().to_str())
+    metaspace = dict(type='Metaspace', replacement='▁', prepend_scheme=scheme, split=False)
+    return Tokenizer.from_str(json.dumps(spec | dict(normalizer=None, pre_tokenizer=metaspace)))
 
 
 def byte_level_tokenizer(name):
@@ -114,6 +123,47 @@ def test_a_tokenizer_that_changes_texts_is_refused(name, match, files, tmp_path)
     hf_llama(tmp_path, vocab_size=600)
     add_tokenizer(tmp_path, files[name])
     refused(hf.load, tmp_path, match=match)
+
+
+@pytest.mark.parametrize('scheme', ['first', 'always'])
+def test_llama_2_as_transformers_5_writes_it_loses_the_blank_that_begins_a_text(
+    scheme, tmp_path, capsys
+):
+    from transformers import PreTrainedTokenizerFast
+
+    hf_llama(tmp_path, vocab_size=600, bos_token_id=0, eos_token_id=1)
+    metaspace_tokenizer(scheme).save(str(tmp_path / 'made.json'))
+    add_tokenizer(tmp_path, tmp_path / 'made.json')
+    _, tokenizer = hf.load(tmp_path)
+    assert 'a text that begins with a blank has the ids' in capsys.readouterr().err
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
+    for text in (TEXT, *PROBES):
+        ids = tokenizer.encode(text)
+        assert ids == fast.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text.removeprefix(' ')
+
+
+@pytest.mark.parametrize(
+    'ends, expected',
+    [
+        (None, {1}),
+        (dict(eos_token_id=2), {1, 2}),
+        (dict(eos_token_id=[1, 300]), {1, 300}),
+        (dict(eos_token_id=None), {1}),
+    ],
+    ids=str,
+)
+def test_a_text_ends_with_what_config_or_generation_config_says(ends, expected, files, tmp_path):
+    folder = tmp_path / 'folder'
+    hf_llama(folder, vocab_size=600, bos_token_id=0, eos_token_id=1)
+    add_tokenizer(folder, files['byte_level'])
+    (folder / 'generation_config.json').unlink(missing_ok=True)
+    if ends is not None:
+        (folder / 'generation_config.json').write_text(json.dumps(ends))
+    loaded = load_model(folder)
+    assert codec_of(loaded).ends == expected
+    export(loaded.model, tmp_path / 'copy', loaded.tokenizer)
+    assert codec_of(load_model(tmp_path / 'copy')).ends == expected
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(files, tmp_path):
