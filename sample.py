@@ -367,7 +367,8 @@ def main() -> None:
     memory = None
     if cache != 'none' and check_length(model, longest, asked, 'cache' in config.given):
         memory = make_cache(model, longest, len(asked))
-    log(f'{describe_model(loaded)}; {describe_cache(memory, block_size)}')
+    log(describe_model(loaded))
+    log(describe_cache(memory, block_size))
     too_long = [len(prompt.ids) for prompt in asked if len(prompt.ids) > block_size]
     if too_long:
         which = f'the prompt has {too_long[0]}'

@@ -34,7 +34,7 @@ META = dict(
     bytes=dict(tokenizer='bytes', vocab_size=256, source='Some bytes', dtype='uint16'),
 )
 HELD = re.compile(
-    r'MHA, 0\.\d\dM parameters, step 7, val loss 1\.5000; Some tale, 1812; '
+    r'MHA, 0\.\d\dM parameters, step 7, val loss 1\.5000; Some tale, 1812\n'
     r'(no cache.*|dense float32 cache, \d+ bytes a token)\n'
 )
 END = 50256
@@ -331,11 +331,11 @@ def test_a_long_prompt_is_cut_and_that_is_said(kind, saved, sample):
     saved(kind=kind)
     long = 'abcdefgh' * 4
     out, err = sample(f'--start={long}', '--temperature=0')
-    assert err.splitlines()[1:] == [
+    assert err.splitlines()[2:] == [
         'the prompt has 32 tokens: only the last 24 are read (block_size)'
     ]
     short, err = sample(f'--start={long[-24:]}', '--temperature=0')
-    assert out == long[:8] + short and err.count('\n') == 1
+    assert out == long[:8] + short and err.count('\n') == 2
 
 
 def test_an_empty_prompt(saved, sample):
@@ -364,7 +364,7 @@ def gpt2_folder(tmp_path_factory):
 def test_a_gpt2_folder(gpt2_folder, sample):
     out, err = sample(f'--init_from={gpt2_folder}', '--start=Hello')
     assert out.startswith('Hello') and re.fullmatch(
-        rf'MHA, 0\.20M parameters, {gpt2_folder}; .*\n', err
+        rf'MHA, 0\.20M parameters, {gpt2_folder}\n.*\n', err
     )
     assert out == sample(f'--init_from={gpt2_folder}', '--start=Hello')[0]
 
@@ -418,7 +418,7 @@ def test_nanogpts_checkpoint_finds_the_characters_of_its_dataset(tiny, sample):
     assert (
         out.startswith('once')
         and len(out) == 25
-        and 'step 250, val loss 1.2500; Some tale, 1812; dense' in err
+        and 'step 250, val loss 1.2500; Some tale, 1812\ndense' in err
     )
     Path('data/tale/meta.json').write_text(
         json.dumps(META['char'] | dict(chars=CHARS[:-1], vocab_size=30))
@@ -431,7 +431,7 @@ def test_nanogpts_checkpoint_finds_the_characters_of_its_dataset(tiny, sample):
 def test_nanogpts_checkpoint_with_gpt2_tokens(size, tiny, sample):
     nanogpt('out/ckpt.pt', size, tiny, dataset='openwebtext')
     out, err = sample('--start=Hi')
-    assert out.startswith('Hi') and 'step 250, val loss 1.2500; openwebtext; dense' in err
+    assert out.startswith('Hi') and 'step 250, val loss 1.2500; openwebtext\ndense' in err
 
 
 # -------------------------------------------------------------------------------------------------

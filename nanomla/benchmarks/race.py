@@ -76,7 +76,7 @@ def race_nanogpt(bench: Benchmark) -> None:
     seconds = step * run.step_ms / 1e3
     print(
         f'nanoGPT: val {run.losses[step]:.4f} at step {step} after {seconds:.1f} s of training '
-        f'({run.step_ms:.2f} ms a step); best val {best:.4f} at step {best_step}; '
+        f'({run.step_ms:.2f} ms a step)\n  best val {best:.4f} at step {best_step}; '
         f'the whole process took {process_seconds:.1f} s',
         flush=True,
     )
@@ -159,7 +159,7 @@ def race_ours(bench: Benchmark, words: list[str]) -> None:
     seconds = at['tokens'] / speed_until(at['step'], events)
     print(
         f'nanoMLA: val {at["val_loss"]:.4f} at step {at["step"]} after {seconds:.1f} s of '
-        f'training, {at["seconds"]:.1f} s since its start; best val {best["val_loss"]:.4f}; '
+        f'training, {at["seconds"]:.1f} s since its start\n  best val {best["val_loss"]:.4f}; '
         f'the whole process took {process_seconds:.1f} s'
     )
     row = dict(

@@ -148,6 +148,8 @@ def measure_training(bench: Benchmark) -> None:
             f'{devices.describe(bench.device)}, {dtype}: '
             f'a matrix product runs at {rate / 1e12:.1f} TFLOP/s'
         )
+        if settings['compile']:
+            print('compiling before the first step: about a minute', flush=True)
     peer_speed = None
     if settings['peer']:
         row = time_nanogpt(bench)
@@ -271,7 +273,7 @@ def step_text(row: dict) -> str:
     """Return the line that reports our step."""
     text = (
         f'{row["what"]} batch {row["config"]["batch_size"]}: {times_text(row)}, '
-        f'{row["peak_memory"] / 2**30:.1f} GiB, '
+        f'{row["peak_memory"] / 2**30:.1f} GiB\n  '
         f'{100 * row["mfu_of_matmul"]:.1f} % of the matrix product, '
         f'first step {row["first_step_s"]:.1f} s'
     )
