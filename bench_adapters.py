@@ -7,7 +7,8 @@ python bench_adapters.py MODEL CONFIG.json OUT [--key=value ...]
 
 MODEL is a name on the Hugging Face hub, a folder, or random:NAME. A cell is one adapter under one
 kernel, measured in a process of its own. Its row is written to OUT/cells, and a second run with the
-same settings does only what is missing. What cannot run is a row with its reason.
+same settings does only what is missing. Cells that cannot run are
+reported with the reason.
 """
 
 # the grid

@@ -267,7 +267,7 @@ class Attention(nn.Module):
     """
     What MHA, GQA, MQA and MLA share: causal softmax attention by a chosen kernel and the output
     projection. A kind of attention brings `qkv` (per-head q, k, v as the softmax sees them) and
-    `cache_dims` (what one token leaves behind in a layer: name -> width).
+    `cache_dims` (what one token caches in a layer: name -> width).
 
     With kernel='eager' the pattern (B, H, T, T) passes through `attn_dropout`: hook it to see it.
 
@@ -308,7 +308,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def cache_dims(self) -> dict[str, int]:
-        """Return what one token leaves behind in a layer: name -> width."""
+        """Return what one token caches in a layer: name -> width."""
         raise NotImplementedError
 
     def forward(self, x, rope, context: Context | None = None):

@@ -1,5 +1,5 @@
 """
-Induction in two layers of attention, on random texts said twice: what all induction_*.py share.
+Induction in two layers of attention, on repeated random texts: what all induction_*.py share.
 
     python train.py config/induction.py config/induction_mla.py
     python find_induction_heads.py --sweep=out-induction-mla

@@ -78,6 +78,6 @@ class RepeatedText:
         if self.longest > self.shortest:
             length = f'{self.shortest} to {self.longest}'
         return (
-            f'random texts of {length} different symbols out of {self.symbols}, each said twice '
+            f'random texts of {length} different symbols out of {self.symbols}, each repeated '
             f'(seed {self.seed})'
         )

@@ -212,7 +212,7 @@ def test_a_failed_cell_is_a_row_that_is_run_again():
 
 @pytest.mark.slow
 def test_the_smallest_model_runs_with_the_default_preset():
-    """What is too large for it is cut, or a row with its reason."""
+    """What is too large for it is cut, or reported with the reason."""
     less = ['--seeds=1', '--steps=4', '--n_val=2', '--max_new_tokens=2', '--adapters=lora']
     config = str(ROOT / 'config/adapters.json')
     done = bench('random:tiny', config, 'out', '--device=cpu', '--data=data', *less)

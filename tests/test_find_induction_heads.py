@@ -66,7 +66,7 @@ def find(*arguments):
 
 
 # -------------------------------------------------------------------------------------------------
-# texts said twice
+# repeated texts
 
 
 @pytest.mark.parametrize('shortest, longest', [(3, 9), (7, 7)])

@@ -161,7 +161,7 @@ def start():
 
 
 # -------------------------------------------------------------------------------------------------
-# what a run does and leaves behind
+# what a run does, and its outputs
 
 
 @every_kind

@@ -38,7 +38,7 @@ from nanomla.inference.quantize import BITS, FULL, NEVER_QUANTISED, group_of
 # T x N a sequence.
 PREFILL_TOKENS = 32768
 
-LayerDims = list[dict[str, int]]  # for each layer what a token leaves behind: name -> width
+LayerDims = list[dict[str, int]]  # for each layer what a token caches: name -> width
 
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict:

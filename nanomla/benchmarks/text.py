@@ -1,5 +1,5 @@
 """
-Time whole texts, ours beside other people's `generate` (peers.py) in one process.
+Time whole texts, ours beside the `generate` of other libraries (peers.py) in one process.
 
 Rows hold seconds a token with their median and range, and the ratio of theirs to ours. The first
 text of each is a warm-up and does not count; ours keeps its cache from text to text, as sample.py

@@ -387,11 +387,13 @@ def measure_all(field: dict[str, Contender], vocab_size: int) -> None:
             contender.measure(vocab_size, control)
 
 
-def print_plan(field: dict[str, Contender], source: str, places: int, device: torch.device) -> None:
+def print_plan(
+    field: dict[str, Contender], source: str, at_a_time: int, device: torch.device
+) -> None:
     """
     Print what is compared, with the parameters and the cache of each contender.
 
-    source: of the text. places: runs at a time.
+    source: of the text. at_a_time: runs.
     """
     control = control_of(field)
     comparison = control.comparison
@@ -402,8 +404,8 @@ def print_plan(field: dict[str, Contender], source: str, places: int, device: to
         f'{comparison.train["max_iters"]:,} steps of {comparison.tokens_per_step():,} tokens, '
         f'{seeds}, {source}, {describe(device)}'
     )
-    if places > 1:
-        text += f', {places} runs at a time'
+    if at_a_time > 1:
+        text += f', {at_a_time} runs at a time'
     print(f'{comparison.title}\n  {text}', flush=True)
     for contender in field.values():
         print(f'  {in_one_line(contender, control)}', flush=True)

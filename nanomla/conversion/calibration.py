@@ -1,5 +1,5 @@
 """
-What text says of a model: moments of its activations, and its perplexity with or without a cache.
+Measure a model on text: moments of its activations, its perplexity with or without a cache.
 
 The moments decide what a conversion keeps (convert.py).
 

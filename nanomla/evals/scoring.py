@@ -30,7 +30,7 @@ Request = tuple[list[int], list[list[int]]]
 
 class Score(NamedTuple):
     """
-    What a model says of a continuation.
+    How likely a continuation is by a model.
 
     logp: the natural log of each token's probability, given all before it
     greedy: whether each token was the likeliest

@@ -1,5 +1,5 @@
 """
-Caches for decoding. A cache is a layout times a storage times what an attention leaves behind:
+Caches for decoding. A cache is a layout times a storage times what an attention caches of a token:
 
     layout    dense: room for `size` tokens in each of `rows` rows, a sequence a row; or paged:
               pages of `page_size` slots, which sequences take as they grow and share with copies

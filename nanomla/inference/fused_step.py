@@ -1,7 +1,7 @@
 """
 A decode step of one new token a sequence, with few kernels.
 
-Beside attention (attention_kernel.py) a step is products of thin matrices, and what stands between
+Beside attention (attention_kernel.py) a step is products of matrices with few rows, and what stands between
 them would cost as much again only by being launched. For one sequence a norm in front of a
 product, and an activation or the residual stream after it, are part of its kernel; for more the
 library multiplies. A token is drawn by four kernels. `run_block` is Block.forward put together

@@ -1,4 +1,4 @@
-"""Whole texts beside other people's generate: ratios, sampling, missing libraries."""
+"""Whole texts beside the generate of other libraries: ratios, sampling, missing libraries."""
 
 import sys
 from pathlib import Path
