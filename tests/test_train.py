@@ -1,6 +1,7 @@
 """train.py from end to end: tiny models on the CPU, mostly in this process."""
 
 import dataclasses
+import json
 import math
 import os
 import pickle

@@ -1,11 +1,11 @@
 """
 A decode step of one new token a sequence, with few kernels.
 
-Beside attention (attention_kernel.py) a step is products of matrices with few rows, and what stands between
-them would cost as much again only by being launched. For one sequence a norm in front of a
+Beside attention (attention_kernel.py) a step is products of matrices with few rows, and what stands
+between them would cost as much again only by being launched. For one sequence a norm in front of a
 product, and an activation or the residual stream after it, are part of its kernel; for more the
-library multiplies. A token is drawn by four kernels. `run_block` is Block.forward put together
-from them.
+library multiplies. A token is drawn by four kernels. `run_block` is Block.forward put together from
+them.
 
 This module launches the kernels of fused_step_triton.py, which imports Triton. Beside each launch
 stands its reference in PyTorch; that of `choose` is `choose` of generate.py.
