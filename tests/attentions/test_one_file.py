@@ -1,4 +1,4 @@
-"""An attention is one file: copied into attentions/, it works in every script."""
+"""An attention is one file: the one of docs/add_an_attention.md works in every script."""
 
 import json
 import shutil
@@ -10,47 +10,7 @@ from helpers import ROOT
 
 from nanomla.core.token_files import write_text
 
-MINE = '''\
-"""Windowed multi-head attention: a token sees itself and the few before it."""
-
-from dataclasses import dataclass
-
-import torch
-
-from model import GPT, GPTConfig, MultiHeadAttention
-
-
-@dataclass
-class WindowConfig(GPTConfig):
-    window: int = 8  # tokens that a query sees, itself included
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f'window={self.window} must be at least 1')
-
-    @property
-    def label(self) -> str:
-        return 'Window'
-
-
-class WindowAttention(MultiHeadAttention):
-    def __init__(self, config, layer=0):
-        super().__init__(config, layer)
-        self.window = config.window
-
-    def attend(self, q, k, v, mask=None):
-        T, N = q.size(2), k.size(2)
-        if mask is None:
-            mask = torch.ones(T, N, dtype=torch.bool, device=q.device).tril()[None, None]
-        # Of the tokens that a query may see, the last ones: so many are left from each on.
-        left = mask.flip(-1).cumsum(-1).flip(-1)
-        return super().attend(q, k, v, mask & (left <= self.window))
-
-
-class WindowGPT(GPT):
-    Config, Attention = WindowConfig, WindowAttention
-'''
+PAGE = ROOT / 'docs' / 'add_an_attention.md'
 TINY = dict(
     device='cpu',
     dtype='float32',
@@ -100,7 +60,8 @@ def project(tmp_path_factory):
     for name in ('attentions', 'nanomla'):
         ignore = shutil.ignore_patterns('__pycache__')
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    (folder / 'attentions' / 'window.py').write_text(MINE)
+    example = PAGE.read_text().partition('```python\n')[2].partition('```')[0]
+    (folder / 'attentions' / 'window.py').write_text(example)
     text = 'the cat sat on the mat.\n' * 100
     write_text(folder / 'data' / 'letters', text, tokenizer='char', source='letters')
     return folder
