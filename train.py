@@ -6,11 +6,13 @@ Train a GPT-2, Llama-like or MLA model from scratch, or go on training one.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_mla.py
 
 A run leaves out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.jsonl and curve.png.
+--init_from=auto resumes where there is a last.pt. What an earlier run has left in out_dir moves to
+out_dir/previous when a new one begins.
 """
 
 # output
 out_dir = 'out'
-init_from = 'scratch'  # scratch | resume (last.pt) | gpt2 to gpt2-xl | a checkpoint or folder
+init_from = 'scratch'  # scratch | resume | auto (resume, else scratch) | gpt2* | a checkpoint
 eval_interval = 2000  # steps between evaluations; each one also writes the checkpoints
 eval_iters = 200  # batches of an evaluation; a validation split that is smaller is scored whole
 eval_only = False  # evaluate once and stop
@@ -102,12 +104,10 @@ config = configure(globals(), classes='attentions')  # before the imports: --hel
 import json
 import math
 import os
-import shlex
-import shutil
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -115,29 +115,29 @@ import torch.distributed as dist
 
 from nanomla.checkpoints import native
 from nanomla.checkpoints.load import load_model
-from nanomla.core import devices, token_files
+from nanomla.checkpoints.tokenizer import FILES as TOKENIZER_FILES
+from nanomla.core import devices, files, token_files
 from nanomla.core.checks import settings_errors
 from nanomla.core.files import print_line
 from nanomla.core.timing import peak_memory
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate
+from nanomla.training import launch
 from nanomla.training.batches import Dataset
-from nanomla.training.launch import lock_run_folder
 from nanomla.training.next_steps import print_after_training
+from nanomla.training.run import folder as run_folder
+from nanomla.training.run.folder import RunState
+from nanomla.training.run.saving import BackgroundSaver
 from nanomla.training.trainer import Trainer, check_ranges, get_lr_share
 
 WARMUP_STEPS = 5  # they compile, record and allocate: speed is measured after them
 SECONDS_BETWEEN_LINES = 10  # at most, where steps are slow and there is no progress bar
 WIDTH = 100  # columns of a line
-RESUMABLE = {'optimizers', 'scaler', 'average', 'best_val_loss', 'best_step', 'seconds'}
 
-started = time.perf_counter()
-device = devices.pick_device(device)
-on_cpu = config.apply_on_cpu() if device.type == 'cpu' else {}
-rank, world, _, device = devices.join_processes(device, backend)
+started = time.monotonic()
+rank, world = devices.rank_and_world()
 main = rank == 0
-torch.set_float32_matmul_precision('high')  # TF32 where fp32 matrices are multiplied on a GPU
 bar = None
 
 
@@ -149,16 +149,39 @@ def log_line(message):
         print_line(message)
 
 
+# -------------------------------------------------------------------------------------------------
+# where the run begins: from nothing, from another model, or with the state in out_dir/last.pt
+out = Path(out_dir)
+last = out / 'last.pt'
+run_lock = None
+if main and not eval_only and os.path.isdir(out):
+    run_lock = run_folder.lock_run_folder(out)
+    run_folder.finish_move(out)
+resuming = run_folder.resumes(init_from, config.given, last, native.launch_of(last))
+from_scratch = init_from in ('scratch', 'auto') and not resuming
+saved = {}
+if resuming:
+    saved = native.peek(last)
+    config.adopt(saved.get('config', {}), last, but=run_folder.NOT_OF_A_RUN)
+
+# -------------------------------------------------------------------------------------------------
+# settings, checked before anything is written
+device = devices.pick_device(device)
+on_cpu = config.apply_on_cpu() if device.type == 'cpu' else {}
+check_ranges(config)
+asked = (batch_size, gradient_accumulation_steps)
+batch_size, gradient_accumulation_steps = launch.share_batch(*asked, world)
+config |= dict(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 log_line(config.echo())
 if on_cpu:
     changes = ', '.join(f'{key}={value}' for key, value in on_cpu.items())
     log_line(textwrap.fill(f'on the CPU: {changes}', WIDTH, subsequent_indent='  '))
-
-# -------------------------------------------------------------------------------------------------
-# settings, checked before anything is written
-check_ranges(config)
-out = Path(out_dir)
-if init_from == 'scratch':
+if (batch_size, gradient_accumulation_steps) != asked:
+    log_line(
+        f'{world} processes share the {math.prod(asked)} sequences of a step: batch_size='
+        f'{batch_size}, gradient_accumulation_steps={gradient_accumulation_steps}'
+    )
+if from_scratch:
     kind_there = native.kind_in(out)
     if kind_there not in (None, attention):
         raise UserError(
@@ -169,44 +192,28 @@ if init_from == 'scratch':
 # -------------------------------------------------------------------------------------------------
 # data and model
 
-
-@dataclass
-class RunState:
-    step: int = 0
-    best: float = math.inf  # validation loss
-    best_step: int = 0
-    seconds: float = 0.0  # of earlier processes
-
-
-if main:
-    token_files.prepare_if_missing(dataset)
-if world > 1:
-    dist.barrier()
+token_files.prepare_if_missing(dataset)  # may take longer than processes wait for one another
+rank, world, _, device = devices.join_processes(device, backend)
+torch.set_float32_matmul_precision('high')  # TF32 where fp32 matrices are multiplied on a GPU
+if not devices.all_agree((resuming, saved.get('step'), saved.get('run_id')), world):
+    raise UserError(f'not all processes see the same {last}: keep out_dir where all hosts see it')
 meta = token_files.read_meta(token_files.find(dataset))
+tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 torch.manual_seed(seed)
-run = RunState()
+run = RunState(run_folder.new_run_id())
 source = {}  # the checkpoint that the run begins with
 source_path = init_from
 tokenizer = None  # of a model that has its own
 free_settings = {'dropout', 'dropout_in', 'kernel'}  # they leave a checkpoint's weights alone
 changes = dict(dropout=dropout, dropout_in=dropout_in, kernel=kernel)
-if init_from == 'scratch':
-    model = native.new_model(attention, config, config.given, meta['vocab_size'])
-elif init_from == 'resume':
-    last = out / 'last.pt'
-    if not os.path.exists(last):
-        raise UserError(
-            f'there is nothing to resume: {last} is missing; train with --init_from=scratch first'
-        )
+if resuming:
     source = native.load(last)
     source_path = last
-    if not source.keys() >= RESUMABLE:
-        raise UserError(
-            f'{last} holds no state to resume, only weights: '
-            f'go on from them with --init_from={last}'
-        )
+    run = RunState.of(source, tokens_per_step)
+    run_folder.check_one_run(out, run.run_id)
     model = native.build(source, **changes)
-    run = RunState(source['step'], source['best_val_loss'], source['best_step'], source['seconds'])
+elif from_scratch:
+    model = native.new_model(attention, config, config.given, meta['vocab_size'])
 else:
     loaded = load_model(init_from, **changes)
     model, source, tokenizer = loaded.model, loaded.checkpoint, loaded.tokenizer
@@ -217,7 +224,7 @@ else:
             f'{init_from} has its own tokenizer.json, {dataset} holds tokens of '
             f"'{meta['tokenizer']}': unless they are the same, it starts from nonsense"
         )
-if init_from != 'scratch':
+if not from_scratch:
     known = source.get('meta', meta)
     if any(known.get(key) != meta.get(key) for key in ('tokenizer', 'chars')):
         raise UserError(
@@ -244,13 +251,15 @@ teacher_model = None
 if teacher:
     teacher_model = load_model(teacher, dropout=0.0, kernel=kernel).model
 trainer = Trainer(config, model, data, teacher_model)
-if init_from == 'resume':
+if resuming:
     trainer.load_state(source)
+    log_line(f'resumed at step {run.step} of {max_iters} from {last}')
+    if changes := config.differences(saved.get('config', {}), but=run_folder.NOT_OF_A_RUN):
+        log_line(f'settings that differ from it: {changes}')
 conversion = source.get('conversion')  # how a converted model was made
-source = None  # its moments and weights are in use now
+source = saved = None  # its moments and weights are in use now
 
 kind, commit = native.kind_of(model), devices.commit()
-tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 peak_flops = devices.peak_flops(device, model.stream) * world
 stream_dtype = str(model.stream).removeprefix('torch.')
 log_line(
@@ -272,7 +281,7 @@ if eval_only:
 
 def seconds():
     """Seconds of this run so far, those of earlier processes too."""
-    return round(run.seconds + time.perf_counter() - started, 3)
+    return round(run.seconds + time.monotonic() - started, 3)
 
 
 def log_event(event, **numbers):
@@ -307,33 +316,19 @@ def check_loss(value):
         sys.exit(f'error: the loss is {value} at step {run.step}: lower the learning rates{saved}')
 
 
-def checkpoint_facts():
+def checkpoint(**tensors):
+    """Return the content of a checkpoint: these tensors, and what every one says of its run."""
     facts = dict(
         kind=kind,
         model_args=native.model_args(model),
-        step=run.step,
-        best_val_loss=run.best,
-        best_step=run.best_step,
         meta=meta,
         config=dict(config),
         commit=commit,
-        seconds=seconds(),
+        launch=run_folder.launch_id(),
     )
     if conversion is not None:
         facts['conversion'] = conversion
-    return facts
-
-
-def save_weights(name):
-    """Write the weights to use, averaged if they are, to out_dir/name."""
-    with trainer.averaged():
-        native.save(out / name, checkpoint_facts() | dict(model=model.state_dict()))
-
-
-def save_state():
-    """Write all that a resumed run needs to out_dir/last.pt."""
-    state = dict(model=model.state_dict()) | trainer.state()
-    native.save(out / 'last.pt', checkpoint_facts() | state)
+    return facts | asdict(run) | dict(seconds=seconds()) | tensors
 
 
 def start_wandb():
@@ -342,7 +337,13 @@ def start_wandb():
     except ImportError:
         raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
     try:
-        wandb.init(project=wandb_project, name=wandb_run_name or out.name, config=dict(config))
+        wandb.init(
+            project=wandb_project,
+            name=wandb_run_name or out.name,
+            config=dict(config),
+            id=run.run_id,
+            resume='allow',  # a resumed run goes on with its curves
+        )
     except wandb.Error as error:
         raise UserError(
             f'wandb does not start ({error}): run `wandb login`, set WANDB_MODE=offline, '
@@ -351,45 +352,42 @@ def start_wandb():
     return wandb
 
 
-def open_log():
-    """Make out_dir ready, an earlier run moved aside, and return its log.jsonl to write to."""
-    log_path = out / 'log.jsonl'
-    if tokenizer:
-        for file in tokenizer.files:
-            if not (out / file.name).exists():
-                shutil.copyfile(file, out / file.name)
-    if init_from != 'resume':
-        if native.set_aside(out):
-            log_line(f'{out_dir} held an earlier run: it is now in {out_dir}/previous')
-        return open(log_path, 'w')
-    if log_path.exists():  # a crash may have cut its last line short
-        os.truncate(log_path, log_path.read_bytes().rfind(b'\n') + 1)
-    return open(log_path, 'a')
+def copy_tokenizer():
+    """Copy the tokenizer of a model that has its own to out_dir; return the names of the files."""
+    missing = [file for file in tokenizer.files if not (out / file.name).exists()]
+    for file in missing:
+        files.copy_file(file, out / file.name)
+    return [file.name for file in missing]
 
 
+copied = []
 if main:
-    try:
+    with files.writing(f'to --out_dir={out_dir}'):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot write to --out_dir={out_dir}: {error.strerror}') from None
-    run_lock = lock_run_folder(out)
+    run_lock = run_lock or run_folder.lock_run_folder(out)
     if wandb_log:
         wandb = start_wandb()
-    try:
-        log_file = open_log()
-    except OSError as error:
-        raise UserError(f'cannot write to --out_dir={out_dir}: {error.strerror}') from None
+    if not resuming:
+        with files.writing(f'to --out_dir={out_dir}'):
+            earlier = run_folder.set_aside(out, also=TOKENIZER_FILES)
+        if earlier:
+            log_line(f'{out_dir} held an earlier run: it is now in {earlier}')
+    if tokenizer:
+        copied = copy_tokenizer()
+    log_file = files.appending(out / 'log.jsonl')
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         bar = tqdm(
             total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.1
         )
-if init_from == 'resume':
-    log_event('resume', step=run.step)
+if resuming:
+    log_event('resume', step=run.step, run_id=run.run_id)
 else:
     log_event(
         'settings',
+        run_id=run.run_id,
+        copied=copied,
         config=dict(config),
         kind=kind,
         params=model.num_params(),
@@ -401,53 +399,116 @@ else:
         torch=torch.__version__,
         cache_bytes_per_token=model.cache_bytes_per_token(),
     )
-steps_to_keep = native.steps_to_keep(keep_checkpoints, max_iters)
-if main and run.step == 0 and 0 in steps_to_keep:
-    save_weights(native.step_name(0))
-
 signals = devices.Signals()  # SIGTERM, SIGUSR1 and Ctrl-C end the run after its step, resumably
+deadline = started + 60 * max_minutes if max_minutes else math.inf
+vote = devices.StopVote(signals, world, deadline)
+vote_in_evaluation = devices.StopVote(signals, world, deadline)
+saver = BackgroundSaver(native.save)
+to_save = {}  # path -> checkpoint, copied and written at the end of a step
+
+
+def stop_in_evaluation(batch):
+    return vote_in_evaluation.due(batch) and vote_in_evaluation.take(batch)
+
+
+def evaluate(train_loss=None):
+    """
+    Score the validation split, log it and save the best weights.
+
+    Returns why the run is to stop, '' where it is not. An evaluation that a signal ends is made
+    when the run is resumed.
+    """
+    vote_in_evaluation.restart(0)
+    val_loss = trainer.evaluate(stop_in_evaluation)
+    if val_loss is None:
+        return f'stopped by {vote_in_evaluation.reason}'
+    check_loss(val_loss)
+    run.evaluated_step = run.step
+    improved = val_loss < run.best_val_loss
+    if improved:
+        run.best_val_loss, run.best_step = val_loss, run.step
+    log_event(
+        'eval',
+        step=run.step,
+        tokens=run.tokens,
+        seconds=seconds(),
+        train_seconds=round(run.train_seconds, 3),
+        val_loss=val_loss,
+        train_loss=train_loss,
+    )
+    remark = ' (best so far)' if improved else ''
+    log_line(f'step {run.step:6d} | val loss {val_loss:.4f}{remark} | {seconds():.1f} s')
+    if improved or always_save_checkpoint:
+        to_save[out / 'ckpt.pt'] = checkpoint(model=trainer.weights())
+    if target_loss and val_loss <= target_loss:
+        return f'target_loss reached: {val_loss:.4f}'
+    return ''
+
+
+def save():
+    """Copy what is to be saved; it is written in the background, in its order."""
+    if main and to_save:
+        saver.save(to_save)
+    to_save.clear()
+
 
 # -------------------------------------------------------------------------------------------------
 # the loop
+steps_to_keep = native.steps_to_keep(keep_checkpoints, max_iters)
+if run.step == 0 and 0 in steps_to_keep:
+    to_save[out / native.step_name(0)] = checkpoint(model=trainer.weights())
+    save()
 first_step, speed_from = run.step + 1, run.step + WARMUP_STEPS
-train_seconds, timed_steps = 0.0, 0  # without evaluations and checkpoints
+timed_seconds, timed_steps = 0.0, 0  # without evaluations
 speed = 0.0  # tokens a second
 mark = None  # (time, step) after the last pause
 last_line = 0.0  # the time of the last step's line
-stop = 'max_iters reached' if run.step >= max_iters else ''
+stop = ''
+if resuming and run.evaluated_step < run.step and run.step % eval_interval == 0:
+    stop = evaluate()
+    to_save[last] = checkpoint(model=model.state_dict(), **trainer.state())
+    save()
+if run.step >= max_iters:
+    stop = stop or 'max_iters reached'
+vote.restart(run.step)
 while not stop:
     loss = trainer.update(run.step)
     run.step += 1
+    run.tokens += tokens_per_step
+    if bar:
+        bar.update(1)
     ending = run.step >= max_iters
     logging = run.step % log_interval == 0 or ending
     evaluating = run.step % eval_interval == 0 or ending
     keeping = run.step in steps_to_keep
-    stopped_alone = world == 1 and signals.name
-    starting = run.step in (first_step, speed_from)
-    if not (logging or evaluating or keeping or starting or stopped_alone):
-        if bar:
-            bar.update(1)
+    pausing = logging or evaluating or keeping or run.step in (first_step, speed_from)
+    if not (pausing or vote.due(run.step)):
         continue
 
     # Here, and only here, the processes wait for the device and agree on whether to go on.
-    late = max_minutes > 0 and time.perf_counter() - started > 60 * max_minutes
-    wants_stop = loss.new_tensor(float(bool(signals.name) or late))
-    total = torch.stack([loss.float(), wants_stop])
+    loss = loss.float()
     if world > 1:
-        dist.all_reduce(total)
-    lossf, stop_votes = total[0].item() / world, total[1].item()
+        dist.all_reduce(loss)
+    lossf = loss.item() / world
     check_loss(lossf)
+    saver.check()
+    if vote.take(run.step):
+        stop = f'stopped by {vote.reason}'
+    if not (pausing or stop):
+        continue
     if mark:
-        train_seconds += time.perf_counter() - mark[0]
+        passed = time.monotonic() - mark[0]
+        run.train_seconds += passed
+        timed_seconds += passed
         timed_steps += run.step - mark[1]
-        speed = timed_steps * tokens_per_step / train_seconds
+        speed = timed_steps * tokens_per_step / timed_seconds
     if logging:
         log_event(
             'train',
             step=run.step,
-            tokens=run.step * tokens_per_step,
+            tokens=run.tokens,
             seconds=seconds(),
-            train_seconds=round(train_seconds, 3),
+            train_seconds=round(run.train_seconds, 3),
             loss=lossf,
             lr=learning_rate * get_lr_share(trainer.s, run.step - 1),
             tok_per_s=round(speed),
@@ -455,49 +516,29 @@ while not stop:
         )
         if bar:
             bar.set_postfix_str(
-                f'loss {lossf:.4f}, best val {run.best:.4f}, {speed / 1e3:,.1f}k tok/s',
+                f'loss {lossf:.4f}, best val {run.best_val_loss:.4f}, {speed / 1e3:,.1f}k tok/s',
                 refresh=False,
             )
     line_due = run.step == first_step or run.step % (10 * log_interval) == 0
-    if logging and time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
+    if logging and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
         line_due = True
     if line_due and not bar:
         log_line(step_line(lossf))
-        last_line = time.perf_counter()
+        last_line = time.monotonic()
     if ending:
         stop = 'max_iters reached'
-    elif stop_votes:
-        limit = 'max_minutes' if max_minutes else 'a signal'
-        stop = f'stopped by {signals.name or limit}'
     if evaluating:
-        val_loss = trainer.evaluate()
-        check_loss(val_loss)
-        improved = val_loss < run.best
-        if improved:
-            run.best, run.best_step = val_loss, run.step
-        log_event(
-            'eval',
-            step=run.step,
-            tokens=run.step * tokens_per_step,
-            seconds=seconds(),
-            train_seconds=round(train_seconds, 3),
-            val_loss=val_loss,
-            train_loss=lossf,
-        )
-        remark = ' (best so far)' if improved else ''
-        log_line(f'step {run.step:6d} | val loss {val_loss:.4f}{remark} | {seconds():.1f} s')
-        if main and (improved or always_save_checkpoint):
-            save_weights('ckpt.pt')
-        if target_loss and val_loss <= target_loss:
-            stop = f'target_loss reached: {val_loss:.4f}'
-    if main and keeping:
-        save_weights(native.step_name(run.step))
-    if main and (run.step % eval_interval == 0 or stop):
-        save_state()
+        stop = evaluate(lossf) or stop
+    if keeping:
+        to_save[out / native.step_name(run.step)] = checkpoint(model=trainer.weights())
+    if run.step % eval_interval == 0 or stop:
+        to_save[last] = checkpoint(model=model.state_dict(), **trainer.state())
+    save()
     if run.step >= speed_from:
-        mark = (time.perf_counter(), run.step)
-    if bar:
-        bar.update(1)
+        mark = (time.monotonic(), run.step)
+    vote.restart(run.step)
+if main:
+    saver.close()
 
 # -------------------------------------------------------------------------------------------------
 # the end
@@ -540,10 +581,10 @@ if main:
         'end',
         step=run.step,
         why=stop,
-        best_val_loss=run.best if run.best_step else None,
+        best_val_loss=run.best_val_loss if run.best_step else None,
         best_step=run.best_step,
         seconds=seconds(),
-        train_seconds=round(train_seconds, 3),
+        train_seconds=round(run.train_seconds, 3),
         tok_per_s=round(speed),
         peak_memory=memory_used,
     )
@@ -557,14 +598,17 @@ if main:
     except UserError as error:
         log_line(f'no picture: {error}')
     log_line(
-        f'{stop} | best val loss {run.best:.4f} at step {run.best_step} | {seconds():.0f} s | '
-        f'{speed:,.0f} tok/s | peak memory {memory_used / 2**30:.2f} GiB\npicture: {out}/curve.png'
+        f'{stop} | best val loss {run.best_val_loss:.4f} at step {run.best_step} | '
+        f'{seconds():.0f} s | {speed:,.0f} tok/s | peak memory {memory_used / 2**30:.2f} GiB\n'
+        f'picture: {out}/curve.png'
     )
     if halted:
-        words = [word for word in sys.argv[1:] if not word.startswith('--init_from')]
-        log_line(f'go on with: python train.py {shlex.join(words)} --init_from=resume')
+        log_line(f'go on with: {launch.resume_command(out_dir)}')
     else:
         print_after_training(config, model)
     run_lock.release()
 if world > 1:
+    dist.barrier()  # where one process ends with a code, torchrun stops the others
     dist.destroy_process_group()
+if stop.startswith('stopped'):
+    sys.exit(launch.stopped_code())

@@ -194,7 +194,8 @@ def fill_disk(monkeypatch, name: str) -> None:
     """Let every write to the file that is to become `name` fail as on a full disk."""
 
     def opened(path, mode='r', **options):
-        if re.fullmatch(re.escape(name) + r'\.\d+\.partial', Path(path).name):
+        is_path = not isinstance(path, int)  # a descriptor is of a file that is open
+        if is_path and re.fullmatch(re.escape(name) + r'\.\d+\.partial', Path(path).name):
             path, mode = '/dev/full', mode.replace('x', 'w')
         return open(path, mode, **options)
 

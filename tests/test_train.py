@@ -43,9 +43,11 @@ from nanomla.checkpoints import load
 from nanomla.checkpoints import native as checkpoint
 from nanomla.core import configurator, figures
 from nanomla.core import devices as machine
+from nanomla.core import files as file_tools
 from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
 from nanomla.training import batches
+from nanomla.training.launch import STOPPED
 from nanomla.training.trainer import Trainer, get_lr_share
 
 CONFIGS = [
@@ -60,8 +62,24 @@ every_kind = pytest.mark.parametrize('kind', MODELS)
 
 
 def train(*arguments, **settings):
-    """train.py with TINY settings, changed by `settings`."""
-    return run('train.py', [*arguments, *words(TINY | settings)])
+    """train.py with TINY settings, changed by `settings`. Return whether it was stopped early."""
+    return went([*arguments, *words(TINY | settings)])
+
+
+def went(arguments):
+    """Run train.py to its end, or until it is stopped and says so by its code."""
+    try:
+        run('train.py', arguments)
+    except SystemExit as end:
+        assert end.code == STOPPED
+        return True
+    return False
+
+
+def moved(out='out'):
+    """The only earlier run in a folder."""
+    (folder,) = Path(out, 'previous').iterdir()
+    return folder
 
 
 def losses(out='out'):
@@ -203,25 +221,27 @@ def test_a_run_learns_and_leaves_its_files(kind, monkeypatch, capsys):
     assert len(re.search(r'--- a sample ---\n(.*?)\n---\n', out, re.S)[1]) <= 20
 
 
-def test_a_second_run_moves_the_first_to_previous(capsys):
-    train()
-    first = files('out')
+def test_a_second_run_moves_the_first_whole_to_a_folder_of_its_own(capsys):
+    train(keep_checkpoints=2)
+    Path('out/step-by-step-notes.pt').write_text('of a person')
+    first = {name: content for name, content in files('out').items() if 'notes' not in name}
+    run_id = log()[0]['run_id']
     train(seed=1, max_iters=4)
-    second = {
-        name: content for name, content in files('out').items() if not name.startswith('previous')
-    }
-    assert files('out/previous') == first and 'it is now in out/previous' in capsys.readouterr().out
-    assert (
-        log()[0]['event'] == 'settings' and log()[0]['config']['seed'] == 1 and max(losses()) == 4
-    )
+    assert files(f'out/previous/{run_id}') == first and moved().name == run_id
+    assert f'it is now in out/previous/{run_id}' in capsys.readouterr().out
+    assert log()[0]['event'] == 'settings' and log()[0]['config']['seed'] == 1
+    assert max(losses()) == 4 and not list(Path('out').glob('step-0*'))
     train(seed=2)
-    assert files('out/previous') == second
+    earlier = sorted(Path('out/previous').iterdir())
+    assert len(earlier) == 2 and files(f'out/previous/{run_id}') == first
+    assert [log(folder)[0]['config']['seed'] for folder in earlier] == [1337, 1]
     assert [line['config']['seed'] for line in log() if line['event'] == 'settings'] == [2]
+    assert Path('out/step-by-step-notes.pt').read_text() == 'of a person'
 
 
-def test_a_run_that_never_saved_leaves_the_previous_one_where_it_is(monkeypatch):
+def test_a_run_that_never_saved_leaves_the_earlier_ones_where_they_are(monkeypatch):
     train()
-    first = files('out')
+    first, run_id = files('out'), log()[0]['run_id']
 
     def fail(self, step):
         raise UserError('torch.compile cannot work here')
@@ -232,10 +252,9 @@ def test_a_run_that_never_saved_leaves_the_previous_one_where_it_is(monkeypatch)
             with pytest.raises(UserError):
                 train(seed=1)
     train(seed=2)
-    assert files('out/previous') == first
-    assert [line['event'] for line in log()].count('settings') == 1 and log()[0]['config'][
-        'seed'
-    ] == 2
+    assert files(f'out/previous/{run_id}') == first
+    assert [line['event'] for line in log()].count('settings') == 1
+    assert log()[0]['config']['seed'] == 2
 
 
 def test_a_checkpoint_without_a_log_is_moved_as_well():
@@ -244,7 +263,7 @@ def test_a_checkpoint_without_a_log_is_moved_as_well():
     os.remove('out/log.jsonl')
     held = files('out')
     train(seed=1)
-    assert files('out/previous') == held
+    assert files(moved()) == held
 
 
 @pytest.mark.parametrize('accumulation', [1, 3])
@@ -457,7 +476,8 @@ def test_signals_stop_a_process_that_can_be_resumed(start):
         wait_until(partial(has_trained, Path(f'my {name}', 'log.jsonl')), process)
         process.send_signal(getattr(signal, name))
     for name, process in running.items():
-        assert process.wait(PATIENCE) == 0 and Path(f'my {name}.err').read_text() == ''
+        assert process.wait(PATIENCE) == STOPPED
+        assert Path(f'my {name}.err').read_text() == ''
         assert log(f'my {name}')[-1]['why'] == f'stopped by {name}'
         line = Path(f'my {name}.out').read_text().splitlines()[-1]
         assert line.startswith('go on with: python train.py ') and line.endswith(
@@ -465,7 +485,7 @@ def test_signals_stop_a_process_that_can_be_resumed(start):
         )
         step = checkpoint.load(f'my {name}/last.pt')['step']
         assert step == log(f'my {name}')[-1]['step'] > 0
-        run('train.py', shlex.split(line.partition('train.py ')[2]) + [f'--max_iters={step + 2}'])
+        went(shlex.split(line.partition('train.py ')[2]) + [f'--max_iters={step + 2}'])
         assert (
             checkpoint.load(f'my {name}/last.pt')['step']
             == step + 2
@@ -552,7 +572,7 @@ def test_two_processes_are_one_with_more_accumulation(start):
         | more
         for kind, more in runs.items()
     }
-    runs['odd'] = dict(gradient_accumulation_steps=3)  # which two processes cannot share
+    runs['odd'] = dict(batch_size=3, gradient_accumulation_steps=3)  # two cannot share 9
     launched = {
         name: start(
             '-m',
@@ -589,7 +609,10 @@ def test_two_processes_are_one_with_more_accumulation(start):
             and said[kind, '0', 'stdout.log'].count('max_iters reached') == 1
         )
     assert code['odd'] != 0 and not Path('odd2').exists()
-    line = 'error: gradient_accumulation_steps=3 is not a multiple of the 2 processes\n'
+    line = (
+        'error: 2 processes cannot share a step of 9 sequences '
+        '(batch_size=3 x gradient_accumulation_steps=3): make it a multiple\n'
+    )
     told = {
         re.sub(r'(?m)^\[W\d.*\n', '', said['odd', rank, 'stderr.log']) for rank in '01'
     }  # without torch's warnings of a host that has no name
@@ -648,7 +671,9 @@ def test_other_models_are_evaluated_and_go_on_where_they_are(source, monkeypatch
     model = load.load_model(init_from).model
     T = model.config.block_size
     evaluate, found = Trainer.evaluate, []
-    monkeypatch.setattr(Trainer, 'evaluate', lambda self: found.append(evaluate(self)) or found[-1])
+    monkeypatch.setattr(
+        Trainer, 'evaluate', lambda self, stopping=None: found.append(evaluate(self)) or found[-1]
+    )
     with pytest.raises(SystemExit) as end:
         run('train.py', words(settings | dict(eval_only=True)))
     by_hand = loss_by_hand(model, val_tokens(), T)
@@ -723,7 +748,7 @@ def test_the_averaged_weights_are_evaluated_and_kept(monkeypatch):
 @pytest.mark.parametrize('always, kept', [(False, 8), (True, 16)])
 def test_ckpt_is_the_best_or_the_newest(always, kept, monkeypatch):
     told = iter([3.0, 2.0, 2.5, 2.25])
-    monkeypatch.setattr(Trainer, 'evaluate', lambda self: next(told))
+    monkeypatch.setattr(Trainer, 'evaluate', lambda self, stopping: next(told))
     train(max_iters=16, always_save_checkpoint=always)
     content = checkpoint.load('out')
     assert content['step'] == kept and content['best_val_loss'] == 2.0 and content['best_step'] == 8
@@ -977,6 +1002,7 @@ def place(tmp_path_factory):
         (dict(dropout=1.0), 'dropout=1.0'),
         (dict(learning_rate=0), 'learning_rate=0'),
         (dict(learning_rate=-1e-3), 'learning_rate=-0.001'),
+        (dict(learning_rate=1e-5), 'min_lr=0.001 is above learning_rate=1e-05'),
         (dict(optimizer='muon', muon_lr=-1), 'muon_lr=-1'),
         (dict(optimizer='muon', muon_up=-1), 'muon_up=-1'),
         (dict(min_lr=-1), 'min_lr=-1'),
@@ -1065,11 +1091,14 @@ def place(tmp_path_factory):
         (dict(init_from='resume', kv_lora_rank=8), '--kv_lora_rank=8'),
         (dict(init_from='resume', dataset='others'), 'other tokens than others has'),
         (dict(init_from='resume', optimizer='muon'), 'another optimizer than --optimizer=muon'),
-        (dict(init_from='resume', out_dir='muon'), 'another optimizer than --optimizer=adamw'),
+        (
+            dict(init_from='resume', out_dir='muon', optimizer='adamw'),
+            'another optimizer than --optimizer=adamw',
+        ),
         (
             dict(init_from='resume', train_only='attn'),
-            'the checkpoint was trained with its parameters in other groups: '
-            'resume with its own --muon_up',
+            'out/last.pt was trained on other parameters: transformer.wte.weight is not trained '
+            'now; resume with its own --optimizer and --train_only',
         ),
     ],
     ids=lambda value: (
@@ -1103,7 +1132,7 @@ def test_without_a_compiler_one_line_and_the_earlier_run_is_kept(start, monkeypa
         and err.endswith('): use --compile=False\n')
         and err.count('\n') == 1
     )
-    assert files('out/previous') == held
+    assert files(moved()) == held
 
 
 def test_a_loss_that_runs_away_ends_in_one_line_with_code_1(capsys):
@@ -1155,7 +1184,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(name, capsys, monkeypatch):
     again = words(TINY | dict(init_from='resume', always_save_checkpoint=True))
     with monkeypatch.context() as patch:
         fill_disk(patch, name)
-        assert exit_code('train.py', again) == 2
+        assert exit_code('train.py', again) == 1
     assert one_error(capsys, f'cannot write out/{name}: no space left on the device')
     after = files('out')
     assert after[name] == before[name] and sorted(after) == sorted(before)
@@ -1183,12 +1212,10 @@ def test_wandb_that_refuses_is_told_and_the_earlier_run_is_kept(monkeypatch, cap
     )
 
 
-def test_a_log_on_a_full_disk_is_told(capsys):
-    Path('out').mkdir()
-    Path('out/log.jsonl').symlink_to('/dev/full')
-    assert exit_code('train.py', words(TINY)) == 2 and one_error(
-        capsys, 'cannot write out/log.jsonl: '
-    )
+def test_a_log_on_a_full_disk_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(file_tools, 'appending', lambda path: open('/dev/full', 'a'))
+    assert exit_code('train.py', words(TINY)) == 2
+    assert one_error(capsys, 'cannot write out/log.jsonl: ')
 
 
 def test_a_disk_that_fills_up_while_training(capsys):
@@ -1200,7 +1227,7 @@ def test_a_disk_that_fills_up_while_training(capsys):
         code = exit_code('train.py', words(TINY | dict(init_from='resume')))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 2 and one_error(capsys, 'cannot write out/')
+    assert code == 1 and one_error(capsys, 'cannot write out/')
     after = files('out')
     assert after['last.pt'] == before['last.pt'] and sorted(after) == sorted(before)
     checkpoint.load('out')  # old or new, as small as it is

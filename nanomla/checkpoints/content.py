@@ -34,6 +34,7 @@ from nanomla.core.token_files import META
 
 CHUNK = 2**25  # bytes that have a checksum; in the files, so it stays
 SEAL = b'nanomla-crc32'  # ends a file that has checksums of all its bytes
+ARCHIVE = b'PK\x03\x04'  # begins an archive
 COUNT_DIGITS = 6  # before it, how many checksums there are; before these, the checksums in hex
 TENSOR = Rule(lambda value: isinstance(value, torch.Tensor), 'a tensor')
 
@@ -48,6 +49,11 @@ ENTRIES = dict(
     seconds=number(least=0),
     meta=TABLE,
     config=TABLE,
+    run_id=TEXT,
+    launch=TEXT,
+    tokens=whole(least=0),
+    evaluated_step=whole(least=0),
+    train_seconds=number(least=0),
     commit=TEXT,
     conversion=TABLE | None,
     optimizers=list_of(TABLE),
@@ -129,10 +135,16 @@ def is_as_written(file: BinaryIO) -> bool:
         file.seek(size)
         return file.read(8 * count) == b''.join(checksums(file, size))
     file.seek(0)
-    if file.read(4) != b'PK\x03\x04':
+    if file.read(4) != ARCHIVE:
         return True
     with zipfile.ZipFile(file) as archive:
         return not archive.comment and archive.testzip() is None
+
+
+def is_archive(path: str | Path) -> bool:
+    """Return whether a file is a zip archive, and not of the kind that torch once wrote."""
+    with open(path, 'rb') as file:
+        return file.read(4) == ARCHIVE
 
 
 def way_out(path: Path) -> str:
@@ -140,6 +152,7 @@ def way_out(path: Path) -> str:
     candidates = [path.parent / 'ckpt.pt', path.parent / 'last.pt']
     candidates += sorted(path.parent.glob('step-*.pt'))[-1:]
     candidates += [path.parent / 'previous' / name for name in ('ckpt.pt', 'last.pt')]
+    candidates += sorted(path.parent.glob('previous/*/ckpt.pt'))[-1:]
     others = [str(file) for file in candidates if file != path and os.path.isfile(file)]
     if not others:
         return '; take it from a copy, or train again'

@@ -27,6 +27,7 @@ from nanomla.checkpoints.content import (
     check_bytes,
     check_model_args,
     checked_content,
+    is_archive,
     seal,
     way_out,
 )
@@ -37,9 +38,6 @@ from nanomla.core.files import remove_leftovers, replacing
 
 # Settings of which 0 means that the model derives the value from others.
 DERIVED = ('n_kv_head', 'head_dim', 'n_inner', 'qk_nope_head_dim', 'v_head_dim')
-
-# Files of a run beside its step-*.pt.
-RUN_FILES = ('ckpt.pt', 'last.pt', 'log.jsonl', 'curve.png')
 
 
 # -------------------------------------------------------------------------------------------------
@@ -154,7 +152,23 @@ def save(path: str | Path, checkpoint: dict) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Return the checkpoint in a file, or in a folder's ckpt.pt. UserError for anything else."""
+    """
+    Return the checkpoint in a file, or in a folder's ckpt.pt. UserError for anything else.
+
+    Its tensors lie in the file until they are used, so that the processes of a host that load the
+    same one share its memory.
+    """
+    path = find(path)
+    check_bytes(path)
+    return read(path)
+
+
+def peek(path: str | Path) -> dict:
+    """Return what `load` does, its bytes not verified: for what a checkpoint says of itself."""
+    return read(find(path))
+
+
+def find(path: str | Path) -> Path:
     # os.path and not Path.exists, which raises where a folder may not be looked into.
     if os.path.isdir(path):
         path = Path(path, 'ckpt.pt')
@@ -163,10 +177,14 @@ def load(path: str | Path) -> dict:
             f'there is no checkpoint {shortened(str(path), 200)}: '
             'train one first, or name another file or folder'
         )
-    path = Path(path)
-    check_bytes(path)
+    return Path(path)
+
+
+def read(path: Path) -> dict:
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        # Windows cannot replace a file that is mapped.
+        mapped = os.name == 'posix' and is_archive(path)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except Exception as error:  # foreign and malicious files fail in many ways
         why = f'it is damaged or something else{way_out(path)}'
         if 'GLOBAL' in str(error):
@@ -234,10 +252,18 @@ def kind_in(folder: str | Path) -> str | None:
         path = Path(folder, name)
         if os.path.exists(path):
             try:
-                return load(path)['kind']
+                return peek(path)['kind']
             except UserError:
                 continue
     return None
+
+
+def launch_of(path: str | Path) -> str:
+    """Return the launch_id() of the run that saved a checkpoint, '' where none can be read."""
+    try:
+        return peek(path).get('launch', '')
+    except UserError:
+        return ''
 
 
 # -------------------------------------------------------------------------------------------------
@@ -272,22 +298,3 @@ def step_files(folder: str | Path) -> list[Path]:
         return int(number) if number.isdigit() else -1
 
     return sorted(Path(folder).glob('step-*.pt'), key=step_of)
-
-
-def set_aside(out: Path) -> bool:
-    """
-    Move the run in folder `out` to out/previous, where it replaces an older one. Return whether
-    there was a run. The step-*.pt of a run that saved nothing else are removed.
-    """
-    previous = out / 'previous'
-    found = (out / 'ckpt.pt').exists() or (out / 'last.pt').exists()
-    outdated = step_files(previous) if found else step_files(out)
-    for path in outdated:
-        path.unlink()
-    if not found:
-        return False
-    previous.mkdir(exist_ok=True)
-    for path in [out / name for name in RUN_FILES] + step_files(out):
-        if path.exists():
-            os.replace(path, previous / path.name)
-    return True

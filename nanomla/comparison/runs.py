@@ -27,12 +27,12 @@ from pathlib import Path
 from nanomla.comparison.workers import TrainProcess, TrainWorker
 from nanomla.core.configurator import UserError
 from nanomla.core.files import FolderLock, lock, write_file
-from nanomla.training.launch import failed_in_use, failure_reason, folder_in_use, last_output
+from nanomla.training.launch import STOPPED, failure_reason, last_output
+from nanomla.training.run.folder import failed_in_use, folder_in_use
 
 RUN_LOCK = 'run.lock'
 RESTARTS = 2  # so often a run goes on after a signal killed its process, or its device failed
 DEVICE_FAILED = 'CUDA error:'  # whatever the process asks of the device from then on fails, too
-STOPPED = 75  # exit code of a script that was stopped and can go on later (EX_TEMPFAIL)
 LOOK_EVERY = 2.0  # seconds between looks at the folders of all runs
 
 
@@ -398,7 +398,7 @@ def judge(run: Run, code: int, stopping: bool) -> bool:
     """
     if run.state() == 'done':
         return False
-    if code == 0 and run.last_event().get('why', '').startswith('stopped'):
+    if code in (0, STOPPED) and run.last_event().get('why', '').startswith('stopped'):
         return False  # by a signal or its own max_minutes: it goes on from there
     if stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGINT, 130):
         return False  # before it could save: it begins again

@@ -179,7 +179,7 @@ def train_here(words: list[str], output: TextIO) -> int:
         return error.code or 0
     except UserError as error:
         print(f'error: {error}', file=output)
-        return 2
+        return error.exit_code
     except Exception:
         traceback.print_exc(file=output)
         return 1

@@ -38,7 +38,7 @@ import sys
 import textwrap
 import tokenize
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 TAKES = {
@@ -69,8 +69,16 @@ WIDTH = 100  # columns of --help
 class UserError(ValueError):
     """What a person can get wrong: one line with what, where and what to do. Exit code 2."""
 
+    exit_code = 2
+
     def __init__(self, message):
         super().__init__(_one_line(message))
+
+
+class RunError(UserError):
+    """What ends a run that was under way, such as a disk that is full. Exit code 1."""
+
+    exit_code = 1
 
 
 class Settings(dict):
@@ -88,6 +96,7 @@ class Settings(dict):
         self._defaults = dict(defaults)
         self._script = script
         self._on_cpu = {}  # name -> (value, where)
+        self._adopted = {}  # name -> where
 
     def __reduce__(self):
         # The script's globals have no place in a checkpoint. Of all dicts that a call builds,
@@ -106,6 +115,27 @@ class Settings(dict):
             self.given[name] = where
         return {name: value for name, (value, _) in self._on_cpu.items()}
 
+    def adopt(self, values: Mapping, where: str, but: Collection[str] = ()) -> None:
+        """
+        Give every setting that was not set its value in `values`, the settings of an earlier run.
+
+        where: the file that they are from. but: settings that stay. Names in `values` that are no
+        settings here are passed over. UserError for a value of another type.
+        """
+        for name in self:
+            if name in values and name not in but and name not in self.given:
+                value = _check_type(self, name, values[name], where)
+                self[name] = self._script[name] = value
+                self._adopted[name] = where
+
+    def differences(self, values: Mapping, but: Collection[str] = ()) -> str:
+        """Return the settings that differ from `values`, as 'name=value (was other), ...'."""
+        changes = []
+        for name, value in self.items():
+            if name in values and name not in but and values[name] != value:
+                changes.append(f'{name}={value!r} (was {values[name]!r})')
+        return ', '.join(changes)
+
     def checked(self, name: str, value, where: str):
         """
         Return `value` in the type of the setting `name`.
@@ -120,7 +150,7 @@ class Settings(dict):
         lines = []
         for name, default in self._defaults.items():
             if self[name] != default:
-                where = self.given.get(name, 'the script')
+                where = self.given.get(name) or self._adopted.get(name, 'the script')
                 lines.append(f'{name} = {self[name]!r}  ({_short(where)})')
         return '\n'.join(lines) or '(every setting has its default value)'
 
@@ -142,8 +172,8 @@ def configure(
               settings, too
 
     Raises UserError. From here on, a UserError that nobody catches ends the script with one line on
-    stderr and exit code 2, what the machine lacks with one line and exit code 1, and a character
-    that the output cannot show is printed as its escape.
+    stderr and exit code 2, a RunError and what the machine lacks with one line and exit code 1, and
+    a character that the output cannot show is printed as its escape.
     """
     assert '__file__' in settings, 'settings are read from a script: pass its globals()'
     sys.excepthook = _excepthook
@@ -186,7 +216,7 @@ def _excepthook(kind, error, trace):
     """End the script: CPython takes its exit code from a SystemExit and prints nothing more."""
     if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(error.exit_code)
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         raise SystemExit(130)

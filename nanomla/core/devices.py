@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -194,6 +195,11 @@ def machine_errors(advice: str) -> Iterator[None]:
 # processes
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Return the rank of this process and how many there are, as torchrun has set them: 0 and 1."""
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
 def join_processes(
     device: torch.device, backend: str = 'auto'
 ) -> tuple[int, int, int, torch.device]:
@@ -203,8 +209,7 @@ def join_processes(
     Returns rank, world size, local rank and the device of this process: 0, 1, 0 and `device` where
     there is only one process. backend: 'auto', 'nccl' or 'gloo'.
     """
-    rank = int(os.environ.get('RANK', 0))
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    rank, world = rank_and_world()
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     if backend not in ('auto', 'gloo', 'nccl'):
         raise UserError(f'--backend={backend} is not known: use auto, nccl or gloo')
@@ -223,17 +228,32 @@ def join_processes(
     return rank, world, local_rank, device
 
 
+def all_agree(value: object, world: int) -> bool:
+    """Return whether all processes of the group call this with the same value."""
+    if world == 1:
+        return True
+    values = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
 def on_one_host() -> bool:
     """Return whether torchrun started all processes on this host."""
     return os.environ.get('LOCAL_WORLD_SIZE', '1') == os.environ.get('WORLD_SIZE', '1')
 
 
+# -------------------------------------------------------------------------------------------------
+# signals
+
+
 class Signals:
     """
-    Remember that a cluster's SIGTERM or SIGUSR1, or a person's Ctrl-C (SIGINT) has come.
+    Remember that a cluster's SIGTERM or SIGUSR1, a person's Ctrl-C (SIGINT) or the end of a
+    terminal (SIGHUP) has come.
 
     name: the signal's name, '' before one comes. A second Ctrl-C is Python's own again: it stops
-    the process at once. SIGINT is left alone where it is ignored or in other hands.
+    the process at once. SIGINT and SIGHUP are left alone where they are ignored (as by nohup) or in
+    other hands.
     """
 
     def __init__(self):
@@ -244,6 +264,8 @@ class Signals:
                 signal.signal(getattr(signal, name), self.remember)
         if self.handles_interrupt():
             signal.signal(signal.SIGINT, self.remember)
+        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self.remember)
 
     def handles_interrupt(self) -> bool:
         return self.interrupt_handler is signal.default_int_handler
@@ -261,6 +283,62 @@ class Signals:
             signal.signal(signal.SIGINT, self.interrupt_handler)
         if hasattr(signal, 'SIGUSR1'):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+class StopVote:
+    """
+    Let all processes of a run agree, every few seconds, on whether to stop.
+
+    They have to agree: one that stopped alone would leave the others waiting for it. How many steps
+    lie between two votes comes from the time of a step, so a vote takes place at the same steps in
+    all processes, and a signal to one is known to all within seconds, whatever is logged when.
+
+        if vote.due(step) and vote.take(step):   # called after each step, by all processes
+            ...                                  # vote.reason says why
+
+    deadline: of time.monotonic(), at which a process wants to stop by itself.
+    """
+
+    SECONDS = 5.0  # between votes, as long as steps take what they took
+
+    def __init__(self, signals: Signals, world: int, deadline: float = math.inf):
+        self.signals, self.world, self.deadline = signals, world, deadline
+        self.reason = ''
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Begin to count at `step`: the next vote is after one step more, which is timed."""
+        self.first, self.began = step, time.monotonic()
+        self.next = step + 1
+
+    def due(self, step: int) -> bool:
+        """Tell whether the processes vote at this step. One process alone votes when it wants."""
+        if self.world == 1:
+            return self.wish() != ''
+        return step >= self.next
+
+    def take(self, step: int) -> bool:
+        """Vote, and return whether a process wants to stop."""
+        on_gpu = self.world > 1 and torch.distributed.get_backend() == 'nccl'
+        if on_gpu:
+            torch.cuda.synchronize()  # the host may be many steps ahead
+        wish, now = self.wish(), time.monotonic()
+        votes, seconds = float(wish != ''), (now - self.began) / max(1, step - self.first)
+        self.first, self.began = step, now
+        if self.world > 1:
+            both = torch.tensor([votes, seconds], device='cuda' if on_gpu else 'cpu')
+            torch.distributed.all_reduce(both)
+            votes, seconds = both[0].item(), both[1].item() / self.world
+        self.next = step + max(1, int(self.SECONDS / max(seconds, 1e-6)))
+        if votes:
+            self.reason = wish or 'a signal'
+        return votes > 0
+
+    def wish(self) -> str:
+        """Return why this process wants to stop, '' where it does not."""
+        if self.signals.name:
+            return self.signals.name
+        return 'max_minutes' if time.monotonic() > self.deadline else ''
 
 
 # -------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from nanomla.core.configurator import UserError
 from nanomla.core.files import (
     ROOT,
     STARTED_BY_A_SCRIPT,
+    lock,
     read_json,
     sync_folder,
     write_file,
@@ -262,7 +263,11 @@ def find(name: str) -> Path:
 
 
 def prepare_if_missing(name: str) -> None:
-    """Run the prepare.py of a dataset that has not been made yet, or not of the text it has now."""
+    """
+    Run the prepare.py of a dataset that has not been made yet, or not of the text it has now.
+
+    Of several processes one prepares it, and the others wait, however long that takes.
+    """
     folder = find(name)
     if is_prepared(folder):
         return
@@ -274,8 +279,11 @@ def prepare_if_missing(name: str) -> None:
             f'prepare.py; known: {known}'
         )
     environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
-    if subprocess.run([sys.executable, str(script)], env=environment).returncode:
-        raise UserError(f'{script} could not prepare the dataset (its message is above)')
+    with lock(folder, 'prepare.lock', wait=True):
+        if is_prepared(folder):
+            return
+        if subprocess.run([sys.executable, str(script)], env=environment).returncode:
+            raise UserError(f'{script} could not prepare the dataset (its message is above)')
 
 
 def is_prepared(folder: Path) -> bool:

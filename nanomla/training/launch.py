@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TextIO
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, FolderLock, lock, writing
+from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, writing
 
 PROMPT = '$ python train.py '  # begins an attempt in output.txt
-IN_USE = 'is in use by another train.py'
 FAILURE_LENGTH = 300  # letters of a reason
-LOCKS_OF_THIS_PROCESS: dict[Path, FolderLock] = {}  # by the run's folder
+STOPPED = 75  # exit code of a script that was stopped and can go on later (EX_TEMPFAIL)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -105,39 +104,59 @@ def start_train(
 
 
 # -------------------------------------------------------------------------------------------------
-# one run in a folder at a time
+# processes of one run
 
 
-def lock_run_folder(folder: str | os.PathLike) -> FolderLock:
+def share_batch(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
     """
-    Hold FOLDER/lock while a run trains there. UserError when another train.py does.
+    Return batch_size and gradient_accumulation_steps that the processes of a run can share.
 
-    A kill releases the lock, too, and a process trains one run at a time: where it holds the lock
-    already, that is the lock of a run of its own that has failed. `failed_in_use` recognises the
-    message in the output of a run.
+    These are the ones asked for where the second is a multiple of the processes. Otherwise the
+    micro-batches get smaller, and there are more of them: a step has the same number of sequences.
+    UserError where these cannot be divided.
     """
-    path = Path(folder).resolve()
-    if path in LOCKS_OF_THIS_PROCESS:
-        LOCKS_OF_THIS_PROCESS.pop(path).release()
-    held = lock(folder)
-    if held is None:
-        raise UserError(f'--out_dir={folder} {IN_USE}: wait for its end, or name another folder')
-    LOCKS_OF_THIS_PROCESS[path] = held
-    return held
+    if accumulation % processes == 0:
+        return batch_size, accumulation
+    sequences = batch_size * accumulation
+    if sequences % processes:
+        raise UserError(
+            f'{processes} processes cannot share a step of {sequences} sequences (batch_size='
+            f'{batch_size} x gradient_accumulation_steps={accumulation}): make it a multiple'
+        )
+    share = sequences // processes
+    fitting = [size for size in range(1, min(batch_size, share) + 1) if share % size == 0]
+    return fitting[-1], sequences // fitting[-1]
 
 
-def folder_in_use(folder: str | os.PathLike) -> bool:
-    """Tell whether a train.py holds FOLDER/lock at this moment."""
-    held = lock(folder)
-    if held is None:
-        return True
-    held.release()
-    return False
+def resume_command(out_dir: str) -> str:
+    """Return the command that goes on with a run as it was started: alone or by torchrun."""
+    script = shlex.join(['train.py', f'--out_dir={out_dir}', '--init_from=resume'])
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return f'python {script}'
+    nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
+    words = ['torchrun', f'--nproc_per_node={os.environ["LOCAL_WORLD_SIZE"]}']
+    if nodes == 1:
+        words.insert(1, '--standalone')
+    else:
+        words[1:1] = [f'--nnodes={nodes}', '--rdzv_backend=c10d']
+        words.append(f'--rdzv_endpoint={os.environ["MASTER_ADDR"]}:29400')
+    if attempts_allowed():
+        words.append(f'--max_restarts={os.environ["TORCHELASTIC_MAX_RESTARTS"]}')
+    return f'{shlex.join(words)} {script}'
 
 
-def failed_in_use(reason: str, code: int) -> bool:
-    """Tell whether a train.py ended because another one trains in its folder."""
-    return code == 2 and IN_USE in reason
+def attempts_allowed() -> bool:
+    """Tell whether torchrun --max_restarts would start this process again after a failure."""
+    return int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
+
+
+def stopped_code() -> int:
+    """
+    Return the exit code of a train.py that was stopped and saved.
+
+    torchrun --max_restarts takes every code but 0 for a failure, and would start it again.
+    """
+    return 0 if attempts_allowed() else STOPPED
 
 
 # -------------------------------------------------------------------------------------------------

@@ -7,11 +7,15 @@ replaced by the nearest semi-orthogonal matrix, so that every direction moves by
 Matrices of one shape are orthogonalised together, as one batch.
 """
 
+import os
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from nanomla.core.configurator import UserError
 
 # The quintic that Muon's authors tuned for speed of convergence.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -97,26 +101,26 @@ def make_optimizers(model: torch.nn.Module, s: OptimizerSettings) -> list[torch.
     """
     Return the optimizers for `model`: AdamW for all, or Muon for the blocks' matrices and AdamW for
     embeddings, head, norms and biases. Only matrices decay. Every group keeps its peak rate as
-    'base_lr'.
+    'base_lr' and the names of its parameters as 'param_names'.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     device = named[0][1].device
     hidden, reads_latent, others = [], [], []
     for name, p in named:
         if s.kind != 'muon' or p.ndim != 2 or '.h.' not in name:
-            others.append(p)
+            others.append((name, p))
         elif s.up != 1 and '_b_proj' in name:
-            reads_latent.append(p)
+            reads_latent.append((name, p))
         else:
-            hidden.append(p)
+            hidden.append((name, p))
 
-    def group(params, lr, decay):
+    def group(named, lr, decay):
         rate = torch.tensor(lr, device=device) if s.graph else lr
-        return dict(params=params, weight_decay=decay, base_lr=lr, lr=rate)
+        return dict(params=named, weight_decay=decay, base_lr=lr, lr=rate)
 
     adamw_groups = [
-        group([p for p in others if p.ndim >= 2], s.learning_rate, s.weight_decay),
-        group([p for p in others if p.ndim < 2], s.learning_rate, 0.0),
+        group([(n, p) for n, p in others if p.ndim >= 2], s.learning_rate, s.weight_decay),
+        group([(n, p) for n, p in others if p.ndim < 2], s.learning_rate, 0.0),
     ]
     muon_groups = [
         group(hidden, s.muon_lr, s.weight_decay),
@@ -141,6 +145,88 @@ def set_rate(made, share):
                 group['lr'].fill_(group['base_lr'] * share)
             else:
                 group['lr'] = group['base_lr'] * share
+
+
+# -------------------------------------------------------------------------------------------------
+# resuming
+
+# What an optimizer remembers of a parameter once it has moved it.
+MEMORY = dict(AdamW={'step', 'exp_avg', 'exp_avg_sq'}, Muon={'momentum'})
+
+
+def load_moments(
+    made: list[torch.optim.Optimizer], saved: list[dict], path: str | os.PathLike
+) -> None:
+    """
+    Give every parameter the moments that it had under its name; rates and decay stay as they are.
+
+    saved: the optimizers' state dicts, from `path`. UserError where the two do not train the same
+    parameters by the same optimizers.
+    """
+    remedy = (
+        'resume with its own --optimizer and --train_only, or begin a new run from its weights '
+        f'with --init_from={path}'
+    )
+    moments = moments_by_name(made, saved)
+    trained = {name: p for optimizer in made for name, p in named_parameters(optimizer)}
+    for name in [*trained, *moments]:
+        if name not in moments or name not in trained:
+            now = 'not trained now' if name in moments else 'was not trained there'
+            raise UserError(f'{path} was trained on other parameters: {name} is {now}; {remedy}')
+    for optimizer in made:
+        needed = MEMORY[type(optimizer).__name__]
+        state = {}
+        for number, (name, p) in enumerate(named_parameters(optimizer)):
+            old = moments[name]
+            if old and not fits(old, p, needed):
+                raise UserError(f'{path} was trained with another optimizer of {name}; {remedy}')
+            if old:
+                state[number] = {key: copied_to(value, p.device) for key, value in old.items()}
+        own_groups = optimizer.state_dict()['param_groups']
+        optimizer.load_state_dict(dict(state=state, param_groups=own_groups))
+
+
+def moments_by_name(made: list[torch.optim.Optimizer], saved: list[dict]) -> dict[str, dict]:
+    """
+    Return parameter name -> its moments, {} for one that was never moved.
+
+    State dicts of before parameters had names hold them in the order of `made`.
+    """
+    moments = {}
+    for number, old in enumerate(saved):
+        for group_number, group in enumerate(old['param_groups']):
+            names = group.get('param_names')
+            if names is None:
+                names = names_by_order(made, number, group_number)
+            if len(names) != len(group['params']):
+                names = [f'parameter {n} of group {group_number}' for n in group['params']]
+            for name, key in zip(names, group['params']):
+                moments[name] = old['state'].get(key, {})
+    return moments
+
+
+def names_by_order(made: list[torch.optim.Optimizer], number: int, group_number: int) -> list[str]:
+    if number < len(made) and group_number < len(made[number].param_groups):
+        return made[number].param_groups[group_number]['param_names']
+    return []
+
+
+def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    for group in optimizer.param_groups:
+        yield from zip(group['param_names'], group['params'])
+
+
+def fits(memory: dict, p: torch.Tensor, needed: set[str]) -> bool:
+    """Return whether this is what an optimizer remembers of `p`."""
+    shapes = [value.shape for value in memory.values() if torch.is_tensor(value) and value.ndim]
+    return memory.keys() == needed and all(shape == p.shape for shape in shapes)
+
+
+def copied_to(value: object, device: torch.device) -> object:
+    """Return a copy: the tensors of a checkpoint may lie in its file. Counters stay on the CPU."""
+    if not torch.is_tensor(value):
+        return value
+    return value.to(device if value.ndim else value.device, copy=True)
 
 
 class MovingAverage:

@@ -8,6 +8,7 @@ device; small models on one GPU record the whole step as a CUDA graph.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -21,9 +22,14 @@ from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import UserError
 from nanomla.core.cuda_graph import GraphedStep
 from nanomla.training.batches import Dataset
-from nanomla.training.distill import DistillationLoss
-from nanomla.training.loss import BatchLoss
-from nanomla.training.optim import MovingAverage, OptimizerSettings, make_optimizers, set_rate
+from nanomla.training.loss import BatchLoss, DistillationLoss
+from nanomla.training.optim import (
+    MovingAverage,
+    OptimizerSettings,
+    load_moments,
+    make_optimizers,
+    set_rate,
+)
 
 EAGER_STEPS = 3  # ordinary steps before one is recorded: everything is allocated then
 
@@ -47,6 +53,12 @@ def check_ranges(settings: dict) -> None:
         check_range(name, settings[name], least=0, most=1)
     check_range('learning_rate', settings['learning_rate'], above=0)
     check_range('seed', settings['seed'], least=0, below=2**32)
+    if settings['decay_lr'] and settings['min_lr'] > settings['learning_rate']:
+        rate = settings['learning_rate']
+        raise UserError(
+            f'min_lr={settings["min_lr"]} is above learning_rate={rate}, so the rate would climb: '
+            f'use --min_lr={rate / 10:g} or --decay_lr=False'
+        )
     check_choice('optimizer', settings['optimizer'], ('adamw', 'muon'))
     check_choice('schedule', settings['schedule'], ('cosine', 'wsd'))
 
@@ -272,10 +284,13 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def evaluate(self) -> float:
+    def evaluate(self, stopping: Callable[[int], bool] | None = None) -> float | None:
         """
         Return the mean loss in nats over the validation split: the same windows each time, shared
         by all ranks.
+
+        stopping: asked before each batch, by its number; all ranks get the same answer. Where it is
+        yes, the evaluation ends there and returns None.
         """
         s = self.s
         self.model.eval()
@@ -285,7 +300,11 @@ class Trainer:
         stance = 'force_eager' if s.cuda_graph else 'default'
         failures = devices.machine_errors(self.smaller_batch())
         with failures, self.averaged(), torch.compiler.set_stance(stance):
-            for x, y in self.data.val_batches(s.batch_size, most=s.eval_iters * s.batch_size):
+            batches = self.data.val_batches(s.batch_size, most=s.eval_iters * s.batch_size)
+            for number, (x, y) in enumerate(batches):
+                if stopping is not None and stopping(number):
+                    self.model.train()
+                    return None
                 counted = (y >= 0).sum()
                 loss = torch.where(counted > 0, self.batch_loss(x, y) * counted, 0)
                 total += torch.stack([loss, counted]).to(total)
@@ -293,6 +312,14 @@ class Trainer:
             dist.all_reduce(total, group=self.group)
         self.model.train()
         return (total[0] / total[1]).item()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the state dict to use: with the moving average of the weights, if there is one."""
+        if self.average is None:
+            return self.model.state_dict()
+        averages = dict(zip(map(id, self.average.params), self.average.average))
+        state = self.model.state_dict(keep_vars=True)  # tied weights are one parameter
+        return {name: averages.get(id(t), t.detach()) for name, t in state.items()}
 
     def averaged(self):
         """A context in which the model holds the moving average of its weights, if it has one."""
@@ -313,23 +340,12 @@ class Trainer:
         """Take over the moments of the old run; rates and decay are those of this one."""
         if len(state['optimizers']) != len(self.optimizers):
             raise UserError(
-                'the checkpoint was trained with another optimizer than '
-                f'--optimizer={self.s.optimizer}'
+                f'{state["path"]} was trained with another optimizer than '
+                f'--optimizer={self.s.optimizer}: resume with its own, or begin a new run from its '
+                f'weights with --init_from={state["path"]}'
             )
-        for optimizer, old in zip(self.optimizers, state['optimizers']):
-            groups = optimizer.param_groups
-            sizes = [len(group['params']) for group in groups]
-            if [len(group['params']) for group in old['param_groups']] != sizes:
-                raise UserError(
-                    'the checkpoint was trained with its parameters in other groups: resume with '
-                    f'its own --muon_up (now {self.s.muon_up:g}; it may change, but not from or to '
-                    '1) and --train_only'
-                )
-            own = [{k: v for k, v in group.items() if k != 'params'} for group in groups]
-            optimizer.load_state_dict(old)
-            for group, options in zip(optimizer.param_groups, own):
-                group.update(options)
+        load_moments(self.optimizers, state['optimizers'], state['path'])
         if state['scaler']:  # empty after a run without float16
             self.scaler.load_state_dict(state['scaler'])
         if self.average and state['average']:
-            self.average.average = [t.to(self.device) for t in state['average']]
+            self.average.average = [t.to(self.device, copy=True) for t in state['average']]

@@ -16,18 +16,16 @@ from nanomla.core.configurator import UserError
 from nanomla.core.files import lock
 from nanomla.training.launch import (
     PROMPT,
-    failed_in_use,
     failure_reason,
-    folder_in_use,
     last_output,
-    lock_run_folder,
     open_output,
     run_train,
 )
+from nanomla.training.run.folder import failed_in_use, folder_in_use, lock_run_folder
 
 HOLD_LOCK = """
 import sys, time
-from nanomla.training.launch import lock_run_folder
+from nanomla.training.run.folder import lock_run_folder
 held = lock_run_folder(sys.argv[1])
 open(sys.argv[1] + '/held', 'w').close()
 time.sleep(600)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from nanomla.training.distill import DistillationLoss
-from nanomla.training.loss import BatchLoss
+from nanomla.training.loss import BatchLoss, DistillationLoss
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
 
