@@ -17,7 +17,7 @@ from nanomla.checkpoints.families.config import (
     Family,
     describe,
 )
-from nanomla.checkpoints.families.tensors import ATTENTION_LINEARS, MLP_LINEARS, Rows
+from nanomla.checkpoints.families.tensors import ATTENTION_LINEARS, BARE, MLP_LINEARS, Rows
 from nanomla.checkpoints.hub import model_folder, read_config, read_tensors
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.checks import settings_errors
@@ -37,6 +37,39 @@ CODER = dict(
     rope_theta=1e5,
     rope_scaling=dict(type='linear', factor=4.0),
 )
+V2_LITE = dict(
+    model_type='deepseek_v2',
+    vocab_size=102400,
+    hidden_size=2048,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    q_lora_rank=None,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+    topk_method='greedy',
+    max_position_embeddings=163840,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=dict(
+        type='yarn',
+        factor=40,
+        mscale=0.707,
+        mscale_all_dim=0.707,
+        original_max_position_embeddings=4096,
+        beta_fast=32,
+        beta_slow=1,
+    ),
+    torch_dtype='bfloat16',
+)
 TINY = CODER | dict(
     vocab_size=256,
     hidden_size=64,
@@ -46,7 +79,7 @@ TINY = CODER | dict(
     num_key_value_heads=4,
     max_position_embeddings=128,
 )
-SHAPES = {'deepseek-coder-1.3b': CODER, 'tiny': TINY}
+SHAPES = {'deepseek-coder-1.3b': CODER, 'deepseek-v2-lite': V2_LITE, 'tiny': TINY}
 DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -96,14 +129,18 @@ def layout(
     }
     if not config.tie_weights:
         table['lm_head.weight'] = ('lm_head.weight', ...)
-    block = make_table(config)
     for n in range(config.n_layer):
-        for theirs, (ours, rows) in block.items():
+        for theirs, (ours, rows) in make_table(config, n).items():
             theirs, ours = f'model.layers.{n}.{theirs}', f'transformer.h.{n}.{ours}'
-            table[f'{theirs}.weight'] = (f'{ours}.weight', rows)
+            table[parameter(theirs)] = (parameter(ours), rows)
             if theirs.endswith(biased):
                 table[f'{theirs}.bias'] = (f'{ours}.bias', rows)
     return table
+
+
+def parameter(module: str) -> str:
+    """Return the name of a module's weight."""
+    return module if module.endswith(BARE) else f'{module}.weight'
 
 
 # -------------------------------------------------------------------------------------------------
@@ -155,6 +192,8 @@ def load(name: str, dtype: torch.dtype | None = None, **changes) -> tuple[GPT, H
     shape = read_shape(name)
     family, description, config = describe_model(name, shape, changes)
     if name.startswith('random:'):
+        if dtype is None and 'torch_dtype' in shape:
+            dtype = getattr(torch, shape['torch_dtype'])
         return make_in_dtype(family, config, dtype), None
     tokenizer = tokenizer_of(name, shape)
     if tokenizer and tokenizer.vocab_size > config.vocab_size:

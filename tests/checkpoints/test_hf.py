@@ -242,7 +242,7 @@ def test_llamas_that_have_no_place_here_are_refused(change, word, tmp_path):
 @pytest.mark.parametrize(
     'change, word',
     [
-        (dict(first_k_dense_replace=1), 'mixture of experts'),
+        (dict(first_k_dense_replace=1), 'lacks .*mlp.experts'),
         (dict(first_k_dense_replace='absent'), "lacks 'first_k_dense_replace'"),
         (dict(attention_bias=True), r'lacks .*self_attn.*\.bias'),
         (dict(mlp_bias=True), 'mlp_bias=True'),

@@ -7,10 +7,12 @@ so is an entry that is not known here and is switched on, since nobody can say w
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from attentions.qk_gain import GPT_QKGain, QKGainAttention
 from model import GPT, GPTConfig, MultiHeadAttention
 from model_mla import GPT_MLA, MultiHeadLatentAttention
+from model_moe import GPT_MoE
 from nanomla.checkpoints.families import tensors
 from nanomla.checkpoints.families.rope import rope_of, yarn_mscale
 from nanomla.checkpoints.families.tensors import Rows, Table
@@ -61,7 +63,7 @@ class Description:
     """
 
     settings: dict
-    table: Callable[[GPTConfig], Table] | None = None
+    table: Callable[[GPTConfig, int], Table] | None = None
     biased: tuple[str, ...] = ()
     scales: list[tuple[str, Rows, float]] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
@@ -91,7 +93,7 @@ class Family:
     describe: Callable[[dict], Description] = field(hash=False)
     model_class: type[GPT] = GPT
     attention_class: type = MultiHeadAttention
-    table: Callable[[GPTConfig], Table] = tensors.llama_rows
+    table: Callable[[GPTConfig, int], Table] = tensors.llama_rows
     keys: frozenset[str] = frozenset()
     requires: dict = field(default_factory=dict, hash=False)
 
@@ -104,6 +106,8 @@ def describe(shape: dict) -> tuple[Family, Description]:
     is missing or is not what it should be.
     """
     model_type = shape.get('model_type')
+    if has_experts(shape):
+        model_type = f'{model_type} with experts'
     if model_type in REFUSED:
         raise UserError(f"model_type '{model_type}' has no place here: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
@@ -119,6 +123,13 @@ def describe(shape: dict) -> tuple[Family, Description]:
     if unsupported:
         raise UserError(f'what it needs has no place here: {"; ".join(unsupported)}')
     return family, description
+
+
+def has_experts(shape: dict) -> bool:
+    """Return whether a config.json of DeepSeek-V3's kind has layers with experts."""
+    if shape.get('model_type') not in ('deepseek_v3', 'kimi_k2'):
+        return False
+    return shape['first_k_dense_replace'] < shape['num_hidden_layers']
 
 
 def unsupported_settings(shape: dict, family: Family) -> list[str]:
@@ -344,18 +355,66 @@ def granite(shape: dict) -> Description:
     return description
 
 
+def deepseek_v2(shape: dict) -> Description:
+    """Experts by softmax: of all groups (greedy), or of the best ones (group_limited_greedy)."""
+    description = deepseek(dict(max_position_embeddings=2048) | shape, tensors.moe_rows)
+    if shape.get('norm_topk_prob'):
+        description.unsupported.append('norm_topk_prob=True in DeepSeek-V2')
+    method = shape.get('topk_method', 'greedy')
+    if method not in ('greedy', 'group_limited_greedy'):
+        description.unsupported.append(f'topk_method={method}')
+    experts = expert_settings(shape, int(shape.get('first_k_dense_replace', 0)))
+    if method == 'greedy':
+        experts |= dict(n_group=1, topk_group=1)
+    check_scoring(description, shape, 'softmax')
+    description.settings |= experts | dict(
+        scoring_func='softmax',
+        norm_topk_prob=False,
+        routed_scaling_factor=float(shape.get('routed_scaling_factor', 1.0)),
+    )
+    return description
+
+
 def deepseek_v3(shape: dict) -> Description:
     """
-    Further layers, which predict further tokens (num_nextn_predict_layers), are left alone: the
-    next token does not need them, and often their weights are not there.
+    Experts by sigmoid with a bias. Further layers, which predict further tokens
+    (num_nextn_predict_layers), are left alone: the next token does not need them, and often their
+    weights are not there.
     """
-    description = deepseek(shape)
+    description = deepseek(dict(max_position_embeddings=4096) | shape, tensors.moe_rows)
     add_ignored_layers(description, shape)
-    dense, n_layer = shape['first_k_dense_replace'], description.settings['n_layer']
-    if dense < n_layer:
-        description.unsupported.append(
-            f'mixture of experts (first_k_dense_replace={dense} of {n_layer} layers)'
-        )
+    check_scoring(description, shape, 'sigmoid')
+    description.settings |= expert_settings(shape, int(shape['first_k_dense_replace'])) | dict(
+        scoring_func='sigmoid',
+        norm_topk_prob=bool(shape.get('norm_topk_prob', True)),
+        routed_scaling_factor=float(shape.get('routed_scaling_factor', 2.5)),
+    )
+    return description
+
+
+def check_scoring(description: Description, shape: dict, scoring: str) -> None:
+    asked = shape.get('scoring_func') or scoring
+    if asked != scoring:
+        description.unsupported.append(f'scoring_func={asked} (it has {scoring})')
+
+
+def expert_settings(shape: dict, dense: int) -> dict:
+    """Return the fields of the experts of a model whose first `dense` layers have none."""
+    return dict(
+        n_routed_experts=int(shape['n_routed_experts']),
+        n_shared_experts=int(shape.get('n_shared_experts') or 0),
+        num_experts_per_tok=int(shape['num_experts_per_tok']),
+        moe_intermediate_size=int(shape['moe_intermediate_size']),
+        first_k_dense_replace=dense,
+        n_group=int(shape.get('n_group') or 1),
+        topk_group=int(shape.get('topk_group') or 1),
+    )
+
+
+def dense_deepseek_v3(shape: dict) -> Description:
+    """A DeepSeek-V3 without experts, as an export of ours is: first_k_dense_replace says so."""
+    description = deepseek(dict(max_position_embeddings=4096) | shape, tensors.deepseek_rows)
+    add_ignored_layers(description, shape)
     return description
 
 
@@ -367,14 +426,14 @@ def add_ignored_layers(description: Description, shape: dict) -> None:
     description.ignored = tuple(f'model.layers.{layer}.' for layer in layers)
 
 
-def deepseek(shape: dict) -> Description:
+def deepseek(shape: dict, table: Callable[..., Table]) -> Description:
     """Return what DeepSeek-V2 and V3 have in common: MLA, and a YaRN that scales the softmax."""
     names = ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
     widths = {name: int(shape[name] or 0) for name in names}
     N, P, R = (widths[name] for name in ('qk_nope_head_dim', 'qk_rope_head_dim', 'kv_lora_rank'))
     if not P:
         raise ValueError('qk_rope_head_dim=0 does not go with RoPE')
-    description = decoder(dict(max_position_embeddings=4096) | shape | dict(head_dim=N + P))
+    description = decoder(shape | dict(head_dim=N + P))
     settings = description.settings
     settings |= widths
     factor = add_rope(description, shape, P, P)
@@ -386,9 +445,11 @@ def deepseek(shape: dict) -> Description:
     scale_rows(description, query, factor, slice(settings['n_head'] * N, None))
     scale_rows(description, 'attn.kv_a_proj_with_mqa.weight', factor, slice(R, None))
     if not shape.get('rope_interleave', True):
-        description.table = tensors.deepseek_rows_in_halves
+        description.table = partial(table, interleave=False)
     if shape.get('mlp_bias'):
         description.unsupported.append('mlp_bias=True')
+    if shape.get('moe_layer_freq', 1) != 1:
+        description.unsupported.append(f'moe_layer_freq={shape["moe_layer_freq"]}')
     biased = ()
     if shape.get('attention_bias'):
         biased = ('q_a_proj', 'kv_a_proj_with_mqa', 'o_proj')
@@ -414,11 +475,18 @@ QK_GAIN = dict(model_class=GPT_QKGain, attention_class=QKGainAttention)
 STOCK = dict(mlp=True, pos='rope', norm='rmsnorm', act='swiglu', qk_norm=False, nope_layers=())
 STOCK_MLA = STOCK | dict(bias=False, latent_norm=True)
 
+MOE = dict(
+    model_class=GPT_MoE,
+    attention_class=MultiHeadLatentAttention,
+    table=tensors.moe_rows,
+    keys=DEEPSEEK,
+)
+
 LLAMA = Family('llama', 'LlamaForCausalLM', llama, requires=STOCK)
 DEEPSEEK_V3 = Family(
     'deepseek_v3',
     'DeepseekV3ForCausalLM',
-    deepseek_v3,
+    dense_deepseek_v3,
     GPT_MLA,
     MultiHeadLatentAttention,
     tensors.deepseek_rows,
@@ -435,6 +503,9 @@ ALL = (
     Family('phi3', 'Phi3ForCausalLM', phi3, table=tensors.phi3_rows, keys=PHI3),
     Family('granite', 'GraniteForCausalLM', granite, keys=GRANITE_FACTORS),
     DEEPSEEK_V3,
+    Family('deepseek_v2', 'DeepseekV2ForCausalLM', deepseek_v2, **MOE),
+    Family('deepseek_v3 with experts', 'DeepseekV3ForCausalLM', deepseek_v3, **MOE),
+    Family('kimi_k2 with experts', 'DeepseekV3ForCausalLM', deepseek_v3, **MOE),
 )
 FAMILIES = {family.model_type: family for family in ALL}
 # Known, and why they have no place here.

@@ -74,7 +74,7 @@ def rope_entries(shape: dict) -> dict:
 
 
 def base_frequencies(theta: float, width: int) -> torch.Tensor:
-    return 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
+    return 1.0 / theta ** (torch.arange(0, width, 2, device='cpu').float() / width)
 
 
 def numbers(frequencies: torch.Tensor) -> tuple[float, ...]:
@@ -129,7 +129,7 @@ def yarn(rope: Rope, entries: dict, base: torch.Tensor) -> Rope:
     first, last = max(first, 0), min(last, 2 * len(base) - 1)
     if first == last:
         last += 0.001
-    slowed = ((torch.arange(len(base)) - first) / (last - first)).clamp(0, 1)
+    slowed = ((torch.arange(len(base), device='cpu') - first) / (last - first)).clamp(0, 1)
     frequencies = slowed * base / factor + (1 - slowed) * base
     return replace(rope, frequencies=numbers(frequencies), factor=yarn_factor(entries, factor))
 
@@ -164,7 +164,7 @@ def longrope(rope: Rope, entries: dict, base: torch.Tensor) -> Rope:
             attention = math.sqrt(1 + math.log(factor) / math.log(original))
     return replace(
         rope,
-        frequencies=numbers(base / torch.tensor(short, dtype=torch.float32)),
+        frequencies=numbers(base / torch.tensor(short, dtype=torch.float32, device='cpu')),
         factor=float(attention),
         longest=0 if short == long else original,
     )

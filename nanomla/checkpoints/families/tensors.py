@@ -2,7 +2,7 @@
 Which tensor of a Hugging Face model is which of our parameters: a table for each way of naming.
 
 A table maps the name of a module in a block (`self_attn.q_proj`) to ours and to rows: row i of
-their tensor is row rows[i] of our parameter.
+their tensor is row rows[i] of our parameter. Names in BARE are parameters, without a `.weight`.
 
 Legend: H heads, K key/value heads, D head dim; N, P, R as in model_mla.py. Weights are (out, in).
 """
@@ -13,29 +13,35 @@ import torch
 
 from model import GPTConfig
 from model_mla import MLAConfig
+from model_moe import MoEConfig
 
-Rows = torch.Tensor | slice | EllipsisType  # `...` means all rows as they are
+# `...` means all rows as they are; of several experts a number, or a number and rows.
+Rows = torch.Tensor | slice | EllipsisType | int | tuple[int, slice]
 Table = dict[str, tuple[str, Rows]]
 
 # Linears by their names in transformers, for the families that give some of them biases.
 ATTENTION_LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj')
 MLP_LINEARS = ('gate_proj', 'up_proj', 'down_proj')
+BARE = ('e_score_correction_bias', 'mlp.router.balance', 'mlp.gate_up', 'mlp.down')
 
 
-def llama_rows(config: GPTConfig) -> Table:
+def llama_rows(config: GPTConfig, layer: int) -> Table:
     """Return the table of a block as Llama names it."""
-    q, k = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    return pre_norm_rows() | {
-        'self_attn.q_proj': ('attn.c_attn', slice(0, q)),
-        'self_attn.k_proj': ('attn.c_attn', slice(q, q + k)),
-        'self_attn.v_proj': ('attn.c_attn', slice(q + k, q + 2 * k)),
-        'self_attn.o_proj': ('attn.c_proj', ...),
-        **mlp_rows(config.n_inner),
-    }
+    return pre_norm_rows() | split_qkv_rows(config) | mlp_rows(config.n_inner)
 
 
 def pre_norm_rows() -> Table:
     return {'input_layernorm': ('ln_1', ...), 'post_attention_layernorm': ('ln_2', ...)}
+
+
+def split_qkv_rows(config: GPTConfig) -> Table:
+    q, k = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    return {
+        'self_attn.q_proj': ('attn.c_attn', slice(0, q)),
+        'self_attn.k_proj': ('attn.c_attn', slice(q, q + k)),
+        'self_attn.v_proj': ('attn.c_attn', slice(q + k, q + 2 * k)),
+        'self_attn.o_proj': ('attn.c_proj', ...),
+    }
 
 
 def mlp_rows(n_inner: int, theirs: str = 'mlp', ours: str = 'mlp') -> Table:
@@ -47,8 +53,8 @@ def mlp_rows(n_inner: int, theirs: str = 'mlp', ours: str = 'mlp') -> Table:
     }
 
 
-def qwen3_rows(config: GPTConfig) -> Table:
-    return llama_rows(config) | gain_rows()
+def qwen3_rows(config: GPTConfig, layer: int) -> Table:
+    return llama_rows(config, layer) | gain_rows()
 
 
 def gain_rows() -> Table:
@@ -56,16 +62,16 @@ def gain_rows() -> Table:
     return {f'self_attn.{name}': (f'attn.{name}', ...) for name in names}
 
 
-def olmo2_rows(config: GPTConfig) -> Table:
+def olmo2_rows(config: GPTConfig, layer: int) -> Table:
     """Return the table of a block that norms what its branches add."""
-    rows = llama_rows(config) | gain_rows()
-    del rows['input_layernorm']
-    rows['post_attention_layernorm'] = ('post_1', ...)
-    rows['post_feedforward_layernorm'] = ('post_2', ...)
-    return rows
+    norms = {
+        'post_attention_layernorm': ('post_1', ...),
+        'post_feedforward_layernorm': ('post_2', ...),
+    }
+    return norms | split_qkv_rows(config) | gain_rows() | mlp_rows(config.n_inner)
 
 
-def phi3_rows(config: GPTConfig) -> Table:
+def phi3_rows(config: GPTConfig, layer: int) -> Table:
     """Return the table of a block whose matrices are fused as ours are."""
     rows = ...
     turned = sum(frequency != 0 for frequency in config.rope_frequencies)
@@ -101,7 +107,7 @@ def partly_rotated_rows(config: GPTConfig, pairs: int) -> torch.Tensor:
     return torch.cat([rotated, values])
 
 
-def deepseek_rows(config: MLAConfig, interleave: bool = True) -> Table:
+def deepseek_rows(config: MLAConfig, layer: int, interleave: bool = True) -> Table:
     """
     Return the table of a dense block as DeepSeek names it. Ours are all heads' rows of one symbol,
     then all heads' of the other; DeepSeek's go head by head.
@@ -116,8 +122,25 @@ def deepseek_rows(config: MLAConfig, interleave: bool = True) -> Table:
     return pre_norm_rows() | attention | mlp_rows(config.n_inner)
 
 
-def deepseek_rows_in_halves(config: MLAConfig) -> Table:
-    return deepseek_rows(config, interleave=False)
+def moe_rows(config: MoEConfig, layer: int, interleave: bool = True) -> Table:
+    """As deepseek_rows, with experts; those of a layer are one tensor of ours."""
+    rows = deepseek_rows(config, layer, interleave)
+    if layer < config.first_k_dense_replace:
+        return rows
+    rows = {theirs: ours for theirs, ours in rows.items() if not theirs.startswith('mlp.')}
+    width = config.moe_intermediate_size
+    rows['mlp.gate'] = ('mlp.router', ...)
+    if config.scoring_func == 'sigmoid':
+        rows['mlp.gate.e_score_correction_bias'] = ('mlp.router.balance', ...)
+    if config.n_shared_experts:
+        shared_width = config.n_shared_experts * width
+        rows |= mlp_rows(shared_width, 'mlp.shared_experts', 'mlp.shared')
+    for e in range(config.n_routed_experts):
+        theirs = f'mlp.experts.{e}'
+        rows[f'{theirs}.gate_proj'] = ('mlp.gate_up', (e, slice(0, width)))
+        rows[f'{theirs}.up_proj'] = ('mlp.gate_up', (e, slice(width, 2 * width)))
+        rows[f'{theirs}.down_proj'] = ('mlp.down', e)
+    return rows
 
 
 def latent_rows(config: MLAConfig, interleave: bool) -> dict[str, Rows]:
