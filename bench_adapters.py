@@ -79,7 +79,7 @@ from pathlib import Path
 
 from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import Settings, UserError, configure
-from nanomla.core.files import STARTED_BY_A_SCRIPT, progress_bar, write_file
+from nanomla.core.files import STARTED_BY_A_SCRIPT, progress_bar, read_json, write_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -312,13 +312,13 @@ class Grid:
 
     def row_of(self, name: str) -> dict | None:
         """Return the row that is there, or None; a damaged one counts as missing."""
+        from nanomla.adapters.report import is_row
+
         try:
-            row = json.loads(self.row_file(name).read_text(encoding='utf-8'))
+            row = read_json(self.row_file(name))
         except (OSError, ValueError):
             return None
-        if isinstance(row, dict) and 'status' in row:
-            return row
-        return None
+        return row if is_row(row) else None
 
     def is_done(self, name: str) -> bool:
         row = self.row_of(name)

@@ -52,10 +52,8 @@ if __name__ == '__main__':
 
 # -------------------------------------------------------------------------------------------------
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -77,7 +75,7 @@ from nanomla.conversion.source import check_source
 from nanomla.core import token_files
 from nanomla.core.checks import check_choice, check_range
 from nanomla.core.devices import commit, describe, pick_device, pick_dtype
-from nanomla.core.files import progress_bar
+from nanomla.core.files import copy_file, progress_bar, replacing_folder
 from nanomla.inference.quantize import BITS
 from nanomla.training.next_steps import print_next_steps
 
@@ -279,25 +277,17 @@ def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
 
 def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> None:
     """Write the folder `out`, and the export: all of it or nothing."""
-    aside = Path(f'{out}.{os.getpid()}.partial')
-    try:
-        aside.mkdir(parents=True)
+    with replacing_folder(out) as aside:
         native.save(aside / 'ckpt.pt', checkpoint_of(mla, loaded, report))
         if loaded.tokenizer is not None:
             for file in loaded.tokenizer.files:
-                shutil.copyfile(file, aside / file.name)
+                copy_file(file, aside / file.name)
         try:
             draw_report(report, aside / 'conversion.png', facts)
         except UserError as error:  # without matplotlib
             print(f'no picture: {error}')
         if export:
             write_export(mla, export, loaded.tokenizer)
-        os.rename(aside, out)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f'cannot write {out}: {why}; nothing is left of it') from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def print_next(source: str, loaded: LoadedModel, text: str) -> None:

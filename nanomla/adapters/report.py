@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanomla.core import figures
+from nanomla.core.checks import FLAG, TABLE, TEXT, check_entries, number, one_of, whole
 from nanomla.core.files import csv_table, write_file
 
 COLUMNS = (  # heading, key of a row, format
@@ -28,6 +29,34 @@ COLUMNS = (  # heading, key of a row, format
     ('trainable', 'trainable_parameters', ',.0f'),
 )
 ADAPTERS = ('full', 'lora', 'qlora')
+ROW = dict(cell=TEXT, adapter=one_of(*ADAPTERS), kernel=TEXT, peer=FLAG, model=TEXT, status=TEXT)
+REASON = dict(reason=TEXT)  # of a row without measurements
+MEASURED = dict.fromkeys(  # of one with them
+    (
+        'train_tok_per_s',
+        'train_tok_per_s_least',
+        'train_tok_per_s_most',
+        'train_allocated_mib',
+        'trainable_parameters',
+        'seeds',
+    ),
+    number(least=0),
+)
+MEASURED |= dict(commit=TEXT, torch=TEXT, device=TEXT, dtype=TEXT, settings=TABLE)
+
+
+def is_row(row: object) -> bool:
+    """Return whether `row` is what a cell writes, so that it can stand in the table."""
+    try:
+        check_entries(row, ROW, needed=ROW)
+        entries = MEASURED if row['status'] == 'ok' else REASON
+        check_entries(row, entries, needed=entries)
+        check_entries(row.get('settings', {}), dict(seed=whole()))
+        shown = {key: number() | None for _, key, _ in COLUMNS}
+        check_entries(row, shown)
+    except ValueError:
+        return False
+    return True
 
 
 def write_results(rows: Sequence[dict], folder: Path, about: dict, draw: bool = True) -> list[dict]:

@@ -23,7 +23,7 @@ from nanomla.checkpoints.native import new_model
 from nanomla.core import devices
 from nanomla.core.checks import settings_errors, split_numbers
 from nanomla.core.configurator import Settings
-from nanomla.core.files import jsonl, read_jsonl, writing
+from nanomla.core.files import appending, jsonl, read_jsonl, writing
 from nanomla.core.timing import (
     matmul_rate,
     median_and_range,
@@ -99,7 +99,7 @@ def write_row(bench: Benchmark, row: dict) -> dict:
     )
     path = bench.settings['results']
     if path:
-        with writing(path), open(path, 'a', encoding='utf-8') as file:
+        with writing(path), appending(path) as file:
             file.write(jsonl([row]))
     return row
 

@@ -7,10 +7,6 @@ Legend: as in hf.py, and C the width of a matrix's input.
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +19,7 @@ from nanomla.checkpoints.hf import DEEPSEEK_V3, LLAMA, Family, architecture_of, 
 from nanomla.checkpoints.hub import model_folder, read_json
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.configurator import UserError
+from nanomla.core.files import copy_file, replacing_folder, write_file
 
 # Latents as small as that vanish beside the epsilon of the stock norm, which then only divides by
 # the epsilon's root.
@@ -69,13 +66,14 @@ def export(
     stock = stock_model(model)
     ends = begin_and_end(tokenizer)
     generation = {key: value for key, value in ends.items() if value is not None}
-    with writing_folder(folder) as aside:
+    with replacing_folder(folder) as aside:
         write_weights(stock, aside, max_shard_size)
         write_json(aside / 'config.json', config_json(stock, ends))
         write_json(aside / 'generation_config.json', dict(_from_model_config=True, **generation))
         if tokenizer is not None:
             for file in tokenizer.files:
-                shutil.copyfile(file, aside / file.name)
+                copy_file(file, aside / file.name)
+        share(aside)
 
 
 def tokenizer_in(name: str | Path) -> HFTokenizer:
@@ -336,40 +334,21 @@ def deepseek_entries(config: MLAConfig) -> dict:
 # writing
 
 
-@contextmanager
-def writing_folder(folder: Path) -> Iterator[Path]:
-    """
-    Yield a folder that becomes `folder` at the end of the `with`: all of it or nothing.
-
-    UserError when it cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    aside = folder.with_name(f'{folder.name}.{os.getpid()}.partial')
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        # safetensors writes for the owner alone: whoever may enter the folder may read its files.
-        mode = 0o666 & (aside.stat().st_mode | 0o600)
-        for file in aside.iterdir():
-            file.chmod(mode)
-            with open(file, 'rb') as opened:
-                os.fsync(opened.fileno())
-        os.rename(aside, folder)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, 'strerror', None) or error
-        raise UserError(f'cannot write {folder}: {why}; nothing is left of it') from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # it is gone where all went well
+def share(folder: Path) -> None:
+    """Let whoever may enter a folder read its files: safetensors writes for the owner alone."""
+    mode = 0o666 & (folder.stat().st_mode | 0o600)
+    for file in folder.iterdir():
+        file.chmod(mode)
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + '\n')
+    write_file(path, json.dumps(content, indent=2) + '\n')
 
 
 def write_weights(stock: StockModel, folder: Path, max_shard_size: int) -> None:
     """Write the weights as safetensors, file by file: only one of them is in memory twice."""
     from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     table = layout(stock.architecture, stock.config)
@@ -384,7 +363,10 @@ def write_weights(stock: StockModel, folder: Path, max_shard_size: int) -> None:
         for name in names:
             ours, rows = table[name]
             tensors[name] = stock.params[ours].detach()[rows].cpu().contiguous()
-        save_file(tensors, folder / file, metadata=dict(format='pt'))
+        try:
+            save_file(tensors, folder / file, metadata=dict(format='pt'))
+        except SafetensorError as error:
+            raise UserError(f'cannot write {folder / file}: {error}') from None
     if split.is_sharded:
         index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
         write_json(folder / 'model.safetensors.index.json', index)

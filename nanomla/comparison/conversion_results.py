@@ -17,7 +17,7 @@ import torch
 from nanomla.core import figures
 from nanomla.core.configurator import UserError
 from nanomla.core.devices import commit, describe
-from nanomla.core.files import read_jsonl, writing
+from nanomla.core.files import appending, read_jsonl, writing
 
 MHA2MLA = dict(rope='2-norm', rope_heads='own', low_rank='joint')  # Ji et al. 2025
 DEFAULT = dict(rope='turn', rope_heads='shared', low_rank='balanced')
@@ -105,10 +105,8 @@ class StudyResults:
             torch=torch.__version__,
         )
         file = self.files[0]
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, 'a', encoding='utf-8') as opened:
-                opened.write(json.dumps(row) + '\n')
+        with writing(file), appending(file) as opened:
+            opened.write(json.dumps(row) + '\n')
         self.rows[row_key(row)] = row
         print(row_line(row), flush=True)
 

@@ -17,15 +17,19 @@ from model import GPT
 from nanomla.checkpoints.load import load_model
 from nanomla.comparison.contenders import ComparisonQueue, Contender, control_of
 from nanomla.comparison.runs import Run
+from nanomla.core.checks import TEXT, check_entries, number
 from nanomla.core.configurator import UserError
 from nanomla.core.devices import describe, pick_dtype
 from nanomla.core.figures import read_log
-from nanomla.core.files import jsonl, write_file
+from nanomla.core.files import jsonl, read_json, write_file
 from nanomla.core.timing import synchronize
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate
 
+MEASURED = dict(  # of a decode.json
+    tok_per_s=number() | None, sample=TEXT | None, device=TEXT, dtype=TEXT
+)
 CURVE_POINTS = 50  # training losses of a run that are kept
 
 # -------------------------------------------------------------------------------------------------
@@ -89,8 +93,15 @@ def read_measured(path: Path, settings: DecodeSettings) -> dict | None:
     """Return an earlier measurement with the same settings."""
     if not path.exists():
         return None
-    measured = json.loads(path.read_text())
-    return measured if asdict(settings).items() <= measured.items() else None
+    try:
+        measured = read_json(path)
+        check_entries(measured, MEASURED, needed=MEASURED)
+    except (OSError, ValueError):
+        return None  # it is measured again
+    for name, value in asdict(settings).items():
+        if measured.get(name) != value:
+            return None
+    return measured
 
 
 def decode_seconds(
@@ -147,7 +158,7 @@ def run_line(run: Run) -> dict:
     )
     if run.outcome == 'failed':
         return line | dict(error=run.error())
-    line['shared'] = json.loads((run.folder / 'run.json').read_text())['shared']
+    line['shared'] = run.facts().get('shared', False)
     settings, events = read_log(run.folder / 'log.jsonl')
     evals = {event['step']: event['val_loss'] for event in events if event['event'] == 'eval'}
     losses = {event['step']: event['loss'] for event in events if event['event'] == 'train'}

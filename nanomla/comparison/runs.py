@@ -25,11 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanomla.comparison.workers import TrainProcess, TrainWorker
+from nanomla.core.checks import TEXT, check_entries, list_of
 from nanomla.core.configurator import UserError
-from nanomla.core.files import FolderLock, lock, write_file
+from nanomla.core.files import FolderLock, lock, read_json, write_file
 from nanomla.training.launch import STOPPED, failure_reason, last_output
 from nanomla.training.run.folder import failed_in_use, folder_in_use
 
+FACTS = dict(words=list_of(TEXT))  # what run.json must have
 RUN_LOCK = 'run.lock'
 RESTARTS = 2  # so often a run goes on after a signal killed its process, or its device failed
 DEVICE_FAILED = 'CUDA error:'  # whatever the process asks of the device from then on fails, too
@@ -121,6 +123,16 @@ class Run:
         )
         write_file(self.folder / 'run.json', json.dumps(about))
 
+    def facts(self) -> dict:
+        """Return run.json. UserError where it is missing or damaged."""
+        path = self.folder / 'run.json'
+        try:
+            facts = read_json(path)
+            check_entries(facts, FACTS, needed=FACTS)
+        except (OSError, ValueError) as error:
+            raise UserError(f'{path} cannot be used ({error}): remove that folder') from None
+        return facts
+
     def changed_words(self, words: list[str], ignore=()) -> list[str]:
         """
         Return the arguments in which `words` and the run in the folder differ.
@@ -129,8 +141,8 @@ class Run:
         and does not say of what.
         """
         try:
-            earlier = json.loads((self.folder / 'run.json').read_text())['words']
-        except (OSError, ValueError, KeyError):
+            earlier = self.facts()['words']
+        except UserError:
             if self.last_event().get('event') == 'end':
                 raise UserError(
                     f'{self.folder} holds a complete run but no run.json that says of what: '

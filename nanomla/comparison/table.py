@@ -17,10 +17,62 @@ import statistics
 import textwrap
 from dataclasses import dataclass
 
+from nanomla.core.checks import (
+    ANYTHING,
+    FLAG,
+    TABLE,
+    TEXT,
+    check_entries,
+    list_of,
+    number,
+    shortened,
+    table_of,
+    whole,
+)
 from nanomla.core.configurator import UserError
 from nanomla.core.files import read_jsonl, text_table
 
 TEXT_WIDTH = 110  # letters in a line below the table
+
+# What the lines of a results.jsonl may hold, and what each must.
+HEAD = dict(
+    control=TEXT,
+    title=TEXT,
+    source=TEXT,
+    seeds=list_of(whole()),
+    steps=whole(least=1),
+    tokens_per_step=whole(least=1),
+    tune_seed=whole(),
+    commit=TEXT,
+    device=TEXT,
+    dtype=TEXT,
+    torch=TEXT,
+    date=TEXT,
+)
+HEAD_MAY_HAVE = dict(tune_steps=whole(least=0), remark=TEXT | None)
+CONTENDER = dict(name=TEXT, label=TEXT, kind=TEXT)
+CONTENDER_MAY_HAVE = dict(
+    params=whole(least=0) | None,
+    params_ratio=number() | None,
+    cache_bytes=number(least=0) | None,
+    error=TEXT | None,
+    differs=TABLE | None,
+    grid=table_of(list_of(ANYTHING)) | None,
+    tuned=TABLE | None,
+    at_edge=FLAG,
+    decode=TABLE | None,
+)
+DECODE_MAY_HAVE = dict(tok_per_s=number() | None, sample=TEXT | None)
+DECODE = dict(batch=whole(), tokens=whole(), repeats=whole(), device=TEXT, dtype=TEXT)
+RUN = dict(contender=TEXT, role=TEXT, seed=whole(), tuned=TABLE, shared=FLAG)
+RUN_MAY_HAVE = dict(error=TEXT)
+SCORED_RUN = dict(
+    val_loss=number(),
+    tok_per_s=number() | None,
+    peak_memory=number() | None,
+    eval_steps=list_of(whole(least=0)),
+    eval_losses=list_of(number()),
+)
 
 # -------------------------------------------------------------------------------------------------
 # numbers
@@ -126,9 +178,38 @@ def read(path: str | os.PathLike) -> Results:
         ) from None
     if not lines or lines[0].get('event') != 'comparison':
         raise UserError(f'{path} holds no comparison: name the results.jsonl that compare.py wrote')
+    try:
+        check_lines(lines)
+    except ValueError as error:
+        raise UserError(
+            f'{path} is damaged or no results.jsonl ({error}): run compare.py again, '
+            'which writes it from the runs'
+        ) from None
     contenders = {line['name']: line for line in lines if line.get('event') == 'contender'}
     runs = [line for line in lines if line.get('event') == 'run']
     return Results(lines[0], contenders, runs)
+
+
+def check_lines(lines: list[dict]) -> None:
+    """Raise a ValueError unless the lines of a results.jsonl hold what is read from them."""
+    head = lines[0]
+    check_entries(head, HEAD | HEAD_MAY_HAVE, needed=HEAD)
+    names = set()
+    for line in lines[1:]:
+        if line.get('event') == 'contender':
+            check_entries(line, CONTENDER | CONTENDER_MAY_HAVE, needed=CONTENDER)
+            names.add(line['name'])
+            decode = line.get('decode') or {}
+            needed = DECODE if decode.get('tok_per_s') else ()
+            check_entries(decode, DECODE | DECODE_MAY_HAVE, needed)
+        elif line.get('event') == 'run':
+            check_entries(line, RUN | RUN_MAY_HAVE, needed=RUN)
+            if 'val_loss' in line:
+                check_entries(line, SCORED_RUN, needed=SCORED_RUN)
+                if len(line['eval_steps']) != len(line['eval_losses']):
+                    raise ValueError('eval_steps and eval_losses differ in length')
+    if head['control'] not in names:
+        raise ValueError(f'it has no line of the control, {shortened(head["control"])}')
 
 
 def rows(results: Results) -> list[dict]:

@@ -7,14 +7,23 @@ came out of codes). A row of the table is a model and cache format with all its 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from nanomla.core import figures
-from nanomla.core.files import csv_table, text_table, write_file
+from nanomla.core.checks import (
+    TABLE,
+    TEXT,
+    check_entries,
+    list_of,
+    number,
+    shortened,
+    table_of,
+    whole,
+)
+from nanomla.core.files import appending, csv_table, parse_json, text_table, write_file
 from nanomla.evals import retrieval
 
 # The metrics that stand for a task of the harness, the first that it has. {task}: of several tasks,
@@ -26,6 +35,23 @@ DASHES = ('-', '--', ':', '-.')
 LEFT = ('model', 'kind', 'dtype', 'cache')  # columns of words
 WHOLE = ('bytes_per_token', 'window_bytes', 'context')  # columns of whole numbers
 MOST_PANELS = 6
+
+RECORD = dict(  # what a record must have
+    key=TEXT,
+    model=TEXT,
+    kind=TEXT,
+    params=whole(least=0),
+    dtype=TEXT,
+    cache=TEXT,
+    cache_bytes=table_of(number() | None),
+    dequantised=number() | None,
+    task=TEXT,
+    result=TABLE,
+    commit=TEXT,
+    device=TEXT,
+)
+RETRIEVAL = dict(cells=list_of(TABLE), pairwise=number())
+CELL = dict.fromkeys(('length', 'depth', *retrieval.METRICS), number())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -40,24 +66,37 @@ def read(path: str | Path) -> dict[str, dict]:
     records = {}
     if not Path(path).exists():
         return records
-    for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
+    for line in Path(path).read_bytes().split(b'\n'):
         try:
-            record = json.loads(line)
-            records[record['key']] = record
-        except (ValueError, KeyError, TypeError):
+            record = parse_json(line)
+            check_record(record)
+        except ValueError:
             continue
+        records[record['key']] = record
     return records
 
 
+def check_record(record: object) -> None:
+    """Raise a ValueError unless `record` has what the table and the pictures read."""
+    check_entries(record, RECORD, needed=RECORD)
+    cache = record['cache'].split()
+    if len(cache) < 2 and cache != ['none']:
+        raise ValueError(f'cache is {shortened(record["cache"])}')
+    result = record['result']
+    if record['task'] == 'perplexity':
+        check_entries(result, dict(perplexity=number()), needed=['perplexity'])
+    elif 'cells' in result:
+        check_entries(result, RETRIEVAL, needed=RETRIEVAL)
+        for cell in result['cells']:
+            check_entries(cell, CELL, needed=CELL)
+    else:
+        check_entries(result, dict(metrics=table_of(number())), needed=['metrics'])
+
+
 def add(path: str | Path, record: dict) -> None:
-    """Append a record, on a line of its own also where a kill left an unfinished one."""
-    line = json.dumps(record).encode() + b'\n'
-    with open(path, 'a+b') as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b'\n':
-                line = b'\n' + line
-        file.write(line)
+    """Append a record; an unfinished line that a kill has left is removed."""
+    with appending(path) as file:
+        file.write(json.dumps(record) + '\n')
 
 
 def nothing_quantised(record: dict) -> bool:

@@ -11,7 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_results import made_up
 
-from nanomla.comparison.table import front, interval, read, report, rows, t_quantile, table
+from nanomla.comparison.table import (
+    CONTENDER,
+    HEAD,
+    RUN,
+    SCORED_RUN,
+    front,
+    interval,
+    read,
+    report,
+    rows,
+    t_quantile,
+    table,
+)
+from nanomla.core.configurator import UserError
+from nanomla.core.files import jsonl
 
 LOGS = ROOT / 'assets' / 'logs'
 
@@ -222,3 +236,65 @@ def test_losses_of_the_screening_on_books_are_those_of_its_log():
             percent = float(re.search(r'([+]\d\.\d\d) %', line)[1])
             least = min(float(loss) for _, loss in tried)
             assert abs(percent - 100 * (least / best - 1)) < 0.011
+
+
+# -------------------------------------------------------------------------------------------------
+# files of another form
+
+
+def lines_of(results):
+    contenders = [dict(event='contender') | about for about in results.contenders.values()]
+    return [results.head, *contenders, *results.runs]
+
+
+DAMAGES = [
+    (0, dict(seeds='123')),
+    (0, dict(seeds=['1'])),
+    (0, dict(control='gone')),
+    (0, dict(control=['mha'])),
+    (0, dict(steps='many')),
+    (0, dict(title=None)),
+    (1, dict(label=5)),
+    (1, dict(params='many')),
+    (1, dict(cache_bytes=[512])),
+    (1, dict(grid=dict(lr=1))),
+    (1, dict(tuned='x')),
+    (1, dict(decode=[1])),
+    (1, dict(decode=dict(tok_per_s=5.0))),
+    (1, dict(decode=dict(sample=['a']))),
+    (3, dict(seed='1')),
+    (3, dict(contender=['mha'])),
+    (3, dict(val_loss='low')),
+    (3, dict(eval_steps=7)),
+    (3, dict(eval_steps=[1])),
+    (3, dict(eval_losses=['a', 'b'])),
+    (3, dict(tok_per_s='fast')),
+    (3, dict(shared='no')),
+    (3, dict(error=5)),
+]
+
+
+@pytest.mark.parametrize('number, change', DAMAGES, ids=str)
+def test_a_results_file_with_wrong_types_is_one_line(number, change, tmp_path):
+    lines = lines_of(made_up(dict(mha=[1.0, 1.1, 1.2], mla=[0.9, 1.0, 1.1])))
+    path = tmp_path / 'results.jsonl'
+    path.write_text(jsonl(lines))
+    assert set(read(path).contenders) == {'mha', 'mla'}
+    lines[number] = lines[number] | change
+    path.write_text(jsonl(lines))
+    with pytest.raises(UserError, match='results.jsonl is damaged') as error:
+        read(path)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'number, needed', [(0, HEAD), (1, CONTENDER), (2, RUN | SCORED_RUN)], ids=str
+)
+def test_an_entry_that_is_missing_is_named(number, needed, tmp_path):
+    lines = lines_of(made_up(dict(mha=[1.0, 1.1, 1.2])))
+    path = tmp_path / 'results.jsonl'
+    for name in set(needed) - {'val_loss'}:
+        left = {key: value for key, value in lines[number].items() if key != name}
+        path.write_text(jsonl([*lines[:number], left, *lines[number + 1 :]]))
+        with pytest.raises(UserError, match=f"no entry '{name}'"):
+            read(path)

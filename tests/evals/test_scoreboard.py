@@ -53,17 +53,46 @@ def test_a_task_without_a_metric_is_in_the_table():
     assert 'x no metric' in row
 
 
+def keyed(key, n=0):
+    """Return a record as it stands in the file of results."""
+    return record('perplexity', perplexity=9.0) | dict(key=key, n=n, commit='abc', device='CPU')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(key=5),
+        dict(task=None),
+        dict(result=7),
+        dict(result=dict(perplexity='low')),
+        dict(task='needle', result=dict(cells=[7], pairwise=1.0)),
+        dict(task='needle', result=dict(cells=[dict(length=8)], pairwise=1.0)),
+        dict(task='piqa', result=dict(metrics=dict(acc='high'))),
+        dict(cache=''),
+        dict(cache_bytes=[1]),
+        dict(params='many'),
+        dict(commit=['abc']),
+    ],
+    ids=str,
+)
+def test_a_record_of_another_form_is_measured_again(change, tmp_path):
+    path = tmp_path / 'results.jsonl'
+    path.write_text(json.dumps(keyed('a') | change) + '\n' + json.dumps(keyed('b')) + '\n[1]\n7\n')
+    assert list(scoreboard.read(path)) == ['b']
+
+
 def test_the_later_of_two_results_counts_and_half_a_line_does_not(tmp_path):
     path = tmp_path / 'results.jsonl'
     assert scoreboard.read(path) == {}
-    scoreboard.add(path, dict(key='a', n=1))
+    first, second, third = (keyed(key, n) for key, n in (('a', 1), ('a', 2), ('c', 3)))
+    scoreboard.add(path, first)
     with open(path, 'a') as file:
         file.write('{"key": "b", "n')
-    scoreboard.add(path, dict(key='a', n=2))
-    scoreboard.add(path, dict(key='c', n=3))
-    assert scoreboard.read(path) == {'a': dict(key='a', n=2), 'c': dict(key='c', n=3)}
+    scoreboard.add(path, second)
+    scoreboard.add(path, third)
+    assert scoreboard.read(path) == dict(a=second, c=third)
     lines = path.read_text().splitlines()
-    assert [json.loads(lines[i])['n'] for i in (0, 2, 3)] == [1, 2, 3]
+    assert [json.loads(lines[i])['n'] for i in (0, 1, 2)] == [1, 2, 3]
 
 
 def test_formats_that_lie_on_each_other_share_a_name():
