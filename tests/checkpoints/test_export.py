@@ -137,7 +137,7 @@ def test_nothing_half_written(tiny, tmp_path, monkeypatch):
     model, folder = tiny(**LLAMA), tmp_path / 'out'
     with monkeypatch.context() as patched:
         patched.setattr(os, 'fsync', full_disk)
-        refused(export, model, folder, match='cannot write .*: No space left')
+        refused(export, model, folder, match='cannot write .*: no space left')
     with monkeypatch.context() as patched:
         patched.setattr(safetensors.torch, 'save_file', interrupt)
         with pytest.raises(KeyboardInterrupt):
