@@ -501,10 +501,10 @@ def run_cells(grid: Grid, missing: list[str]) -> None:
 
 def print_results(grid: Grid) -> None:
     """Write and print the table. Exit code 1 when a cell failed."""
-    from nanomla.adapters.report import markdown_table
+    from nanomla.adapters.report import terminal_table
 
     rows = grid.write_results()
-    print(markdown_table(rows))
+    print(terminal_table(rows))
     print(f'{grid.out}/results.json, results.csv, results.md and results.png')
     failed = [row for row in rows if row['status'] == 'failed']
     if failed:

@@ -312,6 +312,16 @@ def test_the_table_holds_every_row(tmp_path):
     assert (folder / 'results.png').stat().st_size > 10000
 
 
+def test_the_printed_table_fits_a_terminal_and_gives_the_reasons_below_it():
+    reason = 'there is no kernel for this ' * 8
+    rows = [table_row('lora/sdpa'), missing_row('lora/cudnn', 'n/a', reason.strip())]
+    text = report.terminal_table(report.with_speedups(rows))
+    assert max(map(len, text.splitlines())) <= 120
+    assert f'lora cudnn: n/a: {reason.strip()}' in ' '.join(text.split())
+    for heading in report.HEADINGS:
+        assert heading in text
+
+
 def test_a_ratio_is_between_models_that_train_the_same_parameters():
     peer = table_row('lora/sdpa/peer', 100.0, trainable_parameters=700)
     ours, theirs = report.with_speedups([table_row('lora/sdpa'), peer])

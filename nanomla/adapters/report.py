@@ -5,12 +5,13 @@ A row is a dict of cell.measure_or_reason with the cell's name and settings.
 """
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanomla.core import figures
 from nanomla.core.checks import FLAG, TABLE, TEXT, check_entries, number, one_of, whole
-from nanomla.core.files import csv_table, write_file
+from nanomla.core.files import TABLE_WIDTH, csv_table, text_table, write_file
 
 COLUMNS = (  # heading, key of a row, format
     ('train tok/s', 'train_tok_per_s', ',.0f'),
@@ -110,9 +111,24 @@ def with_speedups(rows: Sequence[dict]) -> list[dict]:
 # the table
 
 
+HEADINGS = ['adapter', 'kernel', 'ran', *(heading for heading, _, _ in COLUMNS)]
+
+
+def terminal_table(rows: Sequence[dict]) -> str:
+    """Return the table for a terminal, and below it why cells could not run."""
+    lines, reasons = [], []
+    for row in rows:
+        cells = [row['adapter'], label(row), *table_cells(row)]
+        if row['status'] != 'ok':
+            reasons += textwrap.wrap(f'{" ".join(cells[:2])}: {cells[2]}', TABLE_WIDTH)
+            cells[2] = row['status']
+        lines.append(dict(zip(HEADINGS, cells)))
+    table = text_table(lines, names=HEADINGS[:2], left=HEADINGS[2:3])
+    return '\n'.join([table, *reasons])
+
+
 def markdown_table(rows: Sequence[dict]) -> str:
-    headings = ['adapter', 'kernel', 'ran', *(heading for heading, _, _ in COLUMNS)]
-    lines = [table_line(headings), '|' + '---|' * len(headings)]
+    lines = [table_line(HEADINGS), '|' + '---|' * len(HEADINGS)]
     for row in rows:
         lines.append(table_line([row['adapter'], label(row), *table_cells(row)]))
     return '\n'.join(lines) + '\n'
