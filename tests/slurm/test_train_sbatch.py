@@ -2,7 +2,7 @@
 slurm/train.sbatch without SLURM: shims stand in for its commands and for torchrun.
 
 A train.py without torch keeps train.py's promise: when one of its processes gets SIGUSR1 they all
-end with exit code 0, after the first has saved last.pt and logged that it was stopped.
+end with exit code 75, after the first has saved last.pt and logged that it was stopped.
 """
 
 import json
@@ -49,6 +49,8 @@ for pid in pids:
 import os, sys
 if sys.argv[1:3] == ['show', 'hostnames']:
     print('\\n'.join(f'node{n:02d}' for n in range(int(os.environ['SLURM_JOB_NUM_NODES']))))
+elif sys.argv[1:] == ['show', 'node', 'node00']:
+    print('NodeName=node00 Arch=x86_64\\n   NodeAddr=10.1.2.3 NodeHostName=node00 Version=23')
 else:
     open('scontrol', 'a').write(' '.join(sys.argv[1:]))
 """,
@@ -68,13 +70,15 @@ for rank in range(n):
     environment = os.environ | dict(LOCAL_RANK=str(rank))
     command = ['python', *sys.argv[at:]]
     workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
-sys.exit(max(abs(worker.wait()) for worker in workers))
+sys.exit(1 if any([worker.wait() for worker in workers]) else 0)  # whatever their codes
 """,
 )
 
 TRAIN = """
 out_dir = 'out'
-init_from = 'scratch'  # scratch | resume
+init_from = 'scratch'  # scratch | auto | resume | gpt2
+batch_size = 4
+gradient_accumulation_steps = 2
 ends = 'when asked'  # when asked | soon | badly | complete (in the moment it is asked)
 
 from nanomla.core.configurator import configure
@@ -103,6 +107,9 @@ if name == '00':
     why = 'stopped by a signal' if stopped else 'max_iters reached'
     end = dict(event='end', step=7, why=why, best_val_loss=1.5)
     open(out_dir + '/log.jsonl', 'a').write(json.dumps(end) + chr(10))
+if os.path.exists('stop') and ends != 'complete':
+    time.sleep(0.2)  # until the first has saved
+    sys.exit(75)
 """
 
 
@@ -118,12 +125,11 @@ def job(tmp_path):
     commands.mkdir()
     for name, source in SHIMS.items():
         (commands / name).write_text(f'#!{sys.executable} -SE\n{source}')
-    (commands / 'python').write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    (commands / 'python').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     for command in commands.iterdir():
         command.chmod(0o755)
     (tmp_path / 'train.py').write_text(TRAIN)
-    (tmp_path / 'nanomla' / 'core').mkdir(parents=True)
-    shutil.copy(ROOT / 'nanomla' / 'core' / 'configurator.py', tmp_path / 'nanomla' / 'core')
+    (tmp_path / 'nanomla').symlink_to(ROOT / 'nanomla')
 
     def start(*arguments, nodes=1, cwd=tmp_path, **environment):
         slurm = dict(
@@ -174,41 +180,75 @@ def test_when_the_time_is_up_it_saves_and_goes_back_into_the_queue(nodes, tracki
     assert 'runs/x/last.pt is saved' in out.splitlines()[-1]
 
 
-def test_the_nodes_meet_at_the_first_one(job, tmp_path):
-    assert wait_for_end(job('--ends=soon', nodes=3))[0] == 0
+@pytest.mark.parametrize('nodes, meeting', [(1, '127.0.0.1'), (3, '10.1.2.3')])
+def test_the_nodes_meet_at_an_address_of_the_first_one(nodes, meeting, job, tmp_path):
+    """Node names need not resolve: one node needs none, of several SLURM knows the address."""
+    process = job('--ends=soon', '--gradient_accumulation_steps=6', nodes=nodes)
+    assert wait_for_end(process)[0] == 0
     options = '--ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1'
     assert (tmp_path / 'srun').read_text() == options
-    calls = [(tmp_path / f'torchrun.{node}').read_text().split() for node in range(3)]
+    calls = [(tmp_path / f'torchrun.{node}').read_text().split() for node in range(nodes)]
     for node, call in enumerate(calls):
         assert f'--rdzv_conf=is_host={"true" if node == 0 else "false"}' in call
         assert {
-            '--nnodes=3',
+            f'--nnodes={nodes}',
             '--nproc_per_node=2',
             '--rdzv_backend=c10d',
-            '--rdzv_endpoint=node00:24711',
+            f'--rdzv_endpoint={meeting}:24711',
             '--rdzv_id=4711',
         } < set(call)
     assert not (tmp_path / 'scontrol').exists()  # it came to its end by itself
 
 
-@pytest.mark.parametrize(
-    'restarts, saved, resumes', [('0', True, False), ('1', False, False), ('1', True, True)]
-)
-def test_a_restarted_job_resumes_what_is_there(restarts, saved, resumes, job, tmp_path):
+def test_an_address_can_be_given(job, tmp_path):
+    process = job('--ends=soon', nodes=2, MASTER_ADDR='127.0.0.9')
+    assert wait_for_end(process)[0] == 0
+    call = (tmp_path / 'torchrun.1').read_text().split()
+    # the second is the one by which this node reaches the first
+    assert '--rdzv_endpoint=127.0.0.9:24711' in call and '--local_addr=127.0.0.1' in call
+
+
+def saved_run(folder, **settings):
+    """A folder in which a job has saved a run."""
+    folder.mkdir()
+    (folder / 'last.pt').touch()
+    line = dict(event='settings', config=settings) if settings else dict(event='end', why='failed')
+    (folder / 'log.jsonl').write_text(json.dumps(line) + '\n')
+
+
+@pytest.mark.parametrize('saved', [False, True])
+@pytest.mark.parametrize('restarts', ['', '0', '1'])
+def test_the_same_command_again_goes_on_with_what_is_there(restarts, saved, job, tmp_path):
     (tmp_path / 'own.py').write_text("out_dir = 'of the config'\n")
     if saved:
-        (tmp_path / 'of the config').mkdir()
-        (tmp_path / 'of the config' / 'last.pt').touch()
-    code, out, err = wait_for_end(
-        job('own.py', '--init_from=gpt2', '--ends=soon', SLURM_RESTART_COUNT=restarts)
-    )
+        saved_run(tmp_path / 'of the config')
+    code, out, err = wait_for_end(job('own.py', '--ends=soon', SLURM_RESTART_COUNT=restarts))
     assert (code, err) == (0, '')
-    command = 'train.py own.py --init_from=gpt2 --ends=soon'
-    if resumes:
-        command += ' --init_from=resume'
-    assert out.splitlines()[0].endswith(command)
-    log = json.loads((tmp_path / 'of the config' / 'log.jsonl').read_text())
-    assert log['why'] == 'max_iters reached'
+    assert out.splitlines()[0].endswith('train.py --init_from=auto own.py --ends=soon')
+
+
+def test_a_run_of_another_model_is_not_begun_twice_in_a_folder(job, tmp_path):
+    saved_run(tmp_path / 'out')
+    code, out, err = wait_for_end(job('--init_from=gpt2', '--ends=soon'))
+    assert code == 2 and err == (
+        'error: --out_dir=out holds a run already: go on with it by --init_from=resume, or name '
+        'another folder to begin from gpt2 again\n'
+    )
+    assert not (tmp_path / 'srun').exists()
+    # Put back into the queue, it is the same job: train.py goes on with what that has saved.
+    process = job('--init_from=gpt2', '--ends=soon', SLURM_RESTART_COUNT='1')
+    assert wait_for_end(process)[0] == 0
+
+
+def test_a_batch_that_cannot_be_shared_is_told_before_anything_starts(job, tmp_path):
+    code, out, err = wait_for_end(job('--ends=soon', nodes=3))
+    assert code == 2 and not (tmp_path / 'srun').exists()
+    assert err == (
+        'error: 6 processes cannot share a step of 8 sequences '
+        '(batch_size=4 x gradient_accumulation_steps=2): make it a multiple\n'
+    )
+    saved_run(tmp_path / 'out', batch_size=6)  # which the run goes on with
+    assert wait_for_end(job('--ends=soon', nodes=3))[0] == 0
 
 
 def test_a_run_that_completes_in_the_last_minutes_stays_ended(job, tmp_path):
