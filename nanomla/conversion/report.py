@@ -1,5 +1,6 @@
 """The report of a conversion: bytes of a token and perplexity of each step, printed and drawn."""
 
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from model import GPT
 from nanomla.conversion.calibration import bytes_per_token, perplexity
 from nanomla.conversion.settings import ConversionSettings
 from nanomla.core import figures
+from nanomla.core.files import TABLE_WIDTH
 
 
 @dataclass
@@ -77,7 +79,9 @@ def print_report(report: Report) -> None:
         if report.text:
             line += f'{row.perplexity:13.4f}'
         print(line)
-    print('energy of keys and values that is kept: ' + ', '.join(layer_energies(report)))
+    energies = ', '.join(layer_energies(report))
+    text = f'energy of keys and values that is kept: {energies}'
+    print(textwrap.fill(text, TABLE_WIDTH, subsequent_indent='  '))
 
 
 def layer_energies(report: Report) -> list[str]:
