@@ -7,7 +7,7 @@ Train contenders on the same batches with the same seeds, and report what each c
     sbatch --array=0-7 slurm/compare.sbatch config/compare_124m.py
 
 Every run is an ordinary train.py run in out_dir/CONTENDER/; started again, a comparison goes on
-where it was. It leaves out_dir/results.jsonl, which holds all that is shown, compare.md,
+where it was. It writes out_dir/results.jsonl, which holds all that is shown, compare.md,
 compare.json, compare.png and compare_front.png. The settings of train.py are those of all
 contenders; a config file may hold them, too.
 """

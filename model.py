@@ -672,7 +672,7 @@ class GPT(nn.Module):
         return self.flops_per_token(self.config.block_size) * tokens_per_second / peak
 
     def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Return the bytes that one token leaves in the caches of all layers (bf16 by default)."""
+        """Return the bytes that one token takes in the caches of all layers (bf16 by default)."""
         return bytes_per_element * sum(
             sum(b.attn.cache_dims().values()) for b in self.transformer.h
         )

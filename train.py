@@ -5,7 +5,7 @@ Train a GPT-2, Llama-like or MLA model from scratch, or go on training one.
     python train.py config/train_gpt2.py --batch_size=32 --compile=False
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_mla.py
 
-A run leaves out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.jsonl and curve.png.
+A run writes out_dir/ckpt.pt (its best weights), last.pt (to resume from), log.jsonl and curve.png.
 --init_from=auto resumes where there is a last.pt. What an earlier run has left in out_dir moves to
 out_dir/previous when a new one begins.
 """

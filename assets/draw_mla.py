@@ -1,5 +1,5 @@
 """
-Draw assets/mla.png, the README's diagram: what MHA, GQA, MQA and MLA leave in the cache.
+Draw assets/mla.png, the README's diagram: what MHA, GQA, MQA and MLA cache.
 
     python assets/draw_mla.py
 

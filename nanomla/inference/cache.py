@@ -294,7 +294,7 @@ class CacheLayer(Context):
         return attention.attend(q, k, v, mask)
 
     def write(self, **new) -> None:
-        """Write what new tokens leave behind, name=(B, T, C)."""
+        """Write what new tokens cache, name=(B, T, C)."""
         self.check_names(new)
         cache, current = self.cache, self.cache.current
         if cache.kernel == 'triton' and self.reads_in_place(current.T):

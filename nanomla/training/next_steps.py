@@ -47,7 +47,7 @@ def print_after_training(settings: Mapping, model: 'GPT') -> None:
     """Print the next commands of a finished run. settings: train.py's."""
     out = settings['out_dir']
     sample = ['sample.py', f'--out_dir={out}']
-    evaluate = ['eval.py', f'--models={out}', '--cache_dtype=auto,int8,int4', '--max_tokens=10000']
+    evaluate = ['eval.py', f'--models={out}', '--cache_dtype=auto,int8,int4', '--window=0']
     if settings['keep_checkpoints']:
         last = ['find_induction_heads.py', f'--sweep={out}']
     elif is_convertible(model):
