@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,85 @@ def test_an_interrupt_that_is_ignored_stays_ignored():
     devices.Signals().ignore()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+
+
+def test_the_end_of_a_terminal_stops_a_run_unless_it_is_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signals = devices.Signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert signals.name == 'SIGHUP'
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    signals = devices.Signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert signals.name == ''
+
+
+class Ranks:
+    """Two processes of a run in this one: their clock, their signals and their votes."""
+
+    def __init__(self, monkeypatch, step_seconds):
+        self.now, self.step_seconds = 100.0, step_seconds
+        monkeypatch.setattr(devices.time, 'monotonic', lambda: self.now)
+        monkeypatch.setattr(devices.torch.distributed, 'get_backend', lambda: 'gloo')
+        monkeypatch.setattr(devices.torch.distributed, 'all_reduce', self.all_reduce)
+        self.signals = [SimpleNamespace(name=''), SimpleNamespace(name='')]
+        self.votes = [devices.StopVote(signals, world=2) for signals in self.signals]
+
+    def all_reduce(self, both):
+        """Add the vote of the other, whose steps take as long."""
+        both *= 2
+        both[0] = sum(signals.name != '' for signals in self.signals)
+
+    def run_until_stopped(self, signal_at):
+        """Return when both stopped, after the signal to one that comes at `signal_at`."""
+        step = 0
+        while True:
+            step += 1
+            self.now += self.step_seconds(self.now)
+            if self.now >= signal_at:
+                self.signals[1].name = 'SIGTERM'
+            due = [vote.due(step) for vote in self.votes]
+            assert due[0] == due[1]  # one alone would wait for the other
+            if due[0]:
+                stopping = [vote.take(step) for vote in self.votes]
+                assert stopping[0] == stopping[1]
+                if stopping[0]:
+                    return self.now
+
+
+@pytest.mark.parametrize('seconds', [1e-4, 0.03, 0.7, 4.0, 9.0])
+def test_all_processes_stop_within_seconds_of_a_signal_to_one(seconds, monkeypatch):
+    for signal_at in (100.0, 131.7, 222.2):
+        ranks = Ranks(monkeypatch, lambda now: seconds)
+        assert ranks.run_until_stopped(signal_at) - signal_at <= 10
+        assert [vote.reason for vote in ranks.votes] == ['a signal', 'SIGTERM']
+
+
+def test_steps_that_become_slower_are_followed(monkeypatch):
+    ranks = Ranks(monkeypatch, lambda now: 0.01 * 1.0005 ** (now - 100) * (1.9 if now > 130 else 1))
+    assert ranks.run_until_stopped(131.0) - 131.0 <= 10
+
+
+def test_a_time_limit_is_a_vote_too(monkeypatch):
+    ranks = Ranks(monkeypatch, lambda now: 0.5)
+    ranks.votes[0].deadline = 110.0
+    monkeypatch.setattr(devices.torch.distributed, 'all_reduce', lambda both: both.mul_(2))
+    ranks.now = 111.0
+    assert ranks.votes[0].take(1) and ranks.votes[0].reason == 'max_minutes'
+
+
+def test_one_process_alone_stops_after_the_step():
+    signals = SimpleNamespace(name='')
+    vote = devices.StopVote(signals, world=1)
+    assert not any(vote.due(step) for step in range(100))
+    signals.name = 'SIGUSR1'
+    assert vote.due(100) and vote.take(100) and vote.reason == 'SIGUSR1'
+    late = devices.StopVote(SimpleNamespace(name=''), world=1, deadline=0.0)
+    assert late.due(1) and late.take(1) and late.reason == 'max_minutes'
+
+
+def test_one_process_agrees_with_itself():
+    assert devices.all_agree(('resume', 7), world=1)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,6 +235,26 @@ def test_find_takes_a_path_or_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, 'DATA', tmp_path / 'data')
     assert token_files.find('nothing') == tmp_path / 'data/nothing'
     assert token_files.find(str(make(tmp_path / 'elsewhere'))) == tmp_path / 'elsewhere'
+
+
+def test_of_several_processes_one_prepares_and_the_others_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, 'DATA', tmp_path)
+    folder = tmp_path / 'slow'
+    folder.mkdir()
+    (folder / 'prepare.py').touch()
+    prepared = []
+
+    def prepare(command, env):
+        assert not (folder / 'train.bin').exists()
+        time.sleep(0.2)  # the others come meanwhile
+        prepared.append(command[-1])
+        make(folder)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(token_files.subprocess, 'run', prepare)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(token_files.prepare_if_missing, ['slow'] * 4))
+    assert prepared == [str(folder / 'prepare.py')]
 
 
 def test_prepare_if_missing(tmp_path, monkeypatch, capfd):

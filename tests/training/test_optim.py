@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanomla.core.configurator import UserError
 from nanomla.training.optim import (
     NEWTON_SCHULZ,
     MovingAverage,
     Muon,
     OptimizerSettings,
+    load_moments,
     make_optimizers,
     orthogonalize,
     set_rate,
@@ -360,3 +362,115 @@ def test_what_reads_a_latent_moves_by_a_share_of_the_rate(up, tiny, tokens):
         )
         == 1
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# moments of a resumed run
+
+SETTINGS = OptimizerSettings('adamw', 1e-3, 0.02, 0.1)
+
+
+def trained(model, tokens, settings=SETTINGS, words=('',)):
+    """Optimizers for the parameters of `model` with one of the words in their name, one step on."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(word in name for word in words))
+    made = make_optimizers(model, settings)
+    model(tokens(13), tokens(13).roll(-1)).backward()
+    for optimizer in made:
+        optimizer.step()
+        optimizer.zero_grad()
+    return made
+
+
+def states(made):
+    """Parameter name -> what its optimizer remembers of it."""
+    found = {}
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            for name, p in zip(group['param_names'], group['params']):
+                found[name] = {key: value.clone() for key, value in optimizer.state[p].items()}
+    return found
+
+
+def same_states(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].keys() == other[name].keys()
+        assert all(torch.equal(one[name][key], other[name][key]) for key in one[name]), name
+    return True
+
+
+@pytest.mark.parametrize('named', [True, False], ids=['named', 'of before names'])
+@pytest.mark.parametrize('which', ['adamw', 'muon'])
+def test_moments_are_taken_over_and_options_are_not(which, named, tiny, tokens):
+    model = tiny('mla')
+    settings = OptimizerSettings(which, 1e-3, 0.02, 0.1)
+    made = trained(model, tokens, settings)
+    saved = [optimizer.state_dict() for optimizer in made]
+    if not named:
+        for old in saved:
+            old['param_groups'] = [
+                {k: v for k, v in group.items() if k != 'param_names'}
+                for group in old['param_groups']
+            ]
+    again = make_optimizers(model, OptimizerSettings(which, 5e-3, 0.5, 0.0))
+    load_moments(again, saved, 'last.pt')
+    assert same_states(states(again), states(made))
+    rates = {group['lr'] for optimizer in again for group in optimizer.param_groups}
+    assert rates == ({5e-3, 0.5} if which == 'muon' else {5e-3})
+    model(tokens(13), tokens(13).roll(-1)).backward()
+    before = states(made)
+    for optimizer in again:
+        optimizer.step()
+    assert same_states(states(made), before)  # copies: the file's tensors stay as they were
+
+
+def test_moments_find_their_parameters_in_other_groups(tiny, tokens):
+    """muon_up makes a group of its own of the matrices that read a latent."""
+    model = tiny('mla')
+    made = trained(model, tokens, OptimizerSettings('muon', 1e-3, 0.02, 0.1))
+    again = make_optimizers(model, OptimizerSettings('muon', 1e-3, 0.02, 0.1, up=0.25))
+    assert len(again[1].param_groups) == 2
+    load_moments(again, [optimizer.state_dict() for optimizer in made], 'last.pt')
+    assert same_states(states(again), states(made))
+
+
+@pytest.mark.parametrize('named', [True, False], ids=['named', 'of before names'])
+@pytest.mark.parametrize(
+    'before, now',
+    [
+        (['attn.c_attn'], ['mlp.c_fc']),
+        (['attn.c_attn'], ['attn.c_proj']),
+        (['attn.c_attn'], ['attn.c_attn', 'mlp.c_fc']),
+        (['attn.c_attn', 'mlp.c_fc'], ['mlp.c_fc']),
+        ([''], ['attn']),
+    ],
+)
+def test_other_parameters_are_refused_in_one_line(before, now, named, tiny, tokens):
+    model = tiny()
+    saved = [optimizer.state_dict() for optimizer in trained(model, tokens, words=before)]
+    if not named:
+        for group in saved[0]['param_groups']:
+            del group['param_names']
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(word in name for word in now))
+    made = make_optimizers(model, SETTINGS)
+    with pytest.raises(UserError, match='^last.pt was trained .* --init_from=last.pt$'):
+        load_moments(made, saved, 'last.pt')
+    assert not any(states(made).values())
+
+
+def test_moments_of_another_optimizer_are_refused(tiny, tokens):
+    model = tiny()
+    words = ['attn.c_attn']  # which each of the two trains alone
+    saved = [optimizer.state_dict() for optimizer in trained(model, tokens, words=words)]
+    made = make_optimizers(model, OptimizerSettings('muon', 1e-3, 0.02, 0.1))
+    with pytest.raises(UserError, match='with another optimizer of transformer.h.0.attn.c_attn'):
+        load_moments(made, saved, 'last.pt')
+
+
+def test_a_parameter_that_was_never_moved_has_nothing_to_take_over(tiny):
+    model = tiny()
+    made = make_optimizers(model, SETTINGS)
+    load_moments(made, [optimizer.state_dict() for optimizer in made], 'last.pt')
+    assert not any(states(made).values())
