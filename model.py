@@ -413,6 +413,29 @@ class Attention(nn.Module):
         return reasons[-1].rstrip('.')
 
 
+class CompressedAttention(Attention):
+    """
+    An attention that caches less than keys and values, which are read out of it at every step.
+
+    It brings `query(x, rope)`: q (B, H, T, Dq); `compress(x, rope)`: what `cache_dims` names, each
+    (B, T, width), in that order; and `expand(*compressed)`: k (B, K, T, Dq) and v (B, K, T, Dv).
+    """
+
+    def qkv(self, x, rope):
+        return self.query(x, rope), *self.expand(*self.compress(x, rope).values())
+
+    def forward(self, x, rope, context: Context | None = None):
+        if context is None or not context.is_cache:
+            return super().forward(x, rope, context)
+        compressed, mask = self.compress(x, rope), None
+        if context.fresh:
+            context.write(**compressed)
+            held = compressed.values()
+        else:
+            held, mask = context.append(**compressed)
+        return self.output(self.attend(self.query(x, rope), *self.expand(*held), mask))
+
+
 class MultiHeadAttention(Attention):
     """MHA; GQA and MQA when there are fewer key/value heads than query heads."""
 
