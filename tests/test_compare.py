@@ -638,7 +638,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize('asked, message', MISTAKES, ids=[' '.join(words(m)) for m, _ in MISTAKES])
-def test_what_is_wrong_is_told_in_one_line_before_anything_is_trained(asked, message, capsys):
+def test_what_is_wrong_ends_in_one_line_before_anything_is_trained(asked, message, capsys):
     assert compare(**asked) == 2
     err = capsys.readouterr().err
     assert err.startswith('error: ') and message in err and err.count('\n') == 1, err[-2000:]

@@ -70,7 +70,7 @@ def find(*arguments):
 
 
 @pytest.mark.parametrize('shortest, longest', [(3, 9), (7, 7)])
-def test_every_document_says_its_text_twice(shortest, longest, tmp_path, capsys):
+def test_every_document_has_its_text_twice(shortest, longest, tmp_path, capsys):
     run(
         'data/repeats/prepare.py',
         [

@@ -555,7 +555,7 @@ def test_crop_block_size(pos, tiny, tokens):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
-def test_settings_that_do_not_fit_are_told_in_one_line(model_class, wrong, word):
+def test_settings_that_do_not_fit_end_in_one_line(model_class, wrong, word):
     with pytest.raises(ValueError, match=word) as error:
         model_class.Config(**wrong)
     assert one_line(error)

@@ -100,8 +100,8 @@ def saved(tiny):
 @pytest.fixture
 def sample(monkeypatch, capsys):
     """
-    sample(*arguments) -> what sample.py writes to stdout and stderr, on the CPU; short unless told
-    otherwise.
+    sample(*arguments) -> what sample.py writes to stdout and stderr, on the CPU; short unless
+    short=False.
     """
 
     def run(*arguments, short=True):
@@ -118,16 +118,16 @@ def sample(monkeypatch, capsys):
     return run
 
 
-def says(monkeypatch, *ids, watch=lambda told: None, prompts=None):
+def model_writes(monkeypatch, *ids, watch=lambda written: None, prompts=None):
     """
-    Makes every model say these ids; `watch` is called before each with the number of those told.
+    Make every model write these ids; `watch` is called before each with the number so far.
     """
 
     def generate(model, idx, max_new_tokens, **options):
         if prompts is not None:
             prompts.append(idx.tolist())
-        for told, i in enumerate(ids[:max_new_tokens]):
-            watch(told)
+        for written, i in enumerate(ids[:max_new_tokens]):
+            watch(written)
             yield torch.tensor([i])
         watch(len(ids))
 
@@ -143,8 +143,8 @@ def test_it_writes_the_prompt_and_goes_on(kind, saved, sample):
     model = saved(kind=kind)
     out, err = sample('--start=once', '--temperature=0')
     idx = torch.tensor([[CHARS.index(c) for c in 'once']])
-    told = ''.join(CHARS[token.item()] for token in generate(model, idx, 20, temperature=0))
-    assert out == f'once{told}\n'
+    written = ''.join(CHARS[token.item()] for token in generate(model, idx, 20, temperature=0))
+    assert out == f'once{written}\n'
     assert HELD.fullmatch(err.replace('MLA', 'MHA')) and err.startswith(kind.upper())
 
 
@@ -248,10 +248,10 @@ def test_each_token_is_shown_before_the_next_is_made(terminal, saved, sample, mo
     saved()
     screen, words = Screen(terminal), 'upon a time'
 
-    def watch(told):
-        assert screen.shown[-1] == 'once ' + words[:told]
+    def watch(written):
+        assert screen.shown[-1] == 'once ' + words[:written]
 
-    says(monkeypatch, *map(CHARS.index, words), watch=watch)
+    model_writes(monkeypatch, *map(CHARS.index, words), watch=watch)
     monkeypatch.setattr(sys, 'stdout', screen)
     sample('--start=once ')
     assert screen.shown[-1] == 'once upon a time\n'
@@ -260,16 +260,16 @@ def test_each_token_is_shown_before_the_next_is_made(terminal, saved, sample, mo
 def test_a_character_of_several_tokens_is_never_cut(saved, sample, monkeypatch):
     saved(tokenizer='bytes')
     screen, words = Screen(True), 'naïve €5 😀!'
-    says(monkeypatch, *words.encode())
+    model_writes(monkeypatch, *words.encode())
     monkeypatch.setattr(sys, 'stdout', screen)
     sample('--start=é', '--max_new_tokens=99')
     assert screen.shown[-1] == f'é{words}\n'
     assert all(f'é{words}\n'.startswith(shown) for shown in screen.shown)
 
 
-def test_what_is_no_character_is_told_once(saved, sample, monkeypatch):
+def test_what_is_no_character_is_reported_once(saved, sample, monkeypatch):
     saved(tokenizer='bytes')
-    says(monkeypatch, *b'a\xffb', *'€'.encode()[:2])
+    model_writes(monkeypatch, *b'a\xffb', *'€'.encode()[:2])
     assert (
         sample('--start=x', '--num_samples=2')[0]
         == 'xa\ufffdb\ufffd\n---------------\nxa\ufffdb\ufffd\n'
@@ -278,7 +278,7 @@ def test_what_is_no_character_is_told_once(saved, sample, monkeypatch):
 
 def test_control_codes_do_not_reach_a_terminal(saved, sample, monkeypatch):
     saved(tokenizer='bytes')
-    says(monkeypatch, *b'\x1b[2J\t\x0e\r\n', *'\x9b'.encode())
+    model_writes(monkeypatch, *b'\x1b[2J\t\x0e\r\n', *'\x9b'.encode())
     for terminal, shown in (
         (True, 'x\ufffd[2J\t\ufffd\r\n\ufffd\n'),
         (False, 'x\x1b[2J\t\x0e\r\n\x9b\n'),
@@ -293,18 +293,18 @@ def test_a_terminal_that_lacks_a_character(saved, sample, monkeypatch):
     saved()
     screen = Screen(True, 'ascii')
     monkeypatch.setattr(sys, 'stdout', screen)
-    says(monkeypatch, CHARS.index('é'), 5)
+    model_writes(monkeypatch, CHARS.index('é'), 5)
     sample('--start=é')
     assert screen.shown[-1] == f'??{CHARS[5]}\n'
 
 
 def test_control_c_leaves_a_line_of_its_own(saved, sample, monkeypatch, capsys):
-    def interrupt(told):
-        if told == 3:
+    def interrupt(written):
+        if written == 3:
             raise KeyboardInterrupt
 
     saved()
-    says(monkeypatch, 5, 5, 5, 5, watch=interrupt)
+    model_writes(monkeypatch, 5, 5, 5, 5, watch=interrupt)
     with pytest.raises(KeyboardInterrupt):
         sample('--start=x')
     out, err = capsys.readouterr()
@@ -327,7 +327,7 @@ def test_prompts_from_files_and_standard_input(saved, sample, monkeypatch):
 
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
-def test_a_long_prompt_is_cut_and_that_is_said(kind, saved, sample):
+def test_a_long_prompt_is_cut_and_that_is_reported(kind, saved, sample):
     saved(kind=kind)
     long = 'abcdefgh' * 4
     out, err = sample(f'--start={long}', '--temperature=0')
@@ -371,7 +371,7 @@ def test_a_gpt2_folder(gpt2_folder, sample):
 
 def test_endoftext_ends_a_sample_and_begins_a_prompt(gpt2_folder, sample, monkeypatch):
     prompts = []
-    says(monkeypatch, *b'The end', END, *b'Another text', prompts=prompts)
+    model_writes(monkeypatch, *b'The end', END, *b'Another text', prompts=prompts)
     for start in ('', '<|endoftext|>'):
         out, _ = sample(f'--init_from={gpt2_folder}', f'--start={start}', '--num_samples=2')
         assert out == 'The end\n---------------\nThe end\n'
@@ -478,7 +478,7 @@ def test_nanogpts_checkpoint_with_gpt2_tokens(size, tiny, sample):
         ),
     ],
 )
-def test_it_says_what_is_wrong_in_one_line(arguments, message, saved, tiny, sample, monkeypatch):
+def test_what_is_wrong_ends_in_one_line(arguments, message, saved, tiny, sample, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     saved()
     saved('nolines.pt', meta=META['char'] | dict(chars='abc', vocab_size=3))

@@ -83,7 +83,7 @@ def test_transformers_writes_exactly_what_was_asked():
     assert longer[:, :4].equal(idx)
 
 
-def test_transformers_that_is_missing_is_said(bench, monkeypatch, capsys):
+def test_transformers_that_is_missing_is_reported(bench, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     assert bench(peer='transformers') == 2
     assert 'transformers, which is not installed: pip install' in capsys.readouterr().err

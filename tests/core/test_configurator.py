@@ -203,7 +203,7 @@ def test_a_machine_without_a_gpu_has_its_own_lists_and_tables(nested):
         ('runners = dict(a=nn)', 'nn is not a setting; did you mean n?'),
     ],
 )
-def test_what_is_no_list_or_table_is_told(nested, line, message):
+def test_what_is_no_list_or_table_is_reported(nested, line, message):
     write(line)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         nested('config/x.py')
@@ -378,7 +378,7 @@ def test_wrong_type_on_the_command_line(arg):
     assert message.startswith(f'--{name}=') and len(message) < 300
 
 
-def test_wrong_type_says_it_all():
+def test_wrong_type_is_reported_with_what_it_should_be():
     assert (
         error('--batch_size=1e3')
         == '--batch_size=1e3: batch_size takes a whole number (int), not 1000.0 (float)'

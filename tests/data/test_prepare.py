@@ -137,7 +137,7 @@ def test_shakespeare_is_downloaded_once_and_checked(
     assert capsys.readouterr().err == ''
 
 
-def test_without_a_network_a_stand_in_says_so(shakespeare, prepare, project, monkeypatch, capsys):
+def test_without_a_network_a_stand_in_is_named(shakespeare, prepare, project, monkeypatch, capsys):
     monkeypatch.setattr(shakespeare, 'reference_text', lambda: 'Some reference text.\n' * 20)
     folder = prepare('shakespeare_char')
     version = f'Python {sys.version_info.major}.{sys.version_info.minor}'
@@ -226,7 +226,7 @@ def test_a_python_without_sources_cannot_stand_in(shakespeare, monkeypatch):
         shakespeare.reference_text()
 
 
-def test_prose_is_told_from_code(shakespeare):
+def test_prose_is_known_from_code(shakespeare):
     assert shakespeare.is_prose('Return the number of sentences that a reader finds in the text.')
     for other in (
         'Too short.',

@@ -55,7 +55,7 @@ def plain_steps():
 
 
 def worst_place(cache):
-    """Pages in any order, and NaN wherever nothing is held."""
+    """Pages in any order, and NaN wherever nothing is cached."""
     if cache.pages:
         order = torch.randperm(
             len(cache.pages.free), generator=torch.Generator().manual_seed(1)
@@ -165,16 +165,16 @@ def test_a_static_step_keeps_its_buffers_and_shapes(layout, dtype, tiny, tokens)
 
 
 def by_definition(model, text, n, window):
-    """Greedy text with the rolling window that decoding.py defines."""
-    text, told, held = text[-window:], [], 0
+    """Greedy text with the rolling window that generate.py defines."""
+    text, written, cached = text[-window:], [], 0
     for _ in range(n):
-        if held == window:
+        if cached == window:
             text = text[-max(1, window // 2) :]
         token = model(torch.tensor([text]))[0, -1].argmax().item()
-        held = len(text)
+        cached = len(text)
         text = text + [token]
-        told.append(token)
-    return told
+        written.append(token)
+    return written
 
 
 @pytest.mark.parametrize('layout, dtype', [('dense', 'float32'), ('paged', 'float32')])
@@ -193,14 +193,16 @@ def test_a_text_rolls_beyond_the_window(kind, shape, layout, dtype, tiny, tokens
 
 def test_learned_positions_end(tiny):
     model = tiny()
-    told = generate(model, [[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 24))
-    assert len([next(told) for _ in range(22)]) == 22  # 24 places: the last token need not be held
+    written = generate(model, [[1, 2, 3]], 99, temperature=0, cache=Cache.of(model, 1, 24))
+    assert (
+        len([next(written) for _ in range(22)]) == 22
+    )  # 24 slots: the last token need not be cached
     with pytest.raises(
         UserError,
         match='the text outgrows block_size=24 and this model has learned positions: '
         'decode without a cache',
     ):
-        next(told)
+        next(written)
     with pytest.raises(
         UserError, match='the cache, which is too small: it holds 9 tokens of a sequence'
     ):
@@ -497,10 +499,14 @@ def test_copies_share_a_prefix_and_nothing_else(kind, layout, dtype, tiny, token
 
 
 def served(model, prompts, n, slots, stops=(), **how):
-    cache, told, order = worst_place(Cache.of(model, slots, 24, **how)), [[] for _ in prompts], []
+    cache, written, order = (
+        worst_place(Cache.of(model, slots, 24, **how)),
+        [[] for _ in prompts],
+        [],
+    )
 
     def tell(i, token):
-        told[i].append(token)
+        written[i].append(token)
         return token in stops
 
     for i in serve(
@@ -510,7 +516,7 @@ def served(model, prompts, n, slots, stops=(), **how):
     assert sorted(order) == list(range(len(prompts))) and cache.used == [0] * slots
     if cache.pages:
         check(cache)
-    return told
+    return written
 
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
@@ -539,7 +545,7 @@ def test_continuous_batching_gives_each_prompt_its_own_text(kind, layout, tiny, 
 
 
 @pytest.mark.parametrize(
-    'stops, said, told',
+    'stops, generated, written',
     [
         (['END'], 'the END of it', 'the '),
         (['END'], 'the EN', 'the EN'),
@@ -551,16 +557,16 @@ def test_continuous_batching_gives_each_prompt_its_own_text(kind, layout, tiny, 
         (['aab'], 'aaab', 'a'),
     ],
 )
-def test_stop_strings(stops, said, told):
+def test_stop_strings(stops, generated, written):
     decoder, heard = StreamDecoder(bytes, stops, ends={300}), ''
-    for token in said.encode():
+    for token in generated.encode():
         heard += decoder.add(token)
-        assert told.startswith(heard) and not any(stop in heard for stop in stops)
+        assert written.startswith(heard) and not any(stop in heard for stop in stops)
     heard += decoder.finish()
-    assert heard == told and decoder.stopped == (told != said)
+    assert heard == written and decoder.stopped == (written != generated)
 
 
-def test_the_end_of_a_text_is_not_told():
+def test_the_end_of_a_text_is_not_written():
     decoder = StreamDecoder(bytes, ['xyz'], ends={300})
     assert (
         [decoder.add(token) for token in (*b'ax', 300, *b'b')] == ['a', '', 'x', '']
@@ -623,7 +629,7 @@ def sample(tiny, tmp_path, monkeypatch, capsys):
 
 def test_every_cache_writes_the_same(sample):
     plain, err = sample('--start=once', '--cache=none', '--num_samples=3')
-    assert err.endswith('A tale; no cache\n')
+    assert err.endswith('A tale\nno cache\n')
     for words in (
         ['--cache=dense'],
         ['--cache=paged'],
@@ -631,7 +637,7 @@ def test_every_cache_writes_the_same(sample):
     ):
         out, err = sample('--start=once', '--num_samples=3', *words)
         assert out == plain and re.search(
-            r' (dense|paged) float32 cache, 128 bytes a token\n$', err
+            r'\n(dense|paged) float32 cache, 128 bytes a token\n$', err
         )  # 2 layers of (12 + 4) fp32
     for dtype, each in (('float16', 64), ('int8', None), ('int4', None)):
         out, err = sample('--start=once', f'--cache_dtype={dtype}')
@@ -727,7 +733,7 @@ def test_a_stop_ends_a_sample(sample):
         ),
     ],
 )
-def test_it_says_what_is_wrong_in_one_line(arguments, message, sample):
+def test_what_is_wrong_ends_in_one_line(arguments, message, sample):
     Path('empty.txt').touch()
     Path('p.txt').write_text('abc\nabcde\n')
     Path('wrong.txt').write_text('abc\n123\n')
@@ -743,10 +749,10 @@ def test_learned_positions_fall_back_to_no_cache(sample):
     )
 
 
-def test_the_window_of_a_quantised_cache_is_told_apart(sample):
+def test_the_window_of_a_quantised_cache_is_named(sample):
     _, err = sample('--cache_dtype=int8')
     assert re.search(
-        r' dense int8 cache, [0-9,]+ bytes a token and [0-9,]+ KiB for the last \d+\n$', err
+        r'\ndense int8 cache, [0-9,]+ bytes a token and [0-9,]+ KiB for the last \d+\n$', err
     )
 
 
