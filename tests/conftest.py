@@ -4,9 +4,11 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 from collections import Counter
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,20 @@ def globals_as_before():
     before = Globals()
     yield
     before.restore()
+
+
+# -------------------------------------------------------------------------------------------------
+# Python programs without the start of Python and torch
+
+
+@pytest.fixture
+def forked_python(monkeypatch):
+    """Fork what is started as [sys.executable, script, ...], see forked.py."""
+    monkeypatch.setattr(subprocess, 'Popen', forked.Popen)
+
+
+def pytest_unconfigure():
+    forked.SERVER.close()
 
 
 # -------------------------------------------------------------------------------------------------

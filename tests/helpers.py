@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from forked import PATIENCE, end_of
 
 from nanomla.core import files
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 300  # seconds that an event may take on a busy machine; tests wait for it, not for them
 
 WORDS = 'the cat sat on a mat, and then she ran to his red hat in the sun\n'.split(' ')
 TEXT = ' '.join(random.Random(0).choices(WORDS, k=1200))
@@ -154,21 +154,7 @@ def run(script, arguments) -> dict:
 def exit_code(script, arguments) -> int:
     """Run a script as `run` does, let its excepthook end an error, and return the exit code."""
     with a_process(script, arguments):
-        try:
-            runpy.run_path(str(ROOT / script), run_name='__main__')
-            return 0
-        except SystemExit as error:
-            end = error
-        except BaseException:
-            try:
-                sys.excepthook(*sys.exc_info())
-                return 1
-            except SystemExit as error:
-                end = error
-    if isinstance(end.code, str):
-        print(end.code, file=sys.stderr)
-        return 1
-    return end.code or 0
+        return end_of(lambda: runpy.run_path(str(ROOT / script), run_name='__main__'))
 
 
 def not_json(word):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from model import GPT, GPTConfig
 from nanomla.checkpoints import native
 from nanomla.checkpoints.load import load_model
+from nanomla.comparison import figures
 from nanomla.comparison.runs import RESTARTS, RUN_LOCK, STOPPED, Run, RunQueue
 from nanomla.comparison.table import read, rows
 from nanomla.core import devices, token_files
@@ -44,13 +45,23 @@ del SETTINGS['sample_tokens']
 MLA = dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
 CONTENDERS = dict(mha=dict(label='MHA + RoPE'), mla=dict(label='MLA', **MLA))
 SHORT = dict(seeds=[1], max_iters=2, decode_tokens=0)
+DRAWN = dict(draw=figures.draw, draw_front=figures.draw_front)
 WILD = dict(learning_rate=1e30, grad_clip=0.0, weight_decay=1e9)  # its loss is nan at once
+
+
+pytestmark = pytest.mark.usefixtures('forked_python')  # the workers, which train
 
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """Each test in a folder of its own that has the dataset `text`."""
+    """
+    Each test in a folder of its own that has the dataset `text`.
+
+    A picture is drawn only where a test asks for one.
+    """
     monkeypatch.chdir(tmp_path)
+    for name in DRAWN:
+        monkeypatch.setattr(figures, name, lambda *_: None)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('NANOMLA_COMMIT', 'abc1234')
     monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
@@ -320,7 +331,9 @@ def line_of(results, name, seed=2, role='seed'):
     raise AssertionError(f'no run of {wanted}')
 
 
-def test_a_comparison_from_end_to_end(capfd):
+def test_a_comparison_from_end_to_end(capfd, monkeypatch):
+    for name, function in DRAWN.items():
+        monkeypatch.setattr(figures, name, function)
     os.makedirs('cmp/mla/seed-3')
     Path('cmp/mla/seed-3/error.txt').write_text('out of memory')
     assert compare(**END_TO_END) == 1  # some have failed
