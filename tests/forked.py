@@ -296,16 +296,16 @@ def end_of(program: Callable[[], None]) -> int:
 
 def main() -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
-    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401  (an optimizer imports it, which takes as long as torch)
 
     gc.freeze()  # a collection in a program would copy the memory of all this
     words = serve(socket.socket(fileno=int(sys.argv[1])))
-    if words is None:
-        return
-    code = end_of(lambda: execute(words))
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = 0
+    if words is not None:
+        code = end_of(lambda: execute(words))
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # Python would take apart all modules, which takes longer than most programs
 
 

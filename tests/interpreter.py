@@ -2,9 +2,10 @@
 Triton's interpreter for the tests of kernels.
 
 It must be chosen before Triton is imported. So the tests called `interpreted` run in a child
-process, which one test of each file starts.
+process. All files of a session share one, whose outcome a test of each file gives.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -33,10 +34,27 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def run_interpreted(file: str, which: str) -> None:
-    """Run the interpreted tests of `file` in a child process; `which` is their -m expression."""
-    options = ['-q', '-p', 'no:cacheprovider', '-m', which, '-k', 'interpreted']
+@functools.cache
+def run_child(which: str, files: tuple[str, ...]) -> subprocess.CompletedProcess:
+    options = ['-q', '-p', 'no:cacheprovider', '-m', which, '-k', 'interpreted', '-rpfE']
     environment = dict(TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='')
-    child = python('-m', 'pytest', *options, file, **environment)
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    assert ' passed' in child.stdout
+    return python('-m', 'pytest', *options, *files, **environment)
+
+
+def run_interpreted(request: pytest.FixtureRequest, which: str) -> None:
+    """
+    Run the interpreted tests of this session's files in a child process, once.
+
+    Asserts that those of the calling test's file have passed. which: their -m expression.
+    """
+    name = request.node.originalname
+    paths = {item.path for item in request.session.items if item.originalname == name}
+    files = tuple(sorted(str(path.relative_to(ROOT)) for path in paths))
+    child = run_child(which, files)
+    found = {}  # word in front -> lines of the summary about this file
+    for line in child.stdout.splitlines():
+        word, _, test = line.partition(' ')
+        if test.startswith(str(request.path.relative_to(ROOT))):
+            found.setdefault(word, []).append(line)
+    bad = {'FAILED', 'ERROR'} & found.keys()
+    assert 'PASSED' in found and not bad, child.stdout[-6000:] + child.stderr[-2000:]

@@ -1,6 +1,7 @@
 """bench.py: what it measures, prints and writes; on a CPU, with models too small to tell much."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_run_that_fails_ends_with_exit_code_1(capfd, monkeypatch):
     assert capfd.readouterr().err == 'error: the run of 2 processes failed (its message is above)\n'
 
 
-def test_scale_compares_one_process_with_two(capfd):
+def test_scale_compares_one_process_with_two(capfd, monkeypatch, forked_python):
     assert bench('scale', gpus='1,2') == 0
     out = capfd.readouterr().out
     assert '1 processes: ' in out
@@ -167,6 +168,7 @@ def test_scale_compares_one_process_with_two(capfd):
     picture = Path('out-bench/scale.png')
     before = picture.read_bytes()
     assert before.startswith(b'\x89PNG')
+    monkeypatch.setenv('RANK', '0')  # this is the one process
     assert bench('scale', gpus='1', **MLA) == 0
     assert picture.read_bytes() != before  # both models
 
@@ -321,11 +323,9 @@ def test_what_is_wrong_is_one_line(arguments, settings, message, capsys):
 
 
 def test_bench_can_be_imported():
-    code = 'import bench; assert bench.timed_steps == 12; print(bench.split_mode(["scale", "x"]))'
-    ended = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert ended.stdout == "('scale', ['x'])\n"
+    names = runpy.run_path(str(ROOT / 'bench.py'), run_name='bench')
+    assert names['timed_steps'] == 12
+    assert names['split_mode'](['scale', 'x']) == ('scale', ['x'])
 
 
 def test_help_loads_no_torch():

@@ -669,7 +669,8 @@ def test_help_and_pictures_load_no_torch():
         'try: compare.main()\n'
         'finally: print([name for name in ("torch", "numpy") if name in sys.modules])\n'
     )
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, '-X', 'utf8', '-c', code]  # an option: not forked, see forked.py
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stderr
 
 

@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, run, words
+from helpers import ROOT, exit_code, run, words
 
 from nanomla.checkpoints import native
 from nanomla.checkpoints.export import export
@@ -42,11 +40,19 @@ def assert_refused(match, script, arguments):
     assert '\n' not in str(error.value)
 
 
-def sample_of(**settings):
-    """Run sample.py in a process of its own, for a few tokens; return the process."""
-    settings |= dict(device='cpu', start='to be', num_samples=1, max_new_tokens=5)
-    command = [sys.executable, str(ROOT / 'sample.py'), *words(settings)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def sample(capsys):
+    """sample(**settings) -> what sample.py writes to stdout and stderr for a few tokens."""
+
+    def run(**settings):
+        settings |= dict(device='cpu', start='to be', num_samples=1, max_new_tokens=5)
+        capsys.readouterr()
+        code = exit_code('sample.py', words(settings))
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out, err
+
+    return run
 
 
 @pytest.fixture
@@ -96,7 +102,7 @@ def test_a_conversion_is_a_checkpoint_with_its_history(source, capsys):
     assert loaded.checkpoint['best_val_loss'] == table[2]['nats']
 
 
-def test_a_conversion_is_healed_and_sampled_from(source, capsys):
+def test_a_conversion_is_healed_and_sampled_from(source, sample, capsys):
     source()
     convert('src', out='mla', saving=0.75, **QUICK)
     before = load_model('mla')
@@ -124,10 +130,9 @@ def test_a_conversion_is_healed_and_sampled_from(source, capsys):
         'transformer.h.1.attn.kv_a_proj_with_mqa.weight',
         'transformer.h.1.attn.kv_b_proj.weight',
     }
-    sampled = sample_of(out_dir='healed')
-    assert sampled.returncode == 0, sampled.stderr
-    assert sampled.stdout.startswith('to be')
-    assert 'MLA' in sampled.stderr
+    out, err = sample(out_dir='healed')
+    assert out.startswith('to be')
+    assert 'MLA' in err
 
 
 def test_a_lossless_conversion_of_every_pair(source):
@@ -170,7 +175,7 @@ def write_tokenizer(folder):
     tokenizer.save(f'{folder}/tokenizer.json')
 
 
-def test_a_hugging_face_source_keeps_its_tokenizer(source):
+def test_a_hugging_face_source_keeps_its_tokenizer(source, sample):
     """It is calibrated on a text file, sampled from in its words, exported with its tokenizer."""
     export(source(vocab_size=300), 'llama')
     write_tokenizer('llama')
@@ -180,9 +185,8 @@ def test_a_hugging_face_source_keeps_its_tokenizer(source):
     assert 'tokenizer.json' in os.listdir('hf')
     codec = load_model('mla').tokenizer
     assert codec.decode(codec.encode(SENTENCE)) == SENTENCE
-    sampled = sample_of(init_from='mla')
-    assert sampled.returncode == 0, sampled.stderr
-    assert sampled.stdout.startswith('to be')
+    out, _ = sample(init_from='mla')
+    assert out.startswith('to be')
 
 
 # -------------------------------------------------------------------------------------------------

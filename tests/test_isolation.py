@@ -51,7 +51,7 @@ def test_nothing():
 
 
 @pytest.fixture
-def pytest_run(tmp_path):
+def pytest_run(tmp_path, forked_python):
     """pytest_run(source, *options) -> pytest over `source`, with the hooks of tests/conftest.py."""
 
     def run(source, *options):

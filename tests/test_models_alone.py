@@ -1,5 +1,6 @@
 """model.py and model_mla.py need torch alone: copied into an empty folder, they train there."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -30,17 +31,14 @@ assert losses[-1] < 0.5 * losses[0], losses
     'module, name, more',
     [('model', 'GPT', ''), ('model_mla', 'GPT_MLA', ', kv_lora_rank=8, qk_rope_head_dim=4')],
 )
-def test_a_model_trains_in_an_empty_folder(module, name, more, tmp_path):
+def test_a_model_trains_in_an_empty_folder(module, name, more, tmp_path, forked_python):
     for file in ('model.py', 'model_mla.py'):
         shutil.copy(ROOT / file, tmp_path)
     (tmp_path / 'run.py').write_text(TRAIN.format(module=module, name=name, more=more))
-    # -I: nothing of this repository, installed or on PYTHONPATH, can be imported but what lies here
-    start = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import runpy; '
+    # Nothing of this repository can be imported but what lies there.
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
     done = subprocess.run(
-        [sys.executable, '-I', '-c', start + f'runpy.run_path({str(tmp_path / "run.py")!r})'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [sys.executable, 'run.py'], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

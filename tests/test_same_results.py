@@ -124,10 +124,11 @@ print(digest.hexdigest())
 """
 
 # Runs `python script --key=value` for each line of stdin: in a process of its own, but one where
-# torch is imported already, which takes longer than most scripts do.
+# torch is imported already, which takes longer than most scripts do. So does its end, where Python
+# takes apart all modules; a script that has done its work is spared that.
 RUNNER = """
 import gc, json, os, runpy, signal, sys
-import matplotlib.figure, torch
+import matplotlib.backends.backend_agg, torch._dynamo  # with the optimizers torch imports it
 
 gc.freeze()
 for line in sys.stdin:
@@ -140,7 +141,8 @@ for line in sys.stdin:
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
         sys.argv = words
         runpy.run_path(words[0], run_name='__main__')
-        sys.exit()
+        sys.stdout.flush()
+        os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -731,10 +733,10 @@ JOBS |= {
 class Results:
     """
     What the scripts gave, by the name of a job. Each runs once, when it is first asked for, or all
-    are begun at the start, two at a time; trainings come first, as others wait for them.
+    are begun at the start; trainings come first, as others wait for them.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, at_a_time=2):
         self.folder, self.lock, self.futures = folder, threading.Lock(), {}
         self.pool, self.free, self.number = ThreadPoolExecutor(2), SimpleQueue(), count()
         self.runners = [
@@ -746,7 +748,7 @@ class Results:
                 stdout=PIPE,
                 encoding='utf-8',
             )
-            for _ in range(2)
+            for _ in range(at_a_time)
         ]
         for runner in self.runners:
             self.free.put(runner)
@@ -812,8 +814,10 @@ def record():
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-    with Results(tmp_path_factory.mktemp('same')) as results:
-        if 'PYTEST_XDIST_WORKER' not in os.environ:  # each of its processes has few of the tests
+    # Each of xdist's processes has few of the tests, and as many of them as there are cores.
+    alone = 'PYTEST_XDIST_WORKER' not in os.environ
+    with Results(tmp_path_factory.mktemp('same'), at_a_time=2 if alone else 1) as results:
+        if alone:
             results.begin_all()
         yield results
 

@@ -512,7 +512,7 @@ def start(*arguments):
     )
 
 
-def test_its_processes_end_well(saved):
+def test_its_processes_end_well(saved, forked_python):
     saved()
     endless = ['--max_new_tokens=1000000']
     wrong, piped, interrupted = start('--start=Ω'), start(*endless), start(*endless)

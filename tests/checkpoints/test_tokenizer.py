@@ -2,12 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import exit_code
 from llamas import add_tokenizer, hf_llama
 from refusals import refused
 
@@ -176,11 +174,18 @@ def test_a_tokenizer_larger_than_the_model_is_refused(files, tmp_path):
 # scripts on such folders
 
 
-def run(script, folder, *arguments):
-    command = [sys.executable, str(ROOT / script), '--device=cpu', *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """script(name, *arguments) -> what a script writes to stdout and stderr, run in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        code = exit_code(name, ['--device=cpu', *arguments])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out, err
+
+    return run
 
 
 @pytest.fixture
@@ -191,7 +196,7 @@ def llama(files, tmp_path):
     return folder
 
 
-def test_an_export_has_the_tokenizer_and_samples_the_same(llama, tmp_path):
+def test_an_export_has_the_tokenizer_and_samples_the_same(llama, script, tmp_path):
     model, tokenizer = hf.load(llama)
     export(model, tmp_path / 'copy', tokenizer)
     export(model, tmp_path / 'third', llama)
@@ -200,13 +205,13 @@ def test_an_export_has_the_tokenizer_and_samples_the_same(llama, tmp_path):
     shape = json.loads((tmp_path / 'third' / 'config.json').read_text())
     assert (shape['bos_token_id'], shape['eos_token_id']) == (0, 1)
     how = ['--start=  def f(x):', '--num_samples=1', '--max_new_tokens=8', '--dtype=float32']
-    text, log = run('sample.py', tmp_path, '--init_from=llama', *how)
+    text, log = script('sample.py', '--init_from=llama', *how)
     assert text.startswith('  def f(x):')
     assert 'MHA, 0.06M parameters, llama' in log
-    assert run('sample.py', tmp_path, '--init_from=copy', *how)[0] == text
+    assert script('sample.py', '--init_from=copy', *how)[0] == text
 
 
-def test_a_llama_is_trained_on(llama, tmp_path):
+def test_a_llama_is_trained_on(llama, script, tmp_path):
     (tmp_path / 'text').mkdir()
     for split in ('train', 'val'):
         ids = torch.randint(500, (400,)).to(torch.int16).numpy()
@@ -215,7 +220,7 @@ def test_a_llama_is_trained_on(llama, tmp_path):
     (tmp_path / 'text' / 'meta.json').write_text(json.dumps(meta))
     small = ['--batch_size=2', '--gradient_accumulation_steps=1', '--eval_iters=1']
     arguments = ['--init_from=llama', '--dataset=text', '--max_iters=2', '--compile=False', *small]
-    out, _ = run('train.py', tmp_path, *arguments)
+    out, _ = script('train.py', *arguments)
     assert 'llama has its own tokenizer.json' in out
     assert re.search('step +2', out)
     model = load_model(tmp_path / 'out').model

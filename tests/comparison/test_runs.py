@@ -148,7 +148,9 @@ COPIED = ('comparison/workers.py', 'training/launch.py', 'core/configurator.py',
 
 
 @pytest.mark.parametrize('in_process', [False, True])
-def test_a_run_whose_device_failed_goes_on_in_a_new_process(in_process, tmp_path, monkeypatch):
+def test_a_run_whose_device_failed_goes_on_in_a_new_process(
+    in_process, tmp_path, monkeypatch, forked_python
+):
     for name in COPIED:
         path = tmp_path / 'nanomla' / name
         path.parent.mkdir(parents=True, exist_ok=True)

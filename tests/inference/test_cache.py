@@ -5,13 +5,13 @@ import json
 import math
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import exit_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -756,21 +756,11 @@ def test_the_window_of_a_quantised_cache_is_named(sample):
     )
 
 
-def test_a_wrong_setting_ends_with_code_2(sample):
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / 'sample.py'),
-            '--device=cpu',
-            '--init_from=mla.pt',
-            '--cache_dtype=int2',
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (2, '') and re.fullmatch(
-        r"error: cache_dtype='int2' is not known.*\n", done.stderr
-    )
+def test_a_wrong_setting_ends_with_code_2(sample, capsys):
+    code = exit_code('sample.py', ['--device=cpu', '--init_from=mla.pt', '--cache_dtype=int2'])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, '')
+    assert re.fullmatch(r"error: cache_dtype='int2' is not known.*\n", err)
 
 
 @pytest.mark.parametrize(
