@@ -2,7 +2,7 @@
 training/kernels.py: one test for each thing it promises.
 
 The Triton kernels run here under Triton's interpreter, on the CPU. It must be chosen before Triton
-is imported, so the tests called `interpreted` run in a child process that one test starts; the
+is imported, so the tests called `interpreted` run in a child process, see interpreter.py; the
 tests marked gpu hold the same promises to real shapes.
 """
 
@@ -16,8 +16,9 @@ from nanomla.training import kernels as k
 
 
 @needs_triton
-def test_under_the_interpreter():
-    run_interpreted(__file__, 'not slow')
+@pytest.mark.early
+def test_under_the_interpreter(request):
+    run_interpreted(request, 'not slow')
 
 
 # -------------------------------------------------------------------------------------------------
