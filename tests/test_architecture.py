@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-MODELS = {'model', 'model_mla', 'model_moe'}
+MODELS = {'model', 'model_mla'}
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - MODELS
 # Each folder of nanomla/ and what of this project it may import beside itself.
 BASE = {'core', 'models'}
@@ -176,7 +176,7 @@ def test_there_is_no_circle_not_even_a_late_one():
         walk(name, [])
 
 
-MODELS_MAY_IMPORT = {'model': set(), 'model_mla': {'model'}, 'model_moe': {'model', 'model_mla'}}
+MODELS_MAY_IMPORT = {'model': set(), 'model_mla': {'model'}}
 MODELS_MAY_IMPORT |= {name_of(path): MODELS for path in ATTENTIONS}
 
 

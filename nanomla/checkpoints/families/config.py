@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from attentions.moe import GPT_MoE
 from attentions.qk_gain import GPT_QKGain, QKGainAttention
 from model import GPT, GPTConfig, MultiHeadAttention
 from model_mla import GPT_MLA, MultiHeadLatentAttention
-from model_moe import GPT_MoE
 from nanomla.checkpoints.families import tensors
 from nanomla.checkpoints.families.rope import rope_of, yarn_mscale
 from nanomla.checkpoints.families.tensors import Rows, Table

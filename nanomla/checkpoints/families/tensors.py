@@ -11,9 +11,9 @@ from types import EllipsisType
 
 import torch
 
+from attentions.moe import MoEConfig
 from model import GPTConfig
 from model_mla import MLAConfig
-from model_moe import MoEConfig
 
 # `...` means all rows as they are; of several experts a number, or a number and rows.
 Rows = torch.Tensor | slice | EllipsisType | int | tuple[int, slice]
@@ -132,9 +132,8 @@ def moe_rows(config: MoEConfig, layer: int, interleave: bool = True) -> Table:
     rows['mlp.gate'] = ('mlp.router', ...)
     if config.scoring_func == 'sigmoid':
         rows['mlp.gate.e_score_correction_bias'] = ('mlp.router.balance', ...)
-    if config.n_shared_experts:
-        shared_width = config.n_shared_experts * width
-        rows |= mlp_rows(shared_width, 'mlp.shared_experts', 'mlp.shared')
+    shared_width = config.n_shared_experts * width
+    rows |= mlp_rows(shared_width, 'mlp.shared_experts', 'mlp.shared')
     for e in range(config.n_routed_experts):
         theirs = f'mlp.experts.{e}'
         rows[f'{theirs}.gate_proj'] = ('mlp.gate_up', (e, slice(0, width)))
