@@ -400,6 +400,16 @@ def difference_bars(ax, found: list[dict], paint: dict) -> None:
             capsize=3,
             linewidth=1.6,
         )
+        if row['half'] is None:  # one seed: a point without an interval is read better as a number
+            ax.annotate(
+                f'{row["difference"]:+.4f} ({row["percent"]:+.2f} %)',
+                (row['difference'], y),
+                xytext=(0, 10),
+                textcoords='offset points',
+                ha='right' if row['difference'] > 0 else 'left',
+                fontsize=10,
+                color=color,
+            )
     ax.axvline(0, color=figures.COLORS['ink'], linewidth=1)
     ax.set_yticks(range(len(shown)), labels)
     ax.set_ylim(-0.7, max(len(shown), 1) - 0.3)
