@@ -192,7 +192,10 @@ if from_scratch:
 # -------------------------------------------------------------------------------------------------
 # data and model
 
-token_files.prepare_if_missing(dataset)  # may take longer than processes wait for one another
+if config.adopted('dataset'):  # what a file names is only read: no prepare.py runs because of it
+    token_files.require(dataset, str(last), '--dataset')
+else:
+    token_files.prepare_if_missing(dataset)  # may take longer than processes wait for one another
 rank, world, _, device = devices.join_processes(device, backend)
 torch.set_float32_matmul_precision('high')  # TF32 where fp32 matrices are multiplied on a GPU
 if not devices.all_agree((resuming, saved.get('step'), saved.get('run_id')), world):

@@ -30,7 +30,7 @@ from nanomla.core.checks import (
     whole,
 )
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import META
+from nanomla.core.token_files import check_meta
 
 CHUNK = 2**25  # bytes that have a checksum; in the files, so it stays
 SEAL = b'nanomla-crc32'  # ends a file that has checksums of all its bytes
@@ -59,6 +59,17 @@ ENTRIES = dict(
     optimizers=list_of(TABLE),
     scaler=TABLE,
     average=list_of(TENSOR) | None,
+)
+# Of the state dict of an optimizer, of each of its groups, and of a gradient scaler.
+OPTIMIZER = dict(state=TABLE, param_groups=list_of(TABLE))
+GROUP = dict(params=list_of(whole(least=0)))
+GROUP_MAY_HAVE = dict(param_names=list_of(TEXT) | None)
+SCALER = dict(
+    scale=number(),
+    growth_factor=number(),
+    backoff_factor=number(),
+    growth_interval=whole(least=1),
+    _growth_tracker=whole(least=0),
 )
 SETTINGS = dict(dataset=TEXT)  # of these, `config` may hold any
 # Of a model's settings, by the type of their default.
@@ -180,13 +191,24 @@ def checked_content(content: object, path: str | Path) -> dict:
         content['best_val_loss'] = loss.item()
     try:
         check_entries(content, ENTRIES)
-        check_entries(content.get('meta', {}), META)
+        check_meta(content.get('meta', {}))
         check_entries(content.get('config', {}), SETTINGS)
-        if content.get('meta', {}).get('tokenizer') == 'char':
-            check_entries(content['meta'], {}, needed=['chars'])
+        check_training_state(content)
     except ValueError as error:
         raise UserError(f'{path} is no checkpoint that can be used: {error}') from None
     return content
+
+
+def check_training_state(content: dict) -> None:
+    """Raise a ValueError unless optimizers and scaler have the form in which torch saves them."""
+    for optimizer in content.get('optimizers', []):
+        check_entries(optimizer, OPTIMIZER, needed=OPTIMIZER)
+        if not all(isinstance(moments, dict) for moments in optimizer['state'].values()):
+            raise ValueError('the moments of an optimizer are no tables')
+        for group in optimizer['param_groups']:
+            check_entries(group, GROUP | GROUP_MAY_HAVE, needed=GROUP)
+    if content.get('scaler'):
+        check_entries(content['scaler'], SCALER, needed=SCALER)
 
 
 def check_model_args(args: dict, config_class: type, path: str | Path) -> None:

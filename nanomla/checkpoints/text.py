@@ -52,7 +52,7 @@ def read_text(
     if data:
         prepare(data, option)
     else:
-        require(name, loaded.path, option)
+        token_files.require(name, loaded.path, option)
     ids = read_split(name, codec, split, loaded.path, option)
     if max_tokens:
         ids = ids[:max_tokens]
@@ -105,20 +105,6 @@ def prepare(name: str, option: str) -> None:
             f'{option}={name} is neither a text file nor a dataset: {folder} is not there'
         )
     token_files.prepare_if_missing(name)
-
-
-def require(name: str, model: str, option: str) -> None:
-    """
-    Raise a UserError unless the dataset that a checkpoint names is there.
-
-    It is only read: no prepare.py is run because a checkpoint says so.
-    """
-    folder = token_files.find(name)
-    if not os.path.exists(folder / 'train.bin'):
-        raise UserError(
-            f'{model} says that it was trained on {name!r}, and {folder} has no train.bin: '
-            f'run its prepare.py, or name a text by {option}'
-        )
 
 
 def read_split(name: str, codec: TextCodec, split: str, model: str, option: str) -> np.ndarray:

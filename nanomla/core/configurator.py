@@ -128,6 +128,10 @@ class Settings(dict):
                 self[name] = self._script[name] = value
                 self._adopted[name] = where
 
+    def adopted(self, name: str) -> bool:
+        """Tell whether a setting has its value from the settings of an earlier run."""
+        return name in self._adopted
+
     def differences(self, values: Mapping, but: Collection[str] = ()) -> str:
         """Return the settings that differ from `values`, as 'name=value (was other), ...'."""
         changes = []

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nanomla.core.checks import TEXT, Rule, check_entries, list_of, one_of, whole
+from nanomla.core.checks import TEXT, Rule, check_entries, list_of, one_of, shortened, whole
 from nanomla.core.configurator import UserError
 from nanomla.core.files import (
     ROOT,
@@ -286,6 +286,22 @@ def prepare_if_missing(name: str) -> None:
             raise UserError(f'{script} could not prepare the dataset (its message is above)')
 
 
+def require(name: str, path: str, option: str) -> None:
+    """
+    Raise a UserError unless the dataset that a checkpoint names is there.
+
+    It is only read: no prepare.py is run because a file says so.
+
+    path: the checkpoint. option: the setting by which a person names another
+    """
+    folder = find(name)
+    if not os.path.exists(folder / 'train.bin'):
+        raise UserError(
+            f'{path} says that it was trained on {shortened(name)}, and {folder} has no '
+            f'train.bin: run its prepare.py, or name a text by {option}'
+        )
+
+
 def is_prepared(folder: Path) -> bool:
     """Return whether the folder has a dataset, and one of the input.txt that may lie beside it."""
     train, text = folder / 'train.bin', folder / 'input.txt'
@@ -315,16 +331,23 @@ def read_meta(folder: str | os.PathLike) -> dict:
         return dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16', source=source)
     try:
         meta = read_json(path)
-        check_entries(meta, META, needed=('tokenizer', 'source', 'dtype', 'vocab_size'))
-        if meta['tokenizer'] == 'char':
-            check_entries(meta, dict(chars=CHARS), needed=['chars'])
-            if len(meta['chars']) != meta['vocab_size']:
-                raise ValueError(f'it has {len(meta["chars"])} chars')
+        check_meta(meta, needed=('tokenizer', 'source', 'dtype', 'vocab_size'))
         return meta
     except (OSError, ValueError) as error:
         raise UserError(
             f'{path} cannot be used ({error}): run the prepare.py of this dataset again'
         ) from None
+
+
+def check_meta(meta: object, needed: Collection[str] = ()) -> None:
+    """Raise a ValueError unless `meta` can describe a dataset, or the tokens of a checkpoint."""
+    check_entries(meta, META, needed)
+    if meta.get('tokenizer') != 'char':
+        return
+    check_entries(meta, dict(chars=CHARS), needed=['chars'])
+    number = len(meta['chars'])
+    if meta.get('vocab_size', number) != number or len(set(meta['chars'])) != number:
+        raise ValueError(f'it has {len(set(meta["chars"]))} different chars')
 
 
 def read_split(folder: str | os.PathLike, split: str, meta: dict) -> np.memmap:

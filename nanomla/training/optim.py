@@ -218,8 +218,17 @@ def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, to
 
 def fits(memory: dict, p: torch.Tensor, needed: set[str]) -> bool:
     """Return whether this is what an optimizer remembers of `p`."""
-    shapes = [value.shape for value in memory.values() if torch.is_tensor(value) and value.ndim]
-    return memory.keys() == needed and all(shape == p.shape for shape in shapes)
+    if memory.keys() != needed:
+        return False
+    moments = [value for name, value in memory.items() if name != 'step']
+    counters = [value for name, value in memory.items() if name == 'step']
+    if not all(torch.is_tensor(value) and value.numel() == 1 for value in counters):
+        return False
+    return all(is_moment(value, p) for value in moments)
+
+
+def is_moment(value: object, p: torch.Tensor) -> bool:
+    return torch.is_tensor(value) and value.shape == p.shape and value.is_floating_point()
 
 
 def copied_to(value: object, device: torch.device) -> object:

@@ -348,4 +348,10 @@ class Trainer:
         if state['scaler']:  # empty after a run without float16
             self.scaler.load_state_dict(state['scaler'])
         if self.average and state['average']:
+            shapes = [t.shape for t in state['average']]
+            if shapes != [p.shape for p in self.model.parameters()]:
+                raise UserError(
+                    f'{state["path"]}: its moving average is that of another model; '
+                    f'begin a new run from its weights with --init_from={state["path"]}'
+                )
             self.average.average = [t.to(self.device, copy=True) for t in state['average']]
