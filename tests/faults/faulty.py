@@ -11,6 +11,7 @@ import io
 import os
 import random
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from helpers import exit_code
+from helpers import code_of
 
 SECONDS = 8  # of processor time: more is a hang
 PATIENCE = 300  # seconds that a script may wait for what never comes
@@ -109,11 +110,9 @@ def run_here(script, arguments, folder, kill_at, prepare, output, count) -> None
         opened = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, 1)
         os.dup2(opened, 2)
-        builtins_open = builtins.open
-        import sys
-
-        sys.stdout = builtins_open(1, 'w', closefd=False)
-        sys.stderr = builtins_open(2, 'w', closefd=False)
+        open_before = builtins.open
+        sys.stdout = open_before(1, 'w', closefd=False)
+        sys.stderr = open_before(2, 'w', closefd=False)
         sys.excepthook = sys.__excepthook__
         torch.set_num_threads(1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPROF, signal.SIGALRM):
@@ -125,8 +124,9 @@ def run_here(script, arguments, folder, kill_at, prepare, output, count) -> None
             prepare()
         calls = CountedCalls(kill_at)
         calls.install()
-        code = exit_code(script, arguments)
-        with builtins_open(count, 'w') as file:
+        sys.argv = [script, *arguments]
+        code = code_of(script)
+        with open_before(count, 'w') as file:
             file.write(str(calls.number))
         sys.stdout.flush()
         sys.stderr.flush()

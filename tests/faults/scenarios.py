@@ -1,0 +1,168 @@
+"""Scripts that write something, as they are killed in the midst of it and started again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from faulty import KILLED, Ended, nothing_else_changes, run_forked
+from helpers import TEXT, TINY, words
+from made_up_results import made_up
+
+from nanomla.checkpoints import native
+from nanomla.core import token_files
+from nanomla.core.files import jsonl
+
+TRAIN = TINY | dict(max_iters=6, eval_interval=2, keep_checkpoints=2)
+
+
+def no_curve() -> None:
+    """Leave the picture of a run out: it takes longer than all of the run."""
+    from nanomla.core import figures
+
+    figures.curve = lambda log, picture: None
+
+
+@dataclass
+class Scenario:
+    """
+    A command and what has to be there in the end.
+
+    outputs: the entries of its folder that it may change. results: what must be equal however often
+    it was killed. prepare: makes ready the folder. complete: says that nothing is left to do.
+    """
+
+    script: str
+    arguments: list[str]
+    outputs: tuple[str, ...]
+    results: Callable[[Path], object]
+    prepare: Callable[[Path], None] = lambda folder: None
+    complete: Callable[[Path], bool] = lambda folder: False
+
+    def run(self, folder: Path, kill_at: int = 0) -> Ended:
+        with nothing_else_changes(folder, *self.outputs):
+            return run_forked(self.script, self.arguments, folder, kill_at, no_curve).check()
+
+    def finish(self, folder: Path) -> object:
+        """Run the command again, unless it is complete, and return its results."""
+        if not self.complete(folder):
+            ended = self.run(folder)
+            assert ended.code == 0, ended.output
+        return self.results(folder)
+
+
+def make_place(folder: Path) -> Path:
+    """Make what the commands read: a dataset, a text, a run, the results of a comparison."""
+    token_files.write_text(folder / 'text', TEXT, 'char', 'A tale of a cat')
+    (folder / 'tale.txt').write_text(TEXT)
+    ended = run_forked('train.py', words(TRAIN | dict(out_dir='done')), folder, prepare=no_curve)
+    assert ended.check().code == 0, ended.output
+    results = made_up(dict(mha=[1.0, 1.1, 1.2], mla=[0.9, 1.0, 1.1]))
+    contenders = [dict(event='contender') | about for about in results.contenders.values()]
+    (folder / 'results.jsonl').write_text(jsonl([results.head, *contenders, *results.runs]))
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------
+# results
+
+
+def weights(path: Path) -> list:
+    return [value.tolist() for value in native.load(path)['model'].values()]
+
+
+def of_training(folder: Path) -> object:
+    """Return the weights of a run, bit for bit, and its validation losses by step."""
+    lines = (folder / 'out' / 'log.jsonl').read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    losses = {event['step']: event['val_loss'] for event in events if event['event'] == 'eval'}
+    best = native.load(folder / 'out' / 'ckpt.pt')
+    return weights(folder / 'out' / 'last.pt'), losses, best['best_val_loss'], best['step']
+
+
+def of_training_over(folder: Path) -> object:
+    """As of_training, and whether the run that was there before is still there, whole."""
+    earlier = native.load(folder / 'done' / 'last.pt')['run_id']
+    kept = folder / 'out' / 'previous' / earlier
+    same = []
+    for name in ('ckpt.pt', 'last.pt', 'log.jsonl', 'step-000006.pt'):
+        same.append((kept / name).read_bytes() == (folder / 'done' / name).read_bytes())
+    assert all(same) and (folder / 'out' / 'notes.txt').read_text() == 'mine'
+    return of_training(folder)
+
+
+def of_evaluation(folder: Path) -> object:
+    records = json.loads((folder / 'ev' / 'results.json').read_text())
+    return [(record['cache'], record['result']) for record in records]
+
+
+def of_conversion(folder: Path) -> object:
+    return weights(folder / 'mla' / 'ckpt.pt')
+
+
+def of_preparing(folder: Path) -> object:
+    meta = token_files.read_meta(folder / 'new')
+    return [token_files.read_split(folder / 'new', split, meta).tolist() for split in meta_splits()]
+
+
+def meta_splits() -> tuple[str, ...]:
+    return token_files.SPLITS
+
+
+def of_table(folder: Path) -> object:
+    return [(folder / 'pic' / name).read_bytes() for name in ('c.md', 'c.json', 'c.png')]
+
+
+def put_earlier_run(folder: Path) -> None:
+    shutil.copytree(folder / 'done', folder / 'out')
+    (folder / 'out' / 'notes.txt').write_text('mine')
+
+
+def is_over(folder: Path) -> bool:
+    """Return whether the new run has begun: an earlier one is then in previous/, whole."""
+    return False
+
+
+AUTO = dict(init_from='auto')
+TRAINING = Scenario('train.py', words(TRAIN | AUTO), ('out',), of_training)
+EVALUATION = Scenario(
+    'eval.py',
+    ['--models=done', '--cache=none,dense', '--out_dir=ev', '--device=cpu', '--context=16'],
+    ('ev',),
+    of_evaluation,
+)
+CONVERSION = Scenario(
+    'convert_mla.py',
+    ['done', '--out=mla', '--kv_lora_rank=8', '--calibration=text', '--device=cpu'],
+    ('mla',),
+    of_conversion,
+    complete=lambda folder: (folder / 'mla').exists(),
+)
+PREPARING = Scenario(
+    'data/text/prepare.py', ['tale.txt', '--out=new', '--tokenizer=bytes'], ('new',), of_preparing
+)
+TABLE = Scenario(
+    'compare.py',
+    ['--plot_only=True', '--results=results.jsonl', '--figure=pic/c.png'],
+    ('pic',),
+    of_table,
+)
+SCENARIOS = dict(
+    training=TRAINING,
+    evaluation=EVALUATION,
+    conversion=CONVERSION,
+    preparing=PREPARING,
+    table=TABLE,
+)
+
+
+def kill_and_finish(scenario: Scenario, place: Path, folder: Path, kill_at: int) -> object:
+    """Kill a command at a call, finish it in the same folder, and return its results."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(place, folder)
+    scenario.prepare(folder)
+    ended = scenario.run(folder, kill_at)
+    assert ended.code in (0, KILLED), ended.output
+    return scenario.finish(folder)
