@@ -81,7 +81,9 @@ def remove_leftovers(path: str | os.PathLike) -> None:
     path = Path(path)
     for leftover in path.parent.glob(f'{glob.escape(path.name)}.*.partial'):
         number = leftover.name.removeprefix(f'{path.name}.').removesuffix('.partial')
-        if number.isdigit():
+        if number.isdigit() and leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        elif number.isdigit():
             leftover.unlink(missing_ok=True)
 
 
@@ -120,7 +122,7 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
         raise UserError(f'{folder} is there already: name another folder, or remove it')
     try:
         with writing(folder):
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_leftovers(folder)
             aside.mkdir(parents=True)
             yield aside
             for file in aside.iterdir():

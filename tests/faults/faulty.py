@@ -10,6 +10,8 @@ import builtins
 import io
 import os
 import random
+import re
+import resource
 import signal
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from helpers import code_of
 
 SECONDS = 8  # of processor time: more is a hang
 PATIENCE = 300  # seconds that a script may wait for what never comes
+MEMORY = 16 * 2**30  # bytes of addresses that a script may use
 KILLED = 137
 # Calls that change what is on the disk.
 CALLS = ('replace', 'rename', 'mkdir', 'unlink', 'remove', 'rmdir', 'fsync', 'truncate', 'link')
@@ -118,6 +121,7 @@ def run_here(script, arguments, folder, kill_at, prepare, output, count) -> None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPROF, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         signal.alarm(PATIENCE)
         os.chdir(folder)
         if prepare is not None:
@@ -165,7 +169,8 @@ def tree(folder: Path, without: tuple[str, ...] = ()) -> dict[str, bytes]:
     found = {}
     for path in sorted(Path(folder).rglob('*')):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name.split('/')[0] not in without:
+        top = re.sub(r'\.\d+\.partial$', '', name.split('/')[0])  # as a kill leaves it
+        if path.is_file() and top not in without:
             found[name] = path.read_bytes()
     return found
 

@@ -3,20 +3,26 @@
 import copy
 import json
 import os
+import random
 import string
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from faulty import damaged, damages
 from helpers import ROOT
 from hypothesis import strategies as st
+from made_up_results import made_up
 
 from model import GPT, GPTConfig
 from nanomla.checkpoints import native
 from nanomla.checkpoints.load import codec_of, load_model
+from nanomla.comparison.table import read, table
 from nanomla.core import configurator, token_files
 from nanomla.core.configurator import UserError
+from nanomla.core.files import jsonl
 from nanomla.training.batches import Dataset
 
 OF_TRAIN = dict(also='train.py', classes='attentions')
@@ -282,3 +288,77 @@ def check_checkpoint(changes: list, folder: Path) -> None:
     assert codec.tokenizer.vocab_size > 0
     with torch.no_grad():
         assert loaded.model(torch.zeros(1, 2, dtype=torch.long)).shape[-1] > 0
+
+
+# -------------------------------------------------------------------------------------------------
+# changed and missing bytes
+
+
+def make_checkpoints(folder: Path) -> list[Path]:
+    native.save(folder / 'last.pt', a_checkpoint())
+    return [folder / 'last.pt']
+
+
+def make_tokens(folder: Path) -> list[Path]:
+    written_dataset(folder)
+    return [folder / 'train.bin', folder / 'val.bin']
+
+
+def make_hugging_face(folder: Path) -> list[Path]:
+    """Write a tiny Llama in the Hugging Face layout."""
+    from nanomla.checkpoints.export import export
+
+    config = GPTConfig(**SHAPE, pos='rope', norm='rmsnorm', act='swiglu', bias=False)
+    export(GPT(config), folder / 'llama')
+    return sorted((folder / 'llama').iterdir())
+
+
+def make_results(folder: Path) -> list[Path]:
+    results = made_up(dict(mha=[1.0, 1.1, 1.2], mla=[0.9, 1.0, 1.1]))
+    contenders = [dict(event='contender') | about for about in results.contenders.values()]
+    (folder / 'results.jsonl').write_text(jsonl([results.head, *contenders, *results.runs]))
+    return [folder / 'results.jsonl']
+
+
+def check_damage(path: Path, rng: random.Random, read: Callable, noticed: bool) -> None:
+    """
+    Damage a file, read it, and put it back.
+
+    noticed: whether every change has to be an error of one line; else it may be read, too
+    """
+    whole = path.read_bytes()
+    (damage,) = damages(len(whole), 1, rng)
+    path.write_bytes(damaged(whole, *damage))
+    try:
+        read(path)
+    except UserError as error:
+        assert '\n' not in str(error) and len(str(error)) < 1000
+    else:
+        assert not noticed, f'{path.name}: {damage} was not noticed'
+    finally:
+        path.write_bytes(whole)
+
+
+def read_results(path: Path) -> None:
+    table(read(path))
+
+
+# Kind of file -> its share, what writes it, and what reads a damaged one.
+CORRUPTIBLE = {
+    'checkpoints': (0.4, make_checkpoints, partial(check_damage, read=native.load, noticed=True)),
+    'tokens': (
+        0.3,
+        make_tokens,
+        partial(check_damage, read=lambda path: read_dataset(path.parent), noticed=True),
+    ),
+    'models of the Hugging Face layout': (
+        0.2,
+        make_hugging_face,
+        partial(check_damage, read=lambda path: load_model(path.parent), noticed=False),
+    ),
+    'results of a comparison': (
+        0.1,
+        make_results,
+        partial(check_damage, read=read_results, noticed=False),
+    ),
+}

@@ -1,6 +1,7 @@
 """Scripts that write something, as they are killed in the midst of it and started again."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from faulty import KILLED, Ended, nothing_else_changes, run_forked
 from helpers import TEXT, TINY, words
+from inputs import names_of
 from made_up_results import made_up
 
 from nanomla.checkpoints import native
@@ -49,6 +51,7 @@ class Scenario:
         if not self.complete(folder):
             ended = self.run(folder)
             assert ended.code == 0, ended.output
+            assert not list(folder.rglob('*.partial'))
         return self.results(folder)
 
 
@@ -119,11 +122,6 @@ def put_earlier_run(folder: Path) -> None:
     (folder / 'out' / 'notes.txt').write_text('mine')
 
 
-def is_over(folder: Path) -> bool:
-    """Return whether the new run has begun: an earlier one is then in previous/, whole."""
-    return False
-
-
 AUTO = dict(init_from='auto')
 TRAINING = Scenario('train.py', words(TRAIN | AUTO), ('out',), of_training)
 EVALUATION = Scenario(
@@ -157,6 +155,34 @@ SCENARIOS = dict(
 )
 
 
+class Beginning:
+    """A run that begins from nothing in a folder where an earlier one lies, with notes."""
+
+    scratch = Scenario('train.py', words(TRAIN), ('out',), of_training_over)
+    auto = Scenario('train.py', words(TRAIN | AUTO), ('out',), of_training_over)
+
+    def start(self, folder: Path, kill_at: int = 0) -> int:
+        """Put the earlier run there and begin; return the number of calls."""
+        put_earlier_run(folder)
+        ended = self.scratch.run(folder, kill_at)
+        assert ended.code == (KILLED if kill_at else 0), ended.output
+        return ended.calls
+
+    def kill_and_finish(self, place: Path, folder: Path, kill_at: int) -> object:
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(place, folder)
+        self.start(folder, kill_at)
+        # Once the earlier run is in previous/, the same command would move the new one there, too.
+        moved = list((folder / 'out' / 'previous').glob('*-*[0-9a-f]'))
+        ended = (self.auto if moved else self.scratch).run(folder)
+        assert ended.code == 0, ended.output
+        return of_training_over(folder)
+
+
+BEGINNING = Beginning()
+
+
 def kill_and_finish(scenario: Scenario, place: Path, folder: Path, kill_at: int) -> object:
     """Kill a command at a call, finish it in the same folder, and return its results."""
     if folder.exists():
@@ -166,3 +192,63 @@ def kill_and_finish(scenario: Scenario, place: Path, folder: Path, kill_at: int)
     ended = scenario.run(folder, kill_at)
     assert ended.code in (0, KILLED), ended.output
     return scenario.finish(folder)
+
+
+# -------------------------------------------------------------------------------------------------
+# odd settings
+
+# What may rightly take long, or much memory, when it is large.
+LONG = set(
+    'max_iters sample_tokens max_new_tokens num_samples trials texts length lr_decay_iters'.split()
+)
+COMMANDS = {  # script -> arguments with which it runs in a second
+    'train.py': words(TINY | dict(out_dir='new', max_iters=2)),
+    'sample.py': ['--out_dir=done', '--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
+    'eval.py': ['--models=done', '--out_dir=new', '--device=cpu', '--max_tokens=40'],
+    'convert_mla.py': ['done', '--out=new', '--kv_lora_rank=8', '--device=cpu', '--eval_tokens=99'],
+    'find_induction_heads.py': ['--init_from=done', '--out=new', '--device=cpu'],
+    'compare.py': ['--plot_only=True', '--results=results.jsonl', '--figure=new/c.png'],
+    'data/text/prepare.py': ['tale.txt', '--out=new'],
+}
+ODD = (
+    *('-1', '0', '1', '2', '3', '7', '0.5', '-0.5', 'nan', 'inf', '1e300'),
+    *('1000000000000', str(2**63), 'True', 'False', '', 'none', 'no/such', 'done', 'text'),
+    *('tale.txt', '/dev/null', 'x' * 300, '\u4e2d\u6587', '=1+1', '[1]', 'a,b', ',', '..'),
+)
+
+
+def script_cases(number: int, rng: random.Random) -> list[tuple[str, list[str]]]:
+    """Return scripts with their arguments, of which one or two settings are odd."""
+    cases = []
+    for _ in range(number):
+        script = rng.choice(list(COMMANDS))
+        odd = []
+        for name in rng.sample(names_of(script), rng.choice([1, 1, 2])):
+            if name not in LONG and not name.startswith('wandb'):
+                odd.append(f'--{name}={rng.choice(ODD)}')
+        cases.append((script, [*COMMANDS[script], *odd]))
+    return cases
+
+
+def check_script(case: tuple[str, list[str]], place: Path, folder: Path) -> int:
+    """Run a script in a copy of `place`: it works, or ends in one line. Return its exit code."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(place, folder)
+    script, arguments = case
+    outputs = {'new', 'done'} | {word.partition('=')[2].split('/')[0] for word in arguments}
+    with nothing_else_changes(folder, *(outputs - {'text', 'tale.txt', 'results.jsonl'})):
+        return run_forked(script, arguments, folder, prepare=no_curve).check().code
+
+
+def warm_up() -> None:
+    """Load what the scripts import, so that each fork has it already."""
+    import matplotlib.pyplot  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import torch._inductor  # noqa: F401
+
+    import nanomla.comparison.figures  # noqa: F401
+    import nanomla.conversion.convert  # noqa: F401
+    import nanomla.evals.run  # noqa: F401
+    import nanomla.heads.report  # noqa: F401
+    import nanomla.training.trainer  # noqa: F401
