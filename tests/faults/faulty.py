@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import signal
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from helpers import code_of
+from helpers import ROOT, end_of
 
 SECONDS = 8  # of processor time: more is a hang
 PATIENCE = 300  # seconds that a script may wait for what never comes
@@ -129,7 +130,7 @@ def run_here(script, arguments, folder, kill_at, prepare, output, count) -> None
         calls = CountedCalls(kill_at)
         calls.install()
         sys.argv = [script, *arguments]
-        code = code_of(script)
+        code = end_of(lambda: runpy.run_path(str(ROOT / script), run_name='__main__'))
         with open_before(count, 'w') as file:
             file.write(str(calls.number))
         sys.stdout.flush()
