@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
+from typing import TextIO
 
 PATIENCE = 300  # seconds that an event may take on a busy machine; tests wait for it, not for them
 CAN_FORK = sys.platform == 'linux'  # torch does not survive a fork on a Mac
@@ -248,6 +249,10 @@ def become(request: dict, files: list[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    # The server's own remember whether they could seek.
+    sys.stdin = sys.__stdin__ = reopened(sys.stdin, 'r')
+    sys.stdout = sys.__stdout__ = reopened(sys.stdout, 'w')
+    sys.stderr = sys.__stderr__ = reopened(sys.stderr, 'w', buffering=1)
     if request['new_session']:
         os.setsid()
     os.chdir(request['cwd'])
@@ -255,6 +260,18 @@ def become(request: dict, files: list[int]) -> None:
     os.environ.update(request['env'])
     if os.environ.get('PYTHONFAULTHANDLER'):
         faulthandler.enable()
+
+
+def reopened(stream: TextIO, mode: str, **options) -> TextIO:
+    """Return a new stream like this one on its file descriptor."""
+    return open(
+        stream.fileno(),
+        mode,
+        encoding=stream.encoding,
+        errors=stream.errors,
+        closefd=False,
+        **options,
+    )
 
 
 def execute(words: list[str]) -> None:
