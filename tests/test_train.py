@@ -1,5 +1,6 @@
 """train.py from end to end: tiny models on the CPU, mostly in this process."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -154,12 +155,12 @@ def start():
     """
     start(*launcher, **settings) -> a process of train.py in the current folder.
 
-    Its output is in the files out_dir + '.out' and '.err'. launcher: options of Python; without any
-    the process is forked.
+    Its output is in the files out_dir + '.out', or goes to `stdout`, and in '.err'. launcher: options
+    of Python; without any the process is forked.
     """
     started = []
 
-    def begin(*launcher, **settings):
+    def begin(*launcher, stdout=None, **settings):
         settings = TINY | settings
         with (
             open(f'{settings["out_dir"]}.out', 'wb') as out,
@@ -168,7 +169,7 @@ def start():
             started.append(
                 forked.Popen(
                     [sys.executable, *launcher, str(ROOT / 'train.py'), *words(settings)],
-                    stdout=out,
+                    stdout=stdout or out,
                     stderr=err,
                 )
             )
@@ -465,8 +466,138 @@ def test_a_resumed_run_may_have_other_rates_and_dropout():
     assert last['model_args']['dropout'] == 0.1 and last['step'] == 6
 
 
-def has_trained(log_path):
-    return log_path.exists() and '"train"' in log_path.read_text()
+def test_resume_alone_goes_on_with_the_settings_of_the_run(monkeypatch, capsys):
+    settings = RICH | dict(optimizer='muon', schedule='wsd', keep_checkpoints=3)
+    train(out_dir='whole', **settings)
+    stop_at([7], monkeypatch)
+    assert train(**settings)
+    monkeypatch.setattr(dataset, 'prepare_if_missing', lambda name: prepared.append(name))
+    prepared = []
+    went(['--out_dir=out', '--init_from=resume'])
+    assert prepared == ['text'] and losses() == losses('whole')
+    assert val_losses() == val_losses('whole')
+    one, other = checkpoint.load('whole/last.pt'), checkpoint.load('out/last.pt')
+    assert same(one['model'], other['model']) and same(one['optimizers'], other['optimizers'])
+    asked = ('out_dir', 'init_from')
+    assert all(one['config'][key] == other['config'][key] for key in one['config'].keys() - asked)
+    out = capsys.readouterr().out
+    assert 'resumed at step 7 of 12 from out/last.pt' in out and 'settings that differ' not in out
+
+
+def test_what_the_command_line_changes_is_said(capsys):
+    train(max_iters=4)
+    capsys.readouterr()
+    went(['--out_dir=out', '--init_from=resume', '--max_iters=6', '--learning_rate=0.02'])
+    out = capsys.readouterr().out
+    changes = 'learning_rate=0.02 (was 0.01), max_iters=6 (was 4)'
+    assert f'settings that differ from it: {changes}\n' in out
+    assert checkpoint.load('out/last.pt')['config']['learning_rate'] == 0.02
+
+
+def test_auto_resumes_where_there_is_something_to_resume():
+    train(init_from='auto', max_iters=3)
+    train(init_from='auto', max_iters=6)
+    assert list(losses()) == [*range(1, 7)] and not Path('out/previous').exists()
+    assert [line['event'] for line in log()].count('settings') == 1
+    os.remove('out/last.pt')  # killed between its first ckpt.pt and its first last.pt
+    held = files('out')
+    train(init_from='auto', max_iters=3)
+    assert files(moved()) == held and max(losses()) == 3
+
+
+def test_a_damaged_state_is_not_begun_anew(capsys):
+    """Even where to resume was nobody's wish."""
+    train(max_iters=4)
+    state = bytearray(Path('out/last.pt').read_bytes())
+    state[len(state) // 2] ^= 1
+    Path('out/last.pt').write_bytes(state)
+    held = files('out')
+    assert exit_code('train.py', words(TINY | dict(init_from='auto'))) == 2
+    assert one_error(capsys, 'out/last.pt is damaged') and files('out') == held
+
+
+def test_a_later_attempt_of_torchrun_goes_on(monkeypatch):
+    """The first moves an earlier run aside, as it was asked to begin from another model."""
+    train(out_dir='source', max_iters=2)
+    train(max_iters=3)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'abc')
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '2')
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    stop_at([5], monkeypatch)
+    # stopped and saved, it ends with 0: torchrun would start it again after any other code
+    assert not train(init_from='source', max_iters=8)
+    assert max(losses()) == 5 and len(list(Path('out/previous').iterdir())) == 1
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    train(init_from='source', max_iters=8)
+    assert list(losses()) == [*range(1, 9)] and len(list(Path('out/previous').iterdir())) == 1
+
+
+def test_counts_of_tokens_and_seconds_go_on():
+    train(max_iters=6)
+    before = log()[-1]
+    assert before['train_seconds'] > 0 and before['event'] == 'end'
+    run_id = checkpoint.load('out/last.pt')['run_id']
+    train(init_from='resume', max_iters=12, batch_size=8)  # twice the tokens a step
+    tokens = series('out', 'train', 'tokens')
+    assert (
+        tokens[6] == 6 * 64
+        and tokens[12] == 6 * 64 + 6 * 128 == series('out', 'eval', 'tokens')[12]
+    )
+    assert log()[-1]['train_seconds'] > before['train_seconds']
+    assert log()[-1]['seconds'] > before['seconds']
+    assert checkpoint.load('out/last.pt')['run_id'] == checkpoint.load('out')['run_id'] == run_id
+    assert {line['run_id'] for line in log() if 'run_id' in line} == {run_id}
+
+
+def test_a_resumed_run_goes_on_in_wandb(monkeypatch):
+    begun = []
+    wandb = SimpleNamespace(
+        init=lambda **about: begun.append(about), log=lambda *_, **__: None, Error=OSError
+    )
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    train(max_iters=2, wandb_log=True)
+    train(max_iters=4, init_from='resume')
+    train(max_iters=2, wandb_log=True)
+    ids = [about['id'] for about in begun]
+    assert ids[0] == ids[1] == moved().name != ids[2]
+    assert {about['resume'] for about in begun} == {'allow'}
+
+
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(monkeypatch):
+    settings = RICH | dict(eval_interval=4)
+    train(out_dir='whole', **settings)
+    batches_of, cut = batches.Dataset.val_batches, iter([True, True])
+
+    def interrupted(self, batch_size, most=0):
+        step = next(cut, None)
+        for number, batch in enumerate(batches_of(self, batch_size, most)):
+            if step and number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(batches.Dataset, 'val_batches', interrupted)
+    assert train(**settings)  # in the evaluation of step 4
+    assert checkpoint.load('out/last.pt')['step'] == 4 and val_losses() == {}
+    assert train(init_from='resume', **settings)  # and again, at once
+    assert checkpoint.load('out/last.pt')['step'] == 4 and val_losses() == {}
+    assert not train(init_from='resume', **settings)
+    assert losses() == losses('whole') and val_losses() == val_losses('whole')
+    one, other = checkpoint.load('whole'), checkpoint.load('out')
+    assert one['step'] == other['step'] and same(one['model'], other['model'])
+
+
+def test_a_reader_that_goes_away_does_not_stop_a_run(start):
+    reader, writer = os.pipe()
+    process = start(max_iters=60, eval_interval=60, stdout=writer)
+    os.close(writer)
+    os.read(reader, 100)
+    os.close(reader)
+    assert process.wait(PATIENCE) == 0
+    assert checkpoint.load('out/last.pt')['step'] == 60 == log()[-1]['step']
+
+
+def has_trained(log_path, word='"train"'):
+    return log_path.exists() and word in log_path.read_text()
 
 
 def test_signals_stop_a_process_that_can_be_resumed(start):
@@ -635,6 +766,61 @@ def test_steps_that_two_processes_cannot_share_are_refused(start):
         assert code == 2
         # without torch's warnings of a host that has no name
         assert re.sub(r'(?m)^\[W\d.*\n', '', err) == line
+
+
+def launched(start, name, *options, **settings):
+    """train.py by torchrun with two processes, whose step takes no time and whose log is silent."""
+    silent = dict(max_iters=10**6, log_interval=10**6, eval_interval=10**6)
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *options]
+    settings = dict(gradient_accumulation_steps=2) | silent | settings
+    return start(*torchrun, out_dir=name, **settings)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_stop_together_whatever_is_logged_when(start):
+    process = launched(start, 'out')
+    wait_until(partial(has_trained, Path('out/log.jsonl'), '"settings"'), process)
+    time.sleep(2)
+    asked = time.monotonic()
+    process.terminate()
+    assert process.wait(PATIENCE) != 0
+    assert time.monotonic() - asked < 30  # after which torchrun kills
+    assert checkpoint.load('out/last.pt')['step'] == log()[-1]['step'] > 0
+    assert log()[-1]['why'].startswith('stopped by ')
+    line = Path('out.out').read_text().splitlines()[-1]
+    assert line == (
+        'go on with: torchrun --standalone --nproc_per_node=2 '
+        'train.py --out_dir=out --init_from=resume'
+    )
+
+
+def workers_of(process):
+    """The process ids of torchrun's workers by rank."""
+    found = {}
+    for path in Path('/proc').glob('[0-9]*/environ'):
+        with contextlib.suppress(OSError):
+            environment = path.read_bytes().split(b'\0')
+            parent = (path.parent / 'stat').read_text().rpartition(')')[2].split()[1]
+            rank = [word[5:] for word in environment if word.startswith(b'RANK=')]
+            if rank and int(parent) == process.pid:
+                found[int(rank[0])] = int(path.parent.name)
+    return found
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_the_steps_since_the_last_save(start):
+    def killed_at(last):
+        wait_until(last.exists, process)
+        os.kill(workers_of(process)[1], signal.SIGKILL)
+        return checkpoint.load(last)['step']
+
+    process = launched(start, 'out', '--max_restarts=2', eval_interval=20, max_iters=10**5)
+    saved = killed_at(Path('out/last.pt'))
+    wait_until(partial(has_trained, Path('out/log.jsonl'), '"resume"'), process)
+    process.terminate()
+    process.wait(PATIENCE)
+    resumed = [line['step'] for line in log() if line['event'] == 'resume']
+    assert len(resumed) == 1 and resumed[0] >= saved and not Path('out/previous').exists()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def resume_command(out_dir: str) -> str:
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return f'python {script}'
     nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
-    words = ['torchrun', f'--nproc_per_node={os.environ["LOCAL_WORLD_SIZE"]}']
+    words = ['torchrun', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", 1)}']
     if nodes == 1:
         words.insert(1, '--standalone')
     else:

@@ -624,6 +624,22 @@ def test_echo():
     assert config.given['dataset'] == 'config/x.py:3'
 
 
+def test_settings_of_an_earlier_run_fill_in_what_is_not_set():
+    write('\nlearning_rate = 1e-3\n')
+    config, script = read('config/x.py', '--batch_size=8')
+    before = dict(learning_rate=0.5, batch_size=64, dataset='mine', out_dir='old', gone=1)
+    config.adopt(before, 'a/last.pt', but=('out_dir',))
+    assert (config['dataset'], script['dataset']) == ('mine', 'mine')
+    assert (config['learning_rate'], config['batch_size']) == (1e-3, 8)
+    assert config['out_dir'] != 'old' and 'gone' not in config and 'dataset' not in config.given
+    assert "dataset = 'mine'  (a/last.pt)" in config.echo()
+    changes = config.differences(before, but=('out_dir',)).split(', ')
+    assert sorted(changes) == ['batch_size=8 (was 64)', 'learning_rate=0.001 (was 0.5)']
+    assert config.differences(dict(config)) == ''
+    with pytest.raises(UserError, match='a/last.pt: max_iters takes a whole number'):
+        config.adopt(dict(max_iters='many'), 'a/last.pt')
+
+
 def test_settings_travel_as_a_plain_dict():
     config, _ = read('--batch_size=8')
     assert isinstance(config, Settings) and isinstance(config, dict)
