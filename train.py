@@ -169,13 +169,13 @@ if resuming:
 device = devices.pick_device(device)
 on_cpu = config.apply_on_cpu() if device.type == 'cpu' else {}
 check_ranges(config)
-asked = (batch_size, gradient_accumulation_steps)
-batch_size, gradient_accumulation_steps = launch.share_batch(*asked, world)
-config |= dict(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 log_line(config.echo())
 if on_cpu:
     changes = ', '.join(f'{key}={value}' for key, value in on_cpu.items())
     log_line(textwrap.fill(f'on the CPU: {changes}', WIDTH, subsequent_indent='  '))
+asked = (batch_size, gradient_accumulation_steps)
+batch_size, gradient_accumulation_steps = launch.share_batch(*asked, world)
+config |= dict(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 if (batch_size, gradient_accumulation_steps) != asked:
     log_line(
         f'{world} processes share the {math.prod(asked)} sequences of a step: batch_size='

@@ -89,6 +89,7 @@ def pytest_unconfigure():
 EXPECTED_SKIPS = [
     'needs a CUDA GPU',
     'needs Hopper or Ada',
+    'needs network namespaces',
     'made for a GPU',
     'runs in the child process of test_under_the_interpreter',
     'needs a browser: neither chromium nor google-chrome is on the PATH',

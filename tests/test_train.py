@@ -155,8 +155,8 @@ def start():
     """
     start(*launcher, **settings) -> a process of train.py in the current folder.
 
-    Its output is in the files out_dir + '.out', or goes to `stdout`, and in '.err'. launcher: options
-    of Python; without any the process is forked.
+    Its output is in the files out_dir + '.out', or goes to `stdout`, and in '.err'. launcher:
+    options of Python; without any the process is forked.
     """
     started = []
 
