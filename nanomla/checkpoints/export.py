@@ -112,7 +112,27 @@ def stock_model(model: GPT) -> StockModel:
     check_config(architecture, model.config)
     check_scale(model, model.transformer.h[0].attn.qk_dim)
     params = dict(model.named_parameters(remove_duplicate=False))
-    return StockModel(architecture, model.config, params)
+    return StockModel(architecture, model.config, params, rope_of_frequencies(model.config))
+
+
+def rope_of_frequencies(config: GPTConfig) -> dict | None:
+    """Return the RoPE with the frequencies of `config`; None for one without any of its own."""
+    if not config.rope_frequencies:
+        return None
+    pairs = len(config.rope_frequencies)
+    factors = []  # of the ordinary wavelengths
+    for k, frequency in enumerate(config.rope_frequencies):
+        ordinary = config.rope_theta ** (-k / pairs)
+        # A pair that does not turn has an angle there that fp32 cannot tell from zero.
+        factors.append(config.rope_scaling * ordinary / max(frequency, 1e-12))
+    return dict(
+        rope_type='longrope',
+        short_factor=factors,
+        long_factor=factors,
+        factor=1.0,
+        attention_factor=1.0,
+        original_max_position_embeddings=config.block_size,
+    )
 
 
 def check_config(architecture: Family, config: GPTConfig) -> None:
