@@ -212,10 +212,12 @@ def main():
             files = [standard_input if name == '-' else (name, path) for name, path in files]
         meta = write_dataset(Text(files, tokenizer), folder)
     print(summary(folder, meta))
-    dataset = f'--dataset={out or "text"}'
+    config, trained = 'config/train_shakespeare_mla.py', 'out-shakespeare-mla'
+    if tokenizer == 'gpt2':  # 50,257 tokens want a larger model, and on a CPU smaller batches
+        config, trained = 'config/books_modern.py', 'out-books-modern'
     print_next_steps(
-        ['train.py', 'config/train_shakespeare_mla.py', dataset],
-        ['sample.py', '--out_dir=out-shakespeare-mla'],
+        ['train.py', config, f'--dataset={out or "text"}'],
+        ['sample.py', f'--out_dir={trained}'],
     )
 
 
