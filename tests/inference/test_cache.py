@@ -342,7 +342,7 @@ def trained():
                 )
             )
             optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-            for _ in range(150):
+            for _ in range(90):
                 starts = torch.randint(len(ids) - 20_129, (8,))
                 batch = ids[starts[:, None] + torch.arange(129)]
                 optimizer.zero_grad()
