@@ -5,8 +5,10 @@ Which heads of a model do what, do MHA and MLA differ, and is it causal?
     python find_induction_heads.py --init_from=gpt2 --prompt="When Mary and John went to the store"
     python find_induction_heads.py --sweep=out-induction-mla
 
-Writes heads.html (open it by a double click), heads.png, heads.json, heads.csv and composition.csv
-to --out.
+Writes heads.html (open it by a double click), heads.png, heads.json, heads.jsonl, heads.csv and
+composition.csv to --out. The figures can be drawn again from the log alone:
+
+    python find_induction_heads.py --plot_only=True --results=out-heads/heads.jsonl
 """
 
 # models, side by side where there are several (with a comma between them)
@@ -30,6 +32,10 @@ copying = False  # heads that move a name ("When Mary and John ..., John gave a 
 # a study: trains every config with every seed (where its folder is missing), and draws study.png
 study = ''  # configs; of several files one: config/induction.py+config/induction_mla.py,...
 seeds = 5  # runs of each config
+# figures again
+plot_only = False  # measure nothing: draw the figures of --results into --out
+results = ''  # a log of an earlier call, such as out-heads/heads.jsonl
+call = 1  # of several calls in one log: which of them
 # machine
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
 
@@ -44,21 +50,17 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.devices import commit, describe, pick_device
 from nanomla.core.files import writing
 from nanomla.heads import ioi
-from nanomla.heads.figures import (
-    MOST_MODELS,
-    LatentFacts,
-    draw_latents,
-    draw_maps,
-    draw_training,
-)
+from nanomla.heads.figures import draw_report
 from nanomla.heads.latents import (
+    components_for,
     has_latents,
     likeness,
-    principal_plane,
     read_latents,
     variance_shares,
 )
@@ -67,12 +69,15 @@ from nanomla.heads.report import (
     TrialSettings,
     examine,
     findings,
+    missing_scores,
+    read_report,
     texts_for_latents,
     write_report,
 )
 from nanomla.heads.study import (
     Run,
     study_runs,
+    tell_apart,
     through_training,
     train_missing,
     variant_line,
@@ -80,8 +85,7 @@ from nanomla.heads.study import (
 )
 from nanomla.heads.subject import LoadOptions, Subject, load_subject
 
-LONGEST_FOOTER = 150  # letters
-PLANE_TOKENS = 600  # drawn of every layer's latents
+LATENT_DIGITS = 4  # of shares and likeness in the report
 
 
 def print_row(text: str) -> None:
@@ -102,6 +106,13 @@ def check_settings() -> None:
         check_range(name, globals()[name], least=least)
     check_range('threshold', threshold, above=0, below=1)
     check_choice('causes', causes, ('auto', 'all', 'none'))
+    if plot_only:
+        if not results:
+            raise UserError(
+                '--plot_only=True draws the figures of --results: name a log, such as '
+                '--results=out-heads/heads.jsonl'
+            )
+        return
     if not (models_asked() or split_list(sweep) or split_list(study)):
         raise UserError(
             'which model? --out_dir=FOLDER of a run of train.py, or --init_from=gpt2, a file or a '
@@ -157,17 +168,19 @@ def sweep_runs(runs: list[Run], options: LoadOptions, trials: TrialSettings) -> 
     return [through_training(run, options, trials, print_row) for run in runs]
 
 
-def examine_latents(subject: Subject, model: dict) -> LatentFacts:
-    """Add to a model's entry what its latents hold, and return it for the figure."""
+def examine_latents(subject: Subject, model: dict) -> None:
+    """Add to a model's entry what its latents hold."""
     found = read_latents(subject.model, texts_for_latents(subject, texts, seed))
-    facts = LatentFacts(
-        name=subject.name,
-        shares=variance_shares(found),
-        likeness=likeness(found),
-        plane=principal_plane(found[:, :PLANE_TOKENS]),
+    shares = variance_shares(found)
+    model['latents'] = dict(
+        variance=rounded(shares),
+        components_for_90_percent=components_for(shares, 0.9).tolist(),
+        likeness=rounded(likeness(found)),
     )
-    model['latents'] = dict(variance=facts.shares.tolist(), likeness=facts.likeness.tolist())
-    return facts
+
+
+def rounded(rows: torch.Tensor) -> list[list[float]]:
+    return [[round(value, LATENT_DIGITS) for value in row] for row in rows.tolist()]
 
 
 def examine_names(subject: Subject, model: dict) -> None:
@@ -188,25 +201,31 @@ def examine_names(subject: Subject, model: dict) -> None:
         )
 
 
-def draw(folder: Path, report: dict, latent_facts: list[LatentFacts], footer: str) -> list[Path]:
-    """Draw the figures of a report and return their paths."""
-    written = []
-    if report['checkpoints']:
-        path = folder / ('study.png' if study else 'training.png')
-        title = 'Induction through training'
-        written.append(draw_training(report['checkpoints'], path, footer, title))
-    models = report['models']
-    for first in range(0, len(models), MOST_MODELS):
-        number = '' if len(models) <= MOST_MODELS else first // MOST_MODELS + 1
-        path = folder / f'heads{number}.png'
-        written.append(draw_maps(models[first : first + MOST_MODELS], path, footer))
-    if latent_facts:
-        written.append(draw_latents(latent_facts, folder / 'latents.png', footer))
-    return written
+def draw(folder: Path, report: dict) -> list[Path]:
+    """Draw the figures of a report and return their paths; none where matplotlib is missing."""
+    try:
+        return draw_report(folder, report)
+    except UserError as error:
+        print_row(f'no figure: {error}')
+        return []
+
+
+def draw_again() -> None:
+    """Draw the figures of an earlier call from its log."""
+    report = read_report(results, call)
+    for line in missing_scores(report):
+        print_row(line)
+    written = draw_report(Path(out), report)
+    if not written:
+        raise UserError(f'{results} holds nothing that a figure could be drawn of')
+    print_row(', '.join(str(path) for path in written))
 
 
 def main():
     check_settings()
+    if plot_only:
+        draw_again()
+        return
     used = pick_device(device)
     folder = Path(out)
     with writing(f'--out={out}'):
@@ -215,10 +234,8 @@ def main():
         command=f'python find_induction_heads.py {shlex.join(sys.argv[1:])}'.strip(),
         commit=commit(),
         date=str(datetime.date.today()),
+        device=describe(used),
     )
-    footer = f'{describe(used)} · commit {made["commit"]} · {made["date"]} · {made["command"]}'
-    if len(footer) >= LONGEST_FOOTER:
-        footer = footer[: LONGEST_FOOTER - 3] + '...'
     options = LoadOptions(used, untrained, dataset, often)
     settings = ReportSettings(length, texts, seed, threshold, causes, prompt, shown)
     trials = TrialSettings(length, texts, seed, threshold)
@@ -229,30 +246,27 @@ def main():
     for run in swept:
         run.files()  # a run without checkpoints is an error before any work
     subjects = [load_subject(path, options) for path in paths_of_models(studied)]
+    tell_apart(subjects, swept)
     check_extras(subjects)
 
     runs = sweep_runs(swept, options, trials)
     if study:
         for variant in write_study(folder / 'study.jsonl', runs, trials, made):
             print_row(variant_line(variant))
-    models, latent_facts = [], []
+    models = []
     for subject in subjects:
         print_row(subject.banner())
         model = examine(subject, settings, print_detail)
         for line in findings(model):
             print_row(line)
         if latents and has_latents(subject.model):
-            latent_facts.append(examine_latents(subject, model))
+            examine_latents(subject, model)
         if copying:
             examine_names(subject, model)
         models.append(model)
 
     report = dict(models=models, checkpoints=runs, made=made)
-    written = write_report(folder, report)
-    try:
-        written += draw(folder, report, latent_facts, footer)
-    except UserError as error:
-        print_row(f'no figure: {error}')
+    written = write_report(folder, report) + draw(folder, report)
     print_row(', '.join(str(path) for path in written))
 
 

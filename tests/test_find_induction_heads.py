@@ -1,8 +1,11 @@
 """find_induction_heads.py and what it needs of train.py: kept checkpoints, repeated texts."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from nanomla.checkpoints import native as checkpoint
 from nanomla.core import token_files as dataset
 from nanomla.core import tokenizers
 from nanomla.core.configurator import UserError
-from nanomla.heads import patterns, report, study, subject
+from nanomla.heads import ablation, patterns, report, study, subject
 from nanomla.heads.report import ReportSettings, TrialSettings
 from nanomla.heads.subject import LoadOptions, load_subject
 
@@ -44,6 +47,7 @@ TINY = dict(
     mlp=False,
 )
 MLA = dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4)
+INDUCTION_STUDY = ROOT / 'assets/logs/induction_study.jsonl'
 
 
 @pytest.fixture(autouse=True)
@@ -71,42 +75,28 @@ def find(*arguments):
 
 @pytest.mark.parametrize('shortest, longest', [(3, 9), (7, 7)])
 def test_every_document_has_its_text_twice(shortest, longest, tmp_path, capsys):
-    run(
-        'data/repeats/prepare.py',
-        [
-            '--documents=200',
-            '--symbols=12',
-            f'--shortest={shortest}',
-            f'--longest={longest}',
-            '--out=two',
-        ],
-    )
+    sizes = dict(documents=200, symbols=12, shortest=shortest, longest=longest, out='two')
+    run('data/repeats/prepare.py', words(sizes))
+    assert '200' not in capsys.readouterr().err
     meta = dataset.read_meta('two')
-    codec, lengths = tokenizers.Tokenizer(meta), set()
-    assert (
-        meta['vocab_size'] == 13
-        and meta['chars'][0] == '\n'
-        and meta['val_tokens'] < meta['train_tokens']
-    )
-    texts = codec.decode(np.fromfile('two/train.bin', meta['dtype']).tolist()).split('\n')[1:]
-    assert len(texts) == 200 and len(set(texts)) > 190
-    for text in texts:
-        half = text[: len(text) // 2]
-        assert text == half * 2 and len(set(half)) == len(half)
-        lengths.add(len(half))
-    assert lengths == set(range(shortest, longest + 1)) and '200' not in capsys.readouterr().err
-    before = Path('two/train.bin').read_bytes()
-    run(
-        'data/repeats/prepare.py',
-        [
-            '--documents=200',
-            '--symbols=12',
-            f'--shortest={shortest}',
-            f'--longest={longest}',
-            '--out=two',
-        ],
-    )
-    assert Path('two/train.bin').read_bytes() == before
+    assert meta['vocab_size'] == 13
+    assert meta['chars'][0] == '\n'
+    assert meta['val_tokens'] < meta['train_tokens']
+    ids = np.fromfile('two/train.bin', meta['dtype']).tolist()
+    texts = tokenizers.Tokenizer(meta).decode(ids).split('\n')[1:]
+    assert len(texts) == 200
+    assert len(set(texts)) > 190
+    halves = [text[: len(text) // 2] for text in texts]
+    for text, half in zip(texts, halves):
+        assert text == half * 2
+        assert len(set(half)) == len(half)
+    assert {len(half) for half in halves} == set(range(shortest, longest + 1))
+
+
+def test_the_same_seed_makes_the_same_documents(tmp_path):
+    for out in ('one', 'two'):
+        run('data/repeats/prepare.py', ['--documents=50', f'--out={out}'])
+    assert Path('one/train.bin').read_bytes() == Path('two/train.bin').read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +110,8 @@ def test_every_document_has_its_text_twice(shortest, longest, tmp_path, capsys):
 )
 def test_texts_that_cannot_be(wrong, what, capsys):
     assert exit_code('data/repeats/prepare.py', [wrong, '--out=two']) == 2
-    assert what in capsys.readouterr().err and not Path('two').exists()
+    assert what in capsys.readouterr().err
+    assert not Path('two').exists()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -129,55 +120,77 @@ def test_texts_that_cannot_be(wrong, what, capsys):
 
 @given(st.integers(0, 40), st.integers(1, 100000))
 @settings(max_examples=100, deadline=None)
-def test_steps_to_keep(count, last):
+def test_steps_to_keep_reach_from_the_first_to_the_last(count, last):
     steps = checkpoint.steps_to_keep(count, last)
-    assert (
-        len(steps) <= count
-        and (not count or max(steps) == last)
-        and (count < 2 or 0 in steps)
-        and min(steps, default=0) >= 0
-    )
-    if count > 5 and last >= 10000:
-        ratios = [b / a for a, b in zip(sorted(steps)[1:], sorted(steps)[2:])]
-        assert len(steps) == count and max(ratios) / min(ratios) < 1.1
+    assert len(steps) <= count
+    assert min(steps, default=0) >= 0
+    if count:
+        assert max(steps) == last
+    if count >= 2:
+        assert 0 in steps
 
 
-def test_a_run_keeps_its_way(repeats, capsys):
+@given(st.integers(6, 40), st.integers(10000, 100000))
+@settings(max_examples=100, deadline=None)
+def test_steps_to_keep_are_equally_far_apart_on_a_logarithmic_axis(count, last):
+    steps = sorted(checkpoint.steps_to_keep(count, last))
+    assert len(steps) == count
+    ratios = [later / earlier for earlier, later in zip(steps[1:], steps[2:])]
+    assert max(ratios) / min(ratios) < 1.1
+
+
+def test_a_run_keeps_checkpoints_through_its_training(repeats):
     train(max_iters=20, keep_checkpoints=5)
     kept = checkpoint.step_files('out')
     steps = [int(path.stem[5:]) for path in kept]
-    assert steps == sorted(checkpoint.steps_to_keep(5, 20)) and steps[0] == 0 and steps[-1] == 20
+    assert steps == sorted(checkpoint.steps_to_keep(5, 20))
+    assert (steps[0], steps[-1]) == (0, 20)
     contents = [checkpoint.load(path) for path in kept]
-    assert [content['step'] for content in contents] == steps and all(
-        'optimizers' not in content for content in contents
-    )
+    assert [content['step'] for content in contents] == steps
+    for content in contents:
+        assert 'optimizers' not in content
     weights = [content['model']['transformer.h.0.attn.c_attn.weight'] for content in contents]
-    assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:]))
+    for earlier, later in zip(weights, weights[1:]):
+        assert not torch.equal(earlier, later)
     last = checkpoint.load('out/last.pt')['model']
-    assert all(torch.equal(last[key], value) for key, value in contents[-1]['model'].items())
-    assert (
-        all('mlp' not in key and 'ln_2' not in key for key in last)
-        and contents[0]['model_args']['mlp'] is False
-    )
+    for key, value in contents[-1]['model'].items():
+        assert torch.equal(last[key], value), key
+
+
+def test_a_run_without_mlps_has_none_in_its_checkpoints(repeats):
+    train(mlp=False)
+    content = checkpoint.load('out/last.pt')
+    assert content['model_args']['mlp'] is False
+    for key in content['model']:
+        assert 'mlp' not in key
+        assert 'ln_2' not in key
+
+
+def names_of(folder):
+    return [path.name for path in checkpoint.step_files(folder)]
+
+
+def test_the_next_run_moves_kept_checkpoints_aside(repeats):
+    train(max_iters=6, keep_checkpoints=3)
+    first = names_of('out')
     train(max_iters=3, keep_checkpoints=1)
-    assert [path.name for path in checkpoint.step_files('out')] == ['step-000003.pt']
-    assert [path.name for path in checkpoint.step_files('out/previous')] == [
-        path.name for path in kept
-    ]
+    assert names_of('out') == ['step-000003.pt']
+    assert names_of('out/previous') == first
     train(max_iters=3, keep_checkpoints=0)
-    assert not checkpoint.step_files('out') and [
-        path.name for path in checkpoint.step_files('out/previous')
-    ] == ['step-000003.pt']
+    assert names_of('out') == []
+    assert names_of('out/previous') == ['step-000003.pt']
 
 
 def test_without_it_nothing_is_kept(repeats):
     train(keep_checkpoints=0)
-    assert not checkpoint.step_files('out')
+    assert names_of('out') == []
 
 
 def test_attention_alone_cannot_go_elsewhere(tiny):
     model = tiny(mlp=False, pos='rope', norm='rmsnorm', act='swiglu')
-    assert not any('mlp' in name or 'ln_2' in name for name, _ in model.named_parameters())
+    for name, _ in model.named_parameters():
+        assert 'mlp' not in name
+        assert 'ln_2' not in name
     with pytest.raises(UserError, match='mlp=False'):
         export.export(model, 'elsewhere')
     x = torch.randn(1, 5, 32)
@@ -189,160 +202,230 @@ def test_attention_alone_cannot_go_elsewhere(tiny):
 # the script
 
 
-def test_from_a_run_to_its_files(repeats, capsys):
+@dataclass
+class Found:
+    """What a call of the script wrote and printed: an MHA model a, an MLA model b and its sweep."""
+
+    folder: Path
+    printed: str
+
+    @property
+    def report(self):
+        return json.loads((self.folder / 'heads.json').read_text())
+
+    @property
+    def models(self):
+        return self.report['models']
+
+    def rows(self, name):
+        return list(csv.DictReader((self.folder / name).open()))
+
+
+@pytest.fixture(scope='module')
+def trained_pair(tmp_path_factory):
+    """A folder with the texts, and the runs a (MHA) and b (MLA with MLPs)."""
+    folder = tmp_path_factory.mktemp('pair')
+    run('data/repeats/prepare.py', ['--documents=300', f'--out={folder}/repeats'])
+    both = dict(a={}, b=MLA | dict(mlp=True))
+    for name, changes in both.items():
+        settings = TINY | changes | dict(out_dir=folder / name, dataset=folder / 'repeats')
+        run('train.py', words(settings))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def found(trained_pair):
     pytest.importorskip('matplotlib')
-    train(out_dir='a')
-    train(out_dir='b', **MLA, mlp=True)
-    capsys.readouterr()
-    find('--out_dir=a,b', '--sweep=b', '--out=heads', '--latents=True', '--prompt=ABCABC')
-    told = capsys.readouterr().out
-    assert 'a: MHA' in told and 'b: MLA' in told and 'step 6' in told and 'val loss' in told
-    written = json.loads(Path('heads/heads.json').read_text())
-    a, b = written['models']
-    assert (
-        (a['kind'], b['kind']) == ('MHA', 'MLA')
-        and a['trained']
-        and a['step'] == 6
-        and a['tokens'] == 6 * 4 * 40
-    )
-    assert (
-        a['tokens_text'] == ['\n', *'ABCABC']
-        and len(a['scores']) == 4
-        and a['repeats']['row_sums'] < 1e-6
-        and a['repeats']['rebuilt'] < 1e-5
-    )
-    assert all(
-        isinstance(e[f'{way}_ablation'], float)
-        for e in a['scores']
-        for way in ('zero', 'mean', 'pattern')
-    )
-    assert 'mla_split' in b and 'mla_split' not in a and len(b['latents']['likeness']) == 2
-    assert a['val_loss'] == pytest.approx(checkpoint.load('a')['best_val_loss'])
-    assert (
-        len(a['loss_by_position']['x'])
-        == len(a['loss_by_position']['repeated'])
-        == 2 * a['repeats']['L']
-    )
-    (swept,) = written['checkpoints']
-    assert swept['step'] == sorted(checkpoint.steps_to_keep(4, 6)) and np.shape(
-        swept['scores']
-    ) == (len(swept['step']), 2, 2)
-    assert swept['tokens'] == [160 * step for step in swept['step']]
-    last = [e['induction']['score'] for e in b['scores']]
-    if checkpoint.load('b')['step'] == 6:  # the best is the last
-        assert np.ravel(swept['scores'][-1]) == pytest.approx(last, abs=1e-3)
-        best = max(e['on_text']['gap'] for e in b['scores'])
-        assert swept['max_text'][-1] == pytest.approx(best, abs=1e-4)
-        for name in ('text_repeat_loss', 'text_control_loss'):
-            assert swept[name][-1] == pytest.approx(b[name], abs=1e-3)
-    check_text_scores(swept, load_subject(checkpoint.step_files('b')[-1]))
-    assert isinstance(b['group_ablation']['text_loss'], float) and all(
-        isinstance(e['on_text']['zero_ablation'], float) for e in b['scores']
-    )
+    folder = trained_pair / 'heads'
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        find(
+            f'--out_dir={trained_pair}/a,{trained_pair}/b',
+            f'--sweep={trained_pair}/b',
+            f'--out={folder}',
+            '--latents=True',
+            '--prompt=ABCABC',
+        )
+    return Found(folder, printed.getvalue())
+
+
+def test_the_script_prints_what_it_looks_at_and_what_it_found(found):
+    for text in ('a: MHA', 'b: MLA', 'step 6', 'val loss', 'labels: ', 'loss on the repetition'):
+        assert text in found.printed
+    measured = [line for line in found.printed.splitlines() if line.startswith('  ')]
+    assert max(len(line) for line in measured) <= 120
+
+
+def test_the_report_says_which_models_it_is_of(found, trained_pair):
+    a, b = found.models
+    assert (a['kind'], b['kind']) == ('MHA', 'MLA')
+    assert a['trained']
+    assert a['step'] == 6
+    assert a['tokens'] == 6 * 4 * 40
+    assert a['val_loss'] == pytest.approx(checkpoint.load(trained_pair / 'a')['best_val_loss'])
     assert b['repeats']['ids'] == 64
-    rows = list(csv.DictReader(Path('heads/heads.csv').open()))
-    assert (
-        len(rows) == 8
-        and float(rows[0]['induction_score']) == a['scores'][0]['induction']['score']
-        and rows[4]['model'] == 'b'
-    )
-    assert len(list(csv.DictReader(Path('heads/composition.csv').open()))) == 2 * 3 * 4
-    assert len(list(csv.DictReader(Path('heads/checkpoints.csv').open()))) == len(swept['step'])
-    for picture in ('heads.png', 'training.png', 'latents.png'):
-        assert Path('heads', picture).read_bytes()[:4] == b'\x89PNG'
-    assert 'ABC' in Path('heads/heads.html').read_text() and not list(
-        Path('heads').glob('*.partial')
-    ) + list(Path('heads').glob('*.tmp'))
 
 
-def check_text_scores(swept, last):
-    """The last numbers of a sweep on held-out text are those of its last checkpoint."""
-    trial = report.held_out_trials_for(last, TrialSettings(texts=8))
-    L, _ = patterns.trial_lengths(40, 64)
+def test_the_report_shows_the_prompt(found):
+    a, _ = found.models
+    assert a['tokens_text'] == ['\n', *'ABCABC']
+    assert 'ABC' in (found.folder / 'heads.html').read_text()
+
+
+def test_the_report_has_every_head_with_its_ablations(found):
+    for model in found.models:
+        assert len(model['scores']) == 4
+        for head in model['scores']:
+            for method in ablation.METHODS:
+                assert isinstance(head[f'{method}_ablation'], float), method
+            assert isinstance(head['on_text']['zero_ablation'], float)
+        assert isinstance(model['group_ablation']['text_loss'], float)
+
+
+def test_the_patterns_are_those_that_the_model_computes_with(found):
+    for model in found.models:
+        assert model['repeats']['row_sums'] < 1e-6
+        assert model['repeats']['rebuilt'] < 1e-5
+
+
+def test_only_mla_has_parts_of_logits_and_latents(found):
+    a, b = found.models
+    assert 'mla_split' in b
+    assert 'mla_split' not in a
+    assert 'latents' not in a
+    latents = b['latents']
+    assert np.shape(latents['likeness']) == (2, 2)
+    assert np.shape(latents['variance']) == (2, 8)
+    assert len(latents['components_for_90_percent']) == 2
+
+
+def test_losses_are_given_by_position(found):
+    for model in found.models:
+        losses = model['loss_by_position']
+        assert len(losses['x']) == len(losses['repeated']) == 2 * model['repeats']['L']
+
+
+def test_a_sweep_scores_every_checkpoint(found):
+    (swept,) = found.report['checkpoints']
+    assert swept['step'] == sorted(checkpoint.steps_to_keep(4, 6))
+    assert swept['tokens'] == [160 * step for step in swept['step']]
+    assert np.shape(swept['scores']) == (len(swept['step']), 2, 2)
+
+
+def test_the_last_scores_of_a_sweep_are_those_of_the_last_checkpoint(found, trained_pair):
+    (swept,) = found.report['checkpoints']
+    last = load_subject(checkpoint.step_files(trained_pair / 'b')[-1])
+    settings = TrialSettings(texts=8)
+    heads, *_ = patterns.score_heads(last.model, report.trials_for(last, settings))
+    scores = [head['induction']['score'] for head in heads]
+    assert np.ravel(swept['scores'][-1]) == pytest.approx(scores, abs=1e-4)
+    trial = report.held_out_trials_for(last, settings)
     heads, repeated, control = patterns.score_heads(last.model, trial)
-    assert swept['text_heads'][-1] == sum(e['label'] == 'induction' for e in heads)
-    assert swept['max_text'][-1] == max(e['induction']['gap'] for e in heads)
+    assert swept['text_heads'][-1] == len(patterns.heads_with_label(heads, 'induction'))
+    assert swept['max_text'][-1] == max(head['induction']['gap'] for head in heads)
+    L, _ = patterns.trial_lengths(40, 64)
     for name, losses in dict(text_repeat_loss=repeated, text_control_loss=control).items():
         mean = losses[:, L + 1 : 2 * L].mean().item()
-        assert swept[name][-1] == pytest.approx(mean, abs=1e-4)
+        assert swept[name][-1] == pytest.approx(mean, abs=1e-4), name
+
+
+def test_the_tables_have_a_row_a_head_a_pair_and_a_checkpoint(found):
+    a, _ = found.models
+    rows = found.rows('heads.csv')
+    assert len(rows) == 8
+    assert float(rows[0]['induction_score']) == a['scores'][0]['induction']['score']
+    assert rows[4]['model'] == 'b'
+    assert rows[4]['kind'] == 'MLA'
+    assert len(found.rows('composition.csv')) == 2 * 3 * 4
+    (swept,) = found.report['checkpoints']
+    assert len(found.rows('checkpoints.csv')) == len(swept['step'])
+
+
+def test_pictures_are_written_and_nothing_is_left_aside(found):
+    for picture in ('heads.png', 'training.png', 'latents.png'):
+        assert (found.folder / picture).read_bytes()[:4] == b'\x89PNG'
+    assert list(found.folder.glob('*.partial')) == []
+    assert list(found.folder.glob('*.tmp')) == []
+
+
+def test_the_figures_are_drawn_again_from_the_log_alone(found, tmp_path, capsys):
+    shutil.copy(found.folder / 'heads.jsonl', tmp_path / 'log.jsonl')
+    find('--plot_only=True', '--results=log.jsonl', '--out=again')
+    printed = capsys.readouterr().out
+    pictures = ('heads.png', 'latents.png', 'training.png')
+    for picture in pictures:
+        assert Path('again', picture).read_bytes() == (found.folder / picture).read_bytes()
+        assert f'again/{picture}' in printed
+    assert sorted(path.name for path in Path('again').iterdir()) == list(pictures)
+
+
+def test_two_runs_of_one_folder_name_are_told_apart(trained_pair, tmp_path):
+    for parent, name in (('one', 'a'), ('two', 'b')):
+        shutil.copytree(trained_pair / name, tmp_path / parent / 'run')
+    find('--sweep=one/run,two/run', '--out=heads', '--causes=none')
+    written = Found(Path('heads'), '')
+    runs = [(entry['name'], entry['kind']) for entry in written.report['checkpoints']]
+    assert runs == [('one/run', 'MHA'), ('two/run', 'MLA')]
+    assert [model['name'] for model in written.models] == ['one/run', 'two/run']
+    for name in ('heads.csv', 'checkpoints.csv', 'composition.csv'):
+        rows = {(row['model'], row['kind'], row['source']) for row in written.rows(name)}
+        assert rows == {('one/run', 'MHA', 'one/run'), ('two/run', 'MLA', 'two/run')}, name
 
 
 @pytest.mark.slow
-def test_a_study_trains_what_is_missing(repeats, capsys, monkeypatch):
+def test_a_study_trains_what_is_missing(repeats):
     pytest.importorskip('matplotlib')
-    (Path('data/repeats/prepare.py')).write_text('')
-    config = ''.join(
-        f'{key} = {value!r}\n'
-        for key, value in (
-            TINY | dict(dataset=str(Path('data/repeats').resolve()), max_iters=9)
-        ).items()
-        if key != 'device'
-    )
-    Path('induction.py').write_text(config)
+    settings = TINY | dict(dataset=str(Path('data/repeats').resolve()), max_iters=9)
+    del settings['device']
+    lines = [f'{key} = {value!r}\n' for key, value in settings.items()]
+    Path('induction.py').write_text(''.join(lines))
     Path('induction_small.py').write_text('max_iters = 3\n')
-    find('--study=induction.py+induction_small.py', '--seeds=1', '--out=study', '--causes=none')
-    lines = [json.loads(line) for line in Path('study/study.jsonl').read_text().splitlines()]
-    assert (
-        [line['event'] for line in lines] == ['settings', 'run', 'variant']
-        and lines[-1]['seeds'] == 1
-        and lines[-1]['variant'] == 'small'
-    )
-    assert (
-        json.loads(Path('study/small-1/log.jsonl').read_text().splitlines()[0])['config']['seed']
-        == 1
-        and Path('study/study.png').exists()
-    )
+    study_words = ['--study=induction.py+induction_small.py', '--seeds=1', '--out=study']
+    find(*study_words, '--causes=none')
+    rows = [json.loads(line) for line in Path('study/study.jsonl').read_text().splitlines()]
+    assert [row['event'] for row in rows] == ['settings', 'run', 'variant']
+    assert rows[-1]['seeds'] == 1
+    assert rows[-1]['variant'] == 'small'
+    log = Path('study/small-1/log.jsonl').read_text().splitlines()
+    assert json.loads(log[0])['config']['seed'] == 1
+    assert Path('study/study.png').exists()
+    # What is there is not trained again.
     stamp = Path('study/small-1/ckpt.pt').stat().st_mtime_ns
-    find('--study=induction.py+induction_small.py', '--seeds=1', '--out=study', '--causes=none')
+    find(*study_words, '--causes=none')
     assert Path('study/small-1/ckpt.pt').stat().st_mtime_ns == stamp
 
 
 def test_summary_of_seeds():
     def seed(gaps):
-        return dict(
-            variant='a',
-            kind='MHA',
-            params=1,
-            tokens=[0, 10, 20],
-            max_induction=gaps,
-            repeat_loss=[4, 3, 2.5],
-        )
+        run = dict(variant='a', kind='MHA', params=1, tokens=[0, 10, 20], max_induction=gaps)
+        return run | dict(repeat_loss=[4, 3, 2.5])
 
     (line,) = study.summarize([seed([0, 0.6, 0.9]), seed([0, 0.1, 0.7]), seed([0, 0.1, 0.2])])
-    assert (
-        line['seeds'],
-        line['formed'],
-        line['first'],
-        line['last'],
-        line['least'],
-        line['most'],
-    ) == (3, 2, 10, 20, 0.2, 0.9) and line['mean'] == 0.6
+    assert line['seeds'] == 3
+    assert line['formed'] == 2
+    assert (line['first'], line['last']) == (10, 20)
+    assert (line['least'], line['most']) == (0.2, 0.9)
+    assert line['mean'] == 0.6
 
 
 @pytest.mark.parametrize('make', ['gpt2', 'llama', 'deepseek'])
 def test_other_peoples_models_have_heads_as_well(make, tiny, tmp_path):
     pytest.importorskip('transformers')
+    shape = dict(norm='rmsnorm', act='swiglu', pos='rope', block_size=64)
     if make == 'gpt2':
         hf_gpt2().save_pretrained('theirs')
+    elif make == 'llama':
+        export.export(tiny('mha', n_kv_head=2, **shape), 'theirs')
     else:
-        model = tiny(
-            'mla' if make == 'deepseek' else 'mha',
-            norm='rmsnorm',
-            act='swiglu',
-            pos='rope',
-            block_size=64,
-            **(dict(bias=False) if make == 'deepseek' else dict(n_kv_head=2)),
-        )
-        export.export(model, 'theirs')
+        export.export(tiny('mla', bias=False, **shape), 'theirs')
     theirs = load_subject('theirs')
-    assert theirs.trained and theirs.model.stream == torch.float32
+    assert theirs.trained
+    assert theirs.model.stream == torch.float32
     assert theirs.kind == dict(gpt2='MHA', llama='GQA', deepseek='MLA')[make]
     found = report.examine(theirs, ReportSettings(texts=8))
-    assert (
-        found['step'] is None
-        and len(found['scores']) == found['layers'] * found['heads']
-        and found['repeats']['rebuilt'] < 1e-4
-    )
+    assert found['step'] is None
+    assert len(found['scores']) == found['layers'] * found['heads']
+    assert found['repeats']['rebuilt'] < 1e-4
     with pytest.raises(UserError, match='no tokenizer'):
         theirs.encode('text')
 
@@ -415,12 +498,17 @@ def test_a_registered_attention_has_scores_and_its_own_name(registered, repeats,
     capsys.readouterr()
     find('--out_dir=a', '--sweep=a', '--out=heads')
     printed = capsys.readouterr().out
-    assert 'a: gated, ' in printed and printed.count('no circuits for this attention') == 1
+    assert 'a: gated, ' in printed
+    assert printed.count('no circuits for this attention') == 1
     (model,) = json.loads(Path('heads/heads.json').read_text())['models']
-    assert model['kind'] == 'gated' and model['composition'] == model['paths'] == []
-    assert len(model['scores']) == 4 and 'mla_split' not in model
+    assert model['kind'] == 'gated'
+    assert model['composition'] == []
+    assert model['paths'] == []
+    assert 'mla_split' not in model
+    assert len(model['scores']) == 4
     for entry in model['scores']:
-        assert 0 <= entry['induction']['score'] <= 1 and entry['copying'] is None
+        assert 0 <= entry['induction']['score'] <= 1
+        assert entry['copying'] is None
         assert isinstance(entry['zero_ablation'], float)
     assert '"kind":"gated"' in Path('heads/heads.html').read_text()
 
@@ -432,35 +520,43 @@ def test_an_attention_without_patterns_is_refused_by_name(registered, repeats, c
     assert 'OwnKernel shows no pattern' in capsys.readouterr().err
 
 
-def test_what_is_no_trained_model_is_refused(repeats, capsys):
-    train(out_dir='a')
-    for arguments, what in (
+@pytest.mark.parametrize(
+    'arguments, what',
+    [
         (['--out_dir=nothing'], 'there is no nothing/ckpt.pt'),
         (['--init_from=nothing.pt'], 'there is no checkpoint'),
-        (['--init_from=a/step-000000.pt'], 'was never trained'),
+        (['--init_from=RUN/step-000000.pt'], 'was never trained'),
         ([], 'which model?'),
         (['--sweep=nothing'], 'holds no checkpoints'),
-        (['--out_dir=a', '--causes=some'], 'is not known'),
-        (['--out_dir=a', '--texts=2'], 'texts=2'),
-        (['--out_dir=a', '--prompt=ÄÖ'], 'never seen'),
-        (['--out_dir=a', '--latents=True'], 'latents of MLA'),
-        (['--out_dir=a', '--copying=True'], 'single tokens'),
-        (['--out_dir=a', '--dataset=nothing'], 'is not the text of'),
-        (['--out_dir=a', '--threshold=2'], 'more than 0 and less than 1'),
-    ):
-        assert (
-            exit_code('find_induction_heads.py', ['--device=cpu', '--out=heads', *arguments]) == 2
-        ), arguments
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 1 and what in said[0], said
+        (['--out_dir=RUN', '--causes=some'], 'is not known'),
+        (['--out_dir=RUN', '--texts=2'], 'texts=2'),
+        (['--out_dir=RUN', '--prompt=ÄÖ'], 'never seen'),
+        (['--out_dir=RUN', '--latents=True'], 'latents of MLA'),
+        (['--out_dir=RUN', '--copying=True'], 'single tokens'),
+        (['--out_dir=RUN', '--dataset=nothing'], 'is not the text of'),
+        (['--out_dir=RUN', '--threshold=2'], 'more than 0 and less than 1'),
+        (['--study=x/mla.py,y/mla.py'], 'two entries are called mla'),
+        (['--plot_only=True'], 'name a log'),
+        (['--plot_only=True', '--results=nothing.jsonl'], 'cannot read the log'),
+        (['--plot_only=True', f'--results={INDUCTION_STUDY}', '--call=2'], 'holds 1 calls'),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused_in_one_line(arguments, what, trained_pair, capsys):
+    arguments = [word.replace('RUN', str(trained_pair / 'a')) for word in arguments]
+    arguments = ['--device=cpu', '--out=heads', *arguments]
+    assert exit_code('find_induction_heads.py', arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert what in line
     assert not Path('heads/heads.json').exists()
-    find('--init_from=a/step-000000.pt', '--untrained=True', '--out=heads', '--causes=none')
-    model = json.loads(Path('heads/heads.json').read_text())['models'][0]
-    assert (
-        not model['trained']
-        and model['val_loss'] is None
-        and 'untrained' in capsys.readouterr().out
-    )
+
+
+def test_an_untrained_model_is_looked_at_on_purpose_alone(trained_pair, capsys):
+    untrained = f'--init_from={trained_pair}/a/step-000000.pt'
+    find(untrained, '--untrained=True', '--out=heads', '--causes=none')
+    (model,) = json.loads(Path('heads/heads.json').read_text())['models']
+    assert not model['trained']
+    assert model['val_loss'] is None
+    assert 'untrained' in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------
@@ -469,61 +565,54 @@ def test_what_is_no_trained_model_is_refused(repeats, capsys):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
+    """trained(name, *more) -> the report on config/induction_NAME.py, trained once."""
     folder = tmp_path_factory.mktemp('study')
 
     def make(name, *more):
         out = folder / name
         if not out.exists():
-            run(
-                'train.py',
-                [
-                    str(ROOT / 'config/induction.py'),
-                    str(ROOT / f'config/induction_{name}.py'),
-                    '--device=cpu',
-                    '--seed=1',
-                    f'--out_dir={out}',
-                    f'--dataset={folder / "texts"}',
-                    *more,
-                ],
-            )
+            configs = [str(ROOT / 'config/induction.py'), str(ROOT / f'config/induction_{name}.py')]
+            settings = dict(device='cpu', seed=1, out_dir=out, dataset=folder / 'texts')
+            run('train.py', [*configs, *words(settings), *more])
         return report.examine(load_subject(out))
 
     run('data/repeats/prepare.py', [f'--out={folder}/texts'])
     return make
 
 
+def best_gap_score(found):
+    return max(head['induction']['gap'] for head in found['scores'])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['mha_rope', 'mla'])
-def test_two_layers_grow_induction_heads(name, trained):
+@pytest.mark.parametrize('name, share_with_patterns', [('mha_rope', 0.1), ('mla', 0.2)])
+def test_two_layers_grow_induction_heads(name, share_with_patterns, trained):
     found = trained(name)
     costs = found['group_ablation']
-    assert max(e['induction']['gap'] for e in found['scores'] if e['label'] == 'induction') > 0.6
-    assert costs['induction_zero'] >= 2 and found['repeat_loss'] < 1 < found['control_loss']
-    assert (
-        costs['previous_pattern'] < (0.1 if name == 'mha_rope' else 0.2) * costs['previous_zero']
-    )  # MLA's values read that head, too
-    assert costs['previous_to_induction_K'] > 5 * max(
-        costs['previous_to_induction_Q'], costs['previous_to_induction_V']
-    )
+    labelled = patterns.heads_with_label(found['scores'], 'induction')
+    gaps = {(head['layer'], head['head']): head['induction']['gap'] for head in found['scores']}
+    assert max(gaps[head] for head in labelled) > 0.6
+    assert costs['induction_zero'] >= 2
+    assert found['repeat_loss'] < 1 < found['control_loss']
+    # MLA's values read the previous-token head, too.
+    assert costs['previous_pattern'] < share_with_patterns * costs['previous_zero']
+    by_others = max(costs['previous_to_induction_Q'], costs['previous_to_induction_V'])
+    assert costs['previous_to_induction_K'] > 5 * by_others
 
 
 @pytest.mark.slow
 def test_one_layer_does_not(trained):
     found = trained('one_layer')
-    assert max(
-        e['induction']['gap'] for e in found['scores']
-    ) < 0.1 and not patterns.heads_with_label(found['scores'], 'induction')
+    assert best_gap_score(found) < 0.1
+    assert patterns.heads_with_label(found['scores'], 'induction') == []
 
 
 @pytest.mark.slow
 def test_the_trap_is_called_positional(trained, tmp_path):
     run('data/repeats_fixed/prepare.py', [f'--out={tmp_path}/fixed'])
     found = trained('trap', f'--dataset={tmp_path}/fixed')
-    assert patterns.heads_with_label(
-        found['scores'], 'positional'
-    ) and not patterns.heads_with_label(found['scores'], 'induction')
-    assert (
-        max(e['positional']['score'] for e in found['scores'])
-        > 0.5
-        > max(e['induction']['gap'] for e in found['scores']) + 0.4
-    )
+    assert patterns.heads_with_label(found['scores'], 'positional')
+    assert patterns.heads_with_label(found['scores'], 'induction') == []
+    by_position = max(head['positional']['score'] for head in found['scores'])
+    assert by_position > 0.5
+    assert by_position > best_gap_score(found) + 0.4

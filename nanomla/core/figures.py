@@ -162,13 +162,31 @@ def _reserve(fig, top: float | None = None, bottom: float | None = None) -> None
     engine = fig.get_layout_engine()
     if 'rect' not in engine.get():  # a drawing that places its axes itself
         return
-    _, low, _, height = engine.get()['rect']
-    high = low + height
+    low, high = _ends(engine)
     if bottom is not None:
         low = bottom / fig.get_figheight()
     if top is not None:
         high = 1 - top / fig.get_figheight()
     engine.set(rect=(0, low, 1, high - low))
+
+
+def _ends(engine) -> tuple[float, float]:
+    """Return the lower and the upper end of what is left for the axes, as shares of the height."""
+    rect = engine.get()['rect']
+    return rect[1], rect[1] + rect[3]
+
+
+def legend(fig, ax) -> None:
+    """Write the legend of `ax` in rows of its own above all axes, where it hides no data."""
+    handles, labels = ax.get_legend_handles_labels()
+    longest = max(len(label) for label in labels)
+    entry_width = 0.8 + 0.085 * longest  # inches: the piece of line, and its text
+    columns = max(1, min(len(labels), int((fig.get_figwidth() - 0.2) / entry_width)))
+    rows = math.ceil(len(labels) / columns)
+    _, above = _ends(fig.get_layout_engine())
+    place = dict(loc='upper left', bbox_to_anchor=(0.005, above), borderaxespad=0.1)
+    fig.legend(handles, labels, ncols=columns, handlelength=3.6, **place)
+    _reserve(fig, top=(1 - above) * fig.get_figheight() + 0.08 + 0.24 * rows)
 
 
 def footer(fig, text: str) -> None:

@@ -17,6 +17,7 @@ MAPS = (  # the rows of `draw_maps`
 )
 BOXED = {'previous token': 'previous', 'copying': None}  # label of boxes; else induction
 MOST_MODELS = 4  # on one sheet of maps
+LONGEST_FOOTER = 150  # letters
 DASHES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))  # variants of a kind
 ALARM = '#B3261E'  # the title of an untrained model
 ICL = ('in-context learning (nats)', 'icl')
@@ -271,9 +272,9 @@ def draw_training(
         )
     if any(set(run['icl']) != {None} for run in runs):
         panels.append(ICL)
-    rows, cols, height = 1, len(panels), 4.6
+    rows, cols, height = 1, len(panels), 4.8
     if on_text:
-        rows, cols, height = 2, 3, 7.5
+        rows, cols, height = 2, 3, 7.7
     size = (figures.WIDTH, height)
     with figures.sheet(rows, cols, size=size, title=title, note=note) as (fig, axes):
         for ax, (label, key) in zip(axes.flat, panels):
@@ -283,7 +284,7 @@ def draw_training(
             share_range(axes.flat[3:5], runs)
         for ax in axes.flat[len(panels) :]:
             ax.set_visible(False)
-        axes.flat[0].legend(loc='upper left', fontsize=9, handlelength=3.6)
+        figures.legend(fig, axes.flat[0])
         figures.footer(fig, footer)
         figures.save(fig, path, palette=True)
     return path
@@ -331,7 +332,7 @@ def draw_rings(ax, run: dict, key: str, xs: list, color: str) -> None:
     if key not in counts:
         return
     points = []
-    for x, y, count in zip(xs, run[key], run[counts[key]]):
+    for x, y, count in zip(xs, run[key], run.get(counts[key], [])):
         if x and count:
             points.append((x, y))
     if points:
@@ -363,69 +364,103 @@ def share_range(axes, runs: list[dict]) -> None:
 # latents
 
 
-@dataclass
-class LatentFacts:
-    """What latents.py says of a model: shares (N, R), likeness (N, N) and plane (N, T, 2)."""
-
-    name: str
-    shares: object
-    likeness: object
-    plane: object
-
-
-def draw_latents(found: list[LatentFacts], path: Path, footer: str) -> Path:
-    """Draw three panels for each MLA model: variance, likeness of layers, tokens on a plane."""
-    size = (figures.WIDTH, 0.9 + 3.5 * len(found))
-    with figures.sheet(len(found), 3, size=size, title='What the latent holds') as (fig, axes):
-        for one, (rank, alike, cloud) in zip(found, axes.reshape(len(found), 3)):
-            colors = layer_colors(len(one.shares))
-            draw_shares(rank, one, colors)
-            draw_likeness(fig, alike, one)
-            draw_plane(cloud, one, colors)
+def draw_latents(models: list[dict], path: Path, footer: str) -> Path:
+    """
+    Draw what the latents of MLA models hold, a row a model: the share of their variance by number
+    of components (where the models' entries have it), how many components hold 90 %, and how alike
+    the layers are.
+    """
+    has_shares = all('variance' in model['latents'] for model in models)
+    columns = 3 if has_shares else 2
+    size = (figures.WIDTH, 0.9 + 3.5 * len(models))
+    with figures.sheet(len(models), columns, size=size, title='What the latent holds') as (
+        fig,
+        axes,
+    ):
+        for model, row in zip(models, axes.reshape(len(models), columns)):
+            latents = model['latents']
+            if has_shares:
+                draw_shares(fig, row[0], latents['variance'])
+            draw_components(row[-2], latents['components_for_90_percent'])
+            draw_likeness(fig, row[-1], latents['likeness'])
+            row[0].set_title(model['name'])
         figures.footer(fig, footer)
         figures.save(fig, path)
     return path
 
 
-def layer_colors(layers: int) -> list:
+def draw_shares(fig, ax, shares: list[list[float]]) -> None:
+    """Draw the share of the variance over the number of components, a curve a layer."""
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    return [colormaps['viridis'](0.9 * layer / max(1, layers - 1)) for layer in range(layers)]
-
-
-def draw_shares(ax, one: LatentFacts, colors: list) -> None:
-    shares = one.shares.numpy()
-    layers, rank = shares.shape
-    for layer, color in enumerate(colors):
-        label = f'layer {layer}' if layer in (0, layers - 1) else None
-        ax.plot(range(1, rank + 1), shares[layer], color=color, linewidth=1.5, label=label)
+    colors = colormaps['viridis'].resampled(256)
+    norm = Normalize(0, max(1, len(shares) - 1) / 0.9)  # without the palest yellow
+    for layer, values in enumerate(shares):
+        ax.plot(range(1, len(values) + 1), values, color=colors(norm(layer)), linewidth=1.5)
     ax.set(
         xscale='log',
         xlabel='principal components',
         ylabel='share of the variance of c_kv',
         ylim=(0, 1.02),
-        title=one.name,
     )
-    ax.legend(loc='lower right')
+    bar = fig.colorbar(ScalarMappable(norm, colors), ax=ax, shrink=0.8, label='layer')
+    bar.ax.set_ylim(0, max(1, len(shares) - 1))
+    bar.set_ticks(ticks_of(len(shares), 6))
+    bar.outline.set_visible(False)
 
 
-def draw_likeness(fig, ax, one: LatentFacts) -> None:
+def draw_components(ax, components: list[int]) -> None:
+    """Draw how many components hold 90 % of the variance in each layer."""
+    ax.bar(range(len(components)), components, color=figures.COLORS['mla'])
+    ax.set(xlabel='layer', ylabel='components for 90 % of the variance')
+    ax.set_xticks(ticks_of(len(components), 12))
+    ax.grid(False, axis='x')
+
+
+def draw_likeness(fig, ax, likeness: list[list[float]]) -> None:
+    """Draw the likeness of every two layers' latents."""
     look = dict(vmin=0, vmax=1, cmap='Blues', origin='lower', interpolation='nearest')
-    image = ax.imshow(one.likeness.numpy(), **look)
+    image = ax.imshow(likeness, **look)
     ax.grid(False)
-    ax.set(xlabel='layer', ylabel='layer', title='likeness of latents (CKA)')
-    ticks = ticks_of(len(one.likeness), 6)
+    ax.set(xlabel='layer', ylabel='layer', title='likeness of layers (CKA)')
+    ticks = ticks_of(len(likeness), 6)
     ax.set_xticks(ticks)
     ax.set_yticks(ticks)
     fig.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
 
 
-def draw_plane(ax, one: LatentFacts, colors: list) -> None:
-    plane = one.plane.numpy()
-    layers = len(plane)
-    for layer in sorted({0, layers // 2, layers - 1}):
-        points = plane[layer] / plane[layer].std()
-        look = dict(s=5, color=colors[layer], alpha=0.6, linewidths=0, label=f'layer {layer}')
-        ax.scatter(points[:, 0], points[:, 1], **look)
-    ax.set(xlabel='first component', ylabel='second', title='tokens on two components')
-    ax.legend(loc='upper right', markerscale=3, frameon=True, framealpha=0.85, edgecolor='none')
+# -------------------------------------------------------------------------------------------------
+# all figures of a report
+
+
+def footer_of(made: dict) -> str:
+    """Return the line below a report's figures: where its numbers come from."""
+    parts = [made.get('device'), f'commit {made["commit"]}', made['date'], made['command']]
+    line = ' · '.join(part for part in parts if part)
+    if len(line) >= LONGEST_FOOTER:
+        line = line[: LONGEST_FOOTER - 3] + '...'
+    return line
+
+
+def draw_report(folder: Path, report: dict) -> list[Path]:
+    """
+    Draw the figures of a report, and return their paths: curves of its checkpoints (study.png for
+    seeds of a study, else training.png), maps of its models' heads, and what their latents hold.
+    """
+    footer = footer_of(report['made'])
+    written = []
+    runs = report['checkpoints']
+    if runs:
+        path = folder / ('study.png' if 'variant' in runs[0] else 'training.png')
+        written.append(draw_training(runs, path, footer, 'Induction through training'))
+    models = [model for model in report['models'] if 'scores' in model]
+    for first in range(0, len(models), MOST_MODELS):
+        number = '' if len(models) <= MOST_MODELS else first // MOST_MODELS + 1
+        path = folder / f'heads{number}.png'
+        written.append(draw_maps(models[first : first + MOST_MODELS], path, footer))
+    with_latents = [model for model in report['models'] if 'latents' in model]
+    if with_latents:
+        written.append(draw_latents(with_latents, folder / 'latents.png', footer))
+    return written

@@ -53,10 +53,9 @@ def variance_shares(latents: torch.Tensor) -> torch.Tensor:
     return (variance.cumsum(-1) / variance.sum(-1, keepdim=True).clamp(min=1e-30)).cpu()
 
 
-def principal_plane(latents: torch.Tensor) -> torch.Tensor:
-    """Return every token on the two largest principal components of its layer, (N, T, 2)."""
-    x = latents - latents.mean(1, keepdim=True)
-    return (x @ torch.linalg.eigh(x.mT @ x).eigenvectors[..., -2:].flip(-1)).cpu()
+def components_for(shares: torch.Tensor, share: float = 0.9) -> torch.Tensor:
+    """Return how many of the largest components hold `share` of the variance, (N,)."""
+    return 1 + (shares < share).sum(-1)
 
 
 def likeness(latents: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """
 The report on the heads of some models, as one dict of plain values: what find_induction_heads.py
-prints, heads.html shows and heads.json and heads.csv hold.
+prints, heads.html shows and heads.json, heads.jsonl and heads.csv hold.
+
+    models: the entries that `examine` returns; checkpoints: those of study.through_training
+    made: command, commit, date, device
 """
 
 import json
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +17,10 @@ import torch
 
 from model import GPT
 from nanomla.core.configurator import UserError
-from nanomla.core.files import csv_table, write_file
+from nanomla.core.files import csv_table, jsonl, read_jsonl, write_file
 from nanomla.heads import circuits
 from nanomla.heads.ablation import METHODS, Ablation
-from nanomla.heads.page import build
+from nanomla.heads.page import build, names
 from nanomla.heads.patterns import (
     THRESHOLD,
     Trials,
@@ -40,6 +44,15 @@ ABLATION_TEXTS = 16  # sequences of a trial in each ablation
 MOST_SENDERS = 12  # previous-token heads whose paths are patched one by one
 MOST_SPLITS = 12  # heads whose logits are split into content and RoPE
 DRAWN_PAIRS = 300  # strongest pairs in the page's composition graph
+COST_COLUMNS = {  # of names.GROUP_COSTS: heading and width
+    'zero': ('zero', 8),
+    'mean': ('mean', 8),
+    'pattern': ('zero, patterns', 16),
+    'frozen': ('mean, patterns, norms', 23),
+    'zero_control': ('zero, no repeat', 17),
+}
+CONTINUES = 0.5  # a loss on repeats below this share of that on other tokens is no accident
+LOGGED_ELSEWHERE = ('patterns_u8', 'mla_split', 'tokens_text', 'composition')  # in heads.json
 DIGITS = 5
 Message = Callable[[str], None]  # prints a line of progress
 
@@ -197,6 +210,7 @@ def examine(
         paths=paths,
         composition=composition_of(model),
     )
+    report['warnings'] = loss_warnings(report)
     split = split_of(model, shown, heads)
     if split is not None:
         report['mla_split'] = split
@@ -339,6 +353,27 @@ def ablate(
 # the findings in a few lines
 
 
+def loss_warnings(model: dict) -> list[str]:
+    """
+    Return a warning for each kind of text on which a model, a `models` entry, continues repeats
+    without a head that is called induction.
+    """
+    labels_on = {'random tokens': [entry['label'] for entry in model['scores']]}
+    losses_on = {'random tokens': (model['repeat_loss'], model['control_loss'])}
+    if 'text_repeat_loss' in model:
+        labels_on['held-out text'] = [entry['on_text']['label'] for entry in model['scores']]
+        losses_on['held-out text'] = (model['text_repeat_loss'], model['text_control_loss'])
+    warnings = []
+    for text, (repeated, control) in losses_on.items():
+        if repeated < CONTINUES * control and 'induction' not in labels_on[text]:
+            warnings.append(
+                f'the loss on repeated {text} says induction ({repeated:.3f} nats, {control:.3f} '
+                'on other tokens), the scores do not: no head is called induction. Something else '
+                'continues the repeats, or heads that lie beside the usual stripe'
+            )
+    return warnings
+
+
 def findings(model: dict) -> list[str]:
     """Return the findings on a model, a `models` entry, as lines."""
     heads = model['scores']
@@ -348,14 +383,17 @@ def findings(model: dict) -> list[str]:
     for entry in heads:
         if entry['shifted']['gap'] - entry['induction']['null_gap'] > model['repeats']['threshold']:
             lines.append(shifted_line(entry))
-    lines.append(f'  labels: {label_counts(heads)}; {loss_line(model)}')
-    lines += cost_lines(model['group_ablation'])
+    lines.append(f'  labels: {label_counts(heads)}')
+    lines.append(f'  {loss_line(model)}')
     if 'text_repeat_loss' in model:
         lines.append(
-            f'  repeated held-out text: {model["text_repeat_loss"]:.3f} nats, other text '
-            f'{model["text_control_loss"]:.3f}; {heads_on_text(heads)}'
+            f'  loss on repeated held-out text {model["text_repeat_loss"]:.3f} nats, on other text '
+            f'{model["text_control_loss"]:.3f}'
         )
-        lines += cost_lines(model['group_ablation'], on_text=True)
+        lines += [f'  on text: {line}' for line in heads_on_text(heads)]
+    lines += cost_lines(model['group_ablation'])
+    for warning in model['warnings']:
+        lines += textwrap.wrap(f'WARNING: {warning}', 116, initial_indent='  ')
     return lines
 
 
@@ -404,47 +442,45 @@ def loss_line(model: dict) -> str:
     return line
 
 
-def heads_on_text(heads: list[dict]) -> str:
+def heads_on_text(heads: list[dict]) -> list[str]:
+    """Return a line for each head that is labelled induction on held-out text."""
     ordered = sorted(heads, key=lambda entry: entry['on_text']['gap'], reverse=True)
-    parts = []
+    lines = []
     for entry in ordered:
         scores = entry['on_text']
         if scores['label'] == 'induction':
-            parts.append(
-                f'head {entry["layer"]}.{entry["head"]} {scores["score"]:.3f}, '
+            lines.append(
+                f'head {entry["layer"]}.{entry["head"]} induction {scores["score"]:.3f}, '
                 f'control {scores["control"]:.3f}, gap {scores["gap"]:.3f}'
             )
-    return ', '.join(parts) or 'no induction head on it'
+    return lines or ['no induction head']
 
 
-def cost_lines(all_costs: dict, on_text: bool = False) -> list[str]:
-    """Return the costs of groups and paths, of random tokens or of held-out text, as lines."""
-    prefix, where = '', ''
-    if on_text:
-        prefix, where = 'text_', ' on text'
-    costs = {}
-    for key, cost in all_costs.items():
-        if key.startswith(prefix):
-            costs[key.removeprefix(prefix)] = cost
+def cost_lines(costs: dict) -> list[str]:
+    """Return the costs of groups and paths, a table for random tokens and one for held-out text."""
     lines = []
-    for label in GROUPS:
-        if f'{label}_heads' in costs:
+    for table in names.group_tables(costs):
+        if table['groups']:
+            columns = ''.join(f'{name:>{width}}' for name, width in COST_COLUMNS.values())
+            heading = f'loss added on {table["text"]} (nats)'
+            lines.append(f'  {heading:<36}{columns}')
+        lines += [f'  {group_row(group)}' for group in table['groups']]
+        if table['paths']:
+            parts = [f'{names.READS[reads]} {cost:+.3f}' for reads, cost in table['paths'].items()]
             lines.append(
-                f'  without the {costs[f"{label}_heads"]} {label} heads{where}: '
-                f'{costs[f"{label}_zero"]:+.3f} nats (zero), {costs[f"{label}_mean"]:+.3f} (mean), '
-                f'{costs[f"{label}_pattern"]:+.3f} (zero, patterns kept), '
-                f'{costs[f"{label}_frozen"]:+.3f} (mean, patterns and norms kept); '
-                f'{costs[f"{label}_zero_control"]:+.3f} (zero) where nothing repeats'
+                "  previous-token heads missing only in the induction heads' " + ', '.join(parts)
             )
-    if 'previous_to_induction_K' in costs:
-        parts = []
-        for reads, name in dict(Q='queries', K='keys', V='values').items():
-            parts.append(f'{name} {costs[f"previous_to_induction_{reads}"]:+.3f}')
-        lines.append(
-            f"  previous-token heads cut off from the induction heads'{where} "
-            f'{", ".join(parts)} nats'
-        )
     return lines
+
+
+def group_row(group: dict) -> str:
+    """Return a row of the table of costs."""
+    row = f'  without the {group["name"]}'
+    row = f'{row:<36}'
+    for key, (_, width) in COST_COLUMNS.items():
+        cost = group['costs'][key]
+        row += f'{"-":>{width}}' if cost is None else f'{cost:>+{width}.3f}'
+    return row
 
 
 # -------------------------------------------------------------------------------------------------
@@ -453,14 +489,16 @@ def cost_lines(all_costs: dict, on_text: bool = False) -> list[str]:
 
 def write_report(folder: Path, report: dict) -> list[Path]:
     """
-    Write heads.html, heads.json (all of the report), heads.csv (a row a head), composition.csv (a
-    row a pair) and, for runs with checkpoints, checkpoints.csv. Returns their paths.
+    Write heads.html, heads.json (all of the report), heads.jsonl (all that its figures show),
+    heads.csv (a row a head), composition.csv (a row a pair) and, for runs with checkpoints,
+    checkpoints.csv. Returns their paths.
     """
     models, runs = report['models'], report['checkpoints']
     text = json.dumps(report, allow_nan=False, ensure_ascii=False) + '\n'
     contents = {
         'heads.html': build.page(report | dict(models=[for_page(model) for model in models])),
         'heads.json': text,
+        'heads.jsonl': jsonl(log_rows(report)),
         'heads.csv': csv_table(head_rows(models)),
         'composition.csv': csv_table(composition_rows(models)) or 'no pairs\n',
     }
@@ -477,10 +515,15 @@ def for_page(model: dict) -> dict:
     return model | dict(composition=pairs[:DRAWN_PAIRS])
 
 
+def origin(entry: dict) -> dict:
+    """Return what tells the rows of a model or a run from those of others."""
+    return dict(model=entry['name'], kind=entry['kind'], source=entry['source'])
+
+
 def head_rows(models: list[dict]) -> list[dict]:
     rows = []
     for model in models:
-        rows += [dict(model=model['name']) | entry for entry in model['scores']]
+        rows += [origin(model) | entry for entry in model['scores']]
     return rows
 
 
@@ -491,13 +534,13 @@ def composition_rows(models: list[dict]) -> list[dict]:
             from_layer, from_head = pair['from']
             to_layer, to_head = pair['to']
             rows.append(
-                dict(
-                    model=model['name'],
+                origin(model)
+                | dict(
                     from_layer=from_layer,
                     from_head=from_head,
                     to_layer=to_layer,
                     to_head=to_head,
-                    kind=pair['kind'],
+                    reads=pair['kind'],
                     value=pair['value'],
                 )
             )
@@ -512,5 +555,84 @@ def checkpoint_rows(runs: list[dict]) -> list[dict]:
         for name in ('scores', 'gaps'):
             series.pop(name, None)
         for i in range(len(run['step'])):
-            rows.append(dict(model=run['name']) | {key: series[key][i] for key in series})
+            rows.append(origin(run) | {key: series[key][i] for key in series})
     return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# the log
+
+
+def log_rows(report: dict) -> list[dict]:
+    """Return a report as rows of a log: where it comes from, its runs and its models."""
+    rows = [dict(event='settings', made=report['made'])]
+    rows += [dict(event='run') | run for run in report['checkpoints']]
+    for model in report['models']:
+        kept = {key: value for key, value in model.items() if key not in LOGGED_ELSEWHERE}
+        rows.append(dict(event='model') | kept)
+    return rows
+
+
+def read_report(path: str, call: int = 1) -> dict:
+    """
+    Read a report back from a log, as far as it is there: a log of several calls of
+    find_induction_heads.py holds one after the other, and `call` says which, from 1.
+
+    UserError for a file that cannot be read, or that holds no such call.
+    """
+    try:
+        rows = read_jsonl(path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot read the log ({error.strerror})') from error
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    reports = []
+    for row in rows:
+        if row.get('event') == 'settings' and 'made' in row:
+            made = row['made'] | {key: row[key] for key in ('device',) if key in row}
+            reports.append(dict(models=[], checkpoints=[], made=made))
+        elif reports:
+            add_row(reports[-1], row)
+    if not 1 <= call <= len(reports):
+        raise UserError(
+            f'{path} holds {len(reports)} calls of find_induction_heads.py, and --call={call} is '
+            'none of them'
+        )
+    report = reports[call - 1]
+    add_kinds(report, path)
+    return report
+
+
+def add_row(report: dict, row: dict) -> None:
+    """Add a row of a log to the report that it belongs to; rows of other events are skipped."""
+    event = row.get('event', row.get('part'))
+    if event in ('run', 'checkpoints'):
+        report['checkpoints'].append(row)
+    elif event == 'model':
+        report['models'].append(row)
+    elif event == 'latents':
+        # Older logs have what latents hold in rows of their own.
+        for model in report['models']:
+            if model['name'] == row['name']:
+                model['latents'] = row
+
+
+def add_kinds(report: dict, path: str) -> None:
+    """Give each run of a report the kind of its model, where an older log has only that."""
+    kinds = {model['name']: model['kind'] for model in report['models']}
+    for run in report['checkpoints']:
+        if 'kind' not in run and run['name'] not in kinds:
+            raise UserError(f'{path} does not say which attention the run {run["name"]} has')
+        run.setdefault('kind', kinds.get(run['name']))
+
+
+def missing_scores(report: dict) -> list[str]:
+    """Return a line for each model of a report whose scores are not all in its log."""
+    lines = []
+    for model in report['models']:
+        if 'scores' not in model:
+            heads = model.get('heads', [])
+            lines.append(
+                f'no map of {model["name"]}: the log holds {len(heads)} of its heads, not all'
+            )
+    return lines

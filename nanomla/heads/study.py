@@ -17,7 +17,7 @@ from nanomla.heads.report import (
     no_message,
     trials_for,
 )
-from nanomla.heads.subject import LoadOptions, Subject, load_subject
+from nanomla.heads.subject import LoadOptions, Subject, load_subject, prefixes_of
 from nanomla.training.launch import run_train
 
 FORMED = 0.5  # a gap score above which an induction head has formed
@@ -28,13 +28,19 @@ class Run:
     """
     A run of train.py with kept checkpoints.
 
-    In a study: variant, the name of its configuration, its config files and its seed.
+    In a study: variant, the name of its configuration, its config files and its seed. prefix: what
+    tells its name from those of others.
     """
 
     folder: Path
     variant: str = ''
     configs: list[str] = field(default_factory=list)
     seed: int = 0
+    prefix: str = ''
+
+    @property
+    def name(self) -> str:
+        return self.prefix + self.folder.resolve().name
 
     def files(self) -> list[Path]:
         """Return the checkpoints of its training; UserError where it has none."""
@@ -63,12 +69,18 @@ def study_runs(out: str | Path, entries: list[str], seeds: int) -> list[Run]:
     Return the runs of a study: every entry with seeds 1 to `seeds`.
 
     An entry is a config file, or several with a + between them: a base, and what differs in the
-    last one, which names the variant.
+    last one, which names the variant. UserError for two entries of one name: they would share
+    their folders.
     """
     runs = []
     for entry in entries:
         configs = entry.split('+')
         variant = Path(configs[-1]).stem.removeprefix('induction_')
+        if any(run.variant == variant for run in runs):
+            raise UserError(
+                f'--study: two entries are called {variant}, after their last config file; name '
+                'one of these files otherwise'
+            )
         for seed in range(1, seeds + 1):
             runs.append(Run(Path(out, f'{variant}-{seed}'), variant, configs, seed))
     return runs
@@ -89,6 +101,13 @@ def train_missing(runs: list[Run], device: torch.device, message: Message = no_m
                 f'--device={device.type}',
             ]
         )
+
+
+def tell_apart(subjects: list[Subject], runs: list[Run]) -> None:
+    """Give models and runs of one folder name their parents in front: a/run and b/run."""
+    prefixes = prefixes_of([named.folder for named in [*subjects, *runs]])
+    for named in [*subjects, *runs]:
+        named.prefix = prefixes[named.folder.resolve()]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -116,7 +135,7 @@ def through_training(
             f'{file}: best gap score {found["max_induction"]:.3f}, loss on the repetition '
             f'{found["repeat_loss"]:.3f}'
         )
-    entry = dict(name=run.folder.name) | series
+    entry = dict(name=run.name, source=str(run.folder)) | series
     entry |= dict(kind=subject.kind, params=subject.model.num_params())
     if run.variant:
         entry['variant'] = run.variant

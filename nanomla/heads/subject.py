@@ -7,6 +7,7 @@ induction heads"), and have been published as one.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +58,7 @@ class Subject:
     source: str  # as it was asked for
     trained: bool
     vocabulary: Vocabulary
+    prefix: str = ''  # what tells its name from those of others, as a/ of a/run beside b/run
 
     @property
     def model(self) -> GPT:
@@ -72,16 +74,26 @@ class Subject:
         return attention_name(self.model)
 
     @property
+    def file(self) -> Path:
+        """Its checkpoint, or the folder or name that it was loaded from."""
+        return Path(self.loaded.path if self.loaded.checkpoint else self.source)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that its name begins with."""
+        return self.file.parent if self.file.suffix == '.pt' else self.file
+
+    @property
     def name(self) -> str:
         """The run's folder, with the file's name where that is not ckpt.pt."""
-        file = Path(self.loaded.path if self.loaded.checkpoint else self.source)
+        file = self.file
         if file.name == 'ckpt.pt':
             name = file.parent.name
         elif file.suffix == '.pt':
             name = f'{file.parent.name} {file.stem}'.strip()
         else:
             name = file.name
-        return name or file.stem
+        return self.prefix + (name or file.stem)
 
     @property
     def tokens(self) -> int | None:
@@ -159,6 +171,22 @@ def load_subject(path: str | Path, options: LoadOptions | None = None) -> Subjec
     loaded.model.stream = torch.float32
     vocabulary = read_vocabulary(loaded, str(path), options)
     return Subject(loaded, str(path), trained, vocabulary)
+
+
+def prefixes_of(folders: Iterable[Path]) -> dict[Path, str]:
+    """
+    Return what each folder's name needs in front so that no two folders share one: '', or its
+    parents as far as they differ, such as a/ for a/run beside b/run. Keys are resolved paths.
+    """
+    resolved = {folder.resolve() for folder in folders}
+    prefixes = {}
+    for folder in resolved:
+        others = [other for other in resolved if other != folder]
+        length = 1  # of the end of the path that the name is
+        while any(other.parts[-length:] == folder.parts[-length:] for other in others):
+            length += 1
+        prefixes[folder] = ''.join(f'{part}/' for part in folder.parts[-length:-1])
+    return prefixes
 
 
 def attention_name(model: GPT) -> str:
