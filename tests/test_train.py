@@ -193,34 +193,29 @@ def test_a_run_learns_and_leaves_its_files(kind, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert sorted(files('out')) == ['ckpt.pt', 'curve.png', 'last.pt', 'log.jsonl']
     settings, *lines = log()
-    assert (
-        settings['event'] == 'settings'
-        and settings['kind'] == kind
-        and settings['config']['n_embd'] == 16
-    )
-    assert (
-        settings['data']['source'] == 'A tale of a cat'
-        and settings['commit'] == 'abc1234'
-        and settings['world'] == 1
-    )
-    assert (
-        lines[-1]['event'] == 'end'
-        and lines[-1]['why'] == 'max_iters reached'
-        and lines[-1]['best_val_loss'] == min(val_losses().values())
-    )
-    assert list(losses()) == [*range(1, 61)] and list(val_losses()) == [20, 40, 60]
-    assert losses()[60] < 0.8 * losses()[1] and val_losses()[60] < val_losses()[20] < math.log(
-        len(set(TEXT))
-    )
+    assert settings['event'] == 'settings'
+    assert settings['kind'] == kind
+    assert settings['config']['n_embd'] == 16
+    assert settings['data']['source'] == 'A tale of a cat'
+    assert settings['commit'] == 'abc1234'
+    assert settings['world'] == 1
+    assert lines[-1]['event'] == 'end'
+    assert lines[-1]['why'] == 'max_iters reached'
+    assert lines[-1]['best_val_loss'] == min(val_losses().values())
+    assert list(losses()) == [*range(1, 61)]
+    assert list(val_losses()) == [20, 40, 60]
+    assert losses()[60] < 0.8 * losses()[1]
+    assert val_losses()[60] < val_losses()[20] < math.log(len(set(TEXT)))
     assert Path('out/curve.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     content = checkpoint.load('out')
-    assert (
-        content['kind'] == kind
-        and content['step'] == 60
-        and content['meta']['chars'] == ''.join(sorted(set(TEXT)))
-    )
-    assert 'optimizers' not in content and 'optimizers' in checkpoint.load('out/last.pt')
-    assert err == '' and kind.upper() in out and 'A tale of a cat' in out
+    assert content['kind'] == kind
+    assert content['step'] == 60
+    assert content['meta']['chars'] == ''.join(sorted(set(TEXT)))
+    assert 'optimizers' not in content
+    assert 'optimizers' in checkpoint.load('out/last.pt')
+    assert err == ''
+    assert kind.upper() in out
+    assert 'A tale of a cat' in out
     assert len(re.search(r'--- a sample ---\n(.*?)\n---\n', out, re.S)[1]) <= 20
 
 
@@ -230,13 +225,17 @@ def test_a_second_run_moves_the_first_whole_to_a_folder_of_its_own(capsys):
     first = {name: content for name, content in files('out').items() if 'notes' not in name}
     run_id = log()[0]['run_id']
     train(seed=1, max_iters=4)
-    assert files(f'out/previous/{run_id}') == first and moved().name == run_id
+    assert files(f'out/previous/{run_id}') == first
+    assert moved().name == run_id
     assert f'it is now in out/previous/{run_id}' in capsys.readouterr().out
-    assert log()[0]['event'] == 'settings' and log()[0]['config']['seed'] == 1
-    assert max(losses()) == 4 and not list(Path('out').glob('step-0*'))
+    assert log()[0]['event'] == 'settings'
+    assert log()[0]['config']['seed'] == 1
+    assert max(losses()) == 4
+    assert not list(Path('out').glob('step-0*'))
     train(seed=2)
     earlier = sorted(Path('out/previous').iterdir())
-    assert len(earlier) == 2 and files(f'out/previous/{run_id}') == first
+    assert len(earlier) == 2
+    assert files(f'out/previous/{run_id}') == first
     assert [log(folder)[0]['config']['seed'] for folder in earlier] == [1337, 1]
     assert [line['config']['seed'] for line in log() if line['event'] == 'settings'] == [2]
     assert Path('out/step-by-step-notes.pt').read_text() == 'of a person'
@@ -311,7 +310,8 @@ def test_the_loss_of_a_step_is_the_mean_of_its_micro_batches():
 def test_a_run_repeats_itself():
     for out in ('one', 'two'):
         train(out_dir=out, dropout=0.2)
-    assert losses('one') == losses('two') and val_losses('one') == val_losses('two')
+    assert losses('one') == losses('two')
+    assert val_losses('one') == val_losses('two')
     assert same(checkpoint.load('one/last.pt')['model'], checkpoint.load('two/last.pt')['model'])
 
 
@@ -319,7 +319,9 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
     train()
     out, err = capsys.readouterr()
-    assert '8/8' in err and 'step      8 | val loss' in out and 'max_iters reached' in out
+    assert '8/8' in err
+    assert 'step      8 | val loss' in out
+    assert 'max_iters reached' in out
 
 
 def test_the_config_is_echoed_with_where_each_setting_comes_from(capsys):
@@ -333,10 +335,10 @@ def test_the_config_is_echoed_with_where_each_setting_comes_from(capsys):
         ],
     )
     out = capsys.readouterr().out
-    assert 'batch_size = 6  (small.py:2)' in out and 'n_layer = 2  (--n_layer=2)' in out
-    assert (
-        log()[0]['config']['batch_size'] == 6 and checkpoint.load('out')['config']['n_layer'] == 2
-    )
+    assert 'batch_size = 6  (small.py:2)' in out
+    assert 'n_layer = 2  (--n_layer=2)' in out
+    assert log()[0]['config']['batch_size'] == 6
+    assert checkpoint.load('out')['config']['n_layer'] == 2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -393,25 +395,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
             'stopped by SIGTERM' if how == 'SIGTERM' else 'max_iters reached'
         )
     train(**settings | dict(init_from='resume'))
-    assert losses() == losses('whole') and len(losses()) == 12
+    assert losses() == losses('whole')
+    assert len(losses()) == 12
     whole, out = val_losses('whole'), val_losses()
-    assert {step: out[step] for step in whole} == whole and list(whole) == [3, 6, 9, 12]
+    assert {step: out[step] for step in whole} == whole
+    assert list(whole) == [3, 6, 9, 12]
     one, other = checkpoint.load('whole/last.pt'), checkpoint.load('out/last.pt')
-    assert all(
-        same(one[key], other[key])
-        for key in (
-            'model',
-            'optimizers',
-            'average',
-            'step',
-            'best_val_loss',
-            'best_step',
-            'model_args',
-        )
-    )
-    assert [line['event'] for line in log()].count('resume') == 2 and log()[0][
-        'event'
-    ] == 'settings'
+    for key in (
+        'model',
+        'optimizers',
+        'average',
+        'step',
+        'best_val_loss',
+        'best_step',
+        'model_args',
+    ):
+        assert same(one[key], other[key])
+    assert [line['event'] for line in log()].count('resume') == 2
+    assert log()[0]['event'] == 'settings'
     assert not Path('out/previous').exists()
 
 
@@ -425,7 +426,8 @@ def test_seconds_the_best_loss_and_the_log_go_on():
     held = files('out')['ckpt.pt']
     train(init_from='resume')
     after = checkpoint.load('out/last.pt')
-    assert 9000 < after['seconds'] < 9600 and (after['best_val_loss'], after['best_step']) == (
+    assert 9000 < after['seconds'] < 9600
+    assert (after['best_val_loss'], after['best_step']) == (
         0.5,
         3,
     )
@@ -462,8 +464,10 @@ def test_a_resumed_run_may_have_other_rates_and_dropout():
     )
     last = checkpoint.load('out/last.pt')
     assert [group['lr'] for group in last['optimizers'][0]['param_groups']] == [1e-3, 1e-3]
-    assert all(group['weight_decay'] == 0 for group in last['optimizers'][0]['param_groups'])
-    assert last['model_args']['dropout'] == 0.1 and last['step'] == 6
+    for group in last['optimizers'][0]['param_groups']:
+        assert group['weight_decay'] == 0
+    assert last['model_args']['dropout'] == 0.1
+    assert last['step'] == 6
 
 
 def test_resume_alone_goes_on_with_the_settings_of_the_run(monkeypatch, capsys):
@@ -613,9 +617,8 @@ def test_signals_stop_a_process_that_can_be_resumed(start):
         assert Path(f'my {name}.err').read_text() == ''
         assert log(f'my {name}')[-1]['why'] == f'stopped by {name}'
         line = Path(f'my {name}.out').read_text().splitlines()[-1]
-        assert line.startswith('go on with: python train.py ') and line.endswith(
-            ' --init_from=resume'
-        )
+        assert line.startswith('go on with: python train.py ')
+        assert line.endswith(' --init_from=resume')
         step = checkpoint.load(f'my {name}/last.pt')['step']
         assert step == log(f'my {name}')[-1]['step'] > 0
         went(shlex.split(line.partition('train.py ')[2]) + [f'--max_iters={step + 2}'])
@@ -636,12 +639,11 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(monkeypatch, capfd):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stop_at([3], monkeypatch, signal.SIGINT)
     train(log_interval=1000, eval_interval=1000, max_iters=1000)
-    assert (
-        checkpoint.load('out/last.pt')['step'] == log()[-1]['step'] == 3
-        and log()[-1]['why'] == 'stopped by SIGINT'
-    )
+    assert checkpoint.load('out/last.pt')['step'] == log()[-1]['step'] == 3
+    assert log()[-1]['why'] == 'stopped by SIGINT'
     out, err = capfd.readouterr()
-    assert 'go on with: python train.py' in out and 'Ctrl-C: this step is finished and saved' in err
+    assert 'go on with: python train.py' in out
+    assert 'Ctrl-C: this step is finished and saved' in err
     stop_at([5], monkeypatch, signal.SIGINT, times=2)
     with pytest.raises(KeyboardInterrupt):
         train(log_interval=1000, eval_interval=1000, max_iters=1000, init_from='resume')
@@ -670,10 +672,8 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start):
         assert best['step'] - last['step'] in (0, 1)  # the one is written before the other
         checkpoint.build(best), checkpoint.build(last)
         train(**endless | dict(out_dir=out, init_from='resume', max_iters=last['step'] + 2))
-        assert (
-            checkpoint.load(f'{out}/last.pt')['step'] == last['step'] + 2
-            and log(out)[0]['event'] == 'settings'
-        )
+        assert checkpoint.load(f'{out}/last.pt')['step'] == last['step'] + 2
+        assert log(out)[0]['event'] == 'settings'
         assert not list(Path(out).glob('*.partial'))
 
 
@@ -686,7 +686,8 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start):
 )
 def test_a_limit_ends_a_run_early(limit, why, capsys):
     train(**limit, max_iters=1000, lr_decay_iters=1000)
-    assert log()[-1]['why'].startswith(why) and why in capsys.readouterr().out
+    assert log()[-1]['why'].startswith(why)
+    assert why in capsys.readouterr().out
     stopped = checkpoint.load('out/last.pt')['step']
     assert stopped == max(losses()) <= 4
     train(init_from='resume', max_iters=stopped + 1)
@@ -752,7 +753,8 @@ def test_two_processes_are_one_with_more_accumulation(launch, settings, start):
         assert one.keys() == two.keys()
         assert max(abs(one[step] - two[step]) for step in one) < 1e-5
     one, two = (checkpoint.load(out)['model'] for out in ('one', 'two'))
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-4)
 
 
 def test_steps_that_two_processes_cannot_share_are_refused(start):
@@ -881,31 +883,26 @@ def test_other_models_are_evaluated_and_go_on_where_they_are(source, monkeypatch
     with pytest.raises(SystemExit) as end:
         run('train.py', words(settings | dict(eval_only=True)))
     by_hand = loss_by_hand(model, val_tokens(), T)
-    assert (
-        not end.value.code
-        and found == [pytest.approx(by_hand, abs=2e-5)]
-        and not Path('out').exists()
-    )
+    assert not end.value.code
+    assert found == [pytest.approx(by_hand, abs=2e-5)]
+    assert not Path('out').exists()
     assert f'val loss {found[0]:.4f} nats' in capsys.readouterr().out
     run('train.py', words(settings | dict(max_iters=3)))
     x, y = batches.Dataset('text', T, seed=1337).train_batch(0, 0, 4)
     assert losses()[1] == pytest.approx(
         model.eval()(x, y).item(), abs=2e-5
     )  # dropout is this run's, 0.0
-    assert (
-        log()[0]['kind'] == kind
-        and log()[0]['config']['block_size'] == T
-        and checkpoint.load('out')['model_args']['block_size'] == T
-    )
+    assert log()[0]['kind'] == kind
+    assert log()[0]['config']['block_size'] == T
+    assert checkpoint.load('out')['model_args']['block_size'] == T
 
 
 def test_a_model_may_go_on_with_shorter_blocks():
     nanogpt('long.pt')
     train(init_from='long.pt', block_size=12, bias=True)
     content = checkpoint.load('out')
-    assert content['model_args']['block_size'] == 12 and content['model'][
-        'transformer.wpe.weight'
-    ].shape == (12, 16)
+    assert content['model_args']['block_size'] == 12
+    assert content['model']['transformer.wpe.weight'].shape == (12, 16)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -940,11 +937,10 @@ def test_the_averaged_weights_are_evaluated_and_kept(monkeypatch):
     content, last = checkpoint.load('out'), checkpoint.load('out/last.pt')
     model = checkpoint.build(content)
     assert content['step'] == last['step'] == 8
-    assert all(
-        torch.allclose(a, p, atol=1e-6)
-        for a, p in zip(averages[-1], model.parameters(), strict=True)
-    )
-    assert all(torch.equal(a, p) for a, p in zip(last['average'], model.parameters(), strict=True))
+    for a, p in zip(averages[-1], model.parameters(), strict=True):
+        assert torch.allclose(a, p, atol=1e-6)
+    for a, p in zip(last['average'], model.parameters(), strict=True):
+        assert torch.equal(a, p)
     assert not same(content['model'], last['model'])  # to go on, the weights themselves
     assert val_losses()[8] == pytest.approx(loss_by_hand(model, val_tokens(), 16), abs=1e-6)
 
@@ -955,8 +951,11 @@ def test_ckpt_is_the_best_or_the_newest(always, kept, monkeypatch):
     monkeypatch.setattr(Trainer, 'evaluate', lambda self, stopping: next(told))
     train(max_iters=16, always_save_checkpoint=always)
     content = checkpoint.load('out')
-    assert content['step'] == kept and content['best_val_loss'] == 2.0 and content['best_step'] == 8
-    assert checkpoint.load('out/last.pt')['step'] == 16 and log()[-1]['best_val_loss'] == 2.0
+    assert content['step'] == kept
+    assert content['best_val_loss'] == 2.0
+    assert content['best_step'] == 8
+    assert checkpoint.load('out/last.pt')['step'] == 16
+    assert log()[-1]['best_val_loss'] == 2.0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -994,17 +993,16 @@ def test_cosine_is_a_half_wave_down_to_min_lr():
         assert get_lr_share(s, step) == pytest.approx(
             0.1 + 0.9 * math.cos((step - 10) / 100 * math.pi / 2) ** 2
         )
-    assert get_lr_share(s, 60) == pytest.approx(0.55) and {
-        get_lr_share(s, step) for step in range(110, 300)
-    } == {0.1}
+    assert get_lr_share(s, 60) == pytest.approx(0.55)
+    assert {get_lr_share(s, step) for step in range(110, 300)} == {0.1}
 
 
 def test_wsd_is_constant_and_then_linear():
     s = settings_of(schedule='wsd')
-    assert all(get_lr_share(s, step) == 1 for step in range(10, 67))
-    assert [get_lr_share(s, step) for step in (66, 88)] == [1, pytest.approx(0.55)] and {
-        get_lr_share(s, step) for step in range(110, 300)
-    } == {0.1}
+    for step in range(10, 67):
+        assert get_lr_share(s, step) == 1
+    assert [get_lr_share(s, step) for step in (66, 88)] == [1, pytest.approx(0.55)]
+    assert {get_lr_share(s, step) for step in range(110, 300)} == {0.1}
     falls = [get_lr_share(s, step) - get_lr_share(s, step + 1) for step in range(66, 110)]
     assert falls == [pytest.approx(0.9 / 44)] * 44
     assert get_lr_share(settings_of(schedule='wsd', cooldown=0.0), 109) == 1
@@ -1058,14 +1056,16 @@ def read_config(path):
 def test_every_config_parses_and_names_a_dataset_that_exists(path):
     config = read_config(path)
     assert (ROOT / 'data' / config['dataset'] / 'prepare.py').is_file()
-    assert 'dataset' in config.given and (config['eval_only'] or 'out_dir' in config.given)
+    assert 'dataset' in config.given
+    assert config['eval_only'] or 'out_dir' in config.given
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_config_leaves_compiling_and_graphs_out_on_a_cpu(path):
     config = read_config(path)
     config.apply_on_cpu()
-    assert not config['compile'] and not config['cuda_graph']
+    assert not config['compile']
+    assert not config['cuda_graph']
 
 
 SMALL_ON_A_CPU = [
@@ -1100,11 +1100,9 @@ def test_on_the_cpu_a_config_shrinks_and_a_key_beats_it(name, tmp_path, capsys):
         name: asked.get(name, value) for name, value in small.items()
     }
     model_args = checkpoint.load('out/last.pt')['model_args']
-    assert (
-        model_args['n_layer'] == 1
-        and model_args['n_embd'] == small.get('n_embd', config['n_embd'])
-        and max(losses()) == 2
-    )
+    assert model_args['n_layer'] == 1
+    assert model_args['n_embd'] == small.get('n_embd', config['n_embd'])
+    assert max(losses()) == 2
 
 
 def test_model_settings_have_the_defaults_of_the_models():
@@ -1317,9 +1315,10 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_touched(
     before = files(place)
     code = exit_code('train.py', words(TINY | settings))
     err = capsys.readouterr().err
-    assert code == 2 and err.startswith('error: ') and message in err and err.count('\n') == 1, err[
-        -2000:
-    ]
+    assert code == 2, err[-2000:]
+    assert err.startswith('error: '), err[-2000:]
+    assert message in err, err[-2000:]
+    assert err.count('\n') == 1, err[-2000:]
     assert files(place) == before
 
 
@@ -1331,11 +1330,9 @@ def test_without_a_compiler_one_line_and_the_earlier_run_is_kept(start, monkeypa
     process = start('-u', compile=True)  # torch reads CXX when it is imported
     assert process.wait(PATIENCE) == 2
     err = Path('out.err').read_text()
-    assert (
-        err.startswith('error: torch.compile cannot work here (')
-        and err.endswith('): use --compile=False\n')
-        and err.count('\n') == 1
-    )
+    assert err.startswith('error: torch.compile cannot work here (')
+    assert err.endswith('): use --compile=False\n')
+    assert err.count('\n') == 1
     assert files(moved()) == held
 
 
@@ -1356,16 +1353,13 @@ def test_a_loss_that_runs_away_ends_in_one_line_with_code_1(capsys):
         ),
     )
     err = capsys.readouterr().err
-    assert (
-        code == 1
-        and err.startswith('error: the loss is ')
-        and 'out/last.pt' in err
-        and err.count('\n') == 1
-    )
-    assert files('out')['last.pt'] == held and all(
-        math.isfinite(value)
-        for value in checkpoint.load('out/last.pt')['model']['lm_head.weight'].flatten()
-    )
+    assert code == 1
+    assert err.startswith('error: the loss is ')
+    assert 'out/last.pt' in err
+    assert err.count('\n') == 1
+    assert files('out')['last.pt'] == held
+    for value in checkpoint.load('out/last.pt')['model']['lm_head.weight'].flatten():
+        assert math.isfinite(value)
     assert log()
 
 
@@ -1391,7 +1385,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(name, capsys, monkeypatch):
         assert exit_code('train.py', again) == 1
     assert one_error(capsys, f'cannot write out/{name}: no space left on the device')
     after = files('out')
-    assert after[name] == before[name] and sorted(after) == sorted(before)
+    assert after[name] == before[name]
+    assert sorted(after) == sorted(before)
     train(init_from='resume')  # with room again
     assert max(val_losses()) == 8
 
@@ -1408,12 +1403,10 @@ def test_wandb_that_refuses_is_told_and_the_earlier_run_is_kept(monkeypatch, cap
     held = files('out')
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, Error=Refusal))
     assert exit_code('train.py', words(TINY | dict(wandb_log=True))) == 2
-    assert (
-        one_error(
-            capsys, 'wandb does not start (No API key configured. Use `wandb login` to log in.): '
-        )
-        and files('out') == held
+    assert one_error(
+        capsys, 'wandb does not start (No API key configured. Use `wandb login` to log in.): '
     )
+    assert files('out') == held
 
 
 def test_a_log_on_a_full_disk_is_told(capsys, monkeypatch):
@@ -1431,7 +1424,9 @@ def test_a_disk_that_fills_up_while_training(capsys):
         code = exit_code('train.py', words(TINY | dict(init_from='resume')))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 1 and one_error(capsys, 'cannot write out/')
+    assert code == 1
+    assert one_error(capsys, 'cannot write out/')
     after = files('out')
-    assert after['last.pt'] == before['last.pt'] and sorted(after) == sorted(before)
+    assert after['last.pt'] == before['last.pt']
+    assert sorted(after) == sorted(before)
     checkpoint.load('out')  # old or new, as small as it is

@@ -66,7 +66,8 @@ ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 def test_interpreted_loss_and_gradients(N, C, V, dtype):
     x, weight, targets = problem(N, C, V, dtype)
     loss = k.linear_cross_entropy(x, weight, targets)
-    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
     assert loss.grad_fn.name() == 'LinearCrossEntropyBackward'
     grads = torch.autograd.grad(loss * 3, (x, weight))
     assert [g.dtype for g in grads] == [dtype, torch.float32]
@@ -106,7 +107,8 @@ def test_interpreted_reference_is_the_gradient_of_cross_entropy():
         loss, lse = rows(mine, targets, True)
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-6)
-        assert lse[4] == torch.inf and lse[3].isfinite()
+        assert lse[4] == torch.inf
+        assert lse[3].isfinite()
 
 
 @interpreted
@@ -153,8 +155,10 @@ def test_interpreted_no_target_and_a_wrong_target():
     x, weight, targets = problem(4, 8, 30, torch.float32)
     none = torch.full_like(targets, -1)
     loss = k.linear_cross_entropy(x, weight, none)
-    assert loss.isnan() and k.linear_cross_entropy_reference(x, weight, none).isnan()
-    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, weight)))
+    assert loss.isnan()
+    assert k.linear_cross_entropy_reference(x, weight, none).isnan()
+    for g in torch.autograd.grad(loss, (x, weight)):
+        assert g.eq(0).all()
     targets[2] = 30
     assert k.linear_cross_entropy(x, weight, targets).isnan()
 
@@ -202,7 +206,9 @@ def test_interpreted_fp8_tiles(N, V, source):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-3)
         assert got_t.equal(got.T)
         got, got_t = k.fp8_tiles(logits, *args, dtype)
-        assert got.dtype == dtype and got_t.float().equal(got.float().T) and got_t.is_contiguous()
+        assert got.dtype == dtype
+        assert got_t.float().equal(got.float().T)
+        assert got_t.is_contiguous()
         want, _ = k.fp8_tiles_reference(logits, *args, dtype)
         assert differences(got, want) <= 2  # a last bit of 2^x
         assert k.fp8_tiles(logits, *args, dtype, transposed=False)[1] is None
@@ -230,7 +236,8 @@ def test_interpreted_fp8_loss_and_gradients(monkeypatch, dtype):
     want, *want_grads = exact(x, weight, targets, 0.5)
     torch.testing.assert_close(loss.double(), want, rtol=2e-3, atol=0)
     for g, w in zip(grads, want_grads):
-        assert close(g, w, 0.1) and cosine(g, w) > 0.995
+        assert close(g, w, 0.1)
+        assert cosine(g, w) > 0.995
     with pytest.raises(AssertionError, match='multiples of 16'):
         k.linear_cross_entropy(x[:5], weight, targets[:5], fp8=True)
 
@@ -333,7 +340,8 @@ def test_gpu_loss_and_gradients(fp8):
         loss_error, grad_error, least_cosine = 1e-3, 0.1, 0.995
     assert abs(loss - want) < loss_error * want
     for g, w in zip(grads, want_grads):
-        assert close(g, w, grad_error) and cosine(g, w) > least_cosine
+        assert close(g, w, grad_error)
+        assert cosine(g, w) > least_cosine
     assert grads[0][1::3].eq(0).all()
 
 
@@ -346,7 +354,8 @@ def test_gpu_odd_vocabularies(V, dtype):
     grads = torch.autograd.grad(loss, (x, weight))
     want, *want_grads = exact(x, weight, targets)
     torch.testing.assert_close(loss.double(), want, rtol=max(ERROR[dtype], 1e-5), atol=1e-6)
-    assert all(close(g, w, max(ERROR[dtype], 1e-5)) for g, w in zip(grads, want_grads))
+    for g, w in zip(grads, want_grads):
+        assert close(g, w, max(ERROR[dtype], 1e-5))
 
 
 @pytest.mark.gpu
@@ -409,7 +418,8 @@ def ten_updates(sizes, dtype, device, decay):
     torch.manual_seed(0)
     mine = [torch.randn(n, device=device).to(dtype).requires_grad_() for n in sizes]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
-    assert are_half_in_triton(mine) and not are_half_in_triton([mine[0].float()])
+    assert are_half_in_triton(mine)
+    assert not are_half_in_triton([mine[0].float()])
     options = dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=decay)
     ours = HalfAdamW(mine, options)
     torchs = torch.optim.AdamW(theirs, **options, fused=True)

@@ -53,7 +53,8 @@ def test_a_run_ends_with_commands_that_work(tmp_path, monkeypatch, capsys):
     run('convert_mla.py', [*convert[1:], '--device=cpu', '--calibration_tokens=999'])
     assert Path('my run-mla/ckpt.pt').exists()
     heal, *others = commands(capsys.readouterr().out)
-    assert Path(heal[0]).name == 'train.py' and heal[1] == str(ROOT / 'config/heal_mla.py')
+    assert Path(heal[0]).name == 'train.py'
+    assert heal[1] == str(ROOT / 'config/heal_mla.py')
     for command in [heal, *others]:
         check(command)
     steps = ['--max_iters=2', '--eval_iters=1', '--device=cpu', '--warmup_iters=1']

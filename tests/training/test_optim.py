@@ -49,9 +49,11 @@ SHAPES = [(24, 24), (16, 40), (40, 16), (1, 8), (8, 1), (33, 7)]
 def test_singular_values_end_near_one(rows, cols):
     batch = torch.stack([matrix(rows, cols, seed=seed) for seed in range(4)])
     out = orthogonalize(batch)
-    assert out.shape == batch.shape and out.dtype == torch.float32
+    assert out.shape == batch.shape
+    assert out.dtype == torch.float32
     values = torch.linalg.svdvals(out)
-    assert values.min() > 0.5 and values.max() < 1.5
+    assert values.min() > 0.5
+    assert values.max() < 1.5
     for given_, got in zip(batch, out):  # singular vectors stay: U Vᵀ within the same spread
         torch.testing.assert_close(
             got.double(), polynomial_of_singular_values(given_), rtol=0, atol=1e-4
@@ -219,9 +221,8 @@ def test_muon_may_be_alone(tiny):
     for name, p in model.named_parameters():
         p.requires_grad_('kv_b_proj' in name)
     made = make_optimizers(model, OptimizerSettings('muon', 1e-3, 0.02, 0.0, (0.9, 0.95)))
-    assert [type(o) for o in made] == [Muon] and len(
-        made[0].param_groups[0]['params']
-    ) == model.config.n_layer
+    assert [type(o) for o in made] == [Muon]
+    assert len(made[0].param_groups[0]['params']) == model.config.n_layer
 
 
 @pytest.mark.parametrize('as_tensors', [False, True])
@@ -236,9 +237,9 @@ def test_set_rate_is_a_share_of_the_peak(as_tensors, tiny):
         for (g, peak), old in zip(
             [(g, 0.02 if isinstance(o, Muon) else 1e-3) for o in made for g in o.param_groups], kept
         ):
-            assert float(g['lr']) == pytest.approx(share * peak) and (
-                not as_tensors or g['lr'] is old
-            )  # the graph's tensor
+            # The tensor stays: a graph has read it.
+            assert float(g['lr']) == pytest.approx(share * peak)
+            assert not as_tensors or g['lr'] is old
 
 
 @pytest.mark.gpu
@@ -292,15 +293,17 @@ def test_swapped_in_restores_bit_for_bit(tiny, tokens):
     own, ids = [p.detach().clone() for p in model.parameters()], [id(p) for p in model.parameters()]
     with pytest.raises(KeyError):  # even when an evaluation fails
         with average.swapped_in():
-            assert all(torch.equal(p, a) for p, a in zip(model.parameters(), average.average))
+            for p, a in zip(model.parameters(), average.average):
+                assert torch.equal(p, a)
             assert not torch.equal(model.lm_head.weight, own[0])
             raise KeyError
-    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own)) and ids == [
-        id(p) for p in model.parameters()
-    ]
+    for p, o in zip(model.parameters(), own):
+        assert torch.equal(p, o)
+    assert ids == [id(p) for p in model.parameters()]
     with average.swapped_in():
         pass
-    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own))
+    for p, o in zip(model.parameters(), own):
+        assert torch.equal(p, o)
 
 
 def test_stacked_matrices_may_be_taken_whole():
@@ -317,9 +320,8 @@ def test_stacked_matrices_may_be_taken_whole():
     one = torch.nn.Parameter(stacked.clone())
     one.grad = update.clone()
     Muon([one], lr=1.0, momentum=0.0).step()
-    assert torch.equal(moves[False], stacked - one.detach()) and not torch.allclose(
-        moves[False], moves[True], atol=0.05
-    )
+    assert torch.equal(moves[False], stacked - one.detach())
+    assert not torch.allclose(moves[False], moves[True], atol=0.05)
     assert (
         torch.linalg.svdvals(moves[True][16:]) > 0.5
     ).all()  # each of its parts is orthogonal by itself
@@ -396,7 +398,8 @@ def same_states(one, other):
     assert one.keys() == other.keys()
     for name in one:
         assert one[name].keys() == other[name].keys()
-        assert all(torch.equal(one[name][key], other[name][key]) for key in one[name]), name
+        for key in one[name]:
+            assert torch.equal(one[name][key], other[name][key]), name
     return True
 
 

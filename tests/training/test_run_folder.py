@@ -66,7 +66,8 @@ def test_a_run_without_a_usable_id_is_named_by_its_time(run_id, tmp_path):
     out = tmp_path / 'out'
     write_run(out, run_id, names=('ckpt.pt',))
     target = run_folder.set_aside(out)
-    assert target.parent == out / 'previous' and re.fullmatch(r'\d{8}-\d{6}', target.name)
+    assert target.parent == out / 'previous'
+    assert re.fullmatch(r'\d{8}-\d{6}', target.name)
     assert contents(target).keys() == {'ckpt.pt', 'log.jsonl'}
 
 
@@ -83,7 +84,8 @@ def test_a_tokenizer_moves_with_the_run_that_copied_it(tmp_path):
     for name in names:
         (out / name).write_text(name)
     target = run_folder.set_aside(out, also=names)
-    assert (target / 'tokenizer.json').exists() and (out / 'tokenizer_config.json').exists()
+    assert (target / 'tokenizer.json').exists()
+    assert (out / 'tokenizer_config.json').exists()
     assert not (out / 'tokenizer.json').exists()
 
 
@@ -209,7 +211,8 @@ def test_a_state_and_a_log_of_two_runs_are_not_mixed(out):
 
 def test_ids_are_in_the_order_of_time_and_differ():
     one, two = run_folder.new_run_id(), run_folder.new_run_id()
-    assert one != two and re.fullmatch(r'\d{8}-\d{6}-[0-9a-f]{6}', one)
+    assert one != two
+    assert re.fullmatch(r'\d{8}-\d{6}-[0-9a-f]{6}', one)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -222,7 +225,8 @@ def test_a_state_of_before_runs_had_ids_gets_one_and_its_counts():
     state = RunState.of(OLD | dict(step=7, path='x/last.pt'), tokens_per_step=64)
     assert (state.step, state.tokens, state.evaluated_step) == (7, 448, 7)
     assert (state.best_val_loss, state.best_step, state.seconds) == (2.5, 6, 1.5)
-    assert state.train_seconds == 0 and state.run_id
+    assert state.train_seconds == 0
+    assert state.run_id
 
 
 def test_a_state_goes_on_as_it_was_saved():

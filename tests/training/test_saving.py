@@ -68,7 +68,8 @@ def test_the_files_are_those_that_a_plain_save_writes(tmp_path, tiny):
     saver.close()
     native.save(tmp_path / 'plain.pt', checkpoint)
     one, other = (native.load(tmp_path / name) for name in ('background.pt', 'plain.pt'))
-    assert str(one.pop('path')) != str(other.pop('path')) and str(one) == str(other)
+    assert str(one.pop('path')) != str(other.pop('path'))
+    assert str(one) == str(other)
     # tied weights are in the file once, as in the model
     sizes = [(tmp_path / name).stat().st_size for name in ('background.pt', 'plain.pt')]
     assert sizes[0] <= sizes[1]
@@ -80,13 +81,17 @@ def test_memory_is_used_again_and_never_shared_by_two_tensors():
     copies = HostCopies()
     one, two = torch.zeros(4), torch.ones(4)
     first = copies.copy(dict(a=one, b=[two, (one, 'text')], n=torch.tensor(7.0)))
-    assert first['a'].tolist() == [0.0] * 4 and first['b'][0].tolist() == [1.0] * 4
-    assert first['b'][1] == (first['a'], 'text') and first['b'][1][0] is first['a']
+    assert first['a'].tolist() == [0.0] * 4
+    assert first['b'][0].tolist() == [1.0] * 4
+    assert first['b'][1] == (first['a'], 'text')
+    assert first['b'][1][0] is first['a']
     places = {t.data_ptr() for t in (first['a'], first['b'][0])}
-    assert len(places) == 2 and places.isdisjoint({one.data_ptr(), two.data_ptr()})
+    assert len(places) == 2
+    assert places.isdisjoint({one.data_ptr(), two.data_ptr()})
     again = copies.copy(dict(b=two, a=one))
     assert {again['a'].data_ptr(), again['b'].data_ptr()} == places
-    assert again['a'].tolist() == [0.0] * 4 and again['b'].tolist() == [1.0] * 4
+    assert again['a'].tolist() == [0.0] * 4
+    assert again['b'].tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,8 @@ def test_what_fails_in_the_thread_ends_the_run_with_one_line(error, message):
     saver.save({'x': {}, 'y': {}})
     with pytest.raises(RunError) as raised:
         saver.wait()
-    assert str(raised.value).startswith(message) and '\n' not in str(raised.value)
+    assert str(raised.value).startswith(message)
+    assert '\n' not in str(raised.value)
     assert raised.value.exit_code == 1
     saver.check()  # it is said once
     saver.save({'x': {}})
@@ -123,4 +129,5 @@ def test_a_gpu_goes_on_while_its_state_is_written(slow_disk):
     torch.cuda.synchronize()
     slow_disk.wait()
     (copy,) = slow_disk.written
-    assert copy.is_pinned() and not copy.any()
+    assert copy.is_pinned()
+    assert not copy.any()
