@@ -12,7 +12,7 @@ goes on with what is missing.
 """
 
 # what; lists have commas between their words
-models = ''  # checkpoints (files or folders), gpt2 ..., Llama and DeepSeek-V3 folders, hub names
+models = ''  # checkpoints (files or folders), gpt2 ..., Hugging Face folders, hub names
 tasks = 'perplexity'  # perplexity, needle, key_value, commonsense, the harness's tasks, *.yaml
 out_dir = 'out-evaluate'  # results.jsonl, .json, .csv, .png and heat maps go here
 fresh = False  # forget what out_dir/results.jsonl has, and measure again

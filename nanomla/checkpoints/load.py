@@ -48,7 +48,7 @@ class LoadedModel:
 def load_model(init_from: str | Path, **changes) -> LoadedModel:
     """
     Load a checkpoint file or a folder with ckpt.pt, 'gpt2*', a folder of the Hugging Face layout
-    (GPT-2, Llama, dense DeepSeek-V3), a name on its hub (organisation/model) or 'random:NAME'.
+    (docs/hf_models.md lists the families), a name on its hub (organisation/model) or 'random:NAME'.
 
     `changes` are config fields that leave the weights alone, such as dropout and kernel. UserError
     for what is none of these.
