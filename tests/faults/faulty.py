@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from helpers import ROOT, end_of
+from forked import end_of
+from helpers import ROOT
 
 SECONDS = 8  # of processor time: more is a hang
 PATIENCE = 300  # seconds that a script may wait for what never comes
