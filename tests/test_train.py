@@ -1374,6 +1374,16 @@ def one_error(capsys, begins):
     return err.startswith(f'error: {begins}') and err.count('\n') == 1
 
 
+def test_no_prepare_script_runs_because_a_checkpoint_names_its_folder(capsys):
+    """A resumed run has its dataset from last.pt, which may be anybody's."""
+    train(max_iters=4)
+    Path('text/train.bin').unlink()
+    Path('text/prepare.py').write_text("open('ran', 'w').close()")
+    assert exit_code('train.py', ['--out_dir=out', '--init_from=resume']) == 2
+    assert one_error(capsys, "out/last.pt says that it was trained on 'text'")
+    assert not Path('ran').exists()
+
+
 @needs_a_full_disk
 @pytest.mark.parametrize('name', ['ckpt.pt', 'last.pt'])
 def test_a_full_disk_leaves_the_last_checkpoint(name, capsys, monkeypatch):

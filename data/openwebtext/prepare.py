@@ -26,8 +26,9 @@ sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
 import hugging_face
 
+from nanomla.core.checks import TABLE, check_entries, table_of, whole
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.files import progress_bar, write_file
+from nanomla.core.files import progress_bar, read_json, write_file
 from nanomla.core.token_files import SPLITS, TokenWriter, in_order, summary
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.training.next_steps import dataset_option, print_next_steps
@@ -157,10 +158,16 @@ class BatchEncoder:
         return len(texts), joined
 
 
+PROGRESS = dict(  # of progress.json
+    plan=TABLE, documents=whole(least=0), sizes=table_of(whole(least=0))
+)
+
+
 def is_complete(folder: Path, plan: dict) -> bool:
     """Return whether the folder has the dataset of this plan."""
     try:
-        meta = json.loads((folder / 'meta.json').read_text())
+        meta = read_json(folder / 'meta.json')
+        check_entries(meta, {})
     except (OSError, ValueError):
         return False
     return meta.get('plan') == plan and (folder / 'train.bin').exists()
@@ -170,12 +177,13 @@ def interrupted_run(folder: Path, plan: dict) -> dict:
     """Return the documents done and the sizes of the partial files of a run of the same plan."""
     nothing = dict(documents=0, sizes=None)
     try:
-        saved = json.loads((folder / 'progress.json').read_text())
+        saved = read_json(folder / 'progress.json')
+        check_entries(saved, PROGRESS, needed=PROGRESS)
         for split, size in saved['sizes'].items():
             if (folder / f'{split}.bin.partial').stat().st_size < size:
                 return nothing
         return saved if saved['plan'] == plan else nothing
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return nothing
 
 

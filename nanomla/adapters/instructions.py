@@ -6,12 +6,12 @@ missing. Two templates make one text of it: 'marked' writes headings between the
 the end-of-text token; 'joined' is the first study's bare concatenation of prompt and response.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanomla.core.checks import check_choice
 from nanomla.core.configurator import UserError
+from nanomla.core.files import parse_json
 from nanomla.core.token_files import DATA
 from nanomla.core.tokenizers import Tokenizer
 
@@ -47,7 +47,7 @@ def read_examples(path: str | Path, most: int = 0) -> list[dict]:
 
 def parse_example(line: str, where: str) -> dict:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         raise UserError(f'{where}: not JSON; {A_LINE}') from None
     return check_example(row, where)

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomla.core.checks import FLAG, TABLE, TEXT, check_entries
 from nanomla.core.configurator import UserError
+from nanomla.core.files import read_json
+from nanomla.core.token_files import TOKEN_IDS
 
 FILES = (
     'tokenizer.json',
@@ -131,7 +134,7 @@ def open_tokenizer(path: Path):
 
 
 def is_byte_level(path: Path) -> bool:
-    decoder = json.loads(path.read_text(encoding='utf-8')).get('decoder')
+    decoder = read_json(path).get('decoder')  # of a tokenizer that was opened: an object
     return 'ByteLevel' in json.dumps(decoder)
 
 
@@ -143,14 +146,30 @@ def read_tokenizer_config(files: list[Path]) -> dict:
     return {}
 
 
+# Of tokenizer_config.json and generation_config.json.
+SETTINGS = dict(
+    bos_token=TEXT | TABLE | None,
+    add_bos_token=FLAG | None,
+    bos_token_id=TOKEN_IDS,
+    eos_token_id=TOKEN_IDS,
+)
+
+
 def read_settings(file: Path) -> dict:
     """Return the content of a JSON file, {} where it is not there."""
     if not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError):
+        settings = read_json(file)
+    except (OSError, ValueError):
         raise UserError(f'{file} cannot be read: it is damaged or no JSON') from None
+    try:
+        check_entries(settings, SETTINGS)
+        if isinstance(settings.get('bos_token'), dict):
+            check_entries(settings['bos_token'], dict(content=TEXT))
+    except ValueError as error:
+        raise UserError(f'{file} cannot be used: {error}') from None
+    return settings
 
 
 def ids_that_end(config: dict) -> set[int]:

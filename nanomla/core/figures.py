@@ -13,14 +13,14 @@ and matplotlib is imported only when something is drawn.
 
 import contextlib
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nanomla.core.checks import TABLE, TEXT, check_entries, whole
 from nanomla.core.configurator import UserError
-from nanomla.core.files import write_file
+from nanomla.core.files import parse_json, write_file
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness: cool colours for
 # the caches that keep K and V per head, the one warm colour for the latent.
@@ -230,6 +230,9 @@ def _with_palette(png: io.BytesIO) -> io.BytesIO:
 # the log of a run
 
 
+EVENT = dict(event=TEXT, step=whole(least=0), config=TABLE)  # of a line of log.jsonl
+
+
 def read_log(path: str | os.PathLike) -> tuple[dict, list[dict]]:
     """
     Return the settings and the events of a log.jsonl, as the run that counts left them.
@@ -266,11 +269,11 @@ def _parse_event(line: str) -> dict | None:
     # A resumed run may have written its first event right behind such a piece.
     for start in (0, line.rfind('{"event"')):
         try:
-            event = json.loads(line[max(start, 0) :])
+            event = parse_json(line[max(start, 0) :])
+            check_entries(event, EVENT, needed=['event'])
         except ValueError:
             continue
-        if isinstance(event, dict) and 'event' in event:
-            return event
+        return event
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
+from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, print_line
 
 if TYPE_CHECKING:
     from model import GPT
@@ -28,7 +28,7 @@ def print_next_steps(*commands: list[str]) -> None:
     lines = ['next:']
     for words in commands:
         lines.append('  python ' + shlex.join(path_from_here(word) for word in words))
-    print('\n'.join(lines), flush=True)
+    print_line('\n'.join(lines))
 
 
 def path_from_here(word: str) -> str:

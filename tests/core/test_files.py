@@ -150,3 +150,119 @@ def test_a_text_table_is_aligned_and_what_does_not_fit_follows_below_with_the_na
         ['long', 'name', 'int8'],
     ]
     assert max(map(len, lines)) <= files.TABLE_WIDTH
+
+
+# -------------------------------------------------------------------------------------------------
+# links, folders, logs
+
+
+def test_a_link_is_replaced_and_never_written_through(tmp_path):
+    target, link = tmp_path / 'target', tmp_path / 'link'
+    target.write_text('theirs')
+    link.symlink_to(target)
+    files.write_file(link, 'mine')
+    assert target.read_text() == 'theirs'
+    assert link.read_text() == 'mine' and not link.is_symlink()
+
+
+def test_a_link_at_the_name_of_the_file_aside_is_not_written_through(tmp_path):
+    target, path = tmp_path / 'target', tmp_path / 'x.txt'
+    target.write_text('theirs')
+    files.beside(path).symlink_to(target)
+    files.write_file(path, 'mine')
+    assert target.read_text() == 'theirs' and path.read_text() == 'mine'
+
+
+def test_a_file_is_written_where_folders_cannot_be_synced(tmp_path, monkeypatch):
+    """As on Windows, which opens no folder."""
+    real = os.open
+
+    def refuse_folders(path, *args, **options):
+        if os.path.isdir(path):
+            raise PermissionError(13, 'Permission denied')
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, 'open', refuse_folders)
+    files.write_file(tmp_path / 'x.txt', 'new')
+    with files.replacing_folder(tmp_path / 'folder') as aside:
+        files.write_file(aside / 'y.txt', 'new')
+    assert (tmp_path / 'x.txt').read_text() == (tmp_path / 'folder/y.txt').read_text() == 'new'
+
+
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / 'new'
+    with pytest.raises(ZeroDivisionError), files.replacing_folder(folder) as aside:
+        (aside / 'x').write_text('half')
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    with files.replacing_folder(folder) as aside:
+        (aside / 'x').write_text('all')
+        assert not folder.exists()
+    assert os.listdir(tmp_path) == ['new'] and os.listdir(folder) == ['x']
+    with pytest.raises(UserError, match='new is there already'):
+        with files.replacing_folder(folder):
+            pass
+    assert (folder / 'x').read_text() == 'all'
+
+
+def test_what_kills_have_left_is_removed_and_nothing_else(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    for name in (
+        'ckpt.pt.17.partial',
+        'ckpt.pt.my.partial',
+        'ckpt.pt.17.partial.txt',
+        'a.1.partial',
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / 'ckpt.pt.18.partial').mkdir()
+    (tmp_path / 'ckpt.pt.18.partial' / 'x').touch()
+    files.remove_leftovers(path)
+    left = ['a.1.partial', 'ckpt.pt.17.partial.txt', 'ckpt.pt.my.partial']
+    assert sorted(os.listdir(tmp_path)) == left
+
+
+def test_a_log_goes_on_after_its_last_whole_line(tmp_path):
+    path = tmp_path / 'new' / 'log.jsonl'
+    for before, after in (('', ''), ('a\nb\n', 'a\nb\n'), ('a\nb', 'a\n'), ('half', '')):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(before)
+        with files.appending(path) as file:
+            file.write('c\n')
+        assert path.read_text() == after + 'c\n'
+    long = 'x' * 200_000 + '\n'
+    path.write_text(long + 'y' * 100_000)
+    with files.appending(path) as file:
+        file.write('c\n')
+    assert path.read_text() == long + 'c\n'
+
+
+def test_a_log_is_never_written_through_a_link_or_to_a_device(tmp_path):
+    target, link = tmp_path / 'target', tmp_path / 'log.jsonl'
+    target.write_text('theirs')
+    link.symlink_to(target)
+    with pytest.raises(UserError, match='symbolic link'):
+        files.appending(link)
+    assert target.read_text() == 'theirs'
+    with pytest.raises(UserError, match='cannot write'):
+        files.appending(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------
+# JSON and spreadsheets
+
+
+def test_json_that_is_none_is_a_value_error(tmp_path):
+    for text in (b'{', b'[' * 100_000, b'\xff', b'', b'1' * 5000):
+        (tmp_path / 'x.json').write_bytes(text)
+        with pytest.raises(ValueError):
+            files.read_json(tmp_path / 'x.json')
+
+
+def test_no_cell_of_a_csv_is_a_formula():
+    texts = ['=1+1', '+1', '-1+1', '@SUM(A1)', '\tx', '\r=1', 'plain', '-0.5x']
+    for text in texts:
+        cell = files.csv_cell(text)
+        assert cell == (text if text == 'plain' else "'" + text)
+    assert files.csv_cell(-0.5) == -0.5 and files.csv_cell(None) is None
+    assert files.csv_cell(['=1']) == "['=1']"
+    assert files.csv_table([{'=cmd': 1}]).startswith("'=cmd")
