@@ -288,7 +288,9 @@ def test_a_results_file_with_wrong_types_is_one_line(number, change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'number, needed', [(0, HEAD), (1, CONTENDER), (2, RUN | SCORED_RUN)], ids=str
+    'number, needed',
+    [(0, HEAD), (1, CONTENDER), (2, RUN | SCORED_RUN)],
+    ids=['head', 'contender', 'run'],
 )
 def test_an_entry_that_is_missing_is_named(number, needed, tmp_path):
     lines = lines_of(made_up(dict(mha=[1.0, 1.1, 1.2])))
