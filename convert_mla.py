@@ -19,22 +19,27 @@ export = ''  # a new folder for a copy that stock transformers loads as deepseek
 # what the cache holds
 kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
 saving = 0.0  # instead of kv_lora_rank: the share of the cache to save, 0.875 for an eighth of it
-ranks = 'equal'  # equal | spectrum: layers share kv_lora_rank · n_layer by what each needs
+ranks = 'equal'  # equal | spectrum | residual (CARE): layers share kv_lora_rank · n_layer
 rope_pairs = -1  # with RoPE: of each kv head (own) or of all (shared); -1 = all, or by --saving
 rope = 'turn'  # which pairs: high | low | uniform | 2-norm (large ones) | turn (and turn far)
 rope_heads = 'shared'  # own: pairs of each kv head | shared: components over the kv heads (RoRoPE)
+by_layer = True  # shared: each layer chooses its own pairs; False with --export
 fold = 1  # shared: neighbouring frequencies treated as one (FreqFold)
 real = False  # shared: mix heads by real rotations only, as RoRoPE does; complex ones lose less
-low_rank = 'balanced'  # split | joint (weights alone) | calibrated | balanced (least error on text)
+components = 'scores'  # shared: principal ones of scores | keys (as RoRoPE does)
+low_rank = 'attention'  # split | joint (weights alone) | calibrated | balanced | attention (text)
 q_lora_rank = 0  # a latent for the query, too; 0 = none
 rotate = False  # rotate the latent, so that no channel is an outlier when it is quantised
 # text
 calibration = ''  # a dataset or a text file; '' = the source's own dataset; none = weights alone
-calibration_tokens = 65536  # of its training part, to see what matters
-eval_tokens = 65536  # of its held-out part, for perplexities
+calibration_tokens = 0  # of its training part; 0 = 262,144 on a GPU, 8,192 on a CPU
+eval_tokens = 0  # of its held-out part, for perplexities; 0 = 65,536 on a GPU, 8,192 on a CPU
 block_size = 0  # tokens in a window; 0 = the source's, at most 1024
 batch_size = 8
 cache_dtype = ''  # report the perplexity with such a cache, too: int8 | int4
+# layer-wise distillation: each attention is fitted to the source's on the calibration text
+layer_steps = -1  # of Adam for each layer; 0 = none, -1 = 200 on a GPU, 40 on a CPU
+layer_lr = 1e-3  # at first; it falls to zero
 # machine
 seed = 1337  # of the rotation
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
@@ -69,8 +74,9 @@ from nanomla.conversion.calibration import (
     windows_of,
 )
 from nanomla.conversion.convert import convert
+from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
 from nanomla.conversion.report import Report, draw_report, print_report, source_color
-from nanomla.conversion.settings import ConversionSettings, settings_for_saving
+from nanomla.conversion.settings import ConversionSettings, is_lossless, settings_for_saving
 from nanomla.conversion.source import check_source
 from nanomla.core import token_files
 from nanomla.core.checks import check_choice, check_range
@@ -80,6 +86,19 @@ from nanomla.inference.quantize import BITS
 from nanomla.training.next_steps import print_next_steps
 
 LONGEST_WINDOW = 1024  # tokens, unless block_size asks for more
+
+
+@dataclass
+class Effort:
+    """How much text is read, and how many steps fit each layer."""
+
+    calibration_tokens: int
+    eval_tokens: int
+    layer_steps: int
+
+
+ON_GPU = Effort(calibration_tokens=262144, eval_tokens=65536, layer_steps=200)
+ON_CPU = Effort(calibration_tokens=8192, eval_tokens=8192, layer_steps=40)
 
 
 @dataclass
@@ -108,8 +127,10 @@ def check_settings(source: str) -> None:
     for folder in (out, export):
         if folder and os.path.exists(folder):
             raise UserError(f'{folder} is there already: name a new folder, or remove it')
-    check_range('calibration_tokens', calibration_tokens, least=1)
-    check_range('eval_tokens', eval_tokens, least=1)
+    check_range('calibration_tokens', calibration_tokens, least=0)
+    check_range('eval_tokens', eval_tokens, least=0)
+    check_range('layer_steps', layer_steps, least=-1)
+    check_range('layer_lr', layer_lr, above=0)
     check_range('batch_size', batch_size, least=1)
     check_range('block_size', block_size, least=0)
     check_range('saving', saving, least=0, below=1)
@@ -119,6 +140,16 @@ def check_settings(source: str) -> None:
         check_choice('cache_dtype', cache_dtype, BITS)
 
 
+def effort_on(device: torch.device) -> Effort:
+    """Return the effort that is asked for, and where nothing is, what `device` does in minutes."""
+    usual = ON_CPU if device.type == 'cpu' else ON_GPU
+    return Effort(
+        calibration_tokens=calibration_tokens or usual.calibration_tokens,
+        eval_tokens=eval_tokens or usual.eval_tokens,
+        layer_steps=usual.layer_steps if layer_steps < 0 else layer_steps,
+    )
+
+
 def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     """Return the settings of the page, with the widths that `saving` asks for."""
     settings = ConversionSettings(
@@ -126,7 +157,9 @@ def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
         rope_pairs=rope_pairs,
         rope=rope,
         rope_heads=rope_heads,
+        by_layer=by_layer and rope_heads == 'shared' and not export,
         fold=fold,
+        components=components,
         real=real,
         low_rank=low_rank,
         ranks=ranks,
@@ -151,15 +184,15 @@ def text_name(loaded: LoadedModel) -> str:
     return ''
 
 
-def read_text(name: str, loaded: LoadedModel, device: torch.device) -> Text:
+def read_text(name: str, loaded: LoadedModel, effort: Effort, device: torch.device) -> Text:
     """Cut the text into windows, on `device`."""
     c = loaded.model.config
     T = min(c.block_size, block_size or LONGEST_WINDOW)
     train, val, _ = tokens_of(name, c.vocab_size, loaded.meta, loaded.tokenizer)
     # With fewer tokens than channels the covariance would not have full rank.
     least = c.n_embd + 1
-    windows = windows_of(train, calibration_tokens, T, least, f'calibration={name}')
-    held_out = windows_of(val, eval_tokens, T + 1, what=f'the held-out part of {name}')
+    windows = windows_of(train, effort.calibration_tokens, T, least, f'calibration={name}')
+    held_out = windows_of(val, effort.eval_tokens, T + 1, what=f'the held-out part of {name}')
     return Text(name, windows.to(device), held_out.to(device))
 
 
@@ -167,10 +200,13 @@ def read_text(name: str, loaded: LoadedModel, device: torch.device) -> Text:
 # converting
 
 
-def convert_and_measure(model: GPT, text: Text | None, report: Report) -> GPT:
-    """Convert `model`; report the source, the step before the latent, and the result."""
+def convert_and_measure(model: GPT, text: Text | None, report: Report, fit_steps: int) -> GPT:
+    """
+    Convert `model` and fit each layer by `fit_steps` steps. Report the source, the step before the
+    latent, the closed form and the result.
+    """
     settings = report.settings
-    bar = progress_bar(number_of_steps(model, text), 'step')
+    bar = progress_bar(number_of_steps(model, text, fit_steps), 'step')
 
     def loss_of(model: GPT) -> float | None:
         if text is None:
@@ -195,6 +231,12 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report) -> GPT:
         del partial
     mla, report.layers = convert(model, settings, moments, bar.update)
     report.add(result_name(mla, settings), mla, 'mla', loss_of(mla))
+    if fit_steps:
+        how = LayerwiseSettings(steps=fit_steps, learning_rate=layer_lr, seed=seed)
+        errors = fit_layers(model, mla, text.windows, how, bar.update)
+        for layer, error in zip(report.layers, errors):
+            layer['error'] = error
+        report.add('the same, fitted layer by layer', mla, 'mla', loss_of(mla))
     if cache_dtype:
         nats = quantised_loss(mla, text, bar.update)
         report.add(f'the same in {cache_dtype}', mla, 'mla', nats, cache_dtype)
@@ -202,15 +244,16 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report) -> GPT:
     return mla
 
 
-def number_of_steps(model: GPT, text: Text | None) -> int:
+def number_of_steps(model: GPT, text: Text | None, fit_steps: int) -> int:
     """Return how often the progress bar is updated: by layers converted and batches read."""
     of_a_conversion = 2 * model.config.n_layer
     if text is None:
         return of_a_conversion
-    evaluations = 4 if cache_dtype else 3
+    evaluations = 3 + bool(fit_steps) + bool(cache_dtype)
     batches = len(text.windows.split(batch_size))
     batches += evaluations * len(text.held_out.split(batch_size))
-    return 2 * of_a_conversion + batches
+    fitted_layers = model.config.n_layer if fit_steps else 0
+    return 2 * of_a_conversion + batches + fitted_layers
 
 
 def quantised_loss(mla: GPT, text: Text | None, tick: Callable[[], object]) -> float | None:
@@ -239,11 +282,7 @@ def result_name(mla: GPT, settings: ConversionSettings) -> str:
 
 def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
     """Return a checkpoint of the result, with the history of the conversion."""
-    settings = asdict(report.settings) | dict(
-        calibration=report.text,
-        calibration_tokens=calibration_tokens,
-        eval_tokens=eval_tokens,
-    )
+    settings = asdict(report.settings) | report.effort | dict(calibration=report.text)
     history = dict(
         source=report.source,
         settings=settings,
@@ -253,7 +292,7 @@ def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
     )
     best_val_loss = float('nan')
     if report.text:
-        best_val_loss = report.rows[2].nats
+        best_val_loss = report.result.nats
     checkpoint = dict(
         kind=native.kind_of(mla),
         model_args=native.model_args(mla),
@@ -315,12 +354,15 @@ def main(source: str) -> None:
     check_source(model)
     settings = conversion_settings(model.config)
     name = text_name(loaded)
-    settings.for_source(model.config, calibrated=bool(name))  # refuses before anything takes long
-    text = read_text(name, loaded, picked_device) if name else None
+    filled_in = settings.for_source(model.config, calibrated=bool(name))  # refuses what cannot be
+    to_fit = bool(name) and not is_lossless(model.config, filled_in)
+    effort, text = effort_on(picked_device), None
+    if name:
+        text = read_text(name, loaded, effort, picked_device)
     model.to(picked_device).eval()
     model.stream = pick_dtype(dtype, picked_device)
-    report = Report(source, settings, name, cache_dtype)
-    mla = convert_and_measure(model, text, report)
+    report = Report(source, settings, name, cache_dtype, asdict(effort))
+    mla = convert_and_measure(model, text, report, effort.layer_steps if to_fit else 0)
     print_report(report)
     write_outputs(mla, loaded, report, f'commit {commit()} · {describe(picked_device)}')
     print_next(source, loaded, name)

@@ -27,6 +27,7 @@ from nanomla.inference.cache import Cache
 
 GPT2_VOCABULARIES = (50257, 50304)  # as it is, and rounded up to a multiple of 64
 LOSS_ROWS = 4096  # tokens whose logits are in memory at a time
+PATTERN_SIZE = 2**24  # numbers of patterns in memory at a time
 LARGEST_NATS = 700.0  # exp of more overflows
 
 
@@ -41,14 +42,21 @@ class Moments:
 
     cov (C̃, C̃): E[x̃ x̃ᵀ], not centred; its last row is the mean.
     q_norms (H, D / 2), k_norms (K, D / 2): mean norm of each pair (j, j + D / 2) of each head.
+    attended (C̃, C̃): E[x̃ x̃ᵀ] where a token counts by the attention that it receives.
+    value_spread (H,): the variance of W^O v among the tokens that a query attends to.
+    window: T, so many tokens can see one another.
     """
 
     cov: torch.Tensor
     q_norms: torch.Tensor
     k_norms: torch.Tensor
+    attended: torch.Tensor
+    value_spread: torch.Tensor
+    window: int
 
     def to(self, device: torch.device | str) -> 'Moments':
-        return Moments(self.cov.to(device), self.q_norms.to(device), self.k_norms.to(device))
+        tensors = (self.cov, self.q_norms, self.k_norms, self.attended, self.value_spread)
+        return Moments(*(tensor.to(device) for tensor in tensors), window=self.window)
 
 
 class MomentSums:
@@ -56,24 +64,69 @@ class MomentSums:
 
     def __init__(self, attention: MultiHeadAttention, dtype: torch.dtype):
         self.attention, self.dtype = attention, dtype
-        self.sums = [0, 0, 0]
+        self.sums = [0, 0, 0, 0, 0]
 
     def __call__(self, module, args) -> None:
-        attention, x = self.attention, args[0].flatten(0, 1)
+        attention, (inputs, rope) = self.attention, args[:2]
+        x = inputs.flatten(0, 1)
         parts = attention.c_attn(x).float().split(attention.widths, dim=-1)
         q, k, _ = (part.unflatten(-1, (-1, attention.v_dim)) for part in parts)
         # In float32 rounding alone would leave cov no positive matrix.
         x = F.pad(x.to(self.dtype), (0, 1), value=1.0)
         new = [x.T @ x, pair_norms(q).sum(0), pair_norms(k).sum(0)]
+        new += attention_moments(attention, inputs, rope, self.dtype)
         self.sums = [total + part.to(self.dtype) for total, part in zip(self.sums, new)]
 
-    def moments(self, tokens: int) -> Moments:
-        return Moments(*(total / tokens for total in self.sums))
+    def moments(self, tokens: int, window: int) -> Moments:
+        return Moments(*(total / tokens for total in self.sums), window=window)
 
 
 def pair_norms(x: torch.Tensor) -> torch.Tensor:
     """Return the norms (tokens, heads, D / 2) of the pairs of x (tokens, heads, D)."""
     return x.unflatten(-1, (2, -1)).norm(dim=-2)
+
+
+def attention_moments(
+    attention: MultiHeadAttention, inputs: torch.Tensor, rope, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """
+    Return the sums over the tokens of inputs (B, T, C) that give `attended` and `value_spread`.
+
+    The variance of W^O v is that of v under the metric W^Oᵀ W^O of its head.
+    """
+    metric = output_metric(attention).float()
+    T, H = inputs.size(1), attention.n_head
+    attended, spread = 0, 0
+    for part in inputs.split(max(1, PATTERN_SIZE // (H * T * T))):
+        q, k, v = (t.float() for t in attention.qkv(part, rope))
+        group = q.size(1) // k.size(1)
+        v = v.repeat_interleave(group, dim=1)
+        pattern = causal_pattern(q, k.repeat_interleave(group, dim=1), attention.scale)
+        received = pattern.mean(1).sum(1).flatten()  # by each token, over heads and queries
+        x = F.pad(part.flatten(0, 1).to(dtype), (0, 1), value=1.0)
+        attended = attended + x.T @ (received[:, None].to(dtype) * x)
+        second_moment = (pattern @ squared_norm(v, metric)[..., None])[..., 0]
+        variance = second_moment - squared_norm(pattern @ v, metric)
+        spread = spread + variance.sum((0, 2))
+    return [attended, spread.clamp(min=0)]
+
+
+def output_metric(attention: MultiHeadAttention) -> torch.Tensor:
+    """Return W^Oᵀ W^O (H, D, D) of each head."""
+    of_heads = attention.c_proj.weight.detach().unflatten(1, (attention.n_head, -1))
+    return torch.einsum('chd,che->hde', of_heads, of_heads)
+
+
+def causal_pattern(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the pattern (B, H, T, T) of rotated q and k (B, H, T, D)."""
+    T = q.size(2)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return (q @ k.mT * scale).masked_fill(future, -torch.inf).softmax(-1)
+
+
+def squared_norm(x: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """Return xᵀ metric x (B, H, T) for x (B, H, T, D) and metric (H, D, D)."""
+    return (x @ metric * x).sum(-1)
 
 
 @torch.no_grad()
@@ -104,7 +157,7 @@ def measure(
         for hook in hooks:
             hook.remove()
         model.train(training)
-    return [layer.moments(windows.numel()) for layer in sums]
+    return [layer.moments(windows.numel(), windows.size(1)) for layer in sums]
 
 
 # -------------------------------------------------------------------------------------------------

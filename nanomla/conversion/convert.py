@@ -24,15 +24,18 @@ import torch
 
 from model import GPT, GPTConfig, MultiHeadAttention
 from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
-from nanomla.conversion.calibration import Moments
+from nanomla.conversion.calibration import Moments, output_metric
 from nanomla.conversion.low_rank import (
     SMALL,
+    AttentionMetrics,
     LatentFactors,
+    attention_factors,
     factor,
     kept_energy,
     latent_factors,
     root_of,
     share_out,
+    share_out_by_residual,
 )
 from nanomla.conversion.rope_pairs import (
     RopeSplit,
@@ -93,7 +96,8 @@ def convert(
     ranks = [settings.kv_lora_rank] * config.n_layer
     if settings.ranks_differ:
         spectra = [layer.factors.singular_values for layer in parts]
-        ranks = share_out(spectra, settings.kv_lora_rank * config.n_layer)
+        share = share_out_by_residual if settings.ranks == 'residual' else share_out
+        ranks = share(spectra, settings.kv_lora_rank * config.n_layer)
 
     mla = shell_of(model, mla_config(config, settings, ranks))
     reference = model.lm_head.weight  # its device and dtype are the model's
@@ -133,7 +137,11 @@ def split_layers(
     split = rope_splitter(model, settings, moments, covs)
     for n, block in enumerate(model.transformer.h):
         q, k, v = layer_weights(block.attn, dtype)
-        yield layer_parts(model, settings, split(n, q, k), v, covs[n])
+        parts = split(n, q, k)
+        metrics = None
+        if settings.low_rank == 'attention':
+            metrics = attention_metrics(block.attn, parts, moments[n].to(covs[n].device))
+        yield layer_parts(model, settings, parts, v, covs[n], metrics)
 
 
 def arithmetic_dtype(model: GPT, calibrated: bool) -> torch.dtype:
@@ -167,9 +175,13 @@ def rope_splitter(
     layers = []
     for block, cov in zip(model.transformer.h, covs):
         q, k, _ = layer_weights(block.attn, dtype)
-        layers.append(list(principal_components(q, k, cov, settings.fold, settings.real)))
-    chosen = choose_components(model.config, settings, layers)
-    return lambda n, q, k: split_shared_components(q, k, layers[n], chosen)
+        layers.append(list(principal_components(q, k, cov, settings)))
+    window = moments[0].window if moments else model.config.block_size
+    if settings.by_layer:
+        chosen = [choose_components(model.config, settings, [runs], window) for runs in layers]
+    else:
+        chosen = [choose_components(model.config, settings, layers, window)] * len(layers)
+    return lambda n, q, k: split_shared_components(q, k, layers[n], chosen[n])
 
 
 def layer_parts(
@@ -178,6 +190,7 @@ def layer_parts(
     split: RopeSplit,
     v: torch.Tensor,
     cov: torch.Tensor | None,
+    metrics: AttentionMetrics | None,
 ) -> LayerParts:
     """Return the parts of a layer from its split queries and keys and its values v (K, D, C̃)."""
     stored_dtype = model.lm_head.weight.dtype
@@ -189,14 +202,34 @@ def layer_parts(
     k_nope, values = split.k_nope[..., :-1], v[..., :-1]
     q = torch.cat([split.q_nope.flatten(0, 1), split.q_pe.flatten(0, 1)])
     keys_values = torch.cat([k_nope.flatten(0, 1), values.flatten(0, 1)])
+    if metrics is None:
+        factors = latent_factors(k_nope, values, cov, rank, settings.low_rank)
+    else:
+        factors = attention_factors(k_nope, values, metrics, rank)
     return LayerParts(
         q=q.to(stored_dtype),
         k_pe=split.k_pe.to(stored_dtype),
         frequencies=split.frequencies,
         v_bias=v[..., -1],
         keys_values=keys_values.to(stored_dtype),
-        factors=latent_factors(k_nope, values, cov, rank, settings.low_rank),
+        factors=factors,
         cov=cov,
+    )
+
+
+def attention_metrics(
+    attention: MultiHeadAttention, split: RopeSplit, moments: Moments
+) -> AttentionMetrics:
+    """Return the metrics of one layer from its Moments and its split queries."""
+    q, cov = split.q_nope, moments.cov
+    K = len(split.k_nope)
+    of_queries = q @ cov.to(q) @ q.mT * attention.scale**2
+    key = of_queries * moments.value_spread.to(q)[:, None, None]
+    half_attended = (cov + moments.attended)[:-1, :-1] / 2
+    return AttentionMetrics(
+        key=key.unflatten(0, (K, -1)).sum(1),
+        value=output_metric(attention).to(q).unflatten(0, (K, -1)).sum(1),
+        cov=half_attended.to(q),
     )
 
 

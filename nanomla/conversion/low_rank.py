@@ -175,6 +175,45 @@ def latent_factors(
     return LatentFactors(down, up_k, up_v, s)
 
 
+@dataclass
+class AttentionMetrics:
+    """
+    What errors of keys and values do to the output of an attention, to first order.
+
+    key (K, N, N): an error δ of k_nope costs δᵀ key δ. It moves a logit by scale · q · δ, and the
+    output by that times the spread of the values that the query chooses from:
+    Σ over the query heads of scale² · value_spread · E[q qᵀ].
+    value (K, D, D): an error δ of v costs δᵀ value δ, Σ over the query heads of W^Oᵀ W^O.
+    cov (C, C): of the input, where each token counts half by itself and half by the attention that
+    it receives. The first token takes most of that in many models, and is one of hundreds.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    cov: torch.Tensor
+
+
+def attention_factors(
+    k: torch.Tensor, v: torch.Tensor, metrics: AttentionMetrics, r: int
+) -> LatentFactors:
+    """Return the factors of k (K, N, C) and v (K, D, C) whose errors cost an attention least."""
+    K, N, D = len(k), k.size(1), v.size(1)
+    key_root, value_root = root_of_metric(metrics.key), root_of_metric(metrics.value)
+    weighted = torch.cat([(key_root @ k).flatten(0, 1), (value_root @ v).flatten(0, 1)])
+    up, down, s = factor(weighted, r, root_of(metrics.cov))
+    up_k = torch.linalg.solve(key_root, up[: K * N].reshape(K, N, len(down)))
+    up_v = torch.linalg.solve(value_root, up[K * N :].reshape(K, D, len(down)))
+    return LatentFactors(down, up_k, up_v, s)
+
+
+def root_of_metric(metric: torch.Tensor) -> torch.Tensor:
+    """Return symmetric roots of metrics (K, n, n), a little enlarged so that they have inverses."""
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp(min=0)
+    values = values + 1e-6 * values.mean(-1, keepdim=True) + TINY
+    return vectors * values.sqrt()[:, None] @ vectors.mT
+
+
 def split_factors(
     k: torch.Tensor, v: torch.Tensor, r: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -224,4 +263,37 @@ def share_out(spectra: list[torch.Tensor], total: int, step: int = RANK_BLOCK) -
     for _, layer, size in sorted(candidates, reverse=True):
         if sum(ranks) + size <= total:
             ranks[layer] += size
+    return ranks
+
+
+def share_out_by_residual(spectra: list[torch.Tensor], total: int) -> list[int]:
+    """
+    Share `total` ranks out among L layers as CARE does (Zhou et al. 2026, adjusted-rank schedule).
+
+    One rank at a time goes to the layer l with rank r of the largest share of what is left there,
+
+        σ²_{r+1} / Σ_{j>r} σ²_j · sqrt((L - l) / mean of L - l) / sqrt(r / least)
+
+    where earlier layers count for more and wide ones for less. Every layer gets `least`, half of
+    the mean.
+    """
+    L, least = len(spectra), max(1, total // len(spectra) // 2)
+    ranks = [min(least, len(spectrum)) for spectrum in spectra]
+    energies = [spectrum.double().cpu() ** 2 for spectrum in spectra]
+    left = [energy.flip(0).cumsum(0).flip(0).clamp(min=TINY) for energy in energies]  # Σ_{j>r}
+
+    def gain(layer: int) -> float:
+        r = ranks[layer]
+        if r >= len(energies[layer]):
+            return -1.0
+        depth = ((L - layer) / ((L + 1) / 2)) ** 0.5
+        return (energies[layer][r] / left[layer][r]).item() * depth / (r / least) ** 0.5
+
+    gains = [gain(layer) for layer in range(L)]
+    for _ in range(total - sum(ranks)):
+        best = max(range(L), key=gains.__getitem__)
+        if gains[best] < 0:
+            break
+        ranks[best] += 1
+        gains[best] = gain(best)
     return ranks

@@ -41,15 +41,22 @@ class Report:
     The source, the steps of its conversion, and what each layer keeps.
 
     source: its name; text: where the perplexities are from, '' without any; cache_dtype: of a last
-    row, '' without one; layers: as `convert` returns them
+    row, '' without one; effort: how much text was read and how long each layer was fitted; layers:
+    as `convert` returns them, and the error of each layer's output where they were fitted
     """
 
     source: str
     settings: ConversionSettings
     text: str = ''
     cache_dtype: str = ''
+    effort: dict = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     layers: list[dict] = field(default_factory=list)
+
+    @property
+    def result(self) -> Row:
+        """The model that is written, in bf16."""
+        return self.rows[-2] if self.cache_dtype else self.rows[-1]
 
     def add(
         self, name: str, model: GPT, color: str, nats: float | None, cache_dtype: str = 'bfloat16'
@@ -79,8 +86,14 @@ def print_report(report: Report) -> None:
         if report.text:
             line += f'{row.perplexity:13.4f}'
         print(line)
-    energies = ', '.join(layer_energies(report))
-    text = f'energy of keys and values that is kept: {energies}'
+    print_layers('energy of keys and values that is kept', layer_energies(report))
+    if 'error' in report.layers[0]:
+        errors = [f'{layer["error"]:.4f}' for layer in report.layers]
+        print_layers('error of the output of each fitted attention', errors)
+
+
+def print_layers(what: str, values: list[str]) -> None:
+    text = f'{what}: {", ".join(values)}'
     print(textwrap.fill(text, TABLE_WIDTH, subsequent_indent='  '))
 
 

@@ -60,12 +60,12 @@ def pick_frequencies(n: int, p: int, rope: str) -> list[int]:
     return [i * n // p for i in range(p)]  # uniform
 
 
-def frequency_weights(config: GPTConfig, rope: str) -> torch.Tensor:
+def frequency_weights(config: GPTConfig, rope: str, window: int) -> torch.Tensor:
     """
     Return how much each of the F frequencies counts, beside the power of its pairs.
 
     2-norm: all alike. turn: by what a pair loses that turns no more, the mean of 1 - cos(θ t) over
-    a block; slow pairs hardly turn in it, and lose nothing without RoPE.
+    a window; slow pairs hardly turn in it, and lose nothing without RoPE.
     """
     D = config.head_dim
     if rope == '2-norm':
@@ -74,7 +74,7 @@ def frequency_weights(config: GPTConfig, rope: str) -> torch.Tensor:
     theta = config.rope_theta**exponents
     if config.rope_frequencies:
         theta = torch.tensor(config.rope_frequencies, dtype=torch.float64)
-    angles = torch.arange(config.block_size)[:, None] * theta / config.rope_scaling
+    angles = torch.arange(window)[:, None] * theta / config.rope_scaling
     return (1 - angles.cos()).mean(0)
 
 
@@ -107,7 +107,7 @@ def own_pairs(
     if settings.rope in ('high', 'low', 'uniform'):
         picked = pick_frequencies(F, p, settings.rope)
         return [torch.tensor([picked] * K, dtype=torch.long)] * config.n_layer
-    weights = frequency_weights(config, settings.rope)
+    weights = frequency_weights(config, settings.rope, moments[0].window)
     layers = []
     for layer in moments:
         q_norms = layer.q_norms.unflatten(0, (K, -1)).sum(1)  # of the queries that meet each key
@@ -162,27 +162,30 @@ class Components:
 
 
 def principal_components(
-    q: torch.Tensor, k: torch.Tensor, cov: torch.Tensor | None, fold: int, real: bool
+    q: torch.Tensor, k: torch.Tensor, cov: torch.Tensor | None, settings: ConversionSettings
 ) -> Iterator[Components]:
     """
-    Yield the components of each run of `fold` neighbouring frequencies, treated as one (FreqFold).
+    Yield the components of each run of settings.fold neighbouring frequencies, treated as one
+    (FreqFold).
 
     q (H, D, C̃), k (K, D, C̃) of one layer; cov (C̃, C̃) of its input, None for the weights alone.
-    The components are those of the keys, where each pair is weighted by the power of the queries
-    that it meets. real: rotate heads by real matrices only, as RoRoPE does (TransMLA, section 4.2);
-    complex ones are all that commutes with RoPE.
+    The components are those of the keys; with components='scores' each pair is weighted by the
+    power of the queries that it meets. real: rotate heads by real matrices only. RoRoPE has real
+    ones of the keys alone (TransMLA, section 4.2); complex ones are all that commutes with RoPE.
     """
     K = len(k)
     zq, zk = as_complex(q), as_complex(k)
     zq_cov, zk_cov = zq, zk
     if cov is not None:
         zq_cov, zk_cov = as_complex(q @ cov), as_complex(k @ cov)
-    for frequencies in torch.arange(zk.size(1), device=k.device).split(fold):
+    for frequencies in torch.arange(zk.size(1), device=k.device).split(settings.fold):
         key_cov = zk_cov[:, frequencies].flatten(0, 1) @ zk[:, frequencies].flatten(0, 1).mH
         query_power = (zq_cov[:, frequencies] * zq[:, frequencies].conj()).sum(-1).real
         weight = query_power.unflatten(0, (K, -1)).sum(1).flatten()
+        if settings.components == 'keys':
+            weight = torch.ones_like(weight)
         weight = (weight + 1e-6 * weight.mean() + TINY).sqrt()
-        mixed = key_cov.real if real else key_cov
+        mixed = key_cov.real if settings.real else key_cov
         values, vectors = torch.linalg.eigh(weight[:, None] * mixed * weight)
         vectors = fix_phases(vectors.flip(1)).to(key_cov.dtype)
         yield Components(
@@ -194,26 +197,32 @@ def principal_components(
 
 
 def choose_components(
-    config: GPTConfig, settings: ConversionSettings, layers: list[list[Components]]
+    config: GPTConfig,
+    settings: ConversionSettings,
+    layers: list[list[Components]],
+    window: int,
 ) -> list[tuple[int, int]]:
     """
     Return the components that keep RoPE as (run of frequencies, number of the component).
 
-    They are the same in all layers, so that one table of frequencies serves them. 2-norm and turn
-    take those of the largest power, as a share of their layer's. The others take the first
+    They are the same in all of `layers`. 2-norm and turn take those of the largest power, as a
+    share of their layer's; turn by what turns within `window` tokens. The others take the first
     components of some runs, then the second ones, and so on.
     """
     if settings.rope in ('2-norm', 'turn'):
-        chosen = strongest_components(config, settings, layers)
+        chosen = strongest_components(config, settings, layers, window)
     else:
         chosen = first_components(settings, layers[0])
     return sorted(chosen, key=lambda place: (place[1], place[0]))
 
 
 def strongest_components(
-    config: GPTConfig, settings: ConversionSettings, layers: list[list[Components]]
+    config: GPTConfig,
+    settings: ConversionSettings,
+    layers: list[list[Components]],
+    window: int,
 ) -> list[tuple[int, int]]:
-    weights = frequency_weights(config, settings.rope).split(settings.fold)
+    weights = frequency_weights(config, settings.rope, window).split(settings.fold)
     share = 0.0  # (runs, components): summed over the layers
     for runs in layers:
         total = sum(run.power.sum().item() for run in runs)

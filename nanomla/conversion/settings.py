@@ -14,8 +14,9 @@ from nanomla.core.configurator import UserError
 CHOICES = dict(
     rope=('high', 'low', 'uniform', '2-norm', 'turn'),
     rope_heads=('own', 'shared'),
-    low_rank=('split', 'joint', 'calibrated', 'balanced'),
-    ranks=('equal', 'spectrum'),
+    low_rank=('split', 'joint', 'calibrated', 'balanced', 'attention'),
+    ranks=('equal', 'spectrum', 'residual'),
+    components=('scores', 'keys'),
 )
 LARGE_RANK = 16  # above it ranks are multiples of CHANNEL_GROUP
 CHANNEL_GROUP = 8  # channels of a quantised cache that share a scale, at least
@@ -29,14 +30,16 @@ class ConversionSettings:
     `for_source` holds the numbers against a model and fills in those that are derived.
     """
 
-    kv_lora_rank: int = 0  # R; 0 = full; with ranks='spectrum' the mean of the layers
+    kv_lora_rank: int = 0  # R; 0 = full; where ranks differ the mean of the layers
     rope_pairs: int = -1  # pairs with RoPE: of each kv head (own), or of all (shared); -1 = all
     rope: str = 'turn'  # which pairs keep RoPE, see rope_pairs.py
     rope_heads: str = 'shared'  # own: pairs of each kv head | shared: components over the kv heads
+    by_layer: bool = False  # shared: each layer keeps its own components, not all the same
     fold: int = 1  # shared: neighbouring frequencies treated as one (FreqFold)
+    components: str = 'scores'  # shared: of what they are the principal ones, see rope_pairs.py
     real: bool = False  # shared: components by real rotations only, as in RoRoPE
-    low_rank: str = 'balanced'  # which error the latent minimises, see low_rank.py
-    ranks: str = 'equal'  # equal | spectrum: layers share R · n_layer by their singular values
+    low_rank: str = 'attention'  # which error the latent minimises, see low_rank.py
+    ranks: str = 'equal'  # layers share R · n_layer by their singular values, see low_rank.py
     q_lora_rank: int = 0  # latent width of the query; 0 = none
     rotate: bool = False  # rotate the latent at random, so that no channel is an outlier
     seed: int = 0  # of the rotation
@@ -58,12 +61,12 @@ class ConversionSettings:
 
     @property
     def ranks_differ(self) -> bool:
-        return self.ranks == 'spectrum'
+        return self.ranks != 'equal'
 
     @property
     def reads_text(self) -> bool:
         """Whether the low rank is fitted to activations, not to the weights alone."""
-        return self.low_rank in ('calibrated', 'balanced')
+        return self.low_rank in ('calibrated', 'balanced', 'attention')
 
     def for_source(self, config: GPTConfig, calibrated: bool) -> 'ConversionSettings':
         """
@@ -159,6 +162,13 @@ def full_rank(config: GPTConfig, settings: ConversionSettings) -> int:
     if settings.low_rank == 'split':
         return min(C, key_rows) + min(C, value_rows)
     return min(C, key_rows + value_rows)
+
+
+def is_lossless(config: GPTConfig, settings: ConversionSettings) -> bool:
+    """Return whether nothing is left out, for settings that `for_source` has filled in."""
+    all_pairs = settings.rope_pairs == most_rope_pairs(config, settings)
+    full_query = settings.q_lora_rank in (0, config.n_embd)
+    return all_pairs and full_query and settings.kv_lora_rank == full_rank(config, settings)
 
 
 def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) -> tuple[int, int]:

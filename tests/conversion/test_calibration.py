@@ -38,6 +38,26 @@ def test_norms_of_pairs_are_means_over_tokens(source, tokens):
     torch.testing.assert_close(cov[32, :32], x.mean(0), rtol=0, atol=1e-5)
 
 
+def test_moments_of_the_attention_are_those_of_its_patterns(source, tokens):
+    model, moments = source('gqa')
+    attention, idx = model.transformer.h[0].attn.double(), tokens(24, B=30)
+    with torch.no_grad():
+        x, rope = model.embed(idx)
+        x = model.transformer.h[0].ln_1(x).double()
+        q, k, v = attention.qkv(x, rope)
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        logits = (q @ k.mT * attention.scale).masked_fill(torch.ones(24, 24).triu(1) > 0, -math.inf)
+        pattern = logits.softmax(-1)
+        attended = torch.einsum('bhts,bsc,bsd->cd', pattern, x, x) / (4 * idx.numel())
+        of_heads = attention.c_proj.weight.unflatten(1, (4, 8))
+        outputs = torch.einsum('bhsd,chd->bhsc', v, of_heads)
+        second_moment = torch.einsum('bhts,bhsc->bht', pattern, outputs**2)
+        spread = (second_moment - (pattern @ outputs).square().sum(-1)).mean((0, 2))
+    found = moments[0].attended[:32, :32]
+    torch.testing.assert_close(found, attended, rtol=0, atol=1e-5)
+    torch.testing.assert_close(moments[0].value_spread, spread, rtol=1e-4, atol=1e-9)
+
+
 def test_measuring_leaves_the_model_as_it_was(source, tokens):
     model, _ = source('mha')
     model.train()

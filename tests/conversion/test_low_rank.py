@@ -6,15 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanomla.conversion.low_rank import (
+    AttentionMetrics,
+    LatentFactors,
+    attention_factors,
     factor,
     fix_phases,
     latent_factors,
     root_of,
     share_out,
+    share_out_by_residual,
     top_eigen,
 )
-from nanomla.conversion.settings import CHOICES
 from nanomla.conversion.source import layer_weights
+
+WITHOUT_METRICS = ('split', 'joint', 'calibrated', 'balanced')
 
 
 def error(w, up, down, root):
@@ -68,7 +73,7 @@ def test_each_factorisation_is_best_by_its_own_measure(source):
         torch.einsum('kdc,ce,kde->', v, cov, v) / torch.einsum('kdc,ce,kde->', k, cov, k)
     ).sqrt()
     measures = dict(joint=(1, plain), calibrated=(1, root), balanced=(longer, root))
-    found = {name: latent_factors(k, v, cov, 9, name) for name in CHOICES['low_rank']}
+    found = {name: latent_factors(k, v, cov, 9, name) for name in WITHOUT_METRICS}
     for measure, (key_scale, root) in measures.items():
         losses = {}
         for name, factors in found.items():
@@ -76,6 +81,33 @@ def test_each_factorisation_is_best_by_its_own_measure(source):
             losses[name] = key_scale**2 * key_loss + error(v, factors.up_v, factors.down, root)
         assert min(losses, key=losses.get) == measure, losses
         assert losses[measure] < 0.999 * max(losses.values()), losses
+
+
+def test_attention_factors_have_the_least_error_by_its_metrics(source):
+    model, moments = source('gqa')
+    _, k, v = layer_weights(model.transformer.h[0].attn, torch.float64)
+    cov, k, v = moments[0].cov[:-1, :-1], k[..., :-1], v[..., :-1]
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(2, 8, 8, dtype=torch.float64, generator=g) for _ in range(2))
+    metrics = AttentionMetrics(a @ a.mT, b @ b.mT, cov)
+
+    def loss(factors):
+        total = 0
+        for w, up, metric in ((k, factors.up_k, metrics.key), (v, factors.up_v, metrics.value)):
+            lost = w - up @ factors.down
+            total += torch.einsum('kdc,kde,kef,cf->', lost, metric, lost, cov).item()
+        return total
+
+    found = attention_factors(k, v, metrics, 9)
+    others = [loss(latent_factors(k, v, cov, 9, name)) for name in WITHOUT_METRICS]
+    assert loss(found) < 0.99 * min(others)
+    step = 1e-3 * torch.randn(9, 32, dtype=torch.float64, generator=g)
+    for sign in (1, -1):  # a minimum: no step to another latent helps
+        moved = LatentFactors(found.down + sign * step, found.up_k, found.up_v, None)
+        assert loss(moved) > loss(found)
+    full = attention_factors(k, v, metrics, 32)
+    torch.testing.assert_close(full.up_k @ full.down, k, atol=1e-6, rtol=0)
+    torch.testing.assert_close(full.up_v @ full.down, v, atol=1e-6, rtol=0)
 
 
 def test_split_halves_the_rank_as_far_as_it_goes(source):
@@ -115,3 +147,15 @@ def test_a_budget_is_shared_out(total, seed, full):
     assert sum(ranks) <= max(total, 16)
     assert all(0 < rank <= full for rank in ranks)
     assert sum(ranks) == min(2 * full, total) or sum(ranks) > min(2 * full, total) - 16
+
+
+def test_a_budget_is_shared_out_by_what_is_left():
+    """CARE's schedule by hand, from one rank each; depths count sqrt(4/3) and sqrt(2/3)."""
+    first, second = torch.tensor([3.0, 1, 1, 0]).sqrt(), torch.tensor([3.0, 1, 1, 1]).sqrt()
+    for total, ranks in (
+        (3, [2, 1]),  # 1/2 · 1.15 against 1/3 · 0.82
+        (4, [3, 1]),  # 1/1 · 1.15 / sqrt(2) against 1/3 · 0.82
+        (5, [3, 2]),  # nothing is left of the first
+        (20, [4, 4]),
+    ):
+        assert share_out_by_residual([first, second], total) == ranks

@@ -6,6 +6,7 @@ from converting import assert_same_logits, converted
 
 from nanomla.conversion.calibration import measure
 from nanomla.conversion.rope_pairs import principal_components
+from nanomla.conversion.settings import ConversionSettings
 from nanomla.conversion.source import layer_weights
 
 
@@ -16,13 +17,44 @@ def test_complex_components_never_hold_less_than_real_ones(name, source):
     for block, layer in zip(model.transformer.h, moments):
         q, k, _ = layer_weights(block.attn, torch.float64)
         by_complex, by_real = (
-            list(principal_components(q, k, layer.cov, fold=1, real=real)) for real in (False, True)
+            list(principal_components(q, k, layer.cov, ConversionSettings(real=real)))
+            for real in (False, True)
         )
         for a, b in zip(by_complex, by_real):
             assert (a.power.cumsum(0) >= b.power.cumsum(0) - 1e-9).all()
             assert a.power.sum().item() == pytest.approx(b.power.sum().item())
             eye = torch.eye(len(a.analysis), dtype=a.analysis.dtype)
             torch.testing.assert_close(a.synthesis @ a.analysis, eye)
+
+
+def test_components_of_keys_alone_are_those_of_rorope(source):
+    """
+    TransMLA, section 4.2: of each frequency the eigenvectors of the keys' covariance over the kv
+    heads, where the real and the imaginary parts count as samples of their own.
+    """
+    model, moments = source('gqa')
+    q, k, _ = layer_weights(model.transformer.h[0].attn, torch.float64)
+    settings = ConversionSettings(components='keys', real=True)
+    found = list(principal_components(q, k, moments[0].cov, settings))
+    x = torch.linalg.cholesky(moments[0].cov + 1e-12 * torch.eye(33)).T  # Σ x xᵀ = cov
+    keys = torch.einsum('nc,kdc->nkd', x, k)  # (samples, K, D)
+    for frequency, components in enumerate(found):
+        samples = torch.cat([keys[:, :, frequency], keys[:, :, frequency + 4]])
+        values, vectors = torch.linalg.eigh(samples.T @ samples)
+        torch.testing.assert_close(components.power, values.flip(0), rtol=1e-6, atol=1e-9)
+        overlap = (components.analysis.real @ vectors.flip(1)).abs()
+        torch.testing.assert_close(overlap, torch.eye(2, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_layers_may_choose_their_own_components(source, tokens):
+    model, moments = source('gqa')
+    with torch.no_grad():  # one frequency has all the keys of a layer: the last and the first
+        for block, loud in zip(model.transformer.h, (3, 0)):
+            keys = block.attn.c_attn.weight[32:48].view(2, 2, 4, 32)
+            keys[:, :, loud] *= 100
+    moments = measure(model, tokens(24, B=30))
+    mla, _ = converted(model, moments, rope_pairs=2, rope='2-norm', by_layer=True)
+    assert [block.attn.rope_pairs.tolist() for block in mla.transformer.h] == [[3, 3], [0, 0]]
 
 
 @pytest.mark.parametrize('name', ['mha', 'gqa', 'biases'])
