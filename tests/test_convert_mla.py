@@ -19,7 +19,7 @@ SENTENCE = (
     'to be or not to be that is the question whether tis nobler in the mind to suffer the slings '
     'and arrows of outrageous fortune '
 )
-QUICK = dict(calibration_tokens=400, eval_tokens=200, device='cpu')
+QUICK = dict(calibration_tokens=400, eval_tokens=200, layer_steps=0, device='cpu')
 
 
 def convert(*arguments, **settings):
@@ -80,11 +80,14 @@ def source(tiny, tmp_path, monkeypatch):
 
 def test_a_conversion_is_a_checkpoint_with_its_history(source, capsys):
     source()
-    convert('src', out='mla', saving=0.75, cache_dtype='int4', rotate=True, **QUICK)
+    fitted = QUICK | dict(layer_steps=3)
+    convert('src', out='mla', saving=0.75, cache_dtype='int4', rotate=True, **fitted)
     printed = capsys.readouterr().out
     assert '75.00 %' in printed
+    assert 'the same, fitted layer by layer' in printed
     assert 'the same in int4' in printed
-    assert 'train.py config/heal_mla.py --init_from=mla --teacher=src' in printed
+    assert 'error of the output of each fitted attention' in printed
+    assert 'heal_mla.py --init_from=mla --teacher=src' in printed
     assert sorted(os.listdir()) == ['mla', 'src', 'text']
     assert sorted(os.listdir('mla')) == ['ckpt.pt', 'conversion.png']
 
@@ -92,6 +95,8 @@ def test_a_conversion_is_a_checkpoint_with_its_history(source, capsys):
     mla, history = loaded.model, loaded.checkpoint['conversion']
     assert history['source'] == 'src'
     assert history['settings']['kv_lora_rank'] + mla.config.qk_rope_head_dim == 16
+    assert history['settings']['layer_steps'] == 3
+    assert all(0 < layer['error'] < 1 for layer in history['layers'])
     assert len(history['layers']) == 2
     table = history['table']
     assert [row['bytes'] for row in table[:3]] == [2 * 2 * 64, 2 * 2 * (32 + 4), 2 * 2 * 16]
@@ -99,7 +104,9 @@ def test_a_conversion_is_a_checkpoint_with_its_history(source, capsys):
     assert all(row['perplexity'] > 1 for row in table)
     assert loaded.step == 7
     assert loaded.meta['tokenizer'] == 'char'
-    assert loaded.checkpoint['best_val_loss'] == table[2]['nats']
+    assert len(table) == 5
+    assert table[3]['name'] == 'the same, fitted layer by layer'
+    assert loaded.checkpoint['best_val_loss'] == table[3]['nats']
 
 
 def test_a_conversion_is_healed_and_sampled_from(source, sample, capsys):
@@ -156,7 +163,8 @@ def test_without_text(source, capsys):
 
 def test_ranks_of_layers_are_printed_where_they_differ(source, capsys):
     source()
-    convert('src', out='mla', ranks='spectrum', kv_lora_rank=20, rope_pairs=3, **QUICK)
+    settings = dict(ranks='spectrum', kv_lora_rank=20, rope_pairs=3, low_rank='balanced')
+    convert('src', out='mla', **settings, **QUICK)
     printed = capsys.readouterr().out
     assert 'MLA, rank up to 24 + 6 (balanced)' in printed
     assert '(rank 16)' in printed
