@@ -1,0 +1,72 @@
+"""
+How long a save keeps training waiting: written in the background, and written at once.
+
+    python -m nanomla.benchmarks.saving /tmp/saving            # GPT-2 124M with AdamW's moments
+    python -m nanomla.benchmarks.saving /tmp/saving 24 2048    # layers and width: 1.3B
+
+Writes ckpt.pt (weights) and last.pt (with moments) to the folder three times and prints a row of
+JSON: the seconds that training waits for the first copy, which allocates its memory, and for a
+later one, until both files are on the disk, and for a plain save of both.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model import GPT
+from nanomla.checkpoints import native
+from nanomla.core import devices
+from nanomla.training.optim import OptimizerSettings, make_optimizers
+from nanomla.training.run.saving import BackgroundSaver
+
+
+def main(folder: str, n_layer: int = 12, n_embd: int = 768) -> None:
+    device = torch.device(devices.best_device())
+    config = GPT.Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64, vocab_size=50304)
+    model = GPT(config).to(device)
+    (optimizer,) = make_optimizers(model, OptimizerSettings('adamw', 1e-4, 0.0, 0.1))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the moments
+    optimizer.zero_grad(set_to_none=True)
+    weights = dict(kind='mha', model_args=native.model_args(model), model=model.state_dict())
+    state = weights | dict(optimizers=[optimizer.state_dict()])
+    files = {Path(folder, 'ckpt.pt'): weights, Path(folder, 'last.pt'): state}
+
+    saver = BackgroundSaver(native.save)
+    waited, written = [], []
+    for _ in range(3):
+        seconds = timed(lambda: saver.save(files), device)
+        waited.append(seconds)
+        written.append(seconds + timed(saver.wait, device))
+    saver.close()
+    plain = timed(lambda: [native.save(path, content) for path, content in files.items()], device)
+    row = dict(
+        params=model.num_params(),
+        bytes=sum(path.stat().st_size for path in files),
+        first_copy=round(waited[0], 3),
+        later_copy=round(min(waited[1:]), 3),
+        until_written=round(min(written[1:]), 3),
+        plain_save=round(plain, 3),
+        device=devices.describe(device),
+        torch=torch.__version__,
+        commit=devices.commit(),
+    )
+    print(json.dumps(row))
+
+
+def timed(action, device: torch.device) -> float:
+    """Return the seconds that an action takes."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+if __name__ == '__main__':
+    folder, *shape = sys.argv[1:]
+    main(folder, *map(int, shape))
