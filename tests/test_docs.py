@@ -26,7 +26,8 @@ JOBS = {
 }
 STUDY = 'nanomla/comparison/conversion_study.py'
 # Words after -- that are no settings: the form of an option, and options of torchrun and sbatch.
-NO_SETTINGS = {'key', 'help', 'nproc_per_node', 'standalone', 'nodes', 'array', 'time'}
+NO_SETTINGS = {'key', 'help', 'nodes', 'array', 'time'}
+NO_SETTINGS |= {'nproc_per_node', 'standalone', 'max_restarts', 'rdzv_conf', 'local_addr'}
 
 every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 
