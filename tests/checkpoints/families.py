@@ -99,3 +99,16 @@ def hf_family(folder, name, **changes):
             p.data.add_(torch.randn_like(p) * 0.2)
     model.save_pretrained(folder)
     return model
+
+
+def assert_same_greedy_text(ours, theirs, prompt, count):
+    """
+    Assert that ours goes on after `prompt` (B, T) as theirs does: each of our tokens is the one
+    that theirs would take after those before it.
+    """
+    text = prompt
+    for _ in range(count):
+        text = torch.cat([text, ours(text)[:, -1:].argmax(-1)], dim=1)
+    taken = theirs(text).logits.argmax(-1)
+    T = prompt.size(1)
+    assert torch.equal(text[:, T:], taken[:, T - 1 : -1])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import assert_same_greedy_text
 from helpers import run, words
 from llamas import add_tokenizer, edit_config
 from refusals import refused
@@ -95,12 +96,6 @@ def deepseek(tmp_path_factory):
     return make
 
 
-def greedy(model, idx, count):
-    for _ in range(count):
-        idx = torch.cat([idx, model(idx)[:, -1:].argmax(-1)], dim=1)
-    return idx
-
-
 @pytest.mark.parametrize('name', MODELS)
 @torch.no_grad()
 def test_logits_and_greedy_text_are_those_of_transformers(name, deepseek, tokens):
@@ -110,11 +105,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(name, deepseek, tokens
         assert ours.num_params() == sum(p.numel() for p in theirs.state_dict().values())
     idx = tokens(60, 50)
     torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=5e-5)
-    prompt = tokens(5, 50)
-    continued = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=15, do_sample=False
-    )
-    assert torch.equal(greedy(ours, prompt, 15), continued)
+    assert_same_greedy_text(ours, theirs, tokens(5, 50), 15)
 
 
 @pytest.mark.parametrize('name', MODELS)

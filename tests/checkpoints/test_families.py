@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, LONGROPE, hf_family
+from families import FAMILIES, LONGROPE, assert_same_greedy_text, hf_family
 from llamas import edit_config
 from refusals import refused
 
@@ -26,23 +26,13 @@ def family(tmp_path_factory):
     return make
 
 
-def greedy(model, idx, count):
-    for _ in range(count):
-        idx = torch.cat([idx, model(idx)[:, -1:].argmax(-1)], dim=1)
-    return idx
-
-
 @pytest.mark.parametrize('name', FAMILIES)
 @torch.no_grad()
 def test_logits_and_greedy_text_are_those_of_transformers(name, family, tokens):
     _, theirs, ours = family(name)
     idx = tokens(60, 50)
     torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-5)
-    prompt = tokens(5, 50)
-    continued = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False
-    )
-    assert torch.equal(greedy(ours, prompt, 20), continued)
+    assert_same_greedy_text(ours, theirs, tokens(5, 50), 15)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
