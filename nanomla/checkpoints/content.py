@@ -162,7 +162,8 @@ def way_out(path: Path) -> str:
     """Return which other checkpoints of the run are there, for the end of a message."""
     candidates = [path.parent / 'ckpt.pt', path.parent / 'last.pt']
     candidates += sorted(path.parent.glob('step-*.pt'))[-1:]
-    candidates += [path.parent / 'previous' / name for name in ('ckpt.pt', 'last.pt')]
+    for name in ('ckpt.pt', 'last.pt'):  # of the last run before, as ids of runs sort by time
+        candidates += sorted((path.parent / 'previous').glob(f'*/{name}'))[-1:]
     candidates += sorted(path.parent.glob('previous/*/ckpt.pt'))[-1:]
     others = [str(file) for file in candidates if file != path and os.path.isfile(file)]
     if not others:

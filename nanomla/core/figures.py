@@ -15,6 +15,7 @@ import contextlib
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -210,7 +211,9 @@ def save(fig, path: str | os.PathLike, palette: bool = False) -> None:
     # Without a version stamp the same figure gives the same bytes.
     metadata = {'Software': None} if kind == 'png' else None
     picture = io.BytesIO()
-    with _style():
+    with _style(), warnings.catch_warnings():
+        # A name in letters that the font has not is drawn as boxes; that is no news for the log.
+        warnings.filterwarnings('ignore', 'Glyph .* missing from', UserWarning)
         fig.savefig(picture, format=kind, metadata=metadata)
     if palette and kind == 'png':
         picture = _with_palette(picture)

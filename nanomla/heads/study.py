@@ -56,7 +56,7 @@ class Run:
         """Tell whether it has been trained to its end."""
         if not (self.folder / 'ckpt.pt').exists() or not step_files(self.folder):
             return False
-        log = (self.folder / 'log.jsonl').read_text(encoding='utf-8')
+        log = (self.folder / 'log.jsonl').read_text(encoding='utf-8', errors='replace')
         return '"event": "end"' in log
 
 

@@ -121,10 +121,12 @@ def test_a_damaged_file_is_named_with_the_way_out(saved, entries):
     last.write_bytes(changed(saved.read_bytes(), 500, 1))
     message = refused(native.load, last, match='last.pt is damaged')
     assert f'go on from {saved} by --init_from' in message
-    native.save(folder / 'previous' / 'ckpt.pt', entries)
+    native.save(folder / 'previous' / '20260101-000000-abc' / 'ckpt.pt', entries)
     saved.unlink()
-    assert str(folder / 'previous' / 'ckpt.pt') in refused(native.load, last)
-    (folder / 'previous' / 'ckpt.pt').unlink()
+    assert str(folder / 'previous' / '20260101-000000-abc' / 'ckpt.pt') in refused(
+        native.load, last
+    )
+    (folder / 'previous' / '20260101-000000-abc' / 'ckpt.pt').unlink()
     assert 'take it from a copy' in refused(native.load, last)
 
 
