@@ -40,6 +40,8 @@ cache_dtype = ''  # report the perplexity with such a cache, too: int8 | int4
 # layer-wise distillation: each attention is fitted to the source's on the calibration text
 layer_steps = -1  # of Adam for each layer; 0 = none, -1 = 200 on a GPU, 40 on a CPU
 layer_lr = 1e-3  # at first; it falls to zero
+# healing by config/heal_mla.py into OUT-healed, the source as teacher; the same command resumes
+heal = 0  # tokens to train on after the conversion; 0 = none
 # machine
 seed = 1337  # of the rotation
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
@@ -74,6 +76,8 @@ from nanomla.conversion.calibration import (
     windows_of,
 )
 from nanomla.conversion.convert import convert
+from nanomla.conversion.heal import Healing, check_dataset, check_is_the_same
+from nanomla.conversion.heal import heal as heal_model
 from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
 from nanomla.conversion.report import Report, draw_report, print_report, source_color
 from nanomla.conversion.settings import ConversionSettings, is_lossless, settings_for_saving
@@ -124,7 +128,9 @@ def check_settings(source: str) -> None:
         raise UserError('say what to convert: python convert_mla.py SOURCE --out=FOLDER')
     if not out:
         raise UserError('say where to put it: --out=FOLDER')
-    for folder in (out, export):
+    check_range('heal', heal, least=0)
+    new_folders = [export] if heal else [out, export]  # a conversion to heal may be there
+    for folder in new_folders:
         if folder and os.path.exists(folder):
             raise UserError(f'{folder} is there already: name a new folder, or remove it')
     check_range('calibration_tokens', calibration_tokens, least=0)
@@ -184,10 +190,14 @@ def text_name(loaded: LoadedModel) -> str:
     return ''
 
 
+def window_size(source_config: GPTConfig) -> int:
+    return min(source_config.block_size, block_size or LONGEST_WINDOW)
+
+
 def read_text(name: str, loaded: LoadedModel, effort: Effort, device: torch.device) -> Text:
     """Cut the text into windows, on `device`."""
     c = loaded.model.config
-    T = min(c.block_size, block_size or LONGEST_WINDOW)
+    T = window_size(c)
     train, val, _ = tokens_of(name, c.vocab_size, loaded.meta, loaded.tokenizer)
     # With fewer tokens than channels the covariance would not have full rank.
     least = c.n_embd + 1
@@ -282,10 +292,9 @@ def result_name(mla: GPT, settings: ConversionSettings) -> str:
 
 def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
     """Return a checkpoint of the result, with the history of the conversion."""
-    settings = asdict(report.settings) | report.effort | dict(calibration=report.text)
     history = dict(
         source=report.source,
-        settings=settings,
+        settings=report.history_settings,
         table=[row.as_dict() for row in report.rows],
         layers=report.layers,
         before=loaded.checkpoint.get('conversion'),
@@ -356,16 +365,32 @@ def main(source: str) -> None:
     name = text_name(loaded)
     filled_in = settings.for_source(model.config, calibrated=bool(name))  # refuses what cannot be
     to_fit = bool(name) and not is_lossless(model.config, filled_in)
-    effort, text = effort_on(picked_device), None
-    if name:
-        text = read_text(name, loaded, effort, picked_device)
-    model.to(picked_device).eval()
-    model.stream = pick_dtype(dtype, picked_device)
-    report = Report(source, settings, name, cache_dtype, asdict(effort))
+    if heal:
+        check_dataset(name, source)
+    report = Report(source, settings, name, cache_dtype, asdict(effort_on(picked_device)))
+    if os.path.exists(out):
+        check_is_the_same(out, source, report.history_settings)
+        print(f'{out} is there already: on with healing')
+    else:
+        model.to(picked_device).eval()
+        model.stream = pick_dtype(dtype, picked_device)
+        convert_and_write(loaded, report, to_fit)
+    if heal:
+        T = window_size(model.config)
+        heal_model(Healing(out, source, name, heal, T, device))
+    else:
+        print_next(source, loaded, name)
+
+
+def convert_and_write(loaded: LoadedModel, report: Report, to_fit: bool) -> None:
+    """Convert the model on its device, print the report and write it with the result."""
+    model, effort, text = loaded.model, Effort(**report.effort), None
+    where = model.lm_head.weight.device
+    if report.text:
+        text = read_text(report.text, loaded, effort, where)
     mla = convert_and_measure(model, text, report, effort.layer_steps if to_fit else 0)
     print_report(report)
-    write_outputs(mla, loaded, report, f'commit {commit()} · {describe(picked_device)}')
-    print_next(source, loaded, name)
+    write_outputs(mla, loaded, report, f'commit {commit()} · {describe(where)}')
 
 
 if __name__ == '__main__':

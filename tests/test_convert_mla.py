@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from helpers import ROOT, exit_code, run, words
 from nanomla.checkpoints import native
 from nanomla.checkpoints.export import export
 from nanomla.checkpoints.load import load_model
+from nanomla.conversion import heal as heal_module
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import write_text
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
+STOPPED = 75  # exit code of a run that can be resumed
 SENTENCE = (
     'to be or not to be that is the question whether tis nobler in the mind to suffer the slings '
     'and arrows of outrageous fortune '
@@ -140,6 +143,40 @@ def test_a_conversion_is_healed_and_sampled_from(source, sample, capsys):
     out, err = sample(out_dir='healed')
     assert out.startswith('to be')
     assert 'MLA' in err
+
+
+def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeypatch, capsys):
+    """Started again it converts nothing anew, and resumes the run that a signal has stopped."""
+    started = []
+
+    def train(command, env):
+        started.append(command[3:])
+        minutes = 0.001 if len(started) == 1 else 0
+        try:
+            run('train.py', [*command[2:], '--compile=False', f'--max_minutes={minutes}'])
+        except SystemExit as stopped:
+            return SimpleNamespace(returncode=stopped.code)
+        return SimpleNamespace(returncode=0)
+
+    source()
+    monkeypatch.setattr(heal_module, 'subprocess', SimpleNamespace(run=train))
+    tokens = 3 * 16 * 24  # three steps
+    with pytest.raises(SystemExit) as stopped:
+        convert('src', out='mla', saving=0.5, heal=tokens, **QUICK)
+    assert stopped.value.code == STOPPED
+    convert('src', out='mla', saving=0.5, heal=tokens, **QUICK)
+    assert 'mla is there already: on with healing' in capsys.readouterr().out
+    assert '--teacher=src' in started[0]
+    assert '--max_iters=3' in started[0]
+    assert [words[0] for words in started] == ['--init_from=mla', '--init_from=resume']
+    assert load_model('mla-healed').step == 3
+    why = 'mla holds another conversion than the one that is asked for'
+    settings = words(dict(out='mla', saving=0.75, heal=tokens) | QUICK)
+    assert_refused(why, 'convert_mla.py', ['src', *settings])
+    Path('book.txt').write_text(SENTENCE * 30)
+    settings = words(dict(out='new', saving=0.5, heal=tokens, calibration='book.txt') | QUICK)
+    assert_refused('book.txt is none: make one', 'convert_mla.py', ['src', *settings])
+    assert not Path('new').exists()
 
 
 def test_a_lossless_conversion_of_every_pair(source):

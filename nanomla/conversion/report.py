@@ -54,6 +54,11 @@ class Report:
     layers: list[dict] = field(default_factory=list)
 
     @property
+    def history_settings(self) -> dict:
+        """What a checkpoint keeps of the way it was made."""
+        return asdict(self.settings) | self.effort | dict(calibration=self.text)
+
+    @property
     def result(self) -> Row:
         """The model that is written, in bf16."""
         return self.rows[-2] if self.cache_dtype else self.rows[-1]

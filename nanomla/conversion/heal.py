@@ -1,0 +1,89 @@
+"""
+Heal a converted model: train.py with config/heal_mla.py in a process of its own, the source as its
+teacher. The same call goes on with a run that was interrupted.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomla.checkpoints import native
+from nanomla.core import token_files
+from nanomla.core.configurator import UserError
+from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
+
+BATCH_SIZE = 16  # windows of a step
+EVALUATIONS = 4  # over the run, each of which writes checkpoints to go on from
+
+
+@dataclass
+class Healing:
+    """
+    What to heal and for how long.
+
+    start: the folder of the converted model; source: its teacher; dataset: in the source's tokens
+    """
+
+    start: str
+    source: str
+    dataset: str
+    tokens: int
+    block_size: int
+    device: str = 'auto'
+
+    @property
+    def out(self) -> str:
+        return self.start.rstrip('/') + '-healed'
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.tokens // (BATCH_SIZE * self.block_size))
+
+    def command(self) -> list[str]:
+        """Return the command, which goes on where an earlier one was interrupted."""
+        interrupted = (Path(self.out) / 'last.pt').exists()
+        settings = dict(
+            init_from='resume' if interrupted else self.start,
+            out_dir=self.out,
+            teacher=self.source,
+            dataset=self.dataset,
+            max_iters=self.steps,
+            warmup_iters=min(10, self.steps // 10),
+            eval_interval=max(1, self.steps // EVALUATIONS),
+            batch_size=BATCH_SIZE,
+            block_size=self.block_size,
+            device=self.device,
+        )
+        words = [f'--{name}={value}' for name, value in settings.items()]
+        return [sys.executable, str(ROOT / 'train.py'), str(ROOT / 'config/heal_mla.py'), *words]
+
+
+def check_dataset(name: str, source: str) -> None:
+    """Raise a UserError unless `name` is a dataset to train on."""
+    if name and (token_files.find(name) / 'train.bin').exists():
+        return
+    prepare = f'python data/text/prepare.py FILE --tokenizer={source} --out=FOLDER'
+    raise UserError(
+        f'--heal trains on a dataset, and --calibration={name} is none: make one ({prepare}) and '
+        'calibrate on it'
+    )
+
+
+def check_is_the_same(start: str, source: str, settings: dict) -> None:
+    """Raise a UserError unless the folder `start` holds this conversion of `source`."""
+    history = native.load(start).get('conversion') or {}
+    if history.get('source') == source and history.get('settings') == settings:
+        return
+    raise UserError(
+        f'{start} holds another conversion than the one that is asked for: name a new folder'
+    )
+
+
+def heal(healing: Healing) -> None:
+    """Run train.py, whose output is shown. A SystemExit with its code where it fails."""
+    environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
+    code = subprocess.run(healing.command(), env=environment).returncode
+    if code:
+        sys.exit(code)
