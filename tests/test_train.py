@@ -1299,8 +1299,8 @@ def place(tmp_path_factory):
         ),
         (
             dict(init_from='resume', train_only='attn'),
-            'out/last.pt was trained on other parameters: transformer.wte.weight is not trained '
-            'now; resume with its own --optimizer and --train_only',
+            'out/last.pt was trained on other parameters, with --train_only=: resume with its own, '
+            'or begin a new run from its weights with --init_from=out/last.pt',
         ),
     ],
     ids=lambda value: (

@@ -344,6 +344,14 @@ class Trainer:
                 f'--optimizer={self.s.optimizer}: resume with its own, or begin a new run from its '
                 f'weights with --init_from={state["path"]}'
             )
+        # Without names, parameters of one shape could be taken for others.
+        trained_only = state.get('config', {}).get('train_only', self.s.train_only)
+        if trained_only != self.s.train_only:
+            raise UserError(
+                f'{state["path"]} was trained on other parameters, with --train_only='
+                f'{trained_only}: resume with its own, or begin a new run from its weights with '
+                f'--init_from={state["path"]}'
+            )
         load_moments(self.optimizers, state['optimizers'], state['path'])
         if state['scaler']:  # empty after a run without float16
             self.scaler.load_state_dict(state['scaler'])
