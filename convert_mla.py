@@ -15,13 +15,14 @@ holds it.
 
 # output
 out = ''  # a new folder: ckpt.pt, conversion.png, and the source's tokenizer.json if it has one
-export = ''  # a new folder for a copy that stock transformers loads as deepseek_v3
+export = ''  # a new folder for a copy that stock transformers loads as deepseek_v3; see rope
 # what the cache holds
 kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
 saving = 0.0  # instead of kv_lora_rank: the share of the cache to save, 0.875 for an eighth of it
 ranks = 'equal'  # equal | spectrum | residual (CARE): layers share kv_lora_rank · n_layer
 rope_pairs = -1  # with RoPE: of each kv head (own) or of all (shared); -1 = all, or by --saving
-rope = 'turn'  # which pairs: high | low | uniform | 2-norm (large ones) | turn (and turn far)
+rope = ''  # which pairs: high | low | uniform | 2-norm | turn (large and far); '' = turn, and
+# uniform with export, whose frequencies vLLM and SGLang have
 rope_heads = 'shared'  # own: pairs of each kv head | shared: components over the kv heads (RoRoPE)
 by_layer = True  # shared: each layer chooses its own pairs; False with --export
 fold = 1  # shared: neighbouring frequencies treated as one (FreqFold)
@@ -66,6 +67,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nanomla.checkpoints import native
+from nanomla.checkpoints.export import check_export, servers_of
 from nanomla.checkpoints.export import export as write_export
 from nanomla.checkpoints.load import LoadedModel, load_model
 from nanomla.conversion.calibration import (
@@ -75,12 +77,17 @@ from nanomla.conversion.calibration import (
     tokens_of,
     windows_of,
 )
-from nanomla.conversion.convert import convert
+from nanomla.conversion.convert import convert, mla_config
 from nanomla.conversion.heal import Healing, check_dataset, check_is_the_same
 from nanomla.conversion.heal import heal as heal_model
 from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
 from nanomla.conversion.report import Report, draw_report, print_report, source_color
-from nanomla.conversion.settings import ConversionSettings, is_lossless, settings_for_saving
+from nanomla.conversion.settings import (
+    ConversionSettings,
+    is_lossless,
+    settings_for_saving,
+    with_ordinary_frequencies,
+)
 from nanomla.conversion.source import check_source
 from nanomla.core import token_files
 from nanomla.core.checks import check_choice, check_range
@@ -158,10 +165,15 @@ def effort_on(device: torch.device) -> Effort:
 
 def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     """Return the settings of the page, with the widths that `saving` asks for."""
+    left_to_us = not rope and rope_pairs < 0 and rope_heads == 'shared' and fold == 1
+    for_servers = bool(export) and left_to_us
+    which_pairs = rope or 'turn'
+    if for_servers:
+        which_pairs = 'uniform'
     settings = ConversionSettings(
         kv_lora_rank=kv_lora_rank,
         rope_pairs=rope_pairs,
-        rope=rope,
+        rope=which_pairs,
         rope_heads=rope_heads,
         by_layer=by_layer and rope_heads == 'shared' and not export,
         fold=fold,
@@ -175,6 +187,8 @@ def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     )
     if saving:
         settings = settings_for_saving(source_config, saving, settings)
+    if for_servers:
+        settings = with_ordinary_frequencies(source_config, saving, settings)
     return settings
 
 
@@ -306,25 +320,27 @@ def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
         kind=native.kind_of(mla),
         model_args=native.model_args(mla),
         model=mla.state_dict(),
-        step=loaded.checkpoint.get('step', 0),
+        step=loaded.step or 0,
         config=dict(loaded.settings),
         conversion=history,
         commit=commit(),
         best_val_loss=best_val_loss,
     )
+    # A model of another maker does not say how many steps it took.
+    if loaded.trained and not loaded.step:
+        checkpoint['pretrained'] = True
     meta, codec = loaded.meta, loaded.tokenizer
     if codec is not None:
         ends = sorted(codec.eos)
-        meta = meta | dict(
-            tokenizer='hf', bos_token_id=codec.bos, eos_token_id=ends, source=report.source
-        )
+        origin = dict(bos_token_id=codec.bos, eos_token_id=ends, source=report.source)
+        meta = meta | codec.meta | origin
     if meta:
         checkpoint['meta'] = meta
     return checkpoint
 
 
 def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> None:
-    """Write the folder `out`, and the export: all of it or nothing."""
+    """Write the folder `out`, all of it or nothing; then the export, without which `out` stays."""
     with replacing_folder(out) as aside:
         native.save(aside / 'ckpt.pt', checkpoint_of(mla, loaded, report))
         if loaded.tokenizer is not None:
@@ -334,25 +350,38 @@ def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> 
             draw_report(report, aside / 'conversion.png', facts)
         except UserError as error:  # without matplotlib
             print(f'no picture: {error}')
-        if export:
-            write_export(mla, export, loaded.tokenizer)
+    print(f'written: {out}/ckpt.pt')
+    if not export:
+        return
+    try:
+        write_export(mla, export, loaded.tokenizer)
+    except UserError as error:
+        raise UserError(f'{error}; {out} is written') from None
+    print(f'written: {export} ({servers_of(mla)})')
 
 
 def print_next(source: str, loaded: LoadedModel, text: str) -> None:
-    """Print what was written and the next commands. text: what the model was calibrated on."""
-    written = f'{out}/ckpt.pt'
-    if export:
-        written += f' and {export}'
-    print(f'written: {written}')
-    heal = ['train.py', 'config/heal_mla.py', f'--init_from={out}', f'--teacher={source}']
+    """Print the next commands. text: what the model was calibrated on."""
+    prepare, heal = [], []
     evaluate = ['eval.py', f'--models={source},{out}']
-    sample = ['sample.py', f'--init_from={out}']
-    if 'dataset' in loaded.settings:
-        print_next_steps([*heal, f'--dataset={loaded.settings["dataset"]}'], evaluate, sample)
-    elif text:
-        print_next_steps([*evaluate, f'--data={text}'], sample)
-    else:
-        print_next_steps(sample)
+    dataset = loaded.settings.get('dataset', '')
+    if text and not os.path.isfile(text):
+        dataset = text
+    elif text and loaded.tokenizer is not None:
+        # The result's folder has the tokenizer, too, and stays where the source may not.
+        dataset = f'{out.rstrip("/")}-tokens'
+        prepare = ['data/text/prepare.py', text, f'--tokenizer={out}', f'--out={dataset}']
+    if dataset:
+        heal = ['train.py', 'config/heal_mla.py', f'--init_from={out}', f'--teacher={source}']
+        heal.append(f'--dataset={dataset}')
+        if loaded.model.config.block_size > LONGEST_WINDOW:
+            heal.append(f'--block_size={LONGEST_WINDOW}')
+    if not loaded.settings.get('dataset'):
+        evaluate.append(f'--data={text}')
+    if not (dataset or text):
+        evaluate = []
+    commands = [prepare, heal, evaluate, ['sample.py', f'--init_from={out}']]
+    print_next_steps(*filter(None, commands))
 
 
 def main(source: str) -> None:
@@ -363,7 +392,11 @@ def main(source: str) -> None:
     check_source(model)
     settings = conversion_settings(model.config)
     name = text_name(loaded)
-    filled_in = settings.for_source(model.config, calibrated=bool(name))  # refuses what cannot be
+    # What does not go is refused before anything takes long.
+    filled_in = settings.for_source(model.config, calibrated=bool(name))
+    if export:
+        ranks = [filled_in.kv_lora_rank] * model.config.n_layer
+        check_export(model, mla_config(model.config, filled_in, ranks))
     to_fit = bool(name) and not is_lossless(model.config, filled_in)
     if heal:
         check_dataset(name, source)

@@ -114,7 +114,7 @@ import torch
 import torch.distributed as dist
 
 from nanomla.checkpoints import native
-from nanomla.checkpoints.load import load_model
+from nanomla.checkpoints.load import check_tokens, dataset_tokenizer, load_model
 from nanomla.checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from nanomla.core import devices, files, token_files
 from nanomla.core.checks import settings_errors
@@ -206,7 +206,8 @@ torch.manual_seed(seed)
 run = RunState(run_folder.new_run_id())
 source = {}  # the checkpoint that the run begins with
 source_path = init_from
-tokenizer = None  # of a model that has its own
+pretrained = False  # whether others trained the weights that the run begins with
+tokenizer = dataset_tokenizer(token_files.find(dataset), meta)  # a tokenizer.json, or None
 free_settings = {'dropout', 'dropout_in', 'kernel'}  # they leave a checkpoint's weights alone
 changes = dict(dropout=dropout, dropout_in=dropout_in, kernel=kernel)
 if resuming:
@@ -214,26 +215,21 @@ if resuming:
     source_path = last
     run = RunState.of(source, tokens_per_step)
     run_folder.check_one_run(out, run.run_id)
+    if not token_files.same_tokens(source.get('meta', meta), meta):
+        raise UserError(f'{last} was trained on other tokens than {dataset} has')
     model = native.build(source, **changes)
+    pretrained = source.get('pretrained', False)
 elif from_scratch:
     model = native.new_model(attention, config, config.given, meta['vocab_size'])
 else:
     loaded = load_model(init_from, **changes)
-    model, source, tokenizer = loaded.model, loaded.checkpoint, loaded.tokenizer
+    model, source = loaded.model, loaded.checkpoint
+    tokenizer = loaded.tokenizer or tokenizer
     source_path = loaded.path
     free_settings.add('block_size')
-    if tokenizer:
-        log_line(
-            f'{init_from} has its own tokenizer.json, {dataset} holds tokens of '
-            f"'{meta['tokenizer']}': unless they are the same, it starts from nonsense"
-        )
+    check_tokens(loaded, meta, dataset)
+    pretrained = loaded.trained
 if not from_scratch:
-    known = source.get('meta', meta)
-    if any(known.get(key) != meta.get(key) for key in ('tokenizer', 'chars')):
-        raise UserError(
-            f'{source_path} was trained on other tokens than {dataset} has: '
-            'train on a dataset with its characters'
-        )
     native.check_given(model, config, config.given, source_path, free=free_settings)
     if 'block_size' not in config.given:
         config['block_size'] = block_size = model.config.block_size
@@ -252,7 +248,9 @@ with settings_errors():
 data = Dataset(token_files.find(dataset), block_size, seed, device, rank, world)
 teacher_model = None
 if teacher:
-    teacher_model = load_model(teacher, dropout=0.0, kernel=kernel).model
+    loaded_teacher = load_model(teacher, dropout=0.0, kernel=kernel)
+    check_tokens(loaded_teacher, meta, dataset)
+    teacher_model = loaded_teacher.model
 trainer = Trainer(config, model, data, teacher_model)
 if resuming:
     trainer.load_state(source)
@@ -331,6 +329,8 @@ def checkpoint(**tensors):
     )
     if conversion is not None:
         facts['conversion'] = conversion
+    if pretrained:
+        facts['pretrained'] = True
     return facts | asdict(run) | dict(seconds=seconds()) | tensors
 
 
@@ -549,7 +549,7 @@ if main:
 
 def write_sample():
     """Print a text of the trained model."""
-    codec = Tokenizer(meta)
+    codec = tokenizer or Tokenizer(meta)
     learned = model.config.pos == 'learned'
     memory = Cache.of(model.eval(), 1, block_size, static=device.type == 'cuda', kernel='torch')
     length = min(sample_tokens, block_size) if learned else sample_tokens

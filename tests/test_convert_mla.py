@@ -1,7 +1,9 @@
 """convert_mla.py as a person runs it, and healing: what is written, refused, never half-written."""
 
+import errno
 import json
 import os
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from nanomla.checkpoints.load import load_model
 from nanomla.conversion import heal as heal_module
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import write_text
+from nanomla.heads.subject import load_subject
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
 STOPPED = 75  # exit code of a run that can be resumed
@@ -207,7 +210,7 @@ def test_ranks_of_layers_are_printed_where_they_differ(source, capsys):
     assert '(rank 16)' in printed
 
 
-def write_tokenizer(folder):
+def write_tokenizer(folder, vocab_size=290):
     """Write a tokenizer.json of byte pairs that knows SENTENCE."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -215,7 +218,9 @@ def write_tokenizer(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([SENTENCE], trainer)
     tokenizer.save(f'{folder}/tokenizer.json')
 
@@ -232,6 +237,96 @@ def test_a_hugging_face_source_keeps_its_tokenizer(source, sample):
     assert codec.decode(codec.encode(SENTENCE)) == SENTENCE
     out, _ = sample(init_from='mla')
     assert out.startswith('to be')
+
+
+def test_the_commands_printed_for_a_foreign_model_run_as_printed(source, capsys):
+    """Its text is tokenised, it is healed beside its source, and the result is read."""
+    export(source(vocab_size=300), 'llama')
+    write_tokenizer('llama')
+    Path('book.txt').write_text(SENTENCE * 30)
+    convert('llama', out='mla', saving=0.5, calibration='book.txt', **QUICK)
+    printed = capsys.readouterr().out.split('next:')[1].strip().splitlines()
+    commands = [shlex.split(line)[1:] for line in printed]
+    scripts = [Path(command[0]).relative_to(ROOT) for command in commands]
+    assert list(map(str, scripts)) == ['data/text/prepare.py', 'train.py', 'eval.py', 'sample.py']
+    shorter = {
+        'train.py': ['--max_iters=2', '--warmup_iters=1', '--compile=False'],
+        'eval.py': ['--max_tokens=60', '--context=16'],
+        'sample.py': ['--max_new_tokens=3', '--start=to be'],
+    }
+    for script, command in zip(scripts, commands):
+        run(script, [*command[1:], *shorter.get(str(script), [])])
+    healed = load_model('out-healed')
+    assert healed.checkpoint['conversion']['source'] == 'llama'
+    assert healed.tokenizer.sha256 == load_model('llama').tokenizer.sha256
+
+
+def test_a_conversion_is_as_trained_as_its_source(source):
+    """As what has no step of ours is, a model of another maker, and unlike random weights."""
+    export(source(vocab_size=300), 'llama')
+    write_tokenizer('llama')
+    Path('book.txt').write_text(SENTENCE * 30)
+    convert('llama', out='mla', saving=0.5, calibration='book.txt', **QUICK)
+    subject = load_subject('mla')
+    assert subject.trained
+    assert 'converted from llama' in subject.banner()
+    assert 'step' not in subject.banner()
+    settings = dict(calibration='none', low_rank='joint', rope='uniform', device='cpu')
+    convert('random:tiny', out='blank', saving=0.5, **settings)
+    with pytest.raises(UserError, match='blank was never trained'):
+        load_subject('blank')
+
+
+@pytest.mark.parametrize('tokens', ['characters', 'another tokenizer'])
+def test_healing_on_other_tokens_is_refused(tokens, source):
+    export(source(vocab_size=300), 'llama')
+    write_tokenizer('llama')
+    Path('book.txt').write_text(SENTENCE * 30)
+    convert('llama', out='mla', saving=0.5, calibration='book.txt', **QUICK)
+    dataset = 'text'
+    if tokens == 'another tokenizer':
+        Path('other').mkdir()
+        write_tokenizer('other', vocab_size=280)
+        run('data/text/prepare.py', ['book.txt', '--tokenizer=other', '--out=others'])
+        dataset = 'others'
+    match = 'mla/ckpt.pt was trained on other tokens than .*: make them by data/text/prepare.py'
+    settings = dict(init_from='mla', dataset=Path(dataset).resolve(), device='cpu', out_dir='o')
+    assert_refused(match, 'train.py', words(settings))
+
+
+def test_an_export_that_cannot_be_is_refused_before_the_work(source, capsys):
+    source(bias=True)
+    assert_refused(
+        'the MLP of layer 0 has a bias', 'convert_mla.py', ['src', '--out=mla', '--export=hf']
+    )
+    source('learned', pos='learned', norm='layernorm')
+    assert_refused('norm=layernorm', 'convert_mla.py', ['learned', '--out=mla', '--export=hf'])
+    assert 'perplexity' not in capsys.readouterr().out
+    assert sorted(os.listdir()) == ['learned', 'src', 'text']
+
+
+def test_an_export_that_fails_leaves_the_checkpoint(source, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    source()
+    monkeypatch.setattr('safetensors.torch.save_file', fail)
+    arguments = ['src', '--out=mla', '--export=hf', *words(QUICK)]
+    assert_refused('No space left .*; mla is written', 'convert_mla.py', arguments)
+    assert load_model('mla').model.config.source_head_dim
+    assert not Path('hf').exists()
+
+
+def test_exports_have_the_frequencies_of_an_ordinary_rope(source, capsys):
+    """As vLLM and SGLang have no others; what a person asks for is exported all the same."""
+    source(norm_eps=1e-6, head_dim=16)
+    convert('src', out='mla', saving=0.7, export='hf', **QUICK)
+    rope = json.loads(Path('hf/config.json').read_text())['rope_parameters']
+    assert rope['rope_type'] == 'default'
+    assert 'vLLM and SGLang have all that it needs' in capsys.readouterr().out
+    convert('src', out='mla2', saving=0.7, rope='turn', export='hf2', **QUICK)
+    printed = capsys.readouterr().out
+    assert 'only transformers loads it as it is: RoPE is longrope' in printed
 
 
 # -------------------------------------------------------------------------------------------------
@@ -262,7 +357,7 @@ def test_a_hugging_face_source_keeps_its_tokenizer(source, sample):
         ('normed --out=mla', 'QK-norm'),
         ('mla_already --out=mla', 'is an MLA model already'),
         ('mla_already --out=mla --saving=0.5', 'is an MLA model already'),
-        ('broken --out=mla', "model_type 'qwen3'"),
+        ('broken --out=mla', "model_type 'mamba'"),
         ('src --out=text/train.bin/x', 'cannot write'),
     ],
 )
@@ -274,7 +369,7 @@ def test_bad_input(arguments, match, source, tiny, tmp_path):
     native.save(tmp_path / 'mla_already' / 'ckpt.pt', checkpoint)
     Path('short.txt').write_text('to be or')
     Path('broken').mkdir()
-    Path('broken/config.json').write_text(json.dumps(dict(model_type='qwen3')))
+    Path('broken/config.json').write_text(json.dumps(dict(model_type='mamba')))
     before = sorted(os.listdir())
     quick = dict(QUICK)
     if 'eval_tokens' in arguments:

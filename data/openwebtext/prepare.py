@@ -1,10 +1,11 @@
 """
-OpenWebText in GPT-2 tokens: about 8 million documents, 9 billion tokens, 17 GiB of train.bin.
+OpenWebText in GPT-2 tokens: about 8 million documents, 9 billion tokens, 17 GiB of train.bin; or in
+those of any model's tokenizer.json (--tokenizer).
 
 The documents come from huggingface.co (tens of gigabytes of download, kept in Hugging Face's own
-cache), or from local files with --input. Each is followed by <|endoftext|>; one of every 2,000,
-drawn by the seed, validates. Kill it whenever you like: the next run with the same settings goes
-on.
+cache), or from local files with --input. Each is followed by <|endoftext|>, or stands between what
+begins and ends a document for the model; one of every 2,000, drawn by the seed, validates. Kill it
+whenever you like: the next run with the same settings goes on.
 
 train.bin and val.bin grow under the name *.partial, and progress.json says how far they can be
 trusted.
@@ -12,10 +13,10 @@ trusted.
 
 import glob
 import hashlib
-import json
 import sys
-import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,21 +27,22 @@ sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
 import hugging_face
 
-from nanomla.core.checks import TABLE, check_entries, table_of, whole
+from nanomla.core.checks import check_entries
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.files import progress_bar, read_json, write_file
-from nanomla.core.token_files import SPLITS, TokenWriter, in_order, summary
+from nanomla.core.files import progress_bar, read_json, writing
+from nanomla.core.token_files import SPLITS, Progress, TokenWriter, in_order, summary
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.training.next_steps import dataset_option, print_next_steps
 
 dataset = 'Skylion007/openwebtext'  # its name on huggingface.co
 input = ''  # instead: .jsonl, .parquet or .txt files (a line a document); * stands for several
+tokenizer = 'gpt2'  # gpt2 | a model: its folder, or its name on the hub
 column = 'text'  # the column or key that holds the text
 limit = 0  # the first so many documents only (0 = all)
 val_fraction = 0.0005  # the share of the documents that validates
 seed = 0  # draws them
-num_proc = 0  # threads that tokenise (0 = one a core)
-batch = 1000  # documents that a thread takes at a time
+num_proc = 0  # threads or processes that tokenise (0 = one a core)
+batch = 1000  # documents that one of them takes at a time
 save_every = 5.0  # seconds of work that a kill may cost
 out = ''  # the folder of the dataset ('' = data/openwebtext)
 
@@ -118,10 +120,12 @@ def batches(rows, done: int, documents: int) -> Iterator[tuple[int, list]]:
     try:
         for page in rows.skip(done).iter(batch):
             texts = page[column][: documents - done]
-            yield done, texts
+            yield done, [checked_text(text) for text in texts]
             done += len(texts)
             if done >= documents:
                 return
+    except UserError:
+        raise
     except Exception as error:  # the network again, or a broken file
         why = f'{type(error).__name__}: {str(error)[:200]}'
         raise UserError(
@@ -135,32 +139,70 @@ def held_out(group: int, every: int, seed: int) -> int:
     return group * every + int(np.random.default_rng((seed, group)).integers(every))
 
 
-class BatchEncoder:
-    """Tokenise batches: one document of each `every` is for 'val', all others are for 'train'."""
+def checked_text(text: object) -> str:
+    """Return a document, '' where there is none. UserError for what is no text."""
+    if not isinstance(text, str | None):
+        kind = type(text).__name__
+        raise UserError(f"column '{column}' holds {kind}, not text: give --column=")
+    return text or ''
 
-    def __init__(self, codec: Tokenizer, every: int):
-        self.codec, self.every = codec, every
-        self.end = [codec.bpe.eot_token]
 
-    def __call__(self, numbered: tuple[int, list]) -> tuple[int, dict[str, np.ndarray]]:
-        """Return the number of documents, and the ids of each split that has some."""
+def by_split(first: int, encoded: list[np.ndarray], every: int) -> dict[str, np.ndarray]:
+    """
+    Return the ids of each split that has some: one document of each `every` is for 'val'.
+
+    encoded: the ids of documents from number `first` on, [] for an empty one
+    """
+    ids = {split: [] for split in SPLITS}
+    for number, document in enumerate(encoded, first):
+        validates = number == held_out(number // every, every, seed)
+        ids['val' if validates else 'train'].append(document)
+    return {split: np.concatenate(parts) for split, parts in ids.items() if parts}
+
+
+@dataclass
+class Encoding:
+    """
+    How documents become tokens.
+
+    meta: names the tokenizer; make_pool: of the threads or processes in which encode runs
+    encode: (number of the first, texts) -> the same number, ids of each
+    copy_to: brings the tokenizer's files to the dataset's folder
+    """
+
+    meta: dict
+    vocab_size: int
+    encode: Callable
+    make_pool: Callable = ThreadPoolExecutor
+    copy_to: Callable = lambda folder: None
+
+
+def open_encoding() -> Encoding:
+    if tokenizer == 'gpt2':
+        return gpt2_encoding()
+    from nanomla.checkpoints.tokens.prepare import (
+        DocumentCodec,
+        encode_documents,
+        open_model_tokenizer,
+    )
+
+    codec = DocumentCodec.of(open_model_tokenizer(tokenizer))
+    return Encoding(codec.meta, codec.vocab_size, encode_documents, codec.pool, codec.copy_to)
+
+
+def gpt2_encoding() -> Encoding:
+    codec = Tokenizer(dict(tokenizer='gpt2'))
+    end = [codec.bpe.eot_token]
+
+    def encode(numbered):
         first, texts = numbered
-        ids = {split: [] for split in SPLITS}
-        for number, text in enumerate(texts, first):
-            if not isinstance(text, str | None):
-                kind = type(text).__name__
-                raise UserError(f"column '{column}' holds {kind}, not text: give --column=")
-            if text:
-                validates = number == held_out(number // self.every, self.every, seed)
-                split = 'val' if validates else 'train'
-                ids[split] += [self.codec.encode_array(text), self.end]
-        joined = {split: np.concatenate(parts) for split, parts in ids.items() if parts}
-        return len(texts), joined
+        encoded = []
+        for text in texts:
+            ids = [codec.encode_array(text), end] if text else [[]]
+            encoded.append(np.concatenate(ids).astype(np.int64))
+        return first, encoded
 
-
-PROGRESS = dict(  # of progress.json
-    plan=TABLE, documents=whole(least=0), sizes=table_of(whole(least=0))
-)
+    return Encoding(dict(tokenizer='gpt2'), codec.vocab_size, encode)
 
 
 def is_complete(folder: Path, plan: dict) -> bool:
@@ -171,20 +213,6 @@ def is_complete(folder: Path, plan: dict) -> bool:
     except (OSError, ValueError):
         return False
     return meta.get('plan') == plan and (folder / 'train.bin').exists()
-
-
-def interrupted_run(folder: Path, plan: dict) -> dict:
-    """Return the documents done and the sizes of the partial files of a run of the same plan."""
-    nothing = dict(documents=0, sizes=None)
-    try:
-        saved = read_json(folder / 'progress.json')
-        check_entries(saved, PROGRESS, needed=PROGRESS)
-        for split, size in saved['sizes'].items():
-            if (folder / f'{split}.bin.partial').stat().st_size < size:
-                return nothing
-        return saved if saved['plan'] == plan else nothing
-    except (OSError, ValueError):
-        return nothing
 
 
 def sha256_of(files: TokenWriter) -> str:
@@ -204,44 +232,43 @@ def main():
             '--limit counts documents from 0, --batch from 1, and --val_fraction is between 0 and 1'
         )
     folder = Path(out) if out else HERE
-    codec = Tokenizer(dict(tokenizer='gpt2'))
+    encoding = open_encoding()
     rows, identity = load_rows()
     documents = limit or sys.maxsize
     if isinstance(rows, Sized):  # streamed rows have no length
         documents = min(documents, len(rows))
     every = max(min(round(1 / val_fraction), documents), 1)
     plan = identity | dict(column=column, documents=documents, every=every, seed=seed)
+    if tokenizer != 'gpt2':
+        plan |= encoding.meta
     if is_complete(folder, plan):
         print(f'{folder} has this dataset already: remove train.bin to make it again')
         return
 
-    saved = interrupted_run(folder, plan)
-    done = saved['documents']
+    progress = Progress(folder, plan, save_every)
+    done = progress.done
     if done:
         print(f'going on after {done:,} documents')
-    progress = folder / 'progress.json'
     with (
-        TokenWriter(folder, codec.vocab_size, saved['sizes'], keep=True) as files,
+        TokenWriter(folder, encoding.vocab_size, progress.sizes, keep=True) as files,
         progress_bar(documents, ' documents', done) as bar,
     ):
-        encode = BatchEncoder(codec, every)
-        last_save = time.monotonic()
-        for number, ids in in_order(encode, batches(rows, done, documents), num_proc):
-            for split, part in ids.items():
+        texts = batches(rows, done, documents)
+        for first, encoded in in_order(encoding.encode, texts, num_proc, encoding.make_pool):
+            for split, part in by_split(first, encoded, every).items():
                 files.add(split, part)
-            done += number
-            bar.update(number)
-            if time.monotonic() - last_save >= save_every:
-                state = dict(plan=plan, documents=done, sizes=files.sync())
-                write_file(progress, json.dumps(state))
-                last_save = time.monotonic()
+            done += len(encoded)
+            bar.update(len(encoded))
+            progress.save_when_due(done, files)
         files.sync()
         source = f'{Path(input).name} (your own text)' if input else dataset
         if limit:
             source += f', the first {done:,} documents'
-        meta = dict(tokenizer='gpt2', source=source, sha256=sha256_of(files))
+        meta = encoding.meta | dict(source=source, sha256=sha256_of(files))
+        with writing(folder):
+            encoding.copy_to(folder)
         meta = files.publish(meta | dict(documents=done, plan=plan))
-    progress.unlink(missing_ok=True)
+    progress.remove()
     print(summary(folder, meta))
     print_next_steps(
         ['train.py', 'config/train_gpt2_mla.py', *dataset_option(out)],

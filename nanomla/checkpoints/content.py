@@ -56,6 +56,7 @@ ENTRIES = dict(
     train_seconds=number(least=0),
     commit=TEXT,
     conversion=TABLE | None,
+    pretrained=FLAG,
     optimizers=list_of(TABLE),
     scaler=TABLE,
     average=list_of(TENSOR) | None,

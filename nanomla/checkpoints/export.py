@@ -21,10 +21,14 @@ from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.configurator import UserError
 from nanomla.core.files import copy_file, replacing_folder, write_file
 
-# Latents as small as that vanish beside the epsilon of the stock norm, which then only divides by
-# the epsilon's root.
+EPSILON = 1e-6  # of the stock norm of a latent
+# Latents as small as that vanish beside the epsilon, and the norm only divides by its root.
 SHRINK = 2.0**-30
-GROW = 1e-6**0.5 / SHRINK  # undoes both
+# float16 has no such numbers. There a channel of this size, by a bias, decides what the norm
+# divides by; latents of an ordinary size are about 2⁻¹³ of it.
+LARGE = 2.0**13
+SLOWEST = 1e-20  # a frequency in the place of 0, of pairs that do not turn
+LARGEST_LATENT = 2.0**3  # what a channel beside it is at most, whatever the text is
 
 
 @dataclass
@@ -58,9 +62,7 @@ def export(
     folder = Path(folder)
     if folder.exists():
         raise UserError(f'{folder} is there already: name another folder, or remove it')
-    for package in ('safetensors', 'huggingface_hub'):
-        if find_spec(package) is None:
-            raise UserError(f'writing this layout needs {package}: pip install -e .[convert]')
+    check_packages()
     if tokenizer is not None and not isinstance(tokenizer, HFTokenizer):
         tokenizer = tokenizer_in(tokenizer)
     stock = stock_model(model)
@@ -74,6 +76,40 @@ def export(
             for file in tokenizer.files:
                 copy_file(file, aside / file.name)
         share(aside)
+
+
+def check_export(source: GPT, config: MLAConfig) -> None:
+    """
+    Raise a UserError unless what `source` is converted to, with this config, can be exported.
+
+    It is asked before the work of a conversion.
+    """
+    check_packages()
+    check_config(DEEPSEEK_V3, stock_config_of_converted(config, config.qk_rope_head_dim))
+    check_biases(source)
+
+
+def servers_of(model: GPT) -> str:
+    """Return what loads the export of a model beside transformers, or why nothing else does."""
+    stock = stock_model(model)
+    if stock.architecture is LLAMA:
+        return 'transformers, vLLM and SGLang load it'
+    reasons = []
+    if stock.rope is not None:
+        reasons.append('RoPE is longrope, as no other kind has its frequencies')
+    if stock.config.bias:
+        reasons.append('it has biases')
+    if stock.config.norm_eps != EPSILON and model.config.source_head_dim:
+        reasons.append(f'rms_norm_eps is {stock.config.norm_eps:g}, which they use in latents, too')
+    if reasons:
+        return f'only transformers loads it as it is: {"; ".join(reasons)}'
+    return 'transformers loads it; vLLM and SGLang have all that it needs'
+
+
+def check_packages() -> None:
+    for package in ('safetensors', 'huggingface_hub'):
+        if find_spec(package) is None:
+            raise UserError(f'writing this layout needs {package}: pip install -e .[convert]')
 
 
 def tokenizer_in(name: str | Path) -> HFTokenizer:
@@ -160,27 +196,46 @@ def check_scale(model: GPT, width: int) -> None:
             )
 
 
+def check_biases(model: GPT) -> None:
+    """Refuse MLPs with biases: a stock class with MLA has none there."""
+    for n, block in enumerate(model.transformer.h):
+        for name, parameter in block.mlp.named_parameters():
+            if name.endswith('bias') and parameter.any():
+                raise UserError(
+                    f'{DEEPSEEK_V3.class_name} cannot express this model: the MLP of layer {n} has '
+                    f'a bias ({name})'
+                )
+
+
 def stock_form_of_converted(model: GPT_MLA) -> StockModel:
     """
     Return the stock form of a GPT_MLA that was converted from a model of its source_head_dim: the
     same function by other weights.
 
-    - The norm of the latent cannot be left out there. W^DKV · 2⁻³⁰ makes it a division by √ε, which
-      W^UK | W^UV undo.
+    - The norms of the latents cannot be left out there: see LatentPath.
     - One table of frequencies serves all layers. It has each frequency as often as the layer that
       needs it most; elsewhere the rows of those not needed are zero.
     - The softmax scale is that of the width of query and key. The query takes up the difference.
+    - Queries have no bias there, but their latent has one: they get a latent, with a channel that
+      is constant.
     """
     config = model.config
-    check_scale(model, config.source_head_dim)
     params = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     layers = [block.attn.rope_pairs.tolist() for block in model.transformer.h]
     table = shared_frequencies(layers)
+    check_config(DEEPSEEK_V3, stock_config_of_converted(config, rope_width=2 * len(table)))
+    check_biases(model)
+    half = any(p.dtype == torch.float16 for p in params.values())
+    for n, block in enumerate(model.transformer.h):
+        layer = LayerRewriter(params, config, n, half)
+        layer.rewrite_keys_and_values(layers[n], table)
+        layer.rewrite_queries(layers[n], table, block.attn.scale)
     stock_config = stock_config_of_converted(config, rope_width=2 * len(table))
-    check_config(DEEPSEEK_V3, stock_config)
-    check_dtype_of_converted(params)
-    for n, pairs in enumerate(layers):
-        rewrite_layer(params, config, n, pairs, table)
+    stock_config.bias = half or config.bias
+    stock_config.kv_lora_rank += half
+    if config.q_lora_rank or config.bias:
+        width = config.q_lora_rank or config.n_embd
+        stock_config.q_lora_rank = width + (half or config.bias)
     rope = longrope(config, table)
     return StockModel(DEEPSEEK_V3, stock_config, params, rope)
 
@@ -206,56 +261,162 @@ def stock_config_of_converted(config: MLAConfig, rope_width: int) -> MLAConfig:
         kv_lora_ranks=(),
         source_head_dim=0,
         softmax_scale=0.0,
+        rope_frequencies=(),
         latent_norm=True,
+        bias=False,
     )
     return MLAConfig(**settings)
 
 
-def check_dtype_of_converted(params: dict[str, torch.Tensor]) -> None:
-    dtypes = {p.dtype for p in params.values()}
-    widest = max(dtype.itemsize for dtype in dtypes)
-    if torch.float16 in dtypes and widest == 2:
-        raise UserError(
-            'a converted model does not fit float16, whose numbers are not small enough: '
-            'export it in bfloat16 or float32'
+@dataclass
+class LatentPath:
+    """
+    y = up · (down · x + down_bias) + bias, through a latent that the stock class norms.
+
+    down (R, C), down_bias (R,), up (D, R), bias (D,) or None
+    """
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def with_norm(self, half: bool) -> 'NormedPath':
+        """
+        Return the same function with a norm of the latent.
+
+        Ordinarily latents shrink by 2⁻³⁰: the norm is then a division by √ε, which `up` undoes. In
+        float16 (half) they keep an ordinary size beside a constant channel, which decides the norm;
+        its gain undoes that. `bias` is read from a constant channel, too.
+        """
+        shrink, constant = SHRINK, SHRINK
+        if half:
+            shrink, constant = self.shrink_for_half(), LARGE
+        down, up, down_bias = shrink * self.down, self.up, shrink * self.down_bias
+        if half or self.bias is not None:
+            bias = up.new_zeros(len(up)) if self.bias is None else self.bias
+            down = torch.cat([down, down.new_zeros(1, down.size(1))])
+            down_bias = torch.cat([down_bias, down_bias.new_tensor([constant])])
+            up = torch.cat([up, bias[:, None]], dim=1)
+        gain = up.new_ones(up.size(1))
+        if not half:
+            return NormedPath(down, down_bias, gain, up * (EPSILON**0.5 / SHRINK))
+        rms = (LARGE**2 / len(gain) + EPSILON) ** 0.5
+        gain[:-1] = rms / shrink
+        gain[-1] = rms / LARGE
+        # `up` takes up what the gains have lost by rounding.
+        lost = torch.full((len(gain),), rms / shrink, dtype=torch.float64, device=up.device)
+        lost[-1] = rms / LARGE
+        up = (up.double() * (lost / gain.double())).to(up.dtype)
+        return NormedPath(down, down_bias, gain, up)
+
+    def shrink_for_half(self) -> float:
+        """Return a power of two by which no channel of the latent is above LARGEST_LATENT."""
+        longest = torch.linalg.vector_norm(self.down.float(), dim=1).max().item()
+        # An input of RMS 1 has the length sqrt(C); a gain above 1 is rare and small.
+        bound = max(longest * self.down.size(1) ** 0.5, self.down_bias.abs().max().item(), 1e-30)
+        return 2.0 ** math.floor(math.log2(LARGEST_LATENT / bound))
+
+
+@dataclass
+class NormedPath:
+    """down (R, C), down_bias (R,), the norm's gain (R,), up (D, R)."""
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    gain: torch.Tensor
+    up: torch.Tensor
+
+
+class LayerRewriter:
+    """Replace the attention's weights of one layer, in `params`, by those of its stock form."""
+
+    def __init__(self, params: dict, config: MLAConfig, layer: int, half: bool):
+        self.params, self.config, self.layer, self.half = params, config, layer, half
+        self.prefix = f'transformer.h.{layer}.attn.'
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.params[f'{self.prefix}{name}']
+
+    def bias_of(self, name: str, width: int) -> torch.Tensor:
+        """Return the bias of a matrix, zeros where it has none."""
+        bias = self.params.get(f'{self.prefix}{name}.bias')
+        return self.get(f'{name}.weight').new_zeros(width) if bias is None else bias
+
+    def set(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            self.params[f'{self.prefix}{name}'] = weight
+
+    def rewrite_keys_and_values(self, pairs: list[int], table: list[int]) -> None:
+        config, rank = self.config, self.config.rank(self.layer)
+        widths = [rank, config.qk_rope_head_dim]
+        down, k_pe = self.get('kv_a_proj_with_mqa.weight').split(widths)
+        down_bias, pe_bias = self.bias_of('kv_a_proj_with_mqa', sum(widths)).split(widths)
+        up = self.get('kv_b_proj.weight')
+        # Every layer has a latent of the widest one's size there; the rows beyond its own are zero.
+        missing = config.kv_lora_rank - rank
+        path = LatentPath(
+            torch.cat([down, down.new_zeros(missing, down.size(1))]),
+            torch.cat([down_bias, down_bias.new_zeros(missing)]),
+            torch.cat([up, up.new_zeros(len(up), missing)], dim=1),
+        ).with_norm(self.half)
+        places = places_of(pairs, table)
+        k_pe = spread_pairs(k_pe, places, len(table))
+        pe_bias = spread_pairs(pe_bias[:, None], places, len(table))[:, 0]
+        self.set(
+            {
+                'kv_a_proj_with_mqa.weight': torch.cat([path.down, k_pe]),
+                'kv_a_proj_with_mqa.bias': torch.cat([path.down_bias, pe_bias]),
+                'kv_a_layernorm.weight': path.gain,
+                'kv_b_proj.weight': path.up,
+                'c_proj.bias': self.bias_of('c_proj', len(self.get('c_proj.weight'))),
+            }
         )
 
+    def rewrite_queries(self, pairs: list[int], table: list[int], scale: float) -> None:
+        config = self.config
+        name = 'q_b_proj' if config.q_lora_rank else 'q_proj'
+        qk_dim = config.qk_nope_head_dim + 2 * len(table)
+        scale *= qk_dim**0.5
+        weight = scale * self.spread_query(self.get(f'{name}.weight'), pairs, table)
+        if not (config.q_lora_rank or config.bias):
+            self.set({'q_proj.weight': weight})
+            return
+        bias = None
+        if config.bias:
+            bias = self.get(f'{name}.bias')[:, None]
+            bias = scale * self.spread_query(bias, pairs, table)[:, 0]
+        if config.q_lora_rank:
+            down = self.get('q_a_proj.weight')
+            down_bias = self.bias_of('q_a_proj', len(down))
+        else:
+            down = torch.eye(config.n_embd, dtype=weight.dtype, device=weight.device)
+            down_bias = down.new_zeros(config.n_embd)
+        path = LatentPath(down, down_bias, weight, bias).with_norm(self.half)
+        self.set(
+            {
+                'q_a_proj.weight': path.down,
+                'q_a_proj.bias': path.down_bias,
+                'q_a_layernorm.weight': path.gain,
+                'q_b_proj.weight': path.up,
+            }
+        )
 
-def rewrite_layer(
-    params: dict[str, torch.Tensor],
-    config: MLAConfig,
-    layer: int,
-    pairs: list[int],
-    table: list[int],
-) -> None:
-    """Replace the attention's weights of one layer by those of its stock form."""
-    prefix = f'transformer.h.{layer}.attn.'
-    H, R, rank = config.n_head, config.kv_lora_rank, config.rank(layer)
-    # Layer's pair k goes to this place of the shared table: equal frequencies stand side by side.
-    places = [table.index(pair) + pairs[:k].count(pair) for k, pair in enumerate(pairs)]
+    def spread_query(self, q: torch.Tensor, pairs: list[int], table: list[int]) -> torch.Tensor:
+        """Return the rows of all heads' queries with their pairs where the table has them."""
+        H, config = self.config.n_head, self.config
+        nope, pe = q.split([H * config.qk_nope_head_dim, H * config.qk_rope_head_dim])
+        pe = spread_pairs(pe.unflatten(0, (H, -1)), places_of(pairs, table), len(table))
+        return torch.cat([nope, pe.flatten(0, 1)])
 
-    name = f'{prefix}q_b_proj.weight' if config.q_lora_rank else f'{prefix}q_proj.weight'
-    nope, pe = params[name].split([H * config.qk_nope_head_dim, H * config.qk_rope_head_dim])
-    pe = spread_pairs(pe.unflatten(0, (H, -1)), places, len(table)).flatten(0, 1)
-    qk_dim = config.qk_nope_head_dim + 2 * len(table)
-    scale = (qk_dim / config.source_head_dim) ** 0.5
-    if config.q_lora_rank:
-        scale *= GROW
-    params[name] = scale * torch.cat([nope, pe])
 
-    name = f'{prefix}kv_a_proj_with_mqa.weight'
-    down, k_pe = params[name].split([rank, config.qk_rope_head_dim])
-    # Every layer has a latent of the widest one's size there; the rows beyond its own are zero.
-    empty = down.new_zeros(R - rank, down.size(1))
-    params[name] = torch.cat([SHRINK * down, empty, spread_pairs(k_pe, places, len(table))])
+def places_of(pairs: list[int], table: list[int]) -> list[int]:
+    """
+    Return where in the shared table each of a layer's pairs goes.
 
-    name = f'{prefix}kv_b_proj.weight'
-    up = params[name]
-    params[name] = torch.cat([GROW * up, up.new_zeros(len(up), R - rank)], dim=1)
-    params[f'{prefix}kv_a_layernorm.weight'] = up.new_ones(R)
-    if config.q_lora_rank:
-        params[f'{prefix}q_a_proj.weight'] = SHRINK * params[f'{prefix}q_a_proj.weight']
-        params[f'{prefix}q_a_layernorm.weight'] = up.new_ones(config.q_lora_rank)
+    Equal frequencies stand side by side there.
+    """
+    return [table.index(pair) + pairs[:k].count(pair) for k, pair in enumerate(pairs)]
 
 
 def spread_pairs(rows: torch.Tensor, places: list[int], count: int) -> torch.Tensor:
@@ -270,12 +431,16 @@ def spread_pairs(rows: torch.Tensor, places: list[int], count: int) -> torch.Ten
 def longrope(config: MLAConfig, table: list[int]) -> dict | None:
     """Return the RoPE with the frequencies of `table`; None where the ordinary one has the same."""
     width, source_width = 2 * len(table), config.source_head_dim
-    if all(pair * width == k * source_width for k, pair in enumerate(table)):
+    own = config.rope_frequencies
+    if not own and all(pair * width == k * source_width for k, pair in enumerate(table)):
         return None
     factors = []  # of the ordinary wavelengths
     for k, pair in enumerate(table):
-        exponent = 2 * pair / source_width - 2 * k / width
-        factors.append(config.rope_scaling * config.rope_theta**exponent)
+        frequency = config.rope_theta ** (-2 * pair / source_width)
+        if own:
+            frequency = max(own[pair], SLOWEST)
+        ordinary = config.rope_theta ** (-2 * k / width)
+        factors.append(config.rope_scaling * ordinary / frequency)
     return dict(
         rope_type='longrope',
         short_factor=factors,

@@ -17,7 +17,13 @@ from nanomla.checkpoints.families.config import (
     Family,
     describe,
 )
-from nanomla.checkpoints.families.tensors import ATTENTION_LINEARS, BARE, MLP_LINEARS, Rows
+from nanomla.checkpoints.families.tensors import (
+    ATTENTION_LINEARS,
+    BARE,
+    LATENT_LINEARS,
+    MLP_LINEARS,
+    Rows,
+)
 from nanomla.checkpoints.hub import model_folder, read_config, read_tensors
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.checks import settings_errors
@@ -119,7 +125,9 @@ def layout(
         nowhere
     """
     make_table, biased = family.table, ()
-    if config.bias:
+    if config.bias and family is DEEPSEEK_V3:
+        biased = LATENT_LINEARS
+    elif config.bias:
         biased = ATTENTION_LINEARS + MLP_LINEARS
     if description is not None:
         make_table, biased = description.table or make_table, description.biased

@@ -9,7 +9,7 @@ from model import GPT
 from nanomla.checkpoints import gpt2, hf, native
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
 from nanomla.core.configurator import UserError
-from nanomla.core.token_files import find, read_meta
+from nanomla.core.token_files import find, read_meta, same_tokens
 from nanomla.core.tokenizers import Tokenizer
 
 GPT2_VOCAB_SIZES = (50257, 50304)  # its own, and that rounded up to a multiple of 64
@@ -42,7 +42,27 @@ class LoadedModel:
 
     @property
     def step(self) -> int | None:
+        """Training steps of the run that saved it; None where that is not known."""
+        if not self.checkpoint.get('step') and self.checkpoint.get('pretrained'):
+            return None
         return self.checkpoint.get('step')
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights were trained, by this run or before it."""
+        if self.path.startswith('random:'):
+            return False
+        return self.step != 0
+
+    @property
+    def tokens(self) -> dict:
+        """The entries of a meta.json that say what its ids are; {} where nothing says it."""
+        if self.tokenizer is not None:
+            return self.tokenizer.meta
+        try:
+            return meta_of(self)
+        except UserError:
+            return {}
 
 
 def load_model(init_from: str | Path, **changes) -> LoadedModel:
@@ -60,11 +80,49 @@ def load_model(init_from: str | Path, **changes) -> LoadedModel:
         model, tokenizer = hf.load(init_from, **changes)
         return LoadedModel(model, init_from, tokenizer=tokenizer)
     checkpoint = native.load(init_from)
-    # A model that was converted or trained from a Hugging Face model has its tokenizer.
-    tokenizer = read_tokenizer(Path(checkpoint['path']).parent, checkpoint.get('meta') or {})
+    tokenizer = tokenizer_of_checkpoint(checkpoint)
     model = native.build(checkpoint, **changes)
     del checkpoint['model']  # the weights are in the model now
     return LoadedModel(model, checkpoint['path'], checkpoint, tokenizer)
+
+
+def tokenizer_of_checkpoint(checkpoint: dict) -> HFTokenizer | None:
+    """
+    Return the tokenizer.json of a checkpoint: beside it, or beside its dataset. None where there is
+    none, or only another one than the checkpoint was trained with.
+    """
+    meta = checkpoint.get('meta') or {}
+    beside = read_tokenizer(Path(checkpoint['path']).parent, meta)
+    expected = meta.get('tokenizer_sha256')
+    if expected is None or (beside is not None and beside.sha256 == expected):
+        return beside
+    dataset = (checkpoint.get('config') or {}).get('dataset')
+    if not dataset:
+        return None
+    return dataset_tokenizer(find(dataset), meta)
+
+
+def dataset_tokenizer(folder: Path, meta: dict) -> HFTokenizer | None:
+    """Return the tokenizer.json that lies beside a dataset, where it made the tokens of `meta`."""
+    if meta.get('tokenizer') != HFTokenizer.name:
+        return None
+    tokenizer = read_tokenizer(folder, meta)
+    if tokenizer is not None and tokenizer.sha256 == meta.get('tokenizer_sha256'):
+        return tokenizer
+    return None
+
+
+def check_tokens(loaded: LoadedModel, meta: dict, dataset: str) -> None:
+    """Raise a UserError where the model has other tokens than the dataset of this meta."""
+    if not loaded.tokens or same_tokens(loaded.tokens, meta):
+        return
+    advice = 'train on a dataset with its characters'
+    if loaded.tokenizer is not None:
+        folder = loaded.tokenizer.files[0].parent
+        advice = f'make them by data/text/prepare.py FILES --tokenizer={folder}'
+    elif loaded.tokens['tokenizer'] != 'char':
+        advice = f"train on one with tokens of '{loaded.tokens['tokenizer']}'"
+    raise UserError(f'{loaded.path} was trained on other tokens than {dataset} has: {advice}')
 
 
 def is_hugging_face(init_from: str) -> bool:
@@ -95,7 +153,7 @@ class TextCodec:
     tokenizer: turns text into ids and back
     begin: the id that begins a text, or None
     ends: the ids that end one
-    meta: names a vocabulary that a dataset has, too; {} for a model's own tokenizer.json
+    meta: names a vocabulary that a dataset has, too
     leading_blank: whether decoding puts a blank before a text that is not in it
     """
 
@@ -110,8 +168,13 @@ def codec_of(loaded: LoadedModel) -> TextCodec:
     """Return the tokenizer of a loaded model; UserError where nothing says what its ids mean."""
     if loaded.tokenizer is not None:
         own = loaded.tokenizer
-        return TextCodec(own, own.bos, own.eos, leading_blank=own.leading_blank)
+        return TextCodec(own, own.bos, own.eos, own.meta, leading_blank=own.leading_blank)
     meta = meta_of(loaded)
+    if meta['tokenizer'] == HFTokenizer.name:
+        raise UserError(
+            f'{loaded.path}: the tokenizer.json of its tokens is not beside it: copy it there from '
+            f'the model that it is of (sha256 of its content {meta.get("tokenizer_sha256")})'
+        )
     codec = TextCodec(Tokenizer(meta), meta=meta)
     if codec.tokenizer.name == 'gpt2':
         codec.ends = {codec.tokenizer.bpe.eot_token}  # <|endoftext|>, between documents

@@ -8,6 +8,7 @@ Checkpoints: models on disk. A checkpoint is one dict of tensors and plain value
     best_val_loss   in nats
     meta            the dataset's meta.json, so that sampling needs no dataset
     config          the settings of the run
+    pretrained      whether its weights were trained before the run, which counts its own steps
 
 and, in last.pt only, what a resumed run needs: optimizers, average, seconds. Files are written
 aside, synced and renamed. They are read with weights_only=True, which runs no code from them, after

@@ -111,11 +111,10 @@ def read_split(name: str, codec: TextCodec, split: str, model: str, option: str)
     """Return the ids of one split of a dataset. UserError where they are not those of `model`."""
     folder = token_files.find(name)
     meta = token_files.read_meta(folder)
-    own = codec.meta.get('tokenizer', codec.tokenizer.name)
-    if (meta['tokenizer'], meta.get('chars')) != (own, codec.meta.get('chars')):
+    if not token_files.same_tokens(meta, codec.meta):
         raise UserError(
             f'{folder} holds tokens of another vocabulary ({meta["tokenizer"]}) than {model} has '
-            f'({own}): give its text as a file by {option}'
+            f'({codec.tokenizer.name}): give its text as a file by {option}'
         )
     ids = token_files.read_split(folder, split, meta)
     largest = int(ids.max())

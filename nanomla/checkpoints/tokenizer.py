@@ -6,13 +6,16 @@ local folder has been seen to drop white space.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from nanomla.checkpoints.tokens.identity import identity_of
 from nanomla.core.checks import FLAG, TABLE, TEXT, check_entries
 from nanomla.core.configurator import UserError
 from nanomla.core.files import read_json
@@ -45,6 +48,7 @@ class HFTokenizer:
     <0x0A> for bytes. One that does not give texts back exactly, white space above all, is refused.
 
     files: tokenizer.json first, then those that stand beside it; an export copies them
+    sha256: of what decides the ids of a text; datasets and checkpoints name the tokenizer by it
     bos: the id that begins a text, or None
     eos: the ids that end one
     leading_blank: whether decode_bytes puts a blank before each text, which is not in the text
@@ -75,7 +79,27 @@ class HFTokenizer:
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.asarray(self.encode(text), np.int64)
+        """
+        Return the ids of a whole file as an array.
+
+        Unlike in `encode`, a special token inside a text is text like any other.
+        """
+        self.bpe.encode_special_tokens = True
+        try:
+            # _fast: no offsets; a batch of one is the way to it
+            encoded = self.bpe.encode_batch_fast([text], add_special_tokens=False)[0]
+        finally:
+            self.bpe.encode_special_tokens = False
+        return np.asarray(encoded.ids, np.int64)
+
+    @cached_property
+    def sha256(self) -> str:
+        return identity_of(self.bpe.to_str())
+
+    @property
+    def meta(self) -> dict:
+        """The entries of a meta.json that name this tokenizer."""
+        return dict(tokenizer=self.name, tokenizer_sha256=self.sha256)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes of `ids`; a part of a character stays a part."""
@@ -122,6 +146,8 @@ def read_tokenizer(folder: Path, config: dict) -> HFTokenizer | None:
 
 
 def open_tokenizer(path: Path):
+    # prepare.py has processes of its own; threads would warn whenever this process forks.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
         from tokenizers import Tokenizer
     except ImportError:

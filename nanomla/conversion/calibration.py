@@ -255,6 +255,8 @@ def tokens_of(
         ids = file_tokens(name, vocab_size, meta or {}, tokenizer)
         cut = len(ids) * 9 // 10
         return ids[:cut], ids[cut:], name
+    if tokenizer is not None:
+        meta = tokenizer.meta
     return dataset_tokens(name, vocab_size, meta or {})
 
 
@@ -285,7 +287,7 @@ def dataset_tokens(name: str, vocab_size: int, meta: dict) -> tuple[np.ndarray, 
             'prepare it first, or name a text file'
         )
     theirs = token_files.read_meta(folder)
-    differs = any(key in meta and meta[key] != theirs.get(key) for key in ('tokenizer', 'chars'))
+    differs = 'tokenizer' in meta and not token_files.same_tokens(meta, theirs)
     if differs or theirs['vocab_size'] > vocab_size:
         raise UserError(
             f'calibration={name}: it has other tokens ({theirs["tokenizer"]}, '

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from model import GPTConfig
 from nanomla.core.checks import check_choice, check_range
 from nanomla.core.configurator import UserError
+from nanomla.inference.quantize import group_of
 
 CHOICES = dict(
     rope=('high', 'low', 'uniform', '2-norm', 'turn'),
@@ -18,8 +19,7 @@ CHOICES = dict(
     ranks=('equal', 'spectrum', 'residual'),
     components=('scores', 'keys'),
 )
-LARGE_RANK = 16  # above it ranks are multiples of CHANNEL_GROUP
-CHANNEL_GROUP = 8  # channels of a quantised cache that share a scale, at least
+CHANNEL_GROUP = 8  # channels of a quantised cache that share a scale, at least, where it can be
 
 
 @dataclass(frozen=True)
@@ -175,28 +175,50 @@ def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) 
     """
     Return rope_pairs and kv_lora_rank that leave 1 - `saving` of the cache of `config`.
 
-    Without settings.rope_pairs (-1) a third of what is left is for k_pe. Large ranks are multiples
-    of 8, so that a quantised cache has groups of channels. A rank below 1 means: nothing fits.
+    Without settings.rope_pairs (-1) a third of what is left is for k_pe, and what the full rank
+    does not need as well. A rank below 1 means: nothing fits.
     """
-    has_rope = config.pos == 'rope'
-    derived = settings.rope_pairs < 0
     width = pair_width(config, settings)
-    left = int((1 - saving) * 2 * config.n_kv_head * config.head_dim + 1e-9)
-    pairs_in_head = config.head_dim // 2
-
+    whole = 2 * config.n_kv_head * config.head_dim
+    left = int((1 - saving) * whole + 1e-9)
     pairs = settings.rope_pairs
-    if derived and has_rope:
-        pairs = max(1, min(pairs_in_head, left // (3 * width)))
-    elif derived:
-        pairs = 0
+    if pairs < 0:
+        pairs = derived_pairs(config, left, settings)
     rank = min(left - width * pairs, full_rank(config, replace(settings, rope_pairs=pairs)))
-    spare = 0
-    if rank > LARGE_RANK:
-        spare = rank % CHANNEL_GROUP
-    rank -= spare
-    if derived and has_rope and pairs < pairs_in_head - 4:
-        pairs += spare // width
-    return pairs, rank
+    further = rank % CHANNEL_GROUP // width
+    may_have_more = settings.rope_pairs < 0 < pairs <= config.head_dim // 2 - further
+    if rank > 2 * CHANNEL_GROUP and may_have_more:
+        pairs += further
+        rank -= width * further
+    return pairs, divided_well(rank, most_spare=whole // 200)
+
+
+def derived_pairs(config: GPTConfig, left: int, settings: ConversionSettings) -> int:
+    """Return how many pairs keep RoPE, where a token may leave `left` numbers in a layer."""
+    most, width = most_rope_pairs(config, settings), pair_width(config, settings)
+    if most == 0:
+        return 0
+    pairs = max(1, min(config.head_dim // 2, left // (3 * width)))
+    while pairs < most:
+        surplus = left - width * pairs - full_rank(config, replace(settings, rope_pairs=pairs))
+        if surplus < width:
+            break
+        pairs = min(most, pairs + max(1, surplus // (2 * width)))
+    return pairs
+
+
+def divided_well(rank: int, most_spare: int) -> int:
+    """
+    Return a rank up to `most_spare` smaller that falls into large groups: the channels of a
+    quantised cache that share a scale.
+    """
+    best = rank
+    for candidate in range(rank, max(rank - most_spare, 1) - 1, -1):
+        if candidate % CHANNEL_GROUP == 0:
+            return candidate
+        if group_of(candidate) > group_of(best):
+            best = candidate
+    return best
 
 
 def settings_for_saving(
@@ -210,3 +232,20 @@ def settings_for_saving(
             'use fewer rope_pairs, or rope_heads=shared'
         )
     return replace(settings, rope_pairs=pairs, kv_lora_rank=rank)
+
+
+def with_ordinary_frequencies(
+    config: GPTConfig, saving: float, settings: ConversionSettings
+) -> ConversionSettings:
+    """
+    Return the settings with as many pairs as an ordinary RoPE of that width has frequencies of:
+    the largest number up to theirs that divides the pairs of a head. The latent gets the rest.
+    """
+    pairs_in_head = config.head_dim // 2
+    if not 0 < settings.rope_pairs <= most_rope_pairs(config, settings):
+        return settings  # none, or all of them
+    pairs = max(p for p in range(1, settings.rope_pairs + 1) if pairs_in_head % p == 0)
+    settings = replace(settings, rope_pairs=pairs)
+    if saving:
+        settings = settings_for_saving(config, saving, settings)
+    return settings

@@ -4,7 +4,8 @@ Token files: what data/*/prepare.py writes and what train.py reads.
 A dataset is a folder. `train.bin` and `val.bin` are bare token ids (uint16, or uint32 where the
 vocabulary needs it), laid out as nanoGPT writes them. `meta.json` describes them: dtype,
 vocab_size, tokenizer, source, the number of tokens and the CRC-32 of each split, sha256 of the text
-and, for characters, the characters. What is read is held against it.
+and what the tokenizer is: for characters, the characters; for a model's own tokenizer.json (`hf`),
+which lies beside it, the hash of what decides its tokens. What is read is held against it.
 """
 
 import hashlib
@@ -13,17 +14,28 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from nanomla.core.checks import TEXT, Rule, check_entries, list_of, one_of, shortened, whole
+from nanomla.core.checks import (
+    TABLE,
+    TEXT,
+    Rule,
+    check_entries,
+    list_of,
+    one_of,
+    shortened,
+    table_of,
+    whole,
+)
 from nanomla.core.configurator import UserError
 from nanomla.core.files import (
     ROOT,
@@ -44,6 +56,7 @@ CHARS = Rule(lambda value: isinstance(value, str) and len(value) > 0, 'the chara
 TOKEN_IDS = whole(least=0) | list_of(whole(least=0)) | None
 META = dict(  # the entries of meta.json, and of the meta in a checkpoint
     tokenizer=TEXT,
+    tokenizer_sha256=TEXT,
     source=TEXT,
     dtype=one_of('uint16', 'uint32'),
     vocab_size=whole(least=1, most=2**32),
@@ -55,6 +68,13 @@ META = dict(  # the entries of meta.json, and of the meta in a checkpoint
     bos_token_id=TOKEN_IDS,
     eos_token_id=TOKEN_IDS,
 )
+
+
+def same_tokens(one: dict, other: dict) -> bool:
+    """Return whether two metas, of datasets or checkpoints, are of the same tokens."""
+    names = ('tokenizer', 'chars', 'tokenizer_sha256')
+    return all(one.get(name) == other.get(name) for name in names)
+
 
 # -------------------------------------------------------------------------------------------------
 # writing, for data/*/prepare.py
@@ -226,17 +246,24 @@ def crc_of(file: BinaryIO, size: int) -> int:
     return crc
 
 
-def in_order(function: Callable, items: Iterable, num_proc: int) -> Iterator:
+def in_order(
+    function: Callable,
+    items: Iterable,
+    num_proc: int,
+    make_pool: Callable[[int], Executor] = ThreadPoolExecutor,
+) -> Iterator:
     """
     Yield function(item) of each item in their order.
 
-    num_proc threads compute them (0: one a core); threads are enough, as tiktoken releases Python's
-    lock. Few items are in memory at a time.
+    num_proc threads compute them (0: one a core); threads are enough for tiktoken, which releases
+    Python's lock. make_pool: of so many threads or processes. Few items are in memory at a time.
     """
     if num_proc < 0:
-        raise UserError(f'num_proc is {num_proc}: give the number of threads, or 0 for one a core')
+        raise UserError(
+            f'num_proc is {num_proc}: give the number of threads or processes, or 0 for one a core'
+        )
     num_proc = num_proc or os.cpu_count()
-    pool = ThreadPoolExecutor(num_proc)
+    pool = make_pool(num_proc)
     waiting = deque()
     try:
         for item in items:
@@ -245,8 +272,60 @@ def in_order(function: Callable, items: Iterable, num_proc: int) -> Iterator:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenExecutor:
+        raise UserError(
+            'a process that tokenises has been killed, as systems do that run out of memory: run '
+            'the same command again to go on, with a smaller --num_proc'
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+PROGRESS = dict(  # of progress.json
+    plan=TABLE, done=whole(least=0), sizes=table_of(whole(least=0))
+)
+
+
+class Progress:
+    """
+    How far a run of a prepare.py has come: progress.json beside its partial files, so that the next
+    run with the same plan goes on from there.
+
+    plan: all that decides the tokens; save_every: seconds of work that a kill may cost
+    """
+
+    def __init__(self, folder: str | os.PathLike, plan: dict, save_every: float = 5.0):
+        self.folder, self.plan, self.save_every = Path(folder), plan, save_every
+        self.path = self.folder / 'progress.json'
+        self.done = 0  # items that are in the partial files
+        self.sizes: dict[str, int] | None = None  # of these files
+        self.last_save = time.monotonic()
+        self.read()
+
+    def read(self) -> None:
+        try:
+            saved = read_json(self.path)
+            check_entries(saved, PROGRESS, needed=PROGRESS)
+            check_entries(saved['sizes'], {}, needed=SPLITS)
+            fits = saved['plan'] == self.plan
+            for split in SPLITS:
+                partial = self.folder / f'{split}.bin.partial'
+                fits = fits and partial.stat().st_size >= saved['sizes'][split]
+        except (OSError, ValueError):
+            return  # there is nothing to go on from
+        if fits:
+            self.done, self.sizes = saved['done'], saved['sizes']
+
+    def save_when_due(self, done: int, files: TokenWriter) -> None:
+        if time.monotonic() - self.last_save < self.save_every:
+            return
+        files.keep = True  # an error from now on is no reason to begin again
+        state = dict(plan=self.plan, done=done, sizes=files.sync())
+        write_file(self.path, json.dumps(state))
+        self.last_save = time.monotonic()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -332,6 +411,8 @@ def read_meta(folder: str | os.PathLike) -> dict:
     try:
         meta = read_json(path)
         check_meta(meta, needed=('tokenizer', 'source', 'dtype', 'vocab_size'))
+        if meta['tokenizer'] == 'hf':
+            check_entries(meta, {}, needed=['tokenizer_sha256'])
         return meta
     except (OSError, ValueError) as error:
         raise UserError(

@@ -74,6 +74,11 @@ class Subject:
         return attention_name(self.model)
 
     @property
+    def converted_from(self) -> str:
+        """What convert_mla.py made it of; '' where it was not converted."""
+        return (self.loaded.checkpoint.get('conversion') or {}).get('source', '')
+
+    @property
     def file(self) -> Path:
         """Its checkpoint, or the folder or name that it was loaded from."""
         return Path(self.loaded.path if self.loaded.checkpoint else self.source)
@@ -127,6 +132,8 @@ class Subject:
             parts.append('untrained')
         if self.step is not None:
             parts.append(f'step {self.step:,}')
+        if self.converted_from:
+            parts.append(f'converted from {self.converted_from}')
         if self.tokens:
             parts.append(f'{self.tokens / 1e6:,.1f}M tokens')
         if self.val_loss is not None:
@@ -161,7 +168,7 @@ def load_subject(path: str | Path, options: LoadOptions | None = None) -> Subjec
     """
     options = options or LoadOptions()
     loaded = load_model(path, kernel='eager', dropout=0.0)
-    trained = loaded.step != 0 and not str(path).startswith('random:')
+    trained = loaded.trained
     if not trained and not options.untrained:
         raise UserError(
             f'{path} was never trained: its scores would be those of random weights. Name a '
@@ -250,13 +257,10 @@ def find_dataset(loaded: LoadedModel, asked: str) -> tuple[Path | None, dict]:
     folder = token_files.find(name)
     meta = token_files.read_meta(folder)
     fits = meta['vocab_size'] <= loaded.model.config.vocab_size
-    for key in ('tokenizer', 'chars'):
-        if key in loaded.meta and loaded.meta[key] != meta.get(key):
-            fits = False
-    # The tokens of a model with its own tokenizer are known; those of a dataset need not be these.
-    if loaded.tokenizer is not None and not asked:
-        fits = False
-    if not fits:
+    known = loaded.meta
+    if loaded.tokenizer is not None:
+        known = loaded.tokenizer.meta
+    if not fits or (known and not token_files.same_tokens(known, meta)):
         return None, loaded.meta
     return folder, meta
 

@@ -5,7 +5,8 @@ Caches for decoding. A cache is a layout times a storage times what an attention
               pages of `page_size` slots, which sequences take as they grow and share with copies
     storage   float32, bfloat16, float16: every token as it is; int8, int4: all tokens in groups of
               channels, and the last `window` of a sequence at full precision as well (KIVI, Liu
-              et al. 2024)
+              et al. 2024); keys whose first tokens show channels of very different size are
+              brought to one size, channel by channel (quantize.ChannelRanges)
     tokens    whatever `attention.cache_dims()` names: k and v (MHA, GQA, MQA), c_kv and k_pe (MLA)
 
 Bytes, with slots = rows · size, or pages · page_size, and b bytes an element of the full precision:
@@ -41,7 +42,9 @@ from nanomla.inference import attention_kernel, backends
 from nanomla.inference.quantize import (
     BITS,
     FULL,
+    KEYS,
     NEVER_QUANTISED,
+    ChannelRanges,
     dequantise,
     group_of,
     quantise,
@@ -267,6 +270,8 @@ class CacheLayer(Context):
         self.cache = cache
         self.stores = stores
         self.joint = None
+        self.ranges: ChannelRanges | None = None  # of keys with outlier channels
+        self.looked_at_keys = KEYS not in stores or not stores[KEYS].bits
 
     def join(self) -> None:
         """Make MLA's stores columns of one buffer `joint` (slots, R + P), as some kernels want."""
@@ -296,6 +301,7 @@ class CacheLayer(Context):
     def write(self, **new) -> None:
         """Write what new tokens cache, name=(B, T, C)."""
         self.check_names(new)
+        new = self.even(new)
         cache, current = self.cache, self.cache.current
         if cache.kernel == 'triton' and self.reads_in_place(current.T):
             attention_kernel.append_tokens(self.kernel_inputs(new), **self.kernel_options())
@@ -312,8 +318,22 @@ class CacheLayer(Context):
         them as make W.
         """
         self.check_names(new)
-        cached = [self.stores[name].append(x) for name, x in new.items()]
-        return cached, self.cache.current.read_view.mask
+        new = self.even(new)
+        cached = {name: self.stores[name].append(x) for name, x in new.items()}
+        if self.ranges:
+            cached[KEYS] = self.ranges.undo(cached[KEYS])
+        return list(cached.values()), self.cache.current.read_view.mask
+
+    def even(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Bring the channels of keys to one size, where those of the first pass differ."""
+        if not self.looked_at_keys:
+            self.looked_at_keys = True
+            tokens = self.cache.current.write_slots.tokens
+            keys = new[KEYS].flatten(0, 1)
+            self.ranges = ChannelRanges.of(keys if tokens is None else keys[tokens])
+        if self.ranges is None:
+            return new
+        return new | {KEYS: self.ranges.even(new[KEYS])}
 
     def rope_and_append(self, q, rope, rope_widths, norm=None, **new):
         """
@@ -342,6 +362,8 @@ class CacheLayer(Context):
         q (B, H, 1, C) -> (B, H, 1, C). With q_pe (B, H, 1, P) the stores are MLA's: keys are
         [c_kv | k_pe], values c_kv.
         """
+        if self.ranges:
+            q = self.ranges.of_query(q)
         if self.cache.kernel != 'triton':
             return backends.attend(self.cache.kernel, self, q, scale, q_pe)
         first, second = self.stores.values()
@@ -394,6 +416,7 @@ class PagePool:
     """Which pages are free, and how many sequences hold each of the others."""
 
     def __init__(self, count: int):
+        self.count = count
         self.free = list(range(count))[::-1]
         self.holders = [0] * count
 

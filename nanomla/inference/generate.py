@@ -24,7 +24,7 @@ from model import GPT
 from nanomla.core.configurator import UserError
 from nanomla.core.cuda_graph import GraphedStep
 from nanomla.inference import fused_step
-from nanomla.inference.cache import Cache
+from nanomla.inference.cache import Cache, OutOfPages
 
 GREEDY = 1e-5  # a temperature below it takes the likeliest token
 
@@ -262,6 +262,35 @@ class Sequence:
     count: int = 0  # tokens so far
 
 
+class PageBudget:
+    """Pages of a cache that are spoken for by the sequences in its rows; a dense one has enough."""
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+        self.reserved = [0] * cache.rows
+
+    def needed(self, tokens: int) -> int:
+        return -(-tokens // self.cache.page_size)
+
+    def check(self, tokens: int) -> None:
+        """Raise OutOfPages where all pages are too few for a sequence of so many tokens."""
+        if self.cache.pages and self.needed(tokens) > self.cache.pages.count:
+            raise OutOfPages(self.needed(tokens), self.cache.pages.count)
+
+    def reserve(self, row: int, tokens: int) -> bool:
+        """Reserve pages for so many tokens in a row; return False where they are not left."""
+        if self.cache.pages is None:
+            return True
+        needed = self.needed(tokens)
+        if sum(self.reserved) + needed > self.cache.pages.count:
+            return False
+        self.reserved[row] = needed
+        return True
+
+    def give_back(self, row: int) -> None:
+        self.reserved[row] = 0
+
+
 @torch.no_grad()
 def serve(
     model: GPT,
@@ -278,6 +307,10 @@ def serve(
     cache's rows, and when it ends the next one takes its place. Yields the number of each prompt as
     it ends.
 
+    In a paged cache a prompt also waits for the pages that its longest continuation may take, in
+    the order of the prompts, so that none runs out of pages later. OutOfPages for one that needs
+    more than there are.
+
     on_token(i, token) gets each token of prompt i and returns whether it was the last. Prompt i
     draws by a generator of its own from seeds[i], so its text does not depend on its neighbours.
     More options are the fields of Sampling.
@@ -288,6 +321,10 @@ def serve(
     sampling = Sampling(**sampling)
     window = window_of(model, cache)
     waiting, idle = deque(range(len(prompts))), deque(range(cache.rows))
+    # The last token is not run.
+    longest = [min(window, len(prompt) + max_new_tokens - 1) for prompt in prompts]
+    pages = PageBudget(cache)
+    pages.check(max(longest, default=0))
     busy: dict[int, Sequence] = {}  # row -> its sequence
     step = DecodeStep.of(model, cache, sampling)
     for row in idle:
@@ -312,6 +349,7 @@ def serve(
             sequence.count += 1
             if on_token(sequence.number, token) or sequence.count == max_new_tokens:
                 cache.free(row)
+                pages.give_back(row)
                 idle.append(row)
                 del busy[row]
                 ended.append(sequence.number)
@@ -331,6 +369,8 @@ def serve(
             step(one_token)
             ended += take(one_token, step.token[chosen])
         while waiting and idle:
+            if not pages.reserve(idle[0], longest[waiting[0]]):
+                break
             row = idle.popleft()
             busy[row] = start(waiting.popleft())
             to_prefill.append(row)

@@ -1,10 +1,15 @@
 """Numbers in 8 or 4 bits, in groups of channels with a scale and a zero each."""
 
+from dataclasses import dataclass
+
 import torch
 
 FULL = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 BITS = dict(int8=8, int4=4)
 NEVER_QUANTISED = {'k_pe'}  # names of a cache's stores
+KEYS = 'k'  # the store whose channels are evened: what is added to all keys, a softmax does not see
+UNEVEN = 8.0  # a group this much wider than most of its channels loses them
+FEWEST_TOKENS = 8  # of which the ranges of channels are taken
 
 
 def group_of(width: int) -> int:
@@ -40,3 +45,45 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, width: int, bits: int)
     x = codes.unflatten(-1, (-1, group_of(width))).float()
     scale, zero = scales.float().unflatten(-1, (-1, 1, 2)).unbind(-1)
     return (x * scale + zero).flatten(-2)
+
+
+@dataclass
+class ChannelRanges:
+    """
+    Where each channel of the keys lies: middle (C,) and half-width (C,).
+
+    Some channels of trained models hold numbers many times those of others (KIVI, Liu et al. 2024,
+    section 3). In a group with one of them, all others fall onto few codes. (x - middle) / width
+    has channels of one size; the query takes up the width, and the middle is the same for all keys.
+    """
+
+    middle: torch.Tensor
+    width: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> 'ChannelRanges | None':
+        """Return the ranges of keys x (N, C); None where their channels are even, or N is small."""
+        if len(x) < FEWEST_TOKENS:
+            return None
+        low, high = x.float().amin(0), x.float().amax(0)
+        width = (high - low) / 2
+        group = (-1, group_of(x.size(1)))
+        of_group = (high.view(group).amax(1) - low.view(group).amin(1)) / 2
+        of_most = width.view(group).median(1).values
+        if not (of_group > UNEVEN * of_most).any():
+            return None
+        return cls((low + high) / 2, width.clamp(min=1e-4 * width.max().item() + 1e-30))
+
+    def even(self, x: torch.Tensor) -> torch.Tensor:
+        """Return keys x (..., C) with channels of one size."""
+        return ((x - self.middle) / self.width).to(x.dtype)
+
+    def undo(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.width + self.middle).to(x.dtype)
+
+    def of_query(self, q: torch.Tensor) -> torch.Tensor:
+        """Return q (B, H, T, D) as it meets even keys, but for a constant of all keys."""
+        D = q.size(-1)
+        by_head = self.width.view(-1, D)
+        by_head = by_head.repeat_interleave(q.size(1) // len(by_head), dim=0)
+        return (q * by_head[:, None]).to(q.dtype)

@@ -22,6 +22,7 @@ Table = dict[str, tuple[str, Rows]]
 # Linears by their names in transformers, for the families that give some of them biases.
 ATTENTION_LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj')
 MLP_LINEARS = ('gate_proj', 'up_proj', 'down_proj')
+LATENT_LINEARS = ('q_a_proj', 'kv_a_proj_with_mqa', 'o_proj')  # of DeepSeek
 BARE = ('e_score_correction_bias', 'mlp.router.balance', 'mlp.gate_up', 'mlp.down')
 
 
