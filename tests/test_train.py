@@ -1248,7 +1248,7 @@ def place(tmp_path_factory):
         (dict(out_dir='/proc/nowhere/out'), 'cannot write to --out_dir=/proc/nowhere/out'),
         (dict(out_dir='long' * 100), 'cannot write to --out_dir=long'),
         # from where
-        (dict(init_from='nowhere'), 'there is no checkpoint nowhere'),
+        (dict(init_from='nowhere'), "there is no checkpoint 'nowhere'"),
         (dict(init_from='text/train.bin'), 'text/train.bin is no checkpoint that can be loaded'),
         (
             dict(init_from='out', dataset='others'),
