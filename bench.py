@@ -91,7 +91,12 @@ from nanomla.benchmarks.training import (
     measure_training,
     scaling_rows,
 )
-from nanomla.core.checks import check_range, settings_errors, split_list, split_numbers
+from nanomla.core.checks import (
+    check_range,
+    content_errors,
+    split_list,
+    split_numbers,
+)
 from nanomla.core.configurator import Settings
 from nanomla.core.devices import join_processes, pick_device, pick_dtype
 from nanomla.core.files import ResultsTable
@@ -166,12 +171,12 @@ def draw_again(mode: str, config: Settings) -> None:
     if mode == 'scale' and config['results']:
         if not Path(config['results']).exists():
             raise UserError(f'--results={config["results"]}: there is no such file')
-        with settings_errors():
-            rows = scaling_rows(config['results'])
-        draw_scaling(rows, out / 'scale.png')
+        with content_errors(config['results'], 'measure again with bench.py scale'):
+            draw_scaling(scaling_rows(config['results']), out / 'scale.png')
         print(f'picture: {out}/scale.png')
     elif mode == 'decode' and (out / 'decode.jsonl').exists():
-        draw_decoding(ResultsTable(out, 'decode', {}, keep=True))
+        with content_errors(out / 'decode.jsonl', 'measure again with bench.py decode'):
+            draw_decoding(ResultsTable(out, 'decode', {}, keep=True))
     else:
         raise UserError(
             '--plot_only=True draws out_dir/decode.jsonl (decode) or the rows in --results (scale)'

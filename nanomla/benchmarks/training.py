@@ -436,4 +436,4 @@ def scaling_text(row: dict) -> str:
 def scaling_rows(path: str | Path) -> list[dict]:
     """Return the rows of `measure_scaling` in a results file."""
     rows = read_jsonl(path)
-    return [row for row in rows if row['what'] == 'scale' and 'micro_batches' in row]
+    return [row for row in rows if row.get('what') == 'scale' and 'micro_batches' in row]

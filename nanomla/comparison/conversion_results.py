@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from nanomla.core import figures
+from nanomla.core.checks import TABLE, TEXT, check_entries, number, whole
 from nanomla.core.configurator import UserError
 from nanomla.core.devices import commit, describe
 from nanomla.core.files import appending, read_jsonl, writing
@@ -145,13 +146,31 @@ class StudyResults:
         return [percent_above(row, sources[key]) for key, row in controls.items() if key in sources]
 
 
+# What a row must have, and what it may.
+ROW = dict(kind=TEXT, seed=whole(), what=TEXT, perplexity=number(), commit=TEXT, device=TEXT)
+ROW_MAY_HAVE = dict(saving=number(), way=TABLE, steps=whole(least=0), bytes=number(), nats=number())
+
+
 def read_rows(file: Path) -> list[dict]:
     try:
-        return read_jsonl(file)
+        rows = read_jsonl(file)
+        for line, row in enumerate(rows, 1):
+            check_row(row, f'{file}:{line}')
+        return rows
     except OSError as error:
         raise UserError(f'cannot read {file}: {error.strerror or error}') from None
     except ValueError as error:
         raise UserError(f'{error}: remove that line, or name another file') from None
+
+
+def check_row(row: dict, where: str) -> None:
+    """Raise a ValueError unless a row has what the table and the picture read."""
+    try:
+        check_entries(row, ROW | ROW_MAY_HAVE, needed=ROW)
+        needed = ['way'] if 'saving' in row else []
+        check_entries(row, {}, needed)
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None
 
 
 def drop_broken_line(file: Path) -> None:

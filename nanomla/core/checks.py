@@ -154,6 +154,22 @@ def check_entries(content: object, rules: Mapping[str, Rule], needed: Iterable[s
             raise ValueError(f'{name} is {shortened(content[name])}, not {rule.words}')
 
 
+@contextmanager
+def content_errors(path: object, advice: str) -> Iterator[None]:
+    """
+    Turn what goes wrong with the rows of a file into a UserError that names it.
+
+    For rows whose form is that of whatever wrote them; where it is known, check_entries says more.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        why = f'{type(error).__name__}: {shortened(error)}'
+        raise UserError(f'{path} holds rows of another form ({why}): {advice}') from None
+
+
 def shortened(value: object, limit: int = 60) -> str:
     """Return a value in one short line, whatever a file holds."""
     if isinstance(value, (dict, list, tuple, set)) and len(value) > 8:

@@ -1,4 +1,4 @@
-"""What a person asks for: known words, numbers in their range, lists with commas."""
+"""What a person asks for (words, numbers, lists with commas), and what a file holds."""
 
 import math
 import re
@@ -6,11 +6,21 @@ import re
 import pytest
 
 from nanomla.core.checks import (
+    FLAG,
+    TEXT,
     check_choice,
+    check_entries,
     check_range,
+    content_errors,
+    list_of,
+    number,
+    one_of,
     settings_errors,
+    shortened,
     split_list,
     split_numbers,
+    table_of,
+    whole,
 )
 from nanomla.core.configurator import UserError
 
@@ -74,3 +84,55 @@ def test_settings_that_do_not_fit_are_the_users_error():
     with pytest.raises(KeyError):
         with settings_errors():
             raise KeyError('a programmer is told')
+
+
+# -------------------------------------------------------------------------------------------------
+# what a file holds
+
+
+@pytest.mark.parametrize(
+    'rule, fits, fits_not',
+    [
+        (whole(), [0, -5, 2**40], [True, 1.0, '1', None, 2**63, [1]]),
+        (whole(least=1), [1, 7], [0, -1]),
+        (number(), [0, -1.5, math.nan, math.inf], [True, '1', None, [1.0]]),
+        (number(least=0), [0, 0.5], [-0.5]),
+        (TEXT, ['', 'x'], [5, None, b'x', ['x']]),
+        (TEXT | None, ['', None], [5]),
+        (FLAG, [True, False], [0, 1, 'True', None]),
+        (one_of('a', 'b'), ['a'], ['c', 5, ['a']]),
+        (list_of(whole()), [[], [1], (1, 2)], [1, '12', [1, 'x'], {1: 2}]),
+        (table_of(TEXT), [{}, dict(a='x')], [dict(a=1), {1: 'x'}, [], 'x']),
+        (whole() | list_of(whole()) | None, [1, [1], None], [[[1]], 'x']),
+    ],
+    ids=lambda value: getattr(value, 'words', None),
+)
+def test_rules_of_entries(rule, fits, fits_not):
+    for value in fits:
+        check_entries(dict(a=value), dict(a=rule))
+    for value in fits_not:
+        with pytest.raises(ValueError, match='^a is '):
+            check_entries(dict(a=value), dict(a=rule))
+
+
+def test_entries_that_must_be_there_and_those_without_a_rule():
+    check_entries(dict(b=5), dict(a=TEXT))
+    with pytest.raises(ValueError, match="it has no entry 'a'"):
+        check_entries(dict(b=5), dict(a=TEXT), needed=['a'])
+    for content in ([1], 'a', None, 5):
+        with pytest.raises(ValueError, match='is no table of entries'):
+            check_entries(content, {})
+
+
+def test_a_value_of_a_file_is_shown_in_one_short_line():
+    for value in ('x' * 999, 'a\nb', list(range(999)), {n: n for n in range(99)}, b'\n' * 99):
+        assert len(shortened(value)) <= 60 and '\n' not in shortened(value)
+
+
+def test_rows_of_another_form_are_one_line():
+    for error in (KeyError('x'), TypeError('bad'), ZeroDivisionError('by zero')):
+        with pytest.raises(UserError, match='r.jsonl holds rows of another form .*: measure again'):
+            with content_errors('r.jsonl', 'measure again'):
+                raise error
+    with pytest.raises(RuntimeError), content_errors('r.jsonl', 'measure again'):
+        raise RuntimeError
