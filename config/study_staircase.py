@@ -4,9 +4,10 @@ What is each part of MLA worth? From MHA to MLA a step at a time, and the zoo at
     python data/text/prepare.py books.txt.xz --tokenizer=bytes --out=data/books_bytes
     python compare.py config/study_staircase.py
 
-MHA caches 1024 values a token and layer; all from `sliced` on cache 128 (TPA 144). Each step changes
-one thing: all heads share one rotated key; what they read is a slice of the residual stream; a
-random projection of it that stays; one that is learned; its orthogonal start; Muon slower after it.
+MHA caches 1024 values a token and layer; all from `sliced` on cache 128 (TPA 144). Each step
+changes one thing: all heads share one rotated key; what they read is a slice of the residual
+stream; a random projection of it that stays; one that is learned; its orthogonal start; Muon slower
+after it.
 """
 
 out_dir = 'out-study-staircase'

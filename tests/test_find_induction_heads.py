@@ -441,23 +441,40 @@ def test_tokens_are_those_the_data_uses(repeats):
     assert torch.equal(found.vocabulary.held_out, torch.from_numpy(val.astype(np.int64)))
     assert found.encode('AB').tolist() == [0, *tokenizers.Tokenizer(meta).encode('AB')]
 
-    def usable(often=1):
-        subject.tokens_in.cache_clear()
-        return load_subject('b', LoadOptions(often=often)).vocabulary.usable.tolist()
 
-    few = np.tile([0, *range(5, 25)], 30).astype(np.uint16)  # a part of the same vocabulary
-    for split in ('train', 'val'):
-        few.tofile(f'data/repeats/{split}.bin')
-    Path('b').mkdir()
-    shutil.copy('a/ckpt.pt', 'b/ckpt.pt')
+def usable(often=1):
+    """Return the tokens that the data of the run `a` uses so often."""
+    subject.tokens_in.cache_clear()
+    return load_subject('a', LoadOptions(often=often)).vocabulary.usable.tolist()
+
+
+def replace_tokens(train_ids, val_ids):
+    """Write other tokens of the same vocabulary into the dataset, without counts and checksums."""
+    folder = Path('data/repeats')
+    meta = json.loads((folder / 'meta.json').read_text())
+    for split, ids in dict(train=train_ids, val=val_ids).items():
+        np.array(ids, dtype=np.uint16).tofile(folder / f'{split}.bin')
+        for key in (f'{split}_tokens', f'{split}_crc32'):
+            meta.pop(key, None)
+    (folder / 'meta.json').write_text(json.dumps(meta))
+
+
+def test_tokens_may_be_asked_to_come_often(repeats):
+    train(out_dir='a')
+    few = [0, *range(5, 25)] * 30
+    replace_tokens(few, few)
     assert usable() == list(range(5, 25))
-    np.concatenate([few, [7, 7, 9]]).astype(np.uint16).tofile('data/repeats/val.bin')
+    replace_tokens(few, [*few, 7, 7, 9])
     assert usable(often=61) == [7, 9]  # both splits count
     assert usable(often=62) == [7]
+
+
+def test_without_its_data_a_model_has_all_its_tokens_and_none_can_be_counted(repeats):
+    train(out_dir='a')
     shutil.rmtree('data')
-    assert load_subject('b').vocabulary.held_out is None
+    assert load_subject('a').vocabulary.held_out is None
     assert usable() == list(range(1, 65))
-    with pytest.raises(UserError, match='counts tokens in the text of b, which is not here'):
+    with pytest.raises(UserError, match='counts tokens in the text of a, which is not here'):
         usable(often=2)
 
 

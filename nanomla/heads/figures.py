@@ -437,7 +437,8 @@ def draw_likeness(fig, ax, likeness: list[list[float]]) -> None:
 
 def footer_of(made: dict) -> str:
     """Return the line below a report's figures: where its numbers come from."""
-    parts = [made.get('device'), f'commit {made["commit"]}', made['date'], made['command']]
+    commit = f'commit {made["commit"]}' if 'commit' in made else ''
+    parts = [made.get('device'), commit, made.get('date'), made.get('command')]
     line = ' · '.join(part for part in parts if part)
     if len(line) >= LONGEST_FOOTER:
         line = line[: LONGEST_FOOTER - 3] + '...'

@@ -53,6 +53,12 @@ COST_COLUMNS = {  # of names.GROUP_COSTS: heading and width
 }
 CONTINUES = 0.5  # a loss on repeats below this share of that on other tokens is no accident
 LOGGED_ELSEWHERE = ('patterns_u8', 'mla_split', 'tokens_text', 'composition')  # in heads.json
+LOGGED = {  # event -> what the figures read of every row
+    'run': ('name', 'step', 'tokens', 'max_induction', 'repeat_loss', 'icl'),
+    'checkpoints': ('name', 'step', 'tokens', 'max_induction', 'repeat_loss', 'icl'),
+    'model': ('name', 'kind'),
+    'latents': ('name', 'components_for_90_percent', 'likeness'),
+}
 DIGITS = 5
 Message = Callable[[str], None]  # prints a line of progress
 
@@ -588,10 +594,11 @@ def read_report(path: str, call: int = 1) -> dict:
         raise UserError(str(error)) from None
     reports = []
     for row in rows:
-        if row.get('event') == 'settings' and 'made' in row:
-            made = row['made'] | {key: row[key] for key in ('device',) if key in row}
-            reports.append(dict(models=[], checkpoints=[], made=made))
+        if row.get('event') == 'settings' and isinstance(row.get('made'), dict):
+            device = {key: row[key] for key in ('device',) if key in row}
+            reports.append(dict(models=[], checkpoints=[], made=row['made'] | device))
         elif reports:
+            check_row(row, path)
             add_row(reports[-1], row)
     if not 1 <= call <= len(reports):
         raise UserError(
@@ -601,6 +608,14 @@ def read_report(path: str, call: int = 1) -> dict:
     report = reports[call - 1]
     add_kinds(report, path)
     return report
+
+
+def check_row(row: dict, path: str) -> None:
+    """Raise a UserError where a row lacks what the figures read of it."""
+    event = row.get('event', row.get('part'))
+    for key in LOGGED.get(event, ()):
+        if key not in row:
+            raise UserError(f'{path}: a row of the event {event} has no {key}')
 
 
 def add_row(report: dict, row: dict) -> None:

@@ -144,6 +144,7 @@ def test_every_row_of_a_checkpoint_says_of_which_run_it_is():
 
 def test_a_report_comes_back_out_of_its_log(entry, tmp_path):
     run = dict(name='by-hand', kind='MLA', step=[0], tokens=[0], scores=[[[0.0]]])
+    run |= dict(max_induction=[0.1], repeat_loss=[1.0], icl=[0.0])
     written = report_of(entry, checkpoints=[run])
     (tmp_path / 'heads.jsonl').write_text(jsonl(report.log_rows(written)))
     found = report.read_report(tmp_path / 'heads.jsonl')
@@ -159,9 +160,11 @@ def test_a_log_of_several_calls_holds_them_one_after_the_other(tmp_path):
     rows.append(dict(event='train', step=1))
     for commit in ('aaaaaaa', 'bbbbbbb'):
         rows.append(dict(event='settings', made=MADE | dict(commit=commit), device='GPU'))
-        rows.append(dict(event='checkpoints', name=commit, step=[0]))
+        run = dict(name=commit, step=[0], tokens=[0], max_induction=[0.1], repeat_loss=[1.0])
+        rows.append(dict(event='checkpoints', icl=[0.0]) | run)
         rows.append(dict(event='model', name=commit, kind='MHA', heads=[dict(layer=0, head=0)]))
-        rows.append(dict(part='latents', name=commit, likeness=[[1.0]]))
+        latents = dict(components_for_90_percent=[1], likeness=[[1.0]])
+        rows.append(dict(part='latents', name=commit) | latents)
     path = tmp_path / 'log.jsonl'
     path.write_text(jsonl(rows))
     found = report.read_report(path, call=2)
@@ -186,6 +189,10 @@ def test_what_is_no_log_is_refused_in_one_line(tmp_path):
     path.write_text(jsonl([dict(event='settings', config={})]))
     with pytest.raises(UserError, match='holds 0 calls'):
         report.read_report(path)
+    run = dict(name='a', step=[0], tokens=[0], max_induction=[0.1], repeat_loss=[1.0], icl=[0.0])
     path.write_text(jsonl([dict(event='settings', made=MADE), dict(event='run', name='a')]))
+    with pytest.raises(UserError, match='a row of the event run has no step'):
+        report.read_report(path)
+    path.write_text(jsonl([dict(event='settings', made=MADE), dict(event='run') | run]))
     with pytest.raises(UserError, match='does not say which attention the run a has'):
         report.read_report(path)
