@@ -37,6 +37,7 @@ haystack = 'data'  # needle: data = pieces of --data | synthetic = sentences abo
 # the harness
 include_path = ''  # a folder of your own task files
 limit = 0  # only the first so many examples of a task; 0 = all
+chat = False  # put the tasks as conversations in the model's chat template
 num_fewshot = -1  # examples in front of each question; -1 = as the task has it
 # machine
 seed = 1337  # of texts and few-shot examples

@@ -3,6 +3,7 @@ Write text with a trained model, each token as soon as it is chosen.
 
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --max_new_tokens=100
+    python sample.py --init_from=my_chat_model --chat=True
     git log -1 --format=%B | python sample.py --start=- --num_samples=1 --temperature=0
     python sample.py --prompts=questions.txt --batch_size=16 --jsonl=True > answers.jsonl
 
@@ -17,6 +18,8 @@ start = '\n'  # the prompt: text, FILE:prompt.txt, or - (standard input); '' = b
 num_samples = 3  # of start
 prompts = ''  # instead of start: a file with a prompt a line (- for standard input), a sample each
 batch_size = 8  # prompts decoded at a time: where one ends, the next takes its place
+chat = False  # the prompt is a question in the model's chat template; without one, a conversation
+system = ''  # with chat: the message that a conversation begins with; '' = the template's own
 jsonl = False  # write prompts and their samples as JSON, {"prompt": ..., "text": ...} a line
 max_new_tokens = 500  # tokens in a sample; <|endoftext|> ends it earlier
 temperature = 0.8  # 0 = always the likeliest token; 1 = as the model has it; more = wilder
@@ -45,6 +48,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +57,7 @@ import torch
 from model import GPT
 from nanomla.checkpoints.load import LoadedModel, TextCodec, codec_of, load_model, meta_of
 from nanomla.checkpoints.native import kind_of
+from nanomla.checkpoints.tokens.chat import chat_template_of, encode_chat
 from nanomla.core.checks import check_choice, check_range, settings_errors
 from nanomla.core.devices import pick_device, pick_dtype
 from nanomla.core.files import progress_bar
@@ -61,6 +66,7 @@ from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate, prefill, serve
 
 SAMPLES_APART = '---------------\n'
+LONGEST_CONVERSATION = 4096  # tokens in the cache, where the model has so many positions
 
 
 @dataclass
@@ -90,6 +96,10 @@ def check_settings(given: dict) -> None:
         )
     if prompts and 'start' in given:
         raise UserError('give one of --start and --prompts')
+    if chat and cache == 'none' and not prompts and 'start' not in given:
+        raise UserError('a conversation needs a cache: use --cache=dense or paged')
+    if system and not chat:
+        raise UserError('--system begins a conversation: use it with --chat=True')
 
 
 def model_path() -> str:
@@ -144,6 +154,20 @@ def read_stops() -> list[str]:
     if not all(isinstance(text, str) and text for text in stops):
         raise UserError(f'--stop={stop} must be a text, or a JSON list of texts that are not empty')
     return stops
+
+
+def encode_questions(codec: TextCodec, model: str) -> list[Prompt]:
+    """Turn the prompts into ids, each a question in the model's chat template."""
+    template = chat_template_of(codec.tokenizer, model)
+    encoded = []
+    for text, where in read_prompts():
+        messages = [*first_messages(), dict(role='user', content=text)]
+        encoded.append(Prompt(text, where, encode_chat(codec.tokenizer, template, messages)))
+    return encoded
+
+
+def first_messages() -> list[dict]:
+    return [dict(role='system', content=system)] if system else []
 
 
 def encode_prompts(codec: TextCodec) -> list[Prompt]:
@@ -293,7 +317,8 @@ def write_samples(model: GPT, codec: TextCodec, prompt: Prompt, memory: Cache | 
     for i in range(num_samples):
         if i > 0:
             write('\n' + SAMPLES_APART)
-        write(echo(prompt.ids, codec))
+        if not chat:
+            write(echo(prompt.ids, codec))
         if shared:
             memory.fork(0, 1)
         decoder = StreamDecoder(codec.tokenizer.decode_bytes, stops, codec.ends)
@@ -341,13 +366,63 @@ def write_answers(model: GPT, codec: TextCodec, asked: list[Prompt], memory: Cac
             if jsonl:
                 line = json.dumps(dict(prompt=prompt.text, text=text), ensure_ascii=False)
             else:
-                line = echo(prompt.ids, codec) + text
+                line = text if chat else echo(prompt.ids, codec) + text
                 if next_one > 0:
                     line = SAMPLES_APART + line
             write(line + '\n')
             next_one += 1
     if bar:
         bar.close()
+
+
+def converse(model: GPT, codec: TextCodec, name: str) -> None:
+    """Answer line by line what comes on standard input, until it ends."""
+    template, messages = chat_template_of(codec.tokenizer, name), first_messages()
+    size = min(model.config.block_size, LONGEST_CONVERSATION)
+    options = dict(layout=cache, dtype=cache_dtype, page_size=page_size, kernel=decode_kernel)
+    memory = Cache.of(model, 1, size, static=model.lm_head.weight.is_cuda, **options)
+    generator = torch.Generator(memory.device).manual_seed(seed)
+    for question in questions():
+        messages.append(dict(role='user', content=question))
+        ids = encode_chat(codec.tokenizer, template, messages)
+        room = size + 1 - len(ids)  # the last token is not run
+        if room < 1:
+            raise UserError(
+                f'the conversation has {len(ids)} tokens, and there is room for {size}: begin anew'
+            )
+        memory.free(0)
+        decoder = StreamDecoder(codec.tokenizer.decode_bytes, read_stops(), codec.ends)
+        answer = ''
+        tokens = generate(
+            model,
+            [ids],
+            min(max_new_tokens, room),
+            cache=memory,
+            generator=generator,
+            **sampling_options(codec),
+        )
+        for token in tokens:
+            text = decoder.add(token.item())
+            write(text)
+            answer += text
+            if decoder.stopped:
+                break
+        rest = decoder.finish()
+        write(rest + '\n')
+        messages.append(dict(role='assistant', content=answer + rest))
+
+
+def questions() -> Iterator[str]:
+    """Yield the lines of standard input that say something; a terminal shows a prompt."""
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            print('> ', end='', file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def main() -> None:
@@ -357,11 +432,22 @@ def main() -> None:
     check_settings(config.given)
     loaded = load_model(model_path(), dropout=0.0, kernel=kernel)
     model, codec = loaded.model, codec_of(loaded)
-    asked = encode_prompts(codec)
+    talks = chat and not prompts and 'start' not in config.given
+    if talks:
+        asked = []
+        chat_template_of(codec.tokenizer, loaded.path)
+    elif chat:
+        asked = encode_questions(codec, loaded.path)
+    else:
+        asked = encode_prompts(codec)
     model.stream = pick_dtype(dtype, target)
     model.to(target, model.stream).eval()
     with settings_errors():
         model.check_kernel(target)
+    if talks:
+        log(describe_model(loaded))
+        converse(model, codec, loaded.path)
+        return
     block_size = model.config.block_size
     longest = max(min(len(prompt.ids), block_size) for prompt in asked)
     memory = None

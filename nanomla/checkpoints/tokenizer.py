@@ -63,6 +63,9 @@ class HFTokenizer:
         self.files = [Path(file) for file in files]
         path = self.files[0]
         self.bpe = open_tokenizer(path)
+        # A file may ask for texts of one length: here they are as long as they are.
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
         vocab = self.bpe.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         byte_level = is_byte_level(path)

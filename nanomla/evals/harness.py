@@ -14,6 +14,7 @@ import torch
 
 from model import GPT
 from nanomla.checkpoints.load import TextCodec
+from nanomla.checkpoints.tokens.chat import ChatTemplate, Messages
 from nanomla.core.configurator import UserError
 from nanomla.core.files import progress_bar
 from nanomla.core.tokenizers import StreamDecoder
@@ -119,6 +120,8 @@ class Tasks:
                 num_fewshot=None if num_fewshot < 0 else num_fewshot,
                 task_manager=self.manager,
                 log_samples=False,
+                apply_chat_template=model.template is not None,
+                fewshot_as_multiturn=model.template is not None,
                 bootstrap_iters=1000,
                 random_seed=seed,
                 numpy_random_seed=seed,
@@ -147,14 +150,18 @@ def metrics_of(tables: dict[str, dict]) -> dict[str, float]:
 # the model, as the harness asks it
 
 
-def adapter(scorer: Scorer, codec: TextCodec) -> 'CacheLM':
-    """Return the model of `scorer` as the LM class that the harness calls."""
+def adapter(scorer: Scorer, codec: TextCodec, template: ChatTemplate | None = None) -> 'CacheLM':
+    """
+    Return the model of `scorer` as the LM class that the harness calls.
+
+    template: the tasks are put as conversations
+    """
     from lm_eval.api.model import TemplateLM
 
     class Adapter(CacheLM, TemplateLM):
         pass
 
-    return Adapter(scorer, codec)
+    return Adapter(scorer, codec, template)
 
 
 class CacheLM:
@@ -165,9 +172,9 @@ class CacheLM:
 
     max_gen_toks = 256
 
-    def __init__(self, scorer: Scorer, codec: TextCodec):
+    def __init__(self, scorer: Scorer, codec: TextCodec, template: ChatTemplate | None = None):
         super().__init__()
-        self.scorer, self.codec = scorer, codec
+        self.scorer, self.codec, self.template = scorer, codec, template
         self.tokenizer = codec.tokenizer
         self.block_size = self.max_length = scorer.block_size
         self.empty_context = empty_context(codec)
@@ -184,9 +191,21 @@ class CacheLM:
     def tokenizer_name(self) -> str:
         return self.tokenizer.name
 
+    def apply_chat_template(
+        self, chat_history: Messages, add_generation_prompt: bool = True
+    ) -> str:
+        """Return few-shot examples and question as a conversation in the model's template."""
+        return self.template.render(chat_history, answer_follows=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return what the harness logs of the template."""
+        return self.template.where if self.template else ''
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         ids = list(self.tokenizer.encode(string))
-        if self.codec.begin is not None and add_special_tokens is not False:
+        # A template writes what begins a text itself.
+        adds_begin = self.codec.begin is not None and self.template is None
+        if adds_begin and add_special_tokens is not False:
             ids.insert(0, self.codec.begin)
         return ids
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from nanomla.checkpoints import native
 from nanomla.checkpoints.load import codec_of, load_model
 from nanomla.checkpoints.text import ModelText, read_text
+from nanomla.checkpoints.tokens.chat import chat_template_of
 from nanomla.core import figures
 from nanomla.core.checks import (
     check_choice,
@@ -36,7 +37,7 @@ SETTINGS = dict(
     perplexity=('data', 'split', 'max_tokens', 'context', 'stride'),
     **dict.fromkeys(retrieval.TASKS, RETRIEVAL),
 )
-OF_HARNESS = ('include_path', 'limit', 'num_fewshot', 'seed')
+OF_HARNESS = ('include_path', 'limit', 'num_fewshot', 'chat', 'seed')
 OF_ALL = ('batch_size', 'chunk_size', 'device', 'dtype', 'kernel')
 
 
@@ -57,6 +58,7 @@ class EvalSettings:
     include_path: str = ''
     limit: int = 0
     num_fewshot: int = -1
+    chat: bool = False
     seed: int = 1337
     chunk_size: int = 32
     batch_size: int = 8
@@ -187,7 +189,10 @@ def measure(
     elif task in retrieval.TASKS:
         result = measure_retrieval(model, scorer, task)
     else:
-        lm = harness.adapter(scorer, model.codec)
+        template = None
+        if settings.chat:
+            template = chat_template_of(tokenizer, model.path)
+        lm = harness.adapter(scorer, model.codec, template)
         metrics = tasks.run(task, lm, settings.limit, settings.num_fewshot, settings.seed)
         result = dict(metrics=metrics)
     return dict(result=result, cache_bytes=scorer.footprint(), dequantised=scorer.dequantised)
