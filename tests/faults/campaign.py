@@ -4,7 +4,8 @@ Break everything many times and count: kills, changed bytes, and inputs that are
     python tests/faults/campaign.py --kills=100 --corruptions=500 --inputs=20000
 
 Prints a table of what was tried and how it ended. Exit code 1 where something ended in a
-traceback, a hang, a lost result or an unnoticed change; each kind is shown once.
+traceback, a hang, a lost result or an unnoticed change; each kind is shown once. Ctrl-C and SIGTERM
+end it with the table so far.
 """
 
 kills = 100  # of scripts at a random call that changes files, each started again
@@ -15,6 +16,7 @@ folder = ''  # where to work; '' = a new one in the system's folder for such
 
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -180,14 +182,18 @@ def main() -> int:
     campaign = Campaign(work)
     (work / 'place').mkdir(parents=True)
     place = make_place(work / 'place')
-    if kills:
-        run_kills(campaign, place, kills, rng)
-    run_corruptions(campaign, corruptions, rng)
-    with pytest.MonkeyPatch.context() as patch:
-        read_scripts_once(patch)
-        patch.chdir(work)
-        patch.setattr(sys, 'stdout', Quiet(sys.stdout))
-        run_inputs(campaign, place, inputs, rng)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if kills:
+            run_kills(campaign, place, kills, rng)
+        run_corruptions(campaign, corruptions, rng)
+        with pytest.MonkeyPatch.context() as patch:
+            read_scripts_once(patch)
+            patch.chdir(work)
+            patch.setattr(sys, 'stdout', Quiet(sys.stdout))
+            run_inputs(campaign, place, inputs, rng)
+    except KeyboardInterrupt:
+        print('stopped: these were tried')
     campaign.report()
     if not folder:
         shutil.rmtree(work)
