@@ -269,7 +269,7 @@ def changed_checkpoint(changes: list) -> dict:
                 table.pop(place[-1], None)
             else:
                 table[place[-1]] = value
-        except (KeyError, TypeError, IndexError, AttributeError):
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError):
             continue  # an earlier change has taken the place away
     return content
 
