@@ -37,8 +37,9 @@ MOST_AT_THE_TOP = 12
 MOST_IN_A_FOLDER = 9
 # Packages that take long to import or may be missing: imported inside of functions.
 HEAVY = set(
-    'accelerate bitsandbytes datasets flash_mla flashinfer huggingface_hub jinja2 lm_eval matplotlib peft '
-    'playwright rouge_score safetensors tiktoken tokenizers tqdm transformers triton wandb'.split()
+    'accelerate bitsandbytes datasets flash_mla flashinfer huggingface_hub jinja2 lm_eval '
+    'matplotlib peft playwright rouge_score safetensors tiktoken tokenizers tqdm transformers '
+    'triton wandb'.split()
 )
 # Where no attention is asked for by name. Checkpoints and conversion are about certain ones.
 ENGINES = ['training', 'inference', 'heads', 'adapters', 'evals', 'benchmarks', 'comparison']

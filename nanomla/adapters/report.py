@@ -30,6 +30,7 @@ COLUMNS = (  # heading, key of a row, format
     ('trainable', 'trainable_parameters', ',.0f'),
 )
 ADAPTERS = ('full', 'lora', 'qlora')
+OTHER_ATTENTIONS = ('mla', 'latent')  # kernels that stand for another model than the peer's
 ROW = dict(cell=TEXT, adapter=one_of(*ADAPTERS), kernel=TEXT, peer=FLAG, model=TEXT, status=TEXT)
 REASON = dict(reason=TEXT)  # of a row without measurements
 MEASURED = dict.fromkeys(  # of one with them
@@ -93,7 +94,7 @@ def with_speedups(rows: Sequence[dict]) -> list[dict]:
     for row in rows:
         if row['status'] != 'ok':
             continue
-        if not row['peer']:
+        if not row['peer'] and row['kernel'] not in OTHER_ATTENTIONS:
             ours.setdefault(row['adapter'], set()).add(row['trainable_parameters'])
         elif row['kernel'] == 'sdpa':
             peers[row['adapter']] = row
