@@ -34,12 +34,13 @@ rotate = False  # rotate the latent, so that no channel is an outlier when it is
 # text
 calibration = ''  # a dataset or a text file; '' = the source's own dataset; none = weights alone
 calibration_tokens = 0  # of its training part; 0 = 262,144 on a GPU, 8,192 on a CPU
-eval_tokens = 0  # of its held-out part, for perplexities; 0 = 65,536 on a GPU, 8,192 on a CPU
+eval_tokens = 0  # of its held-out part, for perplexities; 0 = 65,536 on a GPU, 4,096 on a CPU
 block_size = 0  # tokens in a window; 0 = the source's, at most 1024
 batch_size = 8
 cache_dtype = ''  # report the perplexity with such a cache, too: int8 | int4
 # layer-wise distillation: each attention is fitted to the source's on the calibration text
-layer_steps = -1  # of Adam for each layer; 0 = none, -1 = 200 on a GPU, 40 on a CPU
+layerwise = True
+layer_steps = -1  # of Adam for each layer after W^O in closed form; -1 = 200 on a GPU, 0 on a CPU
 layer_lr = 1e-3  # at first; it falls to zero
 # healing by config/heal_mla.py into OUT-healed, the source as teacher; the same command resumes
 heal = 0  # tokens to train on after the conversion; 0 = none
@@ -109,7 +110,7 @@ class Effort:
 
 
 ON_GPU = Effort(calibration_tokens=262144, eval_tokens=65536, layer_steps=200)
-ON_CPU = Effort(calibration_tokens=8192, eval_tokens=8192, layer_steps=40)
+ON_CPU = Effort(calibration_tokens=8192, eval_tokens=4096, layer_steps=0)
 
 
 @dataclass
@@ -224,13 +225,13 @@ def read_text(name: str, loaded: LoadedModel, effort: Effort, device: torch.devi
 # converting
 
 
-def convert_and_measure(model: GPT, text: Text | None, report: Report, fit_steps: int) -> GPT:
+def convert_and_measure(model: GPT, text: Text | None, report: Report, to_fit: bool) -> GPT:
     """
-    Convert `model` and fit each layer by `fit_steps` steps. Report the source, the step before the
-    latent, the closed form and the result.
+    Convert `model`, and fit each layer where there is something to fit. Report the source, the step
+    before the latent, the conversion, and what was fitted.
     """
     settings = report.settings
-    bar = progress_bar(number_of_steps(model, text, fit_steps), 'step')
+    bar = progress_bar(number_of_steps(model, text, to_fit), 'step')
 
     def loss_of(model: GPT) -> float | None:
         if text is None:
@@ -255,8 +256,9 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, fit_steps
         del partial
     mla, report.layers = convert(model, settings, moments, bar.update)
     report.add(result_name(mla, settings), mla, 'mla', loss_of(mla))
-    if fit_steps:
-        how = LayerwiseSettings(steps=fit_steps, learning_rate=layer_lr, seed=seed)
+    if to_fit:
+        steps = report.effort['layer_steps']
+        how = LayerwiseSettings(steps=steps, learning_rate=layer_lr, seed=seed)
         errors = fit_layers(model, mla, text.windows, how, bar.update)
         for layer, error in zip(report.layers, errors):
             layer['error'] = error
@@ -268,15 +270,15 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, fit_steps
     return mla
 
 
-def number_of_steps(model: GPT, text: Text | None, fit_steps: int) -> int:
+def number_of_steps(model: GPT, text: Text | None, to_fit: bool) -> int:
     """Return how often the progress bar is updated: by layers converted and batches read."""
     of_a_conversion = 2 * model.config.n_layer
     if text is None:
         return of_a_conversion
-    evaluations = 3 + bool(fit_steps) + bool(cache_dtype)
+    evaluations = 3 + to_fit + bool(cache_dtype)
     batches = len(text.windows.split(batch_size))
     batches += evaluations * len(text.held_out.split(batch_size))
-    fitted_layers = model.config.n_layer if fit_steps else 0
+    fitted_layers = model.config.n_layer if to_fit else 0
     return 2 * of_a_conversion + batches + fitted_layers
 
 
@@ -397,7 +399,7 @@ def main(source: str) -> None:
     if export:
         ranks = [filled_in.kv_lora_rank] * model.config.n_layer
         check_export(model, mla_config(model.config, filled_in, ranks))
-    to_fit = bool(name) and not is_lossless(model.config, filled_in)
+    to_fit = layerwise and bool(name) and not is_lossless(model.config, filled_in)
     if heal:
         check_dataset(name, source)
     report = Report(source, settings, name, cache_dtype, asdict(effort_on(picked_device)))
@@ -421,7 +423,7 @@ def convert_and_write(loaded: LoadedModel, report: Report, to_fit: bool) -> None
     where = model.lm_head.weight.device
     if report.text:
         text = read_text(report.text, loaded, effort, where)
-    mla = convert_and_measure(model, text, report, effort.layer_steps if to_fit else 0)
+    mla = convert_and_measure(model, text, report, to_fit)
     print_report(report)
     write_outputs(mla, loaded, report, f'commit {commit()} · {describe(where)}')
 

@@ -25,7 +25,7 @@ SENTENCE = (
     'to be or not to be that is the question whether tis nobler in the mind to suffer the slings '
     'and arrows of outrageous fortune '
 )
-QUICK = dict(calibration_tokens=400, eval_tokens=200, layer_steps=0, device='cpu')
+QUICK = dict(calibration_tokens=400, eval_tokens=200, layerwise=False, device='cpu')
 
 
 def convert(*arguments, **settings):
@@ -86,7 +86,7 @@ def source(tiny, tmp_path, monkeypatch):
 
 def test_a_conversion_is_a_checkpoint_with_its_history(source, capsys):
     source()
-    fitted = QUICK | dict(layer_steps=3)
+    fitted = QUICK | dict(layerwise=True, layer_steps=3)
     convert('src', out='mla', saving=0.75, cache_dtype='int4', rotate=True, **fitted)
     printed = capsys.readouterr().out
     assert '75.00 %' in printed

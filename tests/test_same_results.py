@@ -620,7 +620,7 @@ def convert(results):
         q_lora_rank=8,
         low_rank='balanced',
         by_layer=False,
-        layer_steps=0,
+        layerwise=False,
         rotate=True,
         cache_dtype='int8',
         calibration_tokens=2000,
