@@ -60,7 +60,12 @@ def bpe(monkeypatch):
 def project(tmp_path):
     """A copy of the scripts, so that the real data/ stays as it is."""
     root = tmp_path / 'project'
-    for pattern in ('nanomla/core/*.py', 'data/*.py', 'data/*/prepare.py'):
+    for pattern in (
+        'nanomla/core/*.py',
+        'nanomla/training/next_steps.py',
+        'data/*.py',
+        'data/*/prepare.py',
+    ):
         for path in ROOT.glob(pattern):
             copy = root / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -542,7 +547,7 @@ runpy.run_path({str(project / 'data/openwebtext/prepare.py')!r}, run_name='__mai
     path = os.pathsep.join(map(str, [project, ROOT / 'tests', ROOT / 'tests' / 'data']))
     done = python(tmp_path, '-c', driver, PYTHONPATH=path, HF_HOME=str(tmp_path / 'hf'))
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert json.loads((out / 'progress.json').read_text())['documents'] == 35
+    assert json.loads((out / 'progress.json').read_text())['done'] == 35
     shutil.copytree(out, project / 'other')
     owt(f'--out={whole}')
     owt(f'--out={out}')
