@@ -115,6 +115,12 @@ def check_settings(mode: str, config: Settings) -> None:
     for name in ('gpus', 'micro_batches'):
         numbers = split_numbers(f'--{name}', config[name])
         check_range(f'--{name}', min(numbers, default=0), least=1)
+    whole_texts = mode == 'decode' and (config['peer'] or config['attention_only'])
+    if config['profile'] and (mode == 'race' or whole_texts):
+        raise UserError(
+            '--profile=True goes with train, scale and the steps of decode: leave out --peer and '
+            '--attention_only'
+        )
     if mode == 'race' and not config['peer']:
         raise UserError('a race needs a peer: --peer=FOLDER, a checkout of nanoGPT')
     if mode == 'decode':

@@ -62,7 +62,7 @@ class GPTConfig:
     zero_init: bool = False  # projections into the residual stream start at zero
     kernel: str = 'sdpa'  # attention kernel; results agree, speed and hooks differ
 
-    shape_names = ('gqa', 'mqa')  # what `shape_settings` knows beside the attention's own name
+    shape_names = ('gqa', 'mqa')  # for --models=gqa:4 beside the attention's own name
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -182,7 +182,8 @@ class Norm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-@lru_cache(maxsize=16)  # once: a CUDA graph that is being recorded allows no copy
+# Copied once and kept: while a CUDA graph is recorded nothing may be copied to the GPU.
+@lru_cache(maxsize=16)
 def on_device(numbers: tuple, device) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
@@ -224,7 +225,9 @@ class Context:
     (nanomla/adapters/packing.py). GPT.hidden asks it for positions and for each layer's context.
     """
 
-    is_cache = False  # a cache's layer has write, append and attend_latents besides (see there)
+    # True for a layer of a cache, which has more to offer: fresh, write, append, reads_in_place,
+    # attend_in_place and rope_and_append (CacheLayer in nanomla/inference/cache.py).
+    is_cache = False
 
     def begin(self, T: int) -> torch.Tensor:
         """Start a pass of T tokens a row and return their positions (B, T)."""
@@ -283,7 +286,8 @@ class Attention(nn.Module):
     def __init_subclass__(cls, **kwargs):
         """
         A subclass may compute something else, so what its base class says of itself does not hold
-        for it: what it does not define anew is "no" again. (A latent is part of `qkv` and stays.)
+        for it: what it does not define anew is "no" again. `latent` stays, because `qkv` uses it:
+        a subclass that changes it changes the attention.
         """
         super().__init_subclass__(**kwargs)
         for name in ('fused_step', 'circuit_weights', 'can_absorb'):
@@ -298,7 +302,9 @@ class Attention(nn.Module):
         self.kernel = config.kernel
         self.qk_norm = config.qk_norm
         self.dropout = config.inner_dropout
-        self.scale = config.softmax_scale or (scale_width or qk_dim) ** -0.5
+        self.scale = config.softmax_scale  # of the logits
+        if self.scale == 0:
+            self.scale = (scale_width or qk_dim) ** -0.5
         self.c_proj = Linear(config.n_head * v_dim, config.n_embd, bias=config.bias)  # W^O
         self.attn_dropout = nn.Dropout(config.inner_dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -405,10 +411,13 @@ class Attention(nn.Module):
             except (RuntimeError, NotImplementedError, AssertionError) as error:
                 reasons = [str(w.message).split(' (Triggered')[0] for w in caught]
                 reasons.append(str(error).splitlines()[0])
-        # torch warns about every backend; the warning about this one says more than the error
-        named = (self.kernel, 'both fused') if self.kernel in ('flash', 'cudnn') else ('',)
+        # torch warns about every backend that it passes over: "Flash attention requires ...",
+        # "Both fused kernels require ...". The one about this kernel says more than the error.
+        about = ['']  # in every text
+        if self.kernel in ('flash', 'cudnn'):
+            about = [self.kernel, 'both fused']
         for reason in reasons:
-            if 'not used' not in reason and any(name in reason.lower() for name in named):
+            if 'not used' not in reason and any(name in reason.lower() for name in about):
                 return reason.rstrip('.')
         return reasons[-1].rstrip('.')
 
@@ -471,6 +480,7 @@ class MultiHeadAttention(Attention):
         if self.qk_norm:
             q, k = (F.rms_norm(t.unflatten(-1, (-1, D)), (D,)).flatten(1) for t in (q, k))
         rope = rope if self.rotates else None
+        # RoPE turns all of each query head and of each key head, and nothing of a value.
         q = cache.rope_and_append(q, rope, rope_widths=(D, D, 0), k=k, v=v)
         y = cache.attend_in_place(q.unflatten(-1, (-1, D))[:, :, None], self.scale)
         return y[:, :, 0]

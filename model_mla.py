@@ -9,6 +9,9 @@ c_kv = W^DKV x, so only that latent (and one rotated key k_pe, shared by all hea
     v = W^UV c_kv                eq. 11    q_nope = W^UQ c_q               eq. 13
     logits = (q_nope · k_nope + q_pe · k_pe) / sqrt(qk_nope_head_dim + qk_rope_head_dim)
 
+The scale is another one for a converted model (its source's), with qk_norm_latent, and where
+softmax_scale is set: see MultiHeadLatentAttention.__init__.
+
 c_q is norm(W^DQ x), or x itself with q_lora_rank = 0. In the matrices that hold two symbols their
 rows stand one after the other, all heads of the first, then all heads of the second.
 

@@ -80,7 +80,7 @@ distill_hidden = 0.0  # weight of how far each block's output is from the teache
 # schedule
 max_iters = 600000  # steps
 decay_lr = True
-schedule = 'cosine'  # cosine | wsd (warmup, stable, then linear decay)
+schedule = 'cosine'  # cosine | wsd (warmup, stable, linear decay): get_lr_share in trainer.py
 warmup_iters = 2000
 lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters
 min_lr = 6e-5
@@ -162,6 +162,7 @@ from_scratch = init_from in ('scratch', 'auto') and not resuming
 saved = {}
 if resuming:
     saved = native.peek(last)
+    # The settings of the run, into `config` and into the names of this script.
     config.adopt(saved.get('config', {}), last, but=run_folder.NOT_OF_A_RUN)
 
 # -------------------------------------------------------------------------------------------------
@@ -192,7 +193,8 @@ if from_scratch:
 # -------------------------------------------------------------------------------------------------
 # data and model
 
-if config.adopted('dataset'):  # what a file names is only read: no prepare.py runs because of it
+if config.adopted('dataset'):
+    # A dataset that last.pt names is only read: no file makes a prepare.py run.
     token_files.require(dataset, str(last), '--dataset')
 else:
     token_files.prepare_if_missing(dataset)  # may take longer than processes wait for one another
@@ -258,7 +260,7 @@ if resuming:
     if changes := config.differences(saved.get('config', {}), but=run_folder.NOT_OF_A_RUN):
         log_line(f'settings that differ from it: {changes}')
 conversion = source.get('conversion')  # how a converted model was made
-source = saved = None  # its moments and weights are in use now
+source = saved = None  # free their memory: weights and moments were copied
 
 kind, commit = native.kind_of(model), devices.commit()
 peak_flops = devices.peak_flops(device, model.stream) * world
@@ -467,6 +469,7 @@ speed = 0.0  # tokens a second
 mark = None  # (time, step) after the last pause
 last_line = 0.0  # the time of the last step's line
 stop = ''
+# A signal may have ended the evaluation of this very step.
 if resuming and run.evaluated_step < run.step and run.step % eval_interval == 0:
     stop = evaluate()
     to_save[last] = checkpoint(model=model.state_dict(), **trainer.state())
@@ -484,8 +487,8 @@ while not stop:
     logging = run.step % log_interval == 0 or ending
     evaluating = run.step % eval_interval == 0 or ending
     keeping = run.step in steps_to_keep
-    pausing = logging or evaluating or keeping or run.step in (first_step, speed_from)
-    if not (pausing or vote.due(run.step)):
+    looking = logging or evaluating or keeping or run.step in (first_step, speed_from)
+    if not (looking or vote.due(run.step)):
         continue
 
     # Here, and only here, the processes wait for the device and agree on whether to go on.
@@ -497,7 +500,7 @@ while not stop:
     saver.check()
     if vote.take(run.step):
         stop = f'stopped by {vote.reason}'
-    if not (pausing or stop):
+    if not (looking or stop):
         continue
     if mark:
         passed = time.monotonic() - mark[0]
@@ -551,14 +554,14 @@ def write_sample():
     """Print a text of the trained model."""
     codec = tokenizer or Tokenizer(meta)
     learned = model.config.pos == 'learned'
-    memory = Cache.of(model.eval(), 1, block_size, static=device.type == 'cuda', kernel='torch')
+    cache = Cache.of(model.eval(), 1, block_size, static=device.type == 'cuda', kernel='torch')
     length = min(sample_tokens, block_size) if learned else sample_tokens
     with torch.compiler.set_stance('force_eager'), trainer.averaged():
         tokens = generate(
             model,
             [codec.encode('\n')],
             length,
-            cache=memory,
+            cache=cache,
             temperature=0.8,
             top_k=200,
             vocab_size=codec.vocab_size,

@@ -302,6 +302,7 @@ def test_plot_only_draws_the_committed_figures(arguments, log, drawn, committed)
         (['train'], dict(peer='nowhere'), '--peer=nowhere is no checkout of nanoGPT: it has no'),
         (['race'], dict(peer='nowhere'), '--peer=nowhere is no checkout of nanoGPT'),
         (['race'], {}, 'a race needs a peer: --peer=FOLDER'),
+        (['race'], dict(profile=True), '--profile=True goes with train, scale and'),
         (['train'], dict(n_head=3), 'n_embd=16 is not a multiple of n_head=3'),
         (['train'], dict(results='no/folder/r.jsonl'), '--results=no/folder/r.jsonl'),
         (['scale'], dict(gpus='1,two'), '--gpus=1,two'),

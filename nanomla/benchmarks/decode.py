@@ -17,7 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT
-from nanomla.benchmarks.plan import UNCACHED_STEPS, DecodePlan, build_model, make_cache
+from nanomla.benchmarks.plan import (
+    PROFILED_LINES,
+    PROFILED_STEPS,
+    UNCACHED_STEPS,
+    DecodePlan,
+    build_model,
+    make_cache,
+)
 from nanomla.core import devices
 from nanomla.core.configurator import UserError
 from nanomla.core.files import ResultsTable
@@ -29,6 +36,7 @@ from nanomla.core.timing import (
     repeated_seconds,
     reset_peak_memory,
     seconds,
+    synchronize,
 )
 from nanomla.inference.cache import PAGE_SIZES, Cache, CacheOptions
 from nanomla.inference.generate import generate, prefill
@@ -237,6 +245,8 @@ def time_configuration(plan: DecodePlan, model: GPT, configuration: Configuratio
         repeats=plan.repeats,
     )
     row |= median_and_range('step_us', times, 1e6)
+    if plan.settings['profile'] and cache is not None:
+        print('\n'.join(profile_lines(device, work)), flush=True)
     step_peaks = peaks(device)
     row |= larger(prefill_peaks, step_peaks)
     row['step_peak_allocated'] = None
@@ -270,6 +280,30 @@ def time_tokens(device: torch.device, work: Work, repeats: int) -> list[float]:
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     return repeated_seconds(device, lambda i: next(work.tokens), work.steps, repeats)
+
+
+def profile_lines(device: torch.device, work: Work) -> list[str]:
+    """Return the longest kernels (on a CPU: operations) of a decode step, a line each."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity, time = ProfilerActivity.CPU, 'self_cpu_time_total'
+    if device.type == 'cuda':
+        activity, time = ProfilerActivity.CUDA, 'self_device_time_total'
+    with profile(activities=[activity]) as profiler:
+        for _ in range(PROFILED_STEPS):
+            next(work.tokens)
+        synchronize(device)
+    events = profiler.key_averages()
+    total = max(sum(getattr(event, time) for event in events), 1e-9)
+    lines = [f'a step: {total / PROFILED_STEPS:,.0f} µs in the profiler, which slows it down']
+    for event in sorted(events, key=lambda event: -getattr(event, time))[:PROFILED_LINES]:
+        took = getattr(event, time)
+        calls = event.count / PROFILED_STEPS
+        lines.append(
+            f'  {took / total:6.1%} {took / PROFILED_STEPS:10,.1f} µs {calls:5.0f} x  '
+            f'{event.key[:70]}'
+        )
+    return lines
 
 
 def larger(first: dict, second: dict) -> dict:

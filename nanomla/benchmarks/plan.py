@@ -15,6 +15,8 @@ from nanomla.core.devices import pick_dtype
 from nanomla.inference.cache import LAYOUTS, PAGE_SIZES, Cache
 from nanomla.inference.quantize import BITS, FULL
 
+PROFILED_STEPS = 3  # with --profile, beside the timed ones
+PROFILED_LINES = 12  # kernels that are shown
 UNCACHED_STEPS = 1  # between two looks at the clock: each is a whole forward pass
 
 # Batch sizes and contexts where the settings leave them empty, on a GPU and on a CPU.
@@ -66,7 +68,8 @@ class DecodePlan:
         """Return how many tokens a sequence decodes while a configuration is timed."""
         if layout == 'none':
             return 1 + UNCACHED_STEPS * self.repeats
-        return self.warmup + self.steps * self.repeats
+        profiled = PROFILED_STEPS if self.settings['profile'] else 0
+        return self.warmup + self.steps * self.repeats + profiled
 
 
 def make_plan(settings: Settings, device: torch.device) -> DecodePlan:

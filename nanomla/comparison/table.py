@@ -355,7 +355,7 @@ def _table_cells(found: list[dict]) -> list[list[str]]:
     """Return the header and a line of cells for each row, without columns that are empty."""
     tuned_names = _tuned_names(found)
     cells = [list(COLUMNS)]
-    cells[0][5] = ', '.join(tuned_names)
+    cells[0][COLUMNS.index('tuned')] = ', '.join(tuned_names)
     for row in found:
         cells.append(_cells(row, tuned_names))
     shown = []
@@ -409,7 +409,7 @@ def _cells(row: dict, tuned_names: list[str]) -> list[str]:
     cells = [label, _params_cell(row), _cache_cell(row)]
     if row['error'] and row['val_loss'] is None:
         message = f'failed: {row["error"]}'.replace('|', '\\|')
-        return cells + [message, '', '', '', '', '']
+        return cells + [message] + [''] * (len(COLUMNS) - len(cells) - 1)
     memory_cell = '' if row['peak_memory'] is None else memory(row['peak_memory'])
     return cells + [
         _loss_cell(row),

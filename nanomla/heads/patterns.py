@@ -28,7 +28,10 @@ import torch.nn.functional as F
 from model import GPT, Attention
 from nanomla.core.configurator import UserError
 
+# Scores of attention to one key, which `second_copy` names for each.
 KINDS = ('induction', 'duplicate', 'previous', 'current', 'first')
+# Of these, what a head may be called, which decides over ablation in groups and colours.
+LABELS = KINDS
 TRIALS = ('repeated', 'control', 'gap')
 NEEDS_REPETITION = ('induction', 'duplicate')
 THRESHOLD = 0.2  # by how much a score must beat null and control before a head gets a label
@@ -381,7 +384,7 @@ def score_heads(
     )
     nulls = null_score(trial.L, no_gap), null_score(trial.L, trial.gap)
     grids = {kind: scores_of_kind(found, kind) for kind in KINDS}
-    passes = {kind: passes_tests(found, kind, nulls, threshold) for kind in KINDS}
+    passes = {kind: passes_tests(found, kind, nulls, threshold) for kind in LABELS}
     grids['positional'] = positional_scores(found['control'])
     grids['shifted'] = shifted_scores(found)
     passes['positional'] = grids['positional']['score'] - nulls[0] > threshold

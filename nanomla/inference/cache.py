@@ -11,10 +11,11 @@ Caches for decoding. A cache is a layout times a storage times what an attention
 
 Bytes, with slots = rows · size, or pages · page_size, and b bytes an element of the full precision:
 
-    nbytes = sum over layers and names of  slots · per_slot + window_bytes,
-    per_slot = width · b                                     window_bytes = 0
-    int8, int4: ceil(width · bits / 8) + 4 · width / group
-                                                  window_bytes = rows · window · width · b
+    nbytes = sum over layers and names of  slots · per_slot + window_bytes
+
+                   per_slot                                      window_bytes
+    floats         width · b                                     0
+    int8, int4     ceil(width · bits / 8) + 4 · width / group    rows · window · width · b
 
 The 4 bytes of a group are its scale and its zero in fp16; group is the largest divisor of width up
 to 64. The window is no longer than `size`. k_pe is never quantised: one rotated key for all heads
@@ -79,7 +80,7 @@ class Plan:
     rows: torch.Tensor | None  # the rows that get tokens (B,); None = all, in order
     counts: torch.Tensor | None  # new tokens of each (B,); None = cache.counts
     ragged: bool  # whether counts may differ, so that some tokens are padding
-    reach: int  # slots of a sequence that its queries may see
+    reach: int  # N: slots of a sequence that its queries may see
     T: int  # tokens of the longest
     fresh: bool  # whether all of the rows are empty before it
 
@@ -164,7 +165,8 @@ class Pass:
             slots=slots,
         )
         if cache.dtype in BITS:
-            # Before `start` the window is a ring; the tokens of this pass come after its W slots.
+            # CacheLayer.append looks for recent tokens in [window | new tokens], W + T of them. The
+            # window is a ring: a slot before `start` is at its remainder by W. New ones follow.
             ring_or_new = torch.where(slot < start, slot % max(W, 1), W + slot - start)
             view.recent = slot >= torch.minimum(start, self.lengths[:, None] - W)
             view.recent_index = ring_or_new.clamp(0, W + self.T - 1)
@@ -173,8 +175,10 @@ class Pass:
 
 def repeat_first(chosen, to):
     """
-    Return which token goes where, (B T,) each, for chosen and to (B, T): tokens not chosen repeat
-    the first chosen one, so that one write of a fixed size serves every mixture of lengths.
+    Return which token goes where, (B T,) each, for chosen and to (B, T).
+
+    A write has a fixed size, B T, whatever the lengths: in place of a token that is not chosen the
+    first chosen one is written to its own slot once more.
     """
     chosen, to = chosen.flatten(), to.flatten()
     own = torch.arange(len(chosen), device=chosen.device)
@@ -217,8 +221,9 @@ class Store:
     @property
     def kernel_buffers(self) -> tuple:
         """Codes (or values), scales and window for a kernel; None for what is not there."""
-        values, scales = (*self.data, None)[:2]
-        return values, scales, self.recent
+        if self.bits == 0:
+            return self.data[0], None, self.recent
+        return *self.data, self.recent
 
     def write(self, x) -> None:
         """Write the new tokens x (B, T, C) to their slots."""
@@ -231,9 +236,11 @@ class Store:
             self.recent[write.window_slots] = flat[write.window_tokens].to(self.recent.dtype)
 
     def append(self, x):
-        """Write new tokens x (B, T, C), return what their queries see (B, N, C), else zeros."""
+        """Write new tokens x (B, T, C); return all (B, N, C), zeros in slots without a token."""
         view = self.cache.current.read_view
-        before = None if self.recent is None else self.windows()
+        before = None
+        if self.recent is not None:
+            before = self.windows()  # a copy: the write goes over the oldest of the ring
         self.write(x)
         parts = [self.read(buffer) for buffer in self.data]
         if self.bits == 0:
@@ -339,6 +346,8 @@ class CacheLayer(Context):
         """
         `write` one token of each sequence, name=(B, C), to which RoPE and `norm` were not applied
         yet, and return its query q (B, C) with RoPE: see attention_kernel.append_tokens.
+
+        rope_widths: channels of a head that RoPE turns, of q, of the first and of the second name.
         """
         self.check_names(new)
         return attention_kernel.append_tokens(
@@ -354,6 +363,7 @@ class CacheLayer(Context):
         """Whether `attend_in_place` can take T new tokens of a sequence; `append` always can."""
         if T > 1 or self.cache.kernel == 'torch':
             return False
+        # Ours finds the sequences of any rows; the libraries' kernels take all rows in their order.
         return self.cache.kernel == 'triton' or self.cache.current.rows is None
 
     def attend_in_place(self, q, scale: float, q_pe=None):
@@ -507,14 +517,14 @@ class Cache(Context):
         self.row_numbers = torch.arange(rows, device=self.device)
         self.steps_of_page = torch.arange(self.page_size, device=self.device)
         self.layers = [self.make_layer(dims) for dims in layer_dims]
-        self.latent = 'c_kv' in self.layers[0].stores  # MLA's stores: keys are [c_kv | k_pe]
+        self.holds_latents = 'c_kv' in self.layers[0].stores  # MLA: keys are [c_kv | k_pe]
         self.next_plan: Plan | None = None
         self.current: Pass | None = None
         self.decode_step = None  # the last one-token step of nanomla/inference/generate.py
         self.backend_state = {}  # what a decode backend keeps from step to step
         self.kernel = self.pick_kernel(options.kernel, heads)
         self.static = options.static and self.kernel != 'flashinfer'
-        if self.kernel in ('flex', 'flashmla') and self.latent:
+        if self.kernel in ('flex', 'flashmla') and self.holds_latents:
             for layer in self.layers:
                 layer.join()
 
@@ -568,13 +578,13 @@ class Cache(Context):
             if names not in (['k', 'v'], ['c_kv', 'k_pe']):
                 return f'it reads k and v, or c_kv and k_pe, not {" and ".join(names)}'
             width = first.width
-            if not self.latent:
+            if not self.holds_latents:
                 if width % heads:
                     return f'{width} channels are not {heads} heads'
                 width //= heads
             dtype = self.full if first.bits else first.data[0].dtype
             reason = attention_kernel.reason_not_to_run(
-                self.device, dtype, width, first.bits, first.group, self.latent
+                self.device, dtype, width, first.bits, first.group, self.holds_latents
             )
             if reason:
                 return reason

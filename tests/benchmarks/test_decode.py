@@ -1,6 +1,7 @@
 """Decode steps: complete rows, bytes by the formula, crossings, fragmentation, lack of memory."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,17 @@ def test_mixed_lengths_stay_inside(batch, longest, seed):
     assert min(lengths) >= 1
     assert max(lengths) <= longest
     assert lengths == decode.mixed_lengths(batch, longest, seed)
+
+
+def test_a_profile_names_the_operations_of_a_step(bench, capsys):
+    assert bench(models='mla', caches='dense', profile=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith('a step: '))
+    shares = [
+        line for line in lines[first + 1 :] if re.fullmatch(r' +[\d.]+% .* µs .* x  .*', line)
+    ]
+    assert any('mm' in line for line in shares)
+    assert sum(float(line.split('%')[0]) for line in shares) < 101
 
 
 @pytest.mark.gpu

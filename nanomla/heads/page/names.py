@@ -2,7 +2,9 @@
 What the page calls its labels, scores and columns, and what they mean: the one list of them, which
 travels to the page's scripts inside its report.
 
-To show one more score of a head: put it into the entries of report.examine, and name it in SCORES.
+To show one more score of a head:
+- attention to one more key: KINDS and second_copy in patterns.py, then a Score here;
+- another number: add it to the entries of the heads, as report.add_copying does, then a Score here.
 """
 
 from dataclasses import asdict, dataclass
