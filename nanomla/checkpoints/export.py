@@ -187,7 +187,7 @@ def check_config(architecture: Family, config: GPTConfig) -> None:
 
 
 def check_scale(model: GPT, width: int) -> None:
-    """Refuse a model whose softmax scale is not 1 / sqrt(width), the one that stock classes have."""
+    """Refuse a model whose softmax scale is not 1 / sqrt(width), which stock classes have."""
     for n, block in enumerate(model.transformer.h):
         if not math.isclose(block.attn.scale, width**-0.5, rel_tol=1e-6):
             raise UserError(
