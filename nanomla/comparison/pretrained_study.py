@@ -229,9 +229,10 @@ def main(settings: dict) -> None:
         check_choice('recipes', name, RECIPES)
     if not is_there(study, model='the source'):
         add_row(study, dict(model='the source'), study.model)
+    caches = ['', cache_dtype] if cache_dtype else ['']
     for folder in split_list(models):
         model = load_model(folder).model.to(study.device).eval()
-        for cache in ('', cache_dtype) if cache_dtype else ('',):
+        for cache in caches:
             if not is_there(study, model=folder, cache=cache):
                 add_row(study, dict(model=folder, cache=cache), model, cache)
         del model
