@@ -548,10 +548,10 @@ def weights_of(checkpoint):
 def train(results, name):
     out = results.folder / name
     settings = FROM_SCRATCH | MODELS[name]
-    said = results.run('train.py', dataset=results.folder / 'text', out_dir=out, **settings)
+    printed = results.run('train.py', dataset=results.folder / 'text', out_dir=out, **settings)
     assert is_png(out / 'curve.png')
     found = losses((out / 'log.jsonl').read_text().splitlines())
-    found['sample'] = re.search('--- a sample ---\n(.*?)\n---\n', said, re.DOTALL)[1]
+    found['sample'] = re.search('--- a sample ---\n(.*?)\n---\n', printed, re.DOTALL)[1]
     return found | weights_of(out / 'ckpt.pt')
 
 
@@ -612,7 +612,7 @@ def answer(results):
 def convert(results):
     """An old Llama as MLA: the table that the file holds, the numbers in print, and the weights."""
     out = results.folder / 'converted'
-    said = results.run(
+    printed = results.run(
         'convert_mla.py',
         results.folder / 'old-llama',
         out=out,
@@ -631,11 +631,11 @@ def convert(results):
     history = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True)['conversion']
     keys = 'bytes', 'saved', 'nats', 'perplexity'
     table = [[row[key] for key in keys] for row in history['table']]
-    printed = re.findall(r' (\d+) +([-\d.]+) % +([\d.]+)$', said, re.MULTILINE)
-    assert len(printed) == len(table)
+    rows = re.findall(r' (\d+) +([-\d.]+) % +([\d.]+)$', printed, re.MULTILINE)
+    assert len(rows) == len(table)
     return dict(
         table=table,
-        printed=[[*map(float, row)] for row in printed],
+        printed=[[*map(float, row)] for row in rows],
         layers=[[layer['rank'], layer['energy']] for layer in history['layers']],
     ) | weights_of(out / 'ckpt.pt')
 

@@ -947,8 +947,8 @@ def test_the_averaged_weights_are_evaluated_and_kept(monkeypatch):
 
 @pytest.mark.parametrize('always, kept', [(False, 8), (True, 16)])
 def test_ckpt_is_the_best_or_the_newest(always, kept, monkeypatch):
-    told = iter([3.0, 2.0, 2.5, 2.25])
-    monkeypatch.setattr(Trainer, 'evaluate', lambda self, stopping: next(told))
+    losses = iter([3.0, 2.0, 2.5, 2.25])
+    monkeypatch.setattr(Trainer, 'evaluate', lambda self, stopping: next(losses))
     train(max_iters=16, always_save_checkpoint=always)
     content = checkpoint.load('out')
     assert content['step'] == kept

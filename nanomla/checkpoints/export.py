@@ -361,8 +361,8 @@ class LayerRewriter:
             torch.cat([up, up.new_zeros(len(up), missing)], dim=1),
         ).with_norm(self.half)
         places = places_of(pairs, table)
-        k_pe = spread_pairs(k_pe, places, len(table))
-        pe_bias = spread_pairs(pe_bias[:, None], places, len(table))[:, 0]
+        k_pe = pairs_in_places(k_pe, places, len(table))
+        pe_bias = pairs_in_places(pe_bias[:, None], places, len(table))[:, 0]
         self.set(
             {
                 'kv_a_proj_with_mqa.weight': torch.cat([path.down, k_pe]),
@@ -406,7 +406,7 @@ class LayerRewriter:
         """Return the rows of all heads' queries with their pairs where the table has them."""
         H, config = self.config.n_head, self.config
         nope, pe = q.split([H * config.qk_nope_head_dim, H * config.qk_rope_head_dim])
-        pe = spread_pairs(pe.unflatten(0, (H, -1)), places_of(pairs, table), len(table))
+        pe = pairs_in_places(pe.unflatten(0, (H, -1)), places_of(pairs, table), len(table))
         return torch.cat([nope, pe.flatten(0, 1)])
 
 
@@ -419,7 +419,7 @@ def places_of(pairs: list[int], table: list[int]) -> list[int]:
     return [table.index(pair) + pairs[:k].count(pair) for k, pair in enumerate(pairs)]
 
 
-def spread_pairs(rows: torch.Tensor, places: list[int], count: int) -> torch.Tensor:
+def pairs_in_places(rows: torch.Tensor, places: list[int], count: int) -> torch.Tensor:
     """Move pair k of `rows` (..., P, C) to pair places[k] of (..., 2 count, C), else zero."""
     a, b = rows.unflatten(-2, (2, -1)).unbind(-3)
     wide = rows.new_zeros(*rows.shape[:-2], 2, count, rows.size(-1))

@@ -356,7 +356,7 @@ class Contender:
         return self.chosen
 
     def at_edge(self) -> bool:
-        """Tell whether a chosen number is the least or the most of those that could be trained."""
+        """Return whether a chosen number is the least or the most of those to be trained."""
         if not self.chosen:
             return False
         done = [run.tuned for run in self.tuning if run.state() == 'done']

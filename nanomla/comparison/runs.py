@@ -250,7 +250,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def made(self) -> bool:
-        """Tell whether it is time to stop; `reason` says why."""
+        """Return whether it is time to stop; `reason` says why."""
         if not self.reason and self.deadline and time.monotonic() > self.deadline:
             self.reason = 'max_minutes'
         return bool(self.reason)

@@ -158,7 +158,7 @@ class Results:
         return Results(self.head, kept, self.runs)
 
     def any_shared(self) -> bool:
-        """Tell whether runs shared a device."""
+        """Return whether runs shared a device."""
         return any(run['shared'] for run in self.runs)
 
 

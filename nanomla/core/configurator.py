@@ -129,7 +129,7 @@ class Settings(dict):
                 self._adopted[name] = where
 
     def adopted(self, name: str) -> bool:
-        """Tell whether a setting has its value from the settings of an earlier run."""
+        """Return whether a setting has its value from the settings of an earlier run."""
         return name in self._adopted
 
     def differences(self, values: Mapping, but: Collection[str] = ()) -> str:

@@ -312,7 +312,7 @@ class StopVote:
         self.next = step + 1
 
     def due(self, step: int) -> bool:
-        """Tell whether the processes vote at this step. One process alone votes when it wants."""
+        """Return whether the processes vote at this step. One process alone votes when it wants."""
         if self.world == 1:
             return self.wish() != ''
         return step >= self.next

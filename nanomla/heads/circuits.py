@@ -43,7 +43,7 @@ class Circuits:
 
 
 def has_circuits(model: GPT) -> bool:
-    """Tell whether the attention of every layer gives its heads' matrices."""
+    """Return whether the attention of every layer gives its heads' matrices."""
     return all(block.attn.circuit_weights is not None for block in model.transformer.h)
 
 

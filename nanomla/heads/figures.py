@@ -219,7 +219,7 @@ def looks_of(runs: list[dict]) -> dict[str, Look]:
 
 
 def has_text(runs: list[dict]) -> bool:
-    """Tell whether all runs were measured on held-out text, and are not those of a study."""
+    """Return whether all runs were measured on held-out text, and are not those of a study."""
     for run in runs:
         if 'variant' in run or not run.get('max_text'):
             return False

@@ -16,7 +16,7 @@ from nanomla.heads.patterns import hooks
 
 
 def has_latents(model: GPT) -> bool:
-    """Tell whether every layer's attention caches a latent."""
+    """Return whether every layer's attention caches a latent."""
     return all(block.attn.latent is not None for block in model.transformer.h)
 
 

@@ -423,7 +423,7 @@ def scores_of_kind(found: dict[str, TrialResult], kind: str) -> dict[str, torch.
 def passes_tests(
     found: dict[str, TrialResult], kind: str, nulls: tuple[float, float], threshold: float
 ) -> torch.Tensor:
-    """Tell of every head (N, H) whether it beats the null (and the control) of a kind."""
+    """Return for every head (N, H) whether it beats the null (and the control) of a kind."""
     values, control, gap = (found[name].scores[kind] for name in TRIALS)
     null, null_gap = nulls
     passed = bootstrap_interval(values)[0] - null > threshold

@@ -53,7 +53,7 @@ class Run:
         return files
 
     def is_complete(self) -> bool:
-        """Tell whether it has been trained to its end."""
+        """Return whether it has been trained to its end."""
         if not (self.folder / 'ckpt.pt').exists() or not step_files(self.folder):
             return False
         log = (self.folder / 'log.jsonl').read_text(encoding='utf-8', errors='replace')

@@ -146,7 +146,7 @@ def resume_command(out_dir: str) -> str:
 
 
 def attempts_allowed() -> bool:
-    """Tell whether torchrun --max_restarts would start this process again after a failure."""
+    """Return whether torchrun --max_restarts would start this process again after a failure."""
     return int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0
 
 

@@ -58,7 +58,7 @@ def print_after_training(settings: Mapping, model: 'GPT') -> None:
 
 
 def is_convertible(model: 'GPT') -> bool:
-    """Tell whether convert_mla.py takes the model: a plain GPT without QK-norm."""
+    """Return whether convert_mla.py takes the model: a plain GPT without QK-norm."""
     from model import GPT
 
     return type(model) is GPT and not model.config.qk_norm

@@ -97,7 +97,7 @@ def test_a_rope_that_changes_with_the_length_shortens_the_model(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# what else is said
+# what else is reported
 
 
 def test_parameters_that_only_our_model_has_are_zero(family):

@@ -353,7 +353,7 @@ def page(chromium, pair, tmp_path_factory):
     window.close()
 
 
-def settle(page):
+def wait_for_page(page):
     page.evaluate('new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))')
 
 
@@ -371,7 +371,7 @@ def point(page, q, k, view=0, click=False):
         page.mouse.click(x, y)
     else:
         page.mouse.move(x, y)
-    settle(page)
+    wait_for_page(page)
 
 
 def asked(page, view=0):
@@ -455,7 +455,7 @@ def test_the_sequence_shows_the_query_and_can_be_pointed_at(page):
     assert strip.nth(10).get_attribute('class') == 'query'
     assert strip.nth(11).get_attribute('class') == 'later'
     strip.nth(21).hover()
-    settle(page)
+    wait_for_page(page)
     assert [asked(page, view)[0] for view in (0, 1)] == [21, 21]
 
 
@@ -475,10 +475,10 @@ def test_the_keyboard_moves_a_locked_query_and_unlocks_it(show):
     page.locator('canvas.map').first.focus()
     for key in ('ArrowUp', 'ArrowUp', 'ArrowRight'):
         page.keyboard.press(key)
-    settle(page)
+    wait_for_page(page)
     assert [asked(page, view) for view in (0, 1)] == [(20, 8), (20, 8)]
     page.keyboard.press('Escape')
-    settle(page)
+    wait_for_page(page)
     assert page.locator('.lock').first.get_attribute('aria-pressed') == 'false'
     point(page, 30, 3)
     assert asked(page) == (30, 3)
@@ -792,7 +792,7 @@ def test_the_page_is_no_wider_than_its_window(make, width, show):
 def test_maps_are_pale_by_day_and_dim_at_night(show, scheme, other):
     page = show(bare(), color_scheme=scheme)
     page.emulate_media(color_scheme=other)
-    settle(page)
+    wait_for_page(page)
     corner = page.evaluate(
         """() => { const { base, layout, ratio } = views[0].map;
         const corner = [(layout.left + 20) * ratio, (layout.top + 200) * ratio];

@@ -114,7 +114,7 @@ def test_what_fails_in_the_thread_ends_the_run_with_one_line(error, message):
     assert str(raised.value).startswith(message)
     assert '\n' not in str(raised.value)
     assert raised.value.exit_code == 1
-    saver.check()  # it is said once
+    saver.check()  # it is reported once
     saver.save({'x': {}})
     with pytest.raises(RunError):
         saver.close()

@@ -105,7 +105,7 @@ def lock_run_folder(folder: str | os.PathLike) -> FolderLock:
 
 
 def folder_in_use(folder: str | os.PathLike) -> bool:
-    """Tell whether a train.py holds FOLDER/lock at this moment."""
+    """Return whether a train.py holds FOLDER/lock at this moment."""
     held = lock(folder)
     if held is None:
         return True
@@ -114,7 +114,7 @@ def folder_in_use(folder: str | os.PathLike) -> bool:
 
 
 def failed_in_use(reason: str, code: int) -> bool:
-    """Tell whether a train.py ended because another one trains in its folder."""
+    """Return whether a train.py ended because another one trains in its folder."""
     return code == 2 and IN_USE in reason
 
 
@@ -131,7 +131,7 @@ def launch_id() -> str:
 
 
 def is_later_attempt() -> bool:
-    """Tell whether torchrun or SLURM has started this launch before."""
+    """Return whether torchrun or SLURM has started this launch before."""
     counts = ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
     return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
