@@ -1,7 +1,7 @@
 """
 slurm/compare.sbatch without SLURM: a scontrol that only writes down how it is called.
 
-A compare.py without torch keeps compare.py's promise: asked to stop it saves and ends with exit code
+A compare.py without torch does as compare.py: asked to stop it saves and ends with exit code
 75.
 """
 
