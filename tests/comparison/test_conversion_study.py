@@ -116,7 +116,8 @@ def test_committed_logs_are_drawn(log, settings, line, tmp_path, monkeypatch, ca
 
 def test_results_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_rows('1.jsonl', [dict(kind='mha', seed=1, what='source', perplexity=2.0, commit='x')])
+    row = dict(kind='mha', seed=1, what='source', perplexity=2.0, commit='x', device='CPU')
+    write_rows('1.jsonl', [row])
     Path('broken.jsonl').write_text('{"kind": "mh\n')
     assert_refused('can only be drawn', monkeypatch, results='1.jsonl,2.jsonl')
     both = dict(draw_only=True, results='1.jsonl,3.jsonl')
