@@ -614,7 +614,9 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
-        self.init_weights()
+        # Weights without memory have no values, and torch takes long to draw none.
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
 
     def make_block(self, config: GPTConfig, layer: int) -> Block:
         return Block(config, self.Attention(config, layer))

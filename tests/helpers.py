@@ -1,5 +1,6 @@
 """What several test files use: running scripts, waiting for processes, tiny settings and models."""
 
+import importlib.util
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from forked import PATIENCE, end_of
 
@@ -69,6 +71,17 @@ VARIANTS = {  # name -> kind and settings of a model that the fixture `tiny` mak
     'mla_unequal': ('mla', dict(qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7)),
     'mla_only_rope': ('mla', dict(qk_rope_head_dim=8, head_dim=8)),
 }
+
+
+def needs(*packages: str) -> None:
+    """
+    Skip a file of tests where a package is missing.
+
+    Unlike pytest.importorskip this imports nothing: every process of the suite collects every file.
+    """
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f'could not import {name!r}', allow_module_level=True)
 
 
 # -------------------------------------------------------------------------------------------------

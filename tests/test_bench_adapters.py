@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PATIENCE, ROOT, exit_code, wait_until
+from helpers import PATIENCE, ROOT, exit_code, needs, wait_until
 
 import bench_adapters
 from model import GPT, GPTConfig
 from nanomla.adapters import report
 from nanomla.checkpoints import export
 
-pytest.importorskip('peft')
-pytest.importorskip('bitsandbytes')
-pytest.importorskip('rouge_score')
+needs('peft', 'bitsandbytes', 'rouge_score')
 CELLS = 'out/cells'
 TINY = dict(
     block_size=96,

@@ -261,6 +261,8 @@ class Contender:
             self.ratio = self.params / control_params
 
     def check_grid_keeps_size(self) -> None:
+        if self.grid.keys().isdisjoint(self.model().Config.keys()):
+            return
         sizes = set()
         for point in self.points:
             model = self.model(**point)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, words
+from helpers import ROOT, needs, words
 
 from model import GPT, GPTConfig
 from nanomla.adapters import cell as cells
@@ -27,9 +27,7 @@ from nanomla.checkpoints import export
 from nanomla.core.configurator import UserError, configure
 from nanomla.inference.cache import Cache
 
-pytest.importorskip('peft')
-pytest.importorskip('bitsandbytes')
-pytest.importorskip('rouge_score')
+needs('peft', 'bitsandbytes', 'rouge_score')
 CPU = torch.device('cpu')
 TINY = dict(
     block_size=96,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 from adapter_models import KINDS, LLAMA, make_adapted, move_adapters
+from helpers import needs
 
 from model import GPT, GPTConfig
 from nanomla.adapters import lora
@@ -11,8 +12,7 @@ from nanomla.adapters.lora import LinearGroup, LoraSettings
 from nanomla.core.configurator import UserError
 from nanomla.inference.cache import Cache
 
-pytest.importorskip('peft')
-pytest.importorskip('bitsandbytes')
+needs('peft', 'bitsandbytes')
 every_kind = pytest.mark.parametrize('name', KINDS)
 both_adapters = pytest.mark.parametrize('adapter', ['lora', 'qlora'])
 

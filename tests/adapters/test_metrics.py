@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import exit_code
+from helpers import exit_code, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from nanomla.adapters import metrics as answers
 from nanomla.adapters.instructions import Encoder
 from nanomla.core.configurator import UserError
 
-pytest.importorskip('rouge_score')
+needs('rouge_score')
 ROW = dict(system='Be brief.', question='2 + 2?', response='It is 4.')
 texts = st.text(st.characters(codec='utf-8'), max_size=30)
 

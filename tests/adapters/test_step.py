@@ -13,6 +13,7 @@ from adapter_models import (
     random_batch,
     targets_of,
 )
+from helpers import needs
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,8 +32,7 @@ from nanomla.adapters.step import (
 from nanomla.core.configurator import UserError
 from nanomla.training import kernels
 
-pytest.importorskip('peft')
-pytest.importorskip('bitsandbytes')
+needs('peft', 'bitsandbytes')
 RECOMPUTE = dict(
     none=dict(recompute='none'),
     selective=dict(recompute='selective', save_width=1.0, spared_layers=1),

@@ -2,10 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
+from subprocess import PIPE
 
 import pytest
+from forked import Popen
 from helpers import ROOT
 
 from nanomla.core.token_files import write_text
@@ -88,9 +89,10 @@ def outputs(project):
     )
     listed = json.dumps([[call[0], call[1:]] for call in calls.values()])
     command = [sys.executable, '-c', DRIVER, listed]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    with Popen(command, stdout=PIPE, stderr=PIPE, cwd=project, text=True) as driver:
+        out, err = driver.communicate()
+    assert driver.returncode == 0, err[-3000:]
+    lines = [json.loads(line) for line in out.splitlines()]
     return dict(zip(calls, lines))
 
 
