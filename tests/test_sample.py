@@ -446,7 +446,7 @@ def test_nanogpts_checkpoint_with_gpt2_tokens(size, tiny, sample):
             'there is no none/ckpt.pt: train a model with '
             '`python train.py config/train_shakespeare_char.py --out_dir=none`',
         ),
-        (['--init_from=gpt3'], 'there is no checkpoint gpt3'),
+        (['--init_from=gpt3'], "there is no checkpoint 'gpt3'"),
         (['--init_from=broken.pt'], 'broken.pt is no checkpoint'),
         (
             ['--init_from=unknown.pt'],

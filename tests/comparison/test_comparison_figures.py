@@ -40,9 +40,14 @@ def test_a_figure_is_drawn_of_whatever_there_is(losses, tmp_path):
     results = made_up(losses)
     draw(results, tmp_path / 'a.png')
     draw_front([results], tmp_path / 'front.png')
-    draw_front([results, results], tmp_path / 'several.png')
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b'\x89PNG')
+
+
+def test_comparisons_are_drawn_together(tmp_path):
+    unfinished = made_up(dict(mha=[1.5, None, None], mla=[None] * 3, other=[]))
+    draw_front([unfinished, made_up(MANY)], tmp_path / 'several.png')
+    assert (tmp_path / 'several.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_a_legend_names_contenders_without_a_speed_too(monkeypatch):
