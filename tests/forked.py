@@ -24,6 +24,7 @@ import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import TextIO
@@ -31,6 +32,7 @@ from typing import TextIO
 PATIENCE = 300  # seconds that an event may take on a busy machine; tests wait for it, not for them
 CAN_FORK = sys.platform == 'linux'  # torch does not survive a fork on a Mac
 LARGEST_MESSAGE = 2**17  # bytes; above all the environment
+FORK_ITS_PROGRAMS = 'FORK_ITS_PROGRAMS'  # a variable of a program whose own are to be forked, too
 real_popen = subprocess.Popen
 
 
@@ -81,14 +83,14 @@ class Popen:
     Other commands, and Python with options of its own, are left to subprocess.Popen.
     """
 
-    def __new__(cls, command, **options):
-        if is_program(command) and CAN_FORK:
+    def __new__(cls, args, **options):
+        if is_program(args) and CAN_FORK:
             return super().__new__(cls)
-        return real_popen(command, **options)
+        return real_popen(args, **options)
 
     def __init__(
         self,
-        command,
+        args,
         stdin=None,
         stdout=None,
         stderr=None,
@@ -99,7 +101,7 @@ class Popen:
         encoding=None,
         errors=None,
     ):
-        self.args = command
+        self.args = args
         self.returncode = None
         mode = dict(encoding=encoding, errors=errors)
         if not (text or encoding or errors):
@@ -108,7 +110,7 @@ class Popen:
         outs, self.stdout = open_stream(1, stdout, mode)
         errs, self.stderr = open_stream(2, outs if stderr == STDOUT else stderr, mode)
         request = dict(
-            words=[str(word) for word in command[1:]],
+            words=[str(word) for word in args[1:]],
             cwd=str(cwd or os.getcwd()),
             env={name: str(value) for name, value in (env or os.environ).items()},
             new_session=start_new_session,
@@ -166,11 +168,11 @@ class Popen:
 
 
 def is_program(command) -> bool:
-    """Return whether this is [sys.executable, script or -c or -m, ...]."""
+    """Return whether this is [sys.executable, script or -c or -m or -u, ...]."""
     if isinstance(command, (str, os.PathLike)) or len(command) < 2:
         return False
     python, first, *_ = map(str, command)
-    return python == sys.executable and (first in ('-c', '-m') or not first.startswith('-'))
+    return python == sys.executable and (first in ('-c', '-m', '-u') or not first.startswith('-'))
 
 
 def open_stream(number: int, wanted, mode: dict | None) -> tuple[int, object]:
@@ -277,6 +279,9 @@ def reopened(stream: TextIO, mode: str, **options) -> TextIO:
 def execute(words: list[str]) -> None:
     """Do what `python words` does, in this process."""
     first, *arguments = words
+    if first == '-u':
+        sys.stdout.reconfigure(write_through=True)
+        first, *arguments = arguments
     folder = str(Path(first).parent)
     if first in ('-c', '-m'):
         folder, what, *arguments = os.getcwd(), *arguments
@@ -311,12 +316,45 @@ def end_of(program: Callable[[], None]) -> int:
     return end.code or 0
 
 
+def fork_its_programs() -> list[str] | None:
+    """
+    Let a program's own Python programs be forks, too: of a server that is a fork of the program.
+
+    Returns None in the program, and in each of those programs its words.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server = os.fork()
+    if not server:
+        ours.close()
+        words = serve(theirs)
+        if words is None:
+            os._exit(0)
+        return words
+    theirs.close()
+    SERVER.connection, SERVER.process = ours, ProcessOf(server)
+    subprocess.Popen = Popen
+    atexit.register(SERVER.close)
+    return None
+
+
+@dataclass
+class ProcessOf:
+    """A child of this process, as far as Server.close needs it."""
+
+    pid: int
+
+    def wait(self) -> None:
+        os.waitpid(self.pid, 0)
+
+
 def main() -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
     import torch._dynamo  # noqa: F401  (an optimizer imports it, which takes as long as torch)
 
     gc.freeze()  # a collection in a program would copy the memory of all this
     words = serve(socket.socket(fileno=int(sys.argv[1])))
+    if words is not None and FORK_ITS_PROGRAMS in os.environ:
+        words = fork_its_programs() or words
     code = 0
     if words is not None:
         code = end_of(lambda: execute(words))

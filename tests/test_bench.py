@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import FORK_ITS_PROGRAMS
 from helpers import ROOT, exit_code, words
 
 from nanomla.benchmarks import race
@@ -152,6 +153,7 @@ def test_a_run_that_fails_ends_with_exit_code_1(capfd, monkeypatch):
 
 
 def test_scale_compares_one_process_with_two(capfd, monkeypatch, forked_python):
+    monkeypatch.setenv(FORK_ITS_PROGRAMS, '1')
     assert bench('scale', gpus='1,2') == 0
     out = capfd.readouterr().out
     assert '1 processes: ' in out

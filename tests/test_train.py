@@ -701,7 +701,9 @@ def test_a_limit_ends_a_run_early(limit, why, capsys):
 def by_torchrun(start, **settings):
     """Run train.py in two processes of torchrun; return exit code, stdout and stderr of each."""
     options = ['--standalone', '--nproc_per_node=2', '--log-dir=logs', '--redirects=3']
-    launcher = start('-m', 'torch.distributed.run', *options, **settings)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(forked.FORK_ITS_PROGRAMS, '1')
+        launcher = start('-m', 'torch.distributed.run', *options, **settings)
     code, ended = launcher.wait(PATIENCE), []
     for rank in '01':
         texts = []

@@ -1,12 +1,13 @@
 """An attention is one file: the one of docs/add_an_attention.md works in every script."""
 
 import json
+import os
 import shutil
 import sys
 from subprocess import PIPE
 
 import pytest
-from forked import Popen
+from forked import FORK_ITS_PROGRAMS, Popen
 from helpers import ROOT
 
 from nanomla.core.token_files import write_text
@@ -89,7 +90,10 @@ def outputs(project):
     )
     listed = json.dumps([[call[0], call[1:]] for call in calls.values()])
     command = [sys.executable, '-c', DRIVER, listed]
-    with Popen(command, stdout=PIPE, stderr=PIPE, cwd=project, text=True) as driver:
+    environment = os.environ | {FORK_ITS_PROGRAMS: '1'}
+    with Popen(
+        command, stdout=PIPE, stderr=PIPE, cwd=project, env=environment, text=True
+    ) as driver:
         out, err = driver.communicate()
     assert driver.returncode == 0, err[-3000:]
     lines = [json.loads(line) for line in out.splitlines()]
