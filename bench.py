@@ -23,7 +23,7 @@ peer_args = ''  # the peer's own command line (race); '' = its README's recipe f
 warmup_steps = 8  # steps before the clock starts
 timed_steps = 12  # steps (decode: tokens) between two looks at the clock
 repeats = 5  # how often; the median counts
-profile = False  # add a table of where the time of a step goes
+profile = False  # add a table of where the time of a step goes (decode: with a cache)
 vocabulary = 50257  # different tokens (train)
 gpus = '1,2'  # scale: numbers of processes
 micro_batches = '1'  # scale: batches of each process in a step, one number or several like 1,4

@@ -152,7 +152,10 @@ class GPTConfig:
 
     @classmethod
     def from_settings(cls, settings: dict, given: set | dict = (), **changes) -> 'GPTConfig':
-        """Take this class's fields out of a script's settings; `given` names those a person set."""
+        """
+        Take this class's fields out of a script's settings. `given` names those a person set, for
+        subclasses with a default that depends on it.
+        """
         return cls(**{key: settings[key] for key in cls.keys() if key in settings} | changes)
 
 
@@ -286,8 +289,8 @@ class Attention(nn.Module):
     def __init_subclass__(cls, **kwargs):
         """
         A subclass may compute something else, so what its base class says of itself does not hold
-        for it: what it does not define anew is "no" again. `latent` stays, because `qkv` uses it:
-        a subclass that changes it changes the attention.
+        for it: what it does not define anew is "no" again. `latent` is inherited: `qkv` calls it,
+        so it is right for the subclass, too.
         """
         super().__init_subclass__(**kwargs)
         for name in ('fused_step', 'circuit_weights', 'can_absorb'):
@@ -413,7 +416,7 @@ class Attention(nn.Module):
                 reasons.append(str(error).splitlines()[0])
         # torch warns about every backend that it passes over: "Flash attention requires ...",
         # "Both fused kernels require ...". The one about this kernel says more than the error.
-        about = ['']  # in every text
+        about = ['']  # '' is in every text: any warning will do
         if self.kernel in ('flash', 'cudnn'):
             about = [self.kernel, 'both fused']
         for reason in reasons:
@@ -426,8 +429,9 @@ class CompressedAttention(Attention):
     """
     An attention that caches less than keys and values, which are read out of it at every step.
 
-    It brings `query(x, rope)`: q (B, H, T, Dq); `compress(x, rope)`: what `cache_dims` names, each
-    (B, T, width), in that order; and `expand(*compressed)`: k (B, K, T, Dq) and v (B, K, T, Dv).
+    It brings `query(x, rope)`: q (B, H, T, Dq); `compress(x, rope)`: a dict of what `cache_dims`
+    names, each (B, T, width), in that order; and `expand(*compressed)`, which takes these and
+    returns k (B, K, T, Dq) and v (B, K, T, Dv).
     """
 
     def qkv(self, x, rope):
@@ -436,7 +440,8 @@ class CompressedAttention(Attention):
     def forward(self, x, rope, context: Context | None = None):
         if context is None or not context.is_cache:
             return super().forward(x, rope, context)
-        compressed, mask = self.compress(x, rope), None
+        compressed = self.compress(x, rope)
+        mask = None
         if context.fresh:
             context.write(**compressed)
             held = compressed.values()
@@ -539,7 +544,7 @@ class Gelu(torch.autograd.Function):
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         y = x.float()
-        # exp(-x²/2) / sqrt(2 pi)
+        # exp(-x²/2) / sqrt(2 pi) as a power of 2: 1.3257... = log2(sqrt(2 pi))
         density = torch.exp2(y * y * (-0.5 * LOG2E) - 1.3257480647361593)
         return (g.float() * (normal_cdf(y) + y * density)).to(x.dtype)
 

@@ -98,7 +98,8 @@ backend = 'auto'  # torch.distributed: auto | nccl | gloo
 
 from nanomla.core.configurator import UserError, configure
 
-config = configure(globals(), classes='attentions')  # before the imports: --help is quick
+# Before the imports, so that --help is quick. Fields of configs in attentions/ are settings, too.
+config = configure(globals(), classes='attentions')
 
 # -------------------------------------------------------------------------------------------------
 import json
@@ -157,6 +158,7 @@ run_lock = None
 if main and not eval_only and os.path.isdir(out):
     run_lock = run_folder.lock_run_folder(out)
     run_folder.finish_move(out)
+# `auto` also resumes where an earlier attempt of this launch (torchrun, SLURM) left a last.pt.
 resuming = run_folder.resumes(init_from, config.given, last, native.launch_of(last))
 from_scratch = init_from in ('scratch', 'auto') and not resuming
 saved = {}
@@ -194,7 +196,7 @@ if from_scratch:
 # data and model
 
 if config.adopted('dataset'):
-    # A dataset that last.pt names is only read: no file makes a prepare.py run.
+    # A checkpoint must not start a prepare.py: a dataset that last.pt names has to be there.
     token_files.require(dataset, str(last), '--dataset')
 else:
     token_files.prepare_if_missing(dataset)  # may take longer than processes wait for one another
@@ -420,8 +422,8 @@ def evaluate(train_loss=None):
     """
     Score the validation split, log it and save the best weights.
 
-    Returns why the run is to stop, '' where it is not. An evaluation that a signal ends is made
-    when the run is resumed.
+    Returns why the run is to stop, '' where it is not. An evaluation that a signal cuts short is
+    repeated when the run is resumed.
     """
     vote_in_evaluation.restart(0)
     val_loss = trainer.evaluate(stop_in_evaluation)
@@ -466,7 +468,7 @@ if run.step == 0 and 0 in steps_to_keep:
 first_step, speed_from = run.step + 1, run.step + WARMUP_STEPS
 timed_seconds, timed_steps = 0.0, 0  # without evaluations
 speed = 0.0  # tokens a second
-mark = None  # (time, step) after the last pause
+mark = None  # (time, step) where the clock went on: from speed_from on, after each pause
 last_line = 0.0  # the time of the last step's line
 stop = ''
 # A signal may have ended the evaluation of this very step.

@@ -295,7 +295,9 @@ def profile_lines(device: torch.device, work: Work) -> list[str]:
         synchronize(device)
     events = profiler.key_averages()
     total = max(sum(getattr(event, time) for event in events), 1e-9)
-    lines = [f'a step: {total / PROFILED_STEPS:,.0f} µs in the profiler, which slows it down']
+    what = 'kernels' if device.type == 'cuda' else 'operations'
+    took_all = f'{total / PROFILED_STEPS:,.0f} µs a step under the profiler'
+    lines = [f'{what} take {took_all}, without the gaps between them']
     for event in sorted(events, key=lambda event: -getattr(event, time))[:PROFILED_LINES]:
         took = getattr(event, time)
         calls = event.count / PROFILED_STEPS

@@ -31,7 +31,7 @@ from nanomla.core.configurator import UserError
 # Scores of attention to one key, which `second_copy` names for each.
 KINDS = ('induction', 'duplicate', 'previous', 'current', 'first')
 # Of these, what a head may be called, which decides over ablation in groups and colours.
-LABELS = KINDS
+LABELS = ('induction', 'duplicate', 'previous', 'current', 'first')
 TRIALS = ('repeated', 'control', 'gap')
 NEEDS_REPETITION = ('induction', 'duplicate')
 THRESHOLD = 0.2  # by how much a score must beat null and control before a head gets a label

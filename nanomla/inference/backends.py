@@ -45,10 +45,10 @@ def reason_not_to_run(name: str, cache) -> str:
     if cache.device.type != 'cuda' or cache.stores[0].data[0].dtype.itemsize != 2:
         return 'it needs a CUDA GPU and 16-bit numbers'
     widths = [[store.width for store in layer.stores.values()] for layer in cache.layers]
-    fits_mla = cache.latent and all(pair == [512, 64] for pair in widths)
+    fits_mla = cache.holds_latents and all(pair == [512, 64] for pair in widths)
     if name == 'flashmla' and not fits_mla:
         return 'it is made for MLA with a latent of 512 and a rotated key of 64'
-    if cache.latent and not fits_mla:
+    if cache.holds_latents and not fits_mla:
         return 'its MLA kernel is made for a latent of 512 and a rotated key of 64'
     if name == 'flashmla' and cache.page_size != 64:
         return 'its pages have 64 tokens (--page_size=64)'
@@ -164,12 +164,12 @@ def flashinfer(layer, q, scale, q_pe):
     wrapper = flashinfer_wrapper(cache, q.device)
     if 'planned' not in current.backend_state:  # once a step, for all layers
         current.backend_state['planned'] = True
-        if cache.latent:
+        if cache.holds_latents:
             plan_flashinfer_mla(wrapper, cache, q, q_pe, scale)
         else:
             plan_flashinfer(wrapper, cache, q, first.width, scale)
     q = q[:, :, 0].contiguous()
-    if cache.latent:
+    if cache.holds_latents:
         y = wrapper.run(q, q_pe[:, :, 0].contiguous(), k, v)
     else:
         D = q.size(-1)
@@ -183,7 +183,7 @@ def flashinfer_wrapper(cache, device):
 
     if 'flashinfer' not in cache.backend_state:
         workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
-        if cache.latent:
+        if cache.holds_latents:
             wrapper = library.mla.BatchMLAPagedAttentionWrapper(workspace)
         else:
             wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, 'NHD')

@@ -168,6 +168,7 @@ class Pass:
             # CacheLayer.append looks for recent tokens in [window | new tokens], W + T of them. The
             # window is a ring: a slot before `start` is at its remainder by W. New ones follow.
             ring_or_new = torch.where(slot < start, slot % max(W, 1), W + slot - start)
+            # In full precision are all new tokens, and the last W where the new ones are fewer.
             view.recent = slot >= torch.minimum(start, self.lengths[:, None] - W)
             view.recent_index = ring_or_new.clamp(0, W + self.T - 1)
         return view
@@ -278,7 +279,8 @@ class CacheLayer(Context):
         self.stores = stores
         self.joint = None
         self.ranges: ChannelRanges | None = None  # of keys with outlier channels
-        self.looked_at_keys = KEYS not in stores or not stores[KEYS].bits
+        # Channels of very different size are looked for once, in the first keys that are quantised.
+        self.ranges_known = KEYS not in stores or not stores[KEYS].bits
 
     def join(self) -> None:
         """Make MLA's stores columns of one buffer `joint` (slots, R + P), as some kernels want."""
@@ -321,8 +323,8 @@ class CacheLayer(Context):
         `write`, and return all that is cached, each (B, N, C) in the order of the names, and the
         mask (B, 1, T, N): which slot each query may see.
 
-        A quantised cache shows the tokens of this very call in full precision, and so many before
-        them as make W.
+        A quantised cache shows all tokens of this call in full precision; where they are fewer than
+        W, the ones before them as well, W in all.
         """
         self.check_names(new)
         new = self.even(new)
@@ -333,8 +335,8 @@ class CacheLayer(Context):
 
     def even(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Bring the channels of keys to one size, where those of the first pass differ."""
-        if not self.looked_at_keys:
-            self.looked_at_keys = True
+        if not self.ranges_known:
+            self.ranges_known = True
             tokens = self.cache.current.write_slots.tokens
             keys = new[KEYS].flatten(0, 1)
             self.ranges = ChannelRanges.of(keys if tokens is None else keys[tokens])
@@ -377,7 +379,7 @@ class CacheLayer(Context):
         if self.cache.kernel != 'triton':
             return backends.attend(self.cache.kernel, self, q, scale, q_pe)
         first, second = self.stores.values()
-        latent = self.cache.latent
+        latent = self.cache.holds_latents
         y = attention_kernel.decode_attention(
             q[:, :, 0].contiguous(),
             first.kernel_buffers,
@@ -509,7 +511,7 @@ class Cache(Context):
         self.slots = rows * size
         if options.layout == 'paged':
             self.lay_out_pages(options.pages)
-        self.used = [0] * rows  # the host's copy of `lengths`
+        self.used = [0] * rows  # tokens of each row as planned; `lengths` follows in `end`
         self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.counts = torch.ones(rows, dtype=torch.long, device=self.device)
         self.counts_on_host = [1] * rows
@@ -665,7 +667,7 @@ class Cache(Context):
 
     def take_pages(self, rows: list[int], counts: list[int]) -> None:
         """Take pages for new tokens, and an own copy of each page that is shared and is written."""
-        holders = {}  # as they will be once the copies before have been made
+        holders = {}  # of a page, after the copies noted so far
         copies, wanted = [], []
         for row, count in zip(rows, counts):
             pages = self.pages_of_row[row]

@@ -274,7 +274,7 @@ def test_mixed_lengths_stay_inside(batch, longest, seed):
 def test_a_profile_names_the_operations_of_a_step(bench, capsys):
     assert bench(models='mla', caches='dense', profile=True) == 0
     lines = capsys.readouterr().out.splitlines()
-    first = next(n for n, line in enumerate(lines) if line.startswith('a step: '))
+    first = next(n for n, line in enumerate(lines) if line.startswith('operations take '))
     shares = [
         line for line in lines[first + 1 :] if re.fullmatch(r' +[\d.]+% .* µs .* x  .*', line)
     ]

@@ -225,7 +225,7 @@ def test_a_part_of_the_page_that_is_missing_is_named(monkeypatch, tmp_path):
 
 def test_every_label_of_a_head_is_explained():
     labels = {label.name for label in names.LABELS}
-    assert labels == {*patterns.KINDS, 'positional'}
+    assert labels == {*patterns.LABELS, 'positional'}
 
 
 def test_every_label_has_a_colour():

@@ -97,7 +97,7 @@ def decode(cache, q, q_pe, lengths, rows=None):
     return attention_kernel.decode_attention(
         q,
         first.kernel_buffers,
-        v=None if cache.latent else second.kernel_buffers,
+        v=None if cache.holds_latents else second.kernel_buffers,
         q_pe=q_pe,
         k_pe=second.data[0] if q_pe is not None else None,
         lengths=lengths,

@@ -3,7 +3,8 @@ What the page calls its labels, scores and columns, and what they mean: the one 
 travels to the page's scripts inside its report.
 
 To show one more score of a head:
-- attention to one more key: KINDS and second_copy in patterns.py, then a Score here;
+- attention to one more key: KINDS and second_copy in patterns.py (and LABELS, where heads are to be
+  called by it), then a Score here;
 - another number: add it to the entries of the heads, as report.add_copying does, then a Score here.
 """
 
