@@ -406,7 +406,7 @@ class Attention(nn.Module):
             torch.zeros(1, heads, 128, width, device=device, dtype=dtype, requires_grad=True)
             for heads, width in self.sizes()
         )
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, torch.enable_grad():
             warnings.simplefilter('always')
             try:
                 self.attend(q, k, v).sum().backward()

@@ -487,7 +487,7 @@ def test_mla_differs_from_gpt_in_attention_alone(tiny):
         for kind in ('mha', 'mla')
     )
     assert mha - mla == {'transformer.wpe.weight'} and mla < mha
-    assert MODELS == dict(mha=GPT, mla=GPT_MLA)
+    assert (MODELS['mha'], MODELS['mla']) == (GPT, GPT_MLA)
 
 
 def test_an_mla_key_is_unknown_to_mha():

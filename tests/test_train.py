@@ -236,7 +236,7 @@ def test_a_second_run_moves_the_first_whole_to_a_folder_of_its_own(capsys):
     earlier = sorted(Path('out/previous').iterdir())
     assert len(earlier) == 2
     assert files(f'out/previous/{run_id}') == first
-    assert [log(folder)[0]['config']['seed'] for folder in earlier] == [1337, 1]
+    assert {log(folder)[0]['config']['seed'] for folder in earlier} == {1337, 1}
     assert [line['config']['seed'] for line in log() if line['event'] == 'settings'] == [2]
     assert Path('out/step-by-step-notes.pt').read_text() == 'of a person'
 

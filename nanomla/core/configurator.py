@@ -640,7 +640,7 @@ def _check_type(config: Settings, name: str, value, where: str):
     kind = type(config[name])
     if type(value) is int and kind is float:
         return float(value)
-    if isinstance(value, str) and '\0' in value:
+    if kind is str and isinstance(value, str) and '\0' in value:
         raise UserError(f'{where}: {name} holds a null character, which no name or text may')
     if type(value) is not kind:
         given = f'{_short(repr(value))} ({type(value).__name__})'

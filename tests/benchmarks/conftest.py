@@ -28,6 +28,7 @@ TINY = dict(
     batch_sizes='1,2',
 )
 PLAN = dict(  # what make_plan reads, as bench.py has it
+    profile=False,
     dtype='auto',
     peer='',
     models='mha',

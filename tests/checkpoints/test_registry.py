@@ -61,9 +61,12 @@ def test_it_is_saved_and_comes_back(gated, tiny, tokens, tmp_path):
 
 
 def test_where_it_is_not_registered_its_checkpoint_is_refused_by_name(tiny, tmp_path):
-    content = dict(kind='gated', model_args={}, model={}, step=1)
+    model = tiny('mha')
+    content = dict(
+        kind='unknown', model_args=native.model_args(model), model=model.state_dict(), step=1
+    )
     native.save(tmp_path / 'ckpt.pt', content)
-    refused(load_model, tmp_path, match="a model of kind 'gated', known are mha, mla")
+    refused(load_model, tmp_path, match="a model of kind 'unknown', known are mha, mla")
 
 
 def test_an_unregistered_model_is_refused_by_name():

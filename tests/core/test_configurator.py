@@ -803,7 +803,7 @@ KINDS = {
     int: st.integers(-(2**70), 2**70),
     float: st.floats(allow_nan=False, allow_infinity=False),
     bool: st.booleans(),
-    str: st.text(),
+    str: st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0')),
 }
 
 
