@@ -342,7 +342,7 @@ def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
 
 
 def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> None:
-    """Write the folder `out`, all of it or nothing; then the export, without which `out` stays."""
+    """Write the folder `out`, all of it or nothing."""
     with replacing_folder(out) as aside:
         native.save(aside / 'ckpt.pt', checkpoint_of(mla, loaded, report))
         if loaded.tokenizer is not None:
@@ -353,13 +353,16 @@ def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> 
         except UserError as error:  # without matplotlib
             print(f'no picture: {error}')
     print(f'written: {out}/ckpt.pt')
-    if not export:
-        return
+
+
+def export_copy(folder: str) -> None:
+    """Write the model in `folder` to `export`. `folder` stays, whatever happens."""
+    converted = load_model(folder)
     try:
-        write_export(mla, export, loaded.tokenizer)
+        write_export(converted.model, export, converted.tokenizer)
     except UserError as error:
-        raise UserError(f'{error}; {out} is written') from None
-    print(f'written: {export} ({servers_of(mla)})')
+        raise UserError(f'{error}; {folder} is written') from None
+    print(f'written: {export} ({servers_of(converted.model)})')
 
 
 def print_next(source: str, loaded: LoadedModel, text: str) -> None:
@@ -412,8 +415,11 @@ def main(source: str) -> None:
         convert_and_write(loaded, report, to_fit)
     if heal:
         T = window_size(model.config)
-        heal_model(Healing(out, source, name, heal, T, device))
-    else:
+        healing = Healing(out, source, name, heal, T, device)
+        heal_model(healing)
+    if export:
+        export_copy(healing.out if heal else out)
+    if not heal:
         print_next(source, loaded, name)
 
 

@@ -2,7 +2,7 @@
 Triton's interpreter for the tests of kernels.
 
 It must be chosen before Triton is imported. So the tests called `interpreted` run in a child
-process. All files of a session share one, whose outcome a test of each file gives.
+process. All files of a run share one, whose outcome a test of each file gives.
 """
 
 import functools
@@ -43,7 +43,7 @@ def run_child(which: str, files: tuple[str, ...]) -> subprocess.CompletedProcess
 
 def run_interpreted(request: pytest.FixtureRequest, which: str) -> None:
     """
-    Run the interpreted tests of this session's files in a child process, once.
+    Run the interpreted tests of all files that are tested in one child process, once.
 
     Asserts that those of the calling test's file have passed. which: their -m expression.
     """

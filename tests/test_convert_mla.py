@@ -182,6 +182,22 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
     assert not Path('new').exists()
 
 
+def test_what_is_exported_with_heal_is_the_healed_model(source, monkeypatch):
+    def heal(healing):
+        checkpoint = native.load('mla')
+        checkpoint['model']['transformer.ln_f.weight'] += 1
+        Path(healing.out).mkdir()
+        native.save(f'{healing.out}/ckpt.pt', checkpoint)
+
+    source()
+    monkeypatch.setattr(heal_module, 'heal', heal)
+    convert('src', out='mla', saving=0.5, heal=1000, export='hf', **QUICK)
+    idx = torch.arange(12)[None] % 10
+    exported, healed = (load_model(name).model(idx) for name in ('hf', 'mla-healed'))
+    torch.testing.assert_close(exported, healed, rtol=0, atol=1e-4)
+    assert not torch.allclose(healed, load_model('mla').model(idx), atol=1e-2)
+
+
 def test_a_lossless_conversion_of_every_pair(source):
     source(n_kv_head=2)
     convert('src', out='mla', **QUICK)
