@@ -79,7 +79,14 @@ from pathlib import Path
 
 from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import Settings, UserError, configure
-from nanomla.core.files import STARTED_BY_A_SCRIPT, progress_bar, read_json, write_file
+from nanomla.core.files import (
+    STARTED_BY_A_SCRIPT,
+    appending,
+    progress_bar,
+    read_json,
+    write_file,
+    writing,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -384,8 +391,9 @@ class Grid:
     def run_apart(self, name: str) -> dict:
         """Measure one cell in a process of its own."""
         log = self.out / 'logs' / self.row_file(name).with_suffix('.log').name
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, 'w') as file:
+        with writing(log):
+            log.unlink(missing_ok=True)  # of an attempt before
+        with appending(log) as file:
             if can_fork(self.settings['device']):
                 code = run_in_fork(lambda: self.run_here(name), file)
             else:

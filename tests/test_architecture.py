@@ -249,3 +249,41 @@ def test_no_attention_is_asked_for_by_name(name):
     for node in ast.walk(tree_of(FILES[name])):
         if compares_a_kind(node) or names_an_attention(node):
             raise AssertionError(f'{name}, line {node.lineno}: `{ast.unparse(node)}`')
+
+
+# -------------------------------------------------------------------------------------------------
+# what is written is written whole, and never through a link
+
+WRITERS = {'nanomla.core.files', 'nanomla.core.token_files'}
+WRITING_CALLS = {'write_text', 'write_bytes', 'copy', 'copyfile', 'copytree', 'move'}
+# To no file of a person: a copy of standard input, and a counter of the kernel.
+ELSEWHERE = ["open(copy, 'wb')", "Path('/proc/self/clear_refs').write_text('5')"]
+
+
+def writes_directly(node: ast.AST) -> bool:
+    """Return whether this writes a file, by `open` or by a method of paths or of shutil."""
+    if not isinstance(node, ast.Call):
+        return False
+    function, code = node.func, ast.unparse(node)
+    if isinstance(function, ast.Attribute) and function.attr in WRITING_CALLS:
+        of_files = function.attr.startswith('write_') or code.startswith('shutil.')
+        return of_files and not code.startswith('token_files.')
+    if code.startswith('open(os.devnull') or not code.startswith('open('):
+        return False
+    mode = ast.unparse(node.args[1]) if len(node.args) > 1 else ''
+    return bool(set('wax+') & set(mode))
+
+
+@pytest.mark.parametrize('path', EVERYWHERE, ids=name_of)
+def test_files_are_written_by_the_safe_writers_alone(path):
+    if name_of(path) in WRITERS:
+        return
+    direct = [ast.unparse(node) for node in ast.walk(tree_of(path)) if writes_directly(node)]
+    assert [code for code in direct if code not in ELSEWHERE] == []
+
+
+def test_what_writes_directly_is_found():
+    for code in ("open(p, 'a')", "open(p, 'xb')", 'p.write_text(t)', 'shutil.copy(p, q)'):
+        assert writes_directly(ast.parse(code, mode='eval').body), code
+    for code in ('open(p)', "open(p, 'rb')", 'write_text(f, t)', 'p.copy(q)'):
+        assert not writes_directly(ast.parse(code, mode='eval').body), code

@@ -29,7 +29,7 @@ import hugging_face
 
 from nanomla.core.checks import check_entries
 from nanomla.core.configurator import UserError, configure
-from nanomla.core.files import progress_bar, read_json, writing
+from nanomla.core.files import progress_bar, read_json
 from nanomla.core.token_files import SPLITS, Progress, TokenWriter, in_order, summary
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.training.next_steps import dataset_option, print_next_steps
@@ -265,8 +265,7 @@ def main():
         if limit:
             source += f', the first {done:,} documents'
         meta = encoding.meta | dict(source=source, sha256=sha256_of(files))
-        with writing(folder):
-            encoding.copy_to(folder)
+        encoding.copy_to(folder)
         meta = files.publish(meta | dict(documents=done, plan=plan))
     progress.remove()
     print(summary(folder, meta))

@@ -243,8 +243,7 @@ def write_dataset(text: Text, folder: str | Path) -> dict:
             bar.update(characters)
             progress.save_when_due(done, files)
         if text.codec:
-            with writing(folder):
-                text.codec.copy_to(folder)
+            text.codec.copy_to(folder)
         meta = files.publish(meta)
     progress.remove()
     return meta

@@ -10,6 +10,7 @@ import gc
 import math
 import re
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +27,7 @@ from nanomla.adapters.peft_peer import PEER_KERNELS, Peer
 from nanomla.adapters.step import Finetuner, evaluate
 from nanomla.checkpoints import hf
 from nanomla.core import devices, timing
+from nanomla.core.files import copy_file, writing
 from nanomla.core.timing import Clock, free_memory, matmul_rate, record_peak_memory
 
 CALIBRATION_ROWS = 16
@@ -396,8 +398,7 @@ class Measurement:
             tuner.step([batch])
             timing.synchronize(self.device)
         trace = Path(trace)
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(trace))
+        write_trace(profile, trace)
         events = profile.key_averages()
         ran = attention_of([event.key for event in events])
         return dict(
@@ -406,6 +407,14 @@ class Measurement:
             kernel_proved=ran in AS_ASKED[kernel],
             trace=f'{trace.parent.name}/{trace.name}',
         )
+
+
+def write_trace(profile: torch.profiler.profile, path: Path) -> None:
+    """Write a Chrome trace, all of it or nothing; the profiler writes only to a name."""
+    with writing(path), tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, path.name)
+        profile.export_chrome_trace(str(made))
+        copy_file(made, path)
 
 
 def longest_operators(events, on_gpu: bool, most: int = 12) -> list[dict]:

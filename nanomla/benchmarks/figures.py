@@ -387,7 +387,6 @@ def draw_scaling(rows: list[dict], path: str | Path) -> None:
         left.set_ylim(least - 2.5 - 0.8 * len(lines), 101)  # room for the legend
         left.legend(loc='lower left')
         figures.footer(fig, ' · '.join(origins(rows)))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figures.save(fig, path)
 
 

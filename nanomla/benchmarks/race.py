@@ -9,7 +9,6 @@ The peer runs in a copy of its checkout: nothing is written into the checkout it
 import json
 import pickle
 import re
-import shutil
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from nanomla.benchmarks.training import Benchmark, write_row
 from nanomla.core.configurator import UserError
+from nanomla.core.files import copy_file, write_file
 from nanomla.core.token_files import find, prepare_if_missing, read_meta
 from nanomla.training.launch import run_train
 
@@ -101,20 +101,17 @@ def copied_checkout(peer: str, folder: str) -> Path:
         raise UserError(f'a race needs tiny Shakespeare: {ours / "input.txt"} is missing')
     checkout = Path(folder, 'nanoGPT')
     theirs = checkout / 'data' / DATASET
-    theirs.mkdir(parents=True)
-    for file in Path(peer).glob('*.py'):
-        shutil.copy(file, checkout)
-    if Path(peer, 'config').is_dir():
-        shutil.copytree(Path(peer, 'config'), checkout / 'config')
+    for file in [*Path(peer).glob('*.py'), *Path(peer, 'config').glob('*.py')]:
+        copy_file(file, checkout / file.relative_to(peer))
     for split in ('train.bin', 'val.bin'):
-        shutil.copyfile(ours / split, theirs / split)
+        copy_file(ours / split, theirs / split)
     meta = read_meta(ours)
     vocabulary = dict(
         vocab_size=meta['vocab_size'],
         stoi={character: i for i, character in enumerate(meta['chars'])},
         itos=dict(enumerate(meta['chars'])),
     )
-    (theirs / 'meta.pkl').write_bytes(pickle.dumps(vocabulary))
+    write_file(theirs / 'meta.pkl', pickle.dumps(vocabulary))
     return checkout
 
 

@@ -58,7 +58,7 @@ from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
 from nanomla.conversion.settings import ConversionSettings, settings_for_saving
 from nanomla.core.checks import check_choice, split_list, split_numbers
 from nanomla.core.devices import commit, describe, pick_device
-from nanomla.core.files import read_jsonl
+from nanomla.core.files import appending, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def add_row(study: Study, row: dict, model: GPT, cache: str = '') -> dict:
         row[name] = round(perplexity(nats), 4)
     row |= dict(commit=commit(), device=describe(study.device), torch=torch.__version__)
     study.rows.append(row)
-    with open(results, 'a', encoding='utf-8') as file:
+    with appending(results) as file:
         file.write(json.dumps(row) + '\n')
     print({key: value for key, value in row.items() if key not in ('commit', 'device', 'torch')})
     return row

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, writing
+from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, appending, writing
 
 PROMPT = '$ python train.py '  # begins an attempt in output.txt
 FAILURE_LENGTH = 300  # letters of a reason
@@ -166,8 +166,8 @@ def stopped_code() -> int:
 def open_output(folder: str | os.PathLike, words: Iterable[str]) -> TextIO:
     """Open FOLDER/output.txt to append, and write the command, which begins an attempt."""
     path = Path(folder) / 'output.txt'
+    output = appending(path)
     with writing(path):
-        output = open(path, 'a', encoding='utf-8')
         output.write(f'{PROMPT}{shlex.join(words)}\n')
         output.flush()
     return output

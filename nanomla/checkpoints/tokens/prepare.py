@@ -7,7 +7,6 @@ when the tokenizer itself says so of the text around it, whatever its rules are.
 
 import multiprocessing
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 from nanomla.checkpoints.hub import model_folder, read_json
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer, read_tokenizer_config
 from nanomla.core.configurator import UserError
+from nanomla.core.files import copy_file
 
 # What ends a document in pretraining, by the families' names; the eos of a chat model ends a turn.
 DOCUMENT_ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<｜end▁of▁sentence｜>')
@@ -93,7 +93,7 @@ class DocumentCodec:
         for file in self.tokenizer.files:
             target = Path(folder) / file.name
             if not target.exists() or not target.samefile(file):
-                shutil.copyfile(file, target)
+                copy_file(file, target)
 
     def cut(self, text: str, most: int) -> tuple[int, int]:
         """
