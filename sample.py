@@ -56,7 +56,6 @@ import torch
 
 from model import GPT
 from nanomla.checkpoints.load import LoadedModel, TextCodec, codec_of, load_model, meta_of
-from nanomla.checkpoints.native import kind_of
 from nanomla.checkpoints.tokens.chat import chat_template_of, encode_chat
 from nanomla.core.checks import check_choice, check_range, settings_errors
 from nanomla.core.devices import pick_device, pick_dtype
@@ -254,7 +253,7 @@ def describe_cache(memory: Cache | None, block_size: int) -> str:
 
 def describe_model(loaded: LoadedModel) -> str:
     model = loaded.model
-    parts = f'{kind_of(model).upper()}, {model.num_params() / 1e6:.2f}M parameters, '
+    parts = f'{model.config.label}, {model.num_params() / 1e6:.2f}M parameters, '
     if loaded.step is not None:
         val_loss = float(loaded.checkpoint.get('best_val_loss', math.nan))
         parts += f'step {loaded.step}, val loss {val_loss:.4f}; '

@@ -268,7 +268,7 @@ kind, commit = native.kind_of(model), devices.commit()
 peak_flops = devices.peak_flops(device, model.stream) * world
 stream_dtype = str(model.stream).removeprefix('torch.')
 log_line(
-    f'{kind.upper()}, {model.num_params() / 1e6:.2f}M parameters, cache '
+    f'{model.config.label}, {model.num_params() / 1e6:.2f}M parameters, cache '
     f'{model.cache_bytes_per_token():,} bytes a token (bf16), {devices.describe(device)}, '
     f'{stream_dtype}\ntext: {meta["source"]}; {tokens_per_step:,} tokens a step'
 )

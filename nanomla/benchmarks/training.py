@@ -241,7 +241,7 @@ def time_step(
     flops = model.flops_per_token(settings['block_size']) * speed / batches.world  # of a process
     mfu = flops / devices.peak_flops(bench.device, bench.dtype)
     row = dict(
-        what=f'{settings["attention"].upper()} {model.num_params() / 1e6:.1f}M',
+        what=f'{model.config.label} {model.num_params() / 1e6:.1f}M',
         world=batches.world,
         ranks=ranks,
         config={key: value for key, value in settings.items() if key not in NOT_IN_ROWS},
