@@ -5,6 +5,10 @@ holds.
 torch.save writes a zip archive. `seal` adds checksums of all its bytes as the archive's comment,
 which torch.load skips. nanoGPT's and older checkpoints have none: they are held against the CRC-32
 that the archive has of each of its records, at which torch.load does not look.
+
+A safetensors file begins with the length of its header and the header, JSON that begins with
+entries for anyone. `seal_tensors` puts a checksum of all that follows there; files of others have
+none and are read as they are.
 """
 
 import mmap
@@ -36,6 +40,11 @@ CHUNK = 2**25  # bytes that have a checksum; in the files, so it stays
 SEAL = b'nanomla-crc32'  # ends a file that has checksums of all its bytes
 ARCHIVE = b'PK\x03\x04'  # begins an archive
 COUNT_DIGITS = 6  # before it, how many checksums there are; before these, the checksums in hex
+TENSORS_METADATA = dict(format='pt', nanomla='crc32 00000000')  # of a file before its checksum
+TENSORS_BEGIN = 8  # bytes of the length before the header
+TENSORS_HEAD = b'{"__metadata__":{"format":"pt","nanomla":"crc32 '
+DIGITS_AT = TENSORS_BEGIN + len(TENSORS_HEAD)  # of the checksum
+TENSORS_SUMMED = DIGITS_AT + 8  # where the bytes begin of which it is the checksum
 TENSOR = Rule(lambda value: isinstance(value, torch.Tensor), 'a tensor')
 
 # The entries of a checkpoint that scripts read; others may be anything.
@@ -99,17 +108,17 @@ def seal(file: BinaryIO) -> None:
     file.seek(size - 2)
     file.write(length.to_bytes(2, 'little'))
     file.flush()
-    sums = checksums(file, size)
+    sums = checksums(file, 0, size)
     file.seek(size)
     file.write(b''.join(sums) + str(count).zfill(COUNT_DIGITS).encode() + SEAL)
 
 
-def checksums(file: BinaryIO, size: int) -> list[bytes]:
-    """Return the CRC-32 of each CHUNK of the first `size` bytes of a file, as hex."""
-    with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
+def checksums(file: BinaryIO, begin: int, end: int) -> list[bytes]:
+    """Return the CRC-32 of each CHUNK of a file from one place to another, as hex."""
+    with mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ) as content:
         # zlib works on large pieces without Python's lock.
         with memoryview(content) as view, ThreadPoolExecutor() as pool:
-            chunks = [view[begin : begin + CHUNK] for begin in range(0, size, CHUNK)]
+            chunks = [view[place : min(place + CHUNK, end)] for place in range(begin, end, CHUNK)]
             sums = [b'%08x' % crc for crc in pool.map(zlib.crc32, chunks)]
             for chunk in chunks:
                 chunk.release()
@@ -145,12 +154,52 @@ def is_as_written(file: BinaryIO) -> bool:
         count = int(end[:COUNT_DIGITS])
         size -= tail + 8 * count
         file.seek(size)
-        return file.read(8 * count) == b''.join(checksums(file, size))
+        return file.read(8 * count) == b''.join(checksums(file, 0, size))
     file.seek(0)
     if file.read(4) != ARCHIVE:
         return True
     with zipfile.ZipFile(file) as archive:
         return not archive.comment and archive.testzip() is None
+
+
+def seal_tensors(path: Path) -> None:
+    """Add its checksum to a safetensors file that was written with TENSORS_METADATA."""
+    with open(path, 'r+b') as file:
+        file.seek(TENSORS_BEGIN)
+        head = TENSORS_HEAD + b'00000000"}'
+        # safetensors writes the two entries in any order.
+        assert sorted(file.read(len(head))) == sorted(head), 'not an export'
+        file.seek(TENSORS_BEGIN)
+        file.write(TENSORS_HEAD + checksum_of_tensors(file))
+
+
+def checksum_of_tensors(file: BinaryIO) -> bytes:
+    """Return the checksum of all bytes of a safetensors file behind those of its checksum."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    sums = checksums(file, TENSORS_SUMMED, size)
+    file.seek(place)
+    return b'%08x' % zlib.crc32(b''.join(sums))
+
+
+def check_tensors(path: Path) -> None:
+    """
+    Raise a UserError unless a safetensors file of `seal_tensors` is as it was written.
+
+    The length of the header is safetensors' to check: it fits no other header and no other file.
+    """
+    with open(path, 'rb') as file:
+        head = file.read(TENSORS_SUMMED)[TENSORS_BEGIN:]
+        # One byte may have changed in either word.
+        if b'"nanomla"' not in head and b'"crc32 ' not in head:
+            return
+        fine = len(head) == TENSORS_SUMMED - TENSORS_BEGIN
+        fine = fine and head == TENSORS_HEAD + checksum_of_tensors(file)
+    if not fine:
+        raise UserError(
+            f'{path} is damaged: its bytes are not those that were written; '
+            'take it from a copy, or export it again'
+        )
 
 
 def is_archive(path: str | Path) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA, MLAConfig
+from nanomla.checkpoints.content import TENSORS_METADATA, seal_tensors
 from nanomla.checkpoints.hf import DEEPSEEK_V3, LLAMA, Family, architecture_of, layout
 from nanomla.checkpoints.hub import model_folder, read_json
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
@@ -549,9 +550,10 @@ def write_weights(stock: StockModel, folder: Path, max_shard_size: int) -> None:
             ours, rows = table[name]
             tensors[name] = stock.params[ours].detach()[rows].cpu().contiguous()
         try:
-            save_file(tensors, folder / file, metadata=dict(format='pt'))
+            save_file(tensors, folder / file, metadata=TENSORS_METADATA)
         except SafetensorError as error:
             raise UserError(f'cannot write {folder / file}: {error}') from None
+        seal_tensors(folder / file)
     if split.is_sharded:
         index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
         write_json(folder / 'model.safetensors.index.json', index)

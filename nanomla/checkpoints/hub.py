@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from nanomla.checkpoints import tokenizer
+from nanomla.checkpoints.content import check_tensors
 from nanomla.core import files
 from nanomla.core.checks import FLAG, TABLE, TEXT, check_entries, list_of, number, table_of, whole
 from nanomla.core.configurator import UserError
@@ -177,6 +178,7 @@ def tensors_in(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
         if path.suffix == '.safetensors':
             from safetensors import safe_open
 
+            check_tensors(path)
             file = safe_open(path, framework='pt')
             read = file.get_tensor
         else:
@@ -184,6 +186,8 @@ def tensors_in(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
             file = torch.load(path, map_location='cpu', mmap=mapped, weights_only=True)
             read = file.get
         keys = list(file.keys())
+    except UserError:
+        raise
     except ImportError:
         raise UserError(f'{path} needs safetensors: pip install -e .[convert]') from None
     except Exception:  # damaged, foreign and malicious files fail in many ways

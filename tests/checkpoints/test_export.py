@@ -95,6 +95,17 @@ def test_shards_are_no_larger_than_asked_for_and_hold_every_tensor_once(tiny, tm
     assert index['weight_map'] == found
 
 
+def test_weights_of_others_have_no_checksum_and_load(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    export(tiny(**LLAMA), tmp_path / 'out')
+    path = tmp_path / 'out' / 'model.safetensors'
+    tensors = load_file(path)
+    next(iter(tensors.values())).flatten()[0] += 1
+    save_file(tensors, path, metadata=dict(format='pt'))
+    assert not same_weights(hf.load(tmp_path / 'out')[0], tiny(**LLAMA))
+
+
 def test_bf16_goes_out_as_bf16(tiny, tmp_path):
     ours = tiny('mla', **LLAMA).to(torch.bfloat16)
     export(ours, tmp_path / 'out')

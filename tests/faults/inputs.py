@@ -18,6 +18,7 @@ from made_up_results import made_up
 
 from model import GPT, GPTConfig
 from nanomla.checkpoints import native
+from nanomla.checkpoints.hub import tensors_in
 from nanomla.checkpoints.load import codec_of, load_model
 from nanomla.comparison.table import read, table
 from nanomla.core import configurator, token_files
@@ -313,6 +314,15 @@ def make_hugging_face(folder: Path) -> list[Path]:
     return sorted((folder / 'llama').iterdir())
 
 
+def make_tensors(folder: Path) -> list[Path]:
+    """Write the weights of an export, in two files."""
+    from nanomla.checkpoints.export import export
+
+    config = GPTConfig(**SHAPE, pos='rope', norm='rmsnorm', act='swiglu', bias=False)
+    export(GPT(config), folder / 'llama', max_shard_size=400)
+    return sorted((folder / 'llama').glob('*.safetensors'))[:2]
+
+
 def make_results(folder: Path) -> list[Path]:
     results = made_up(dict(mha=[1.0, 1.1, 1.2], mla=[0.9, 1.0, 1.1]))
     contenders = [dict(event='contender') | about for about in results.contenders.values()]
@@ -351,8 +361,13 @@ CORRUPTIBLE = {
         make_tokens,
         partial(check_damage, read=lambda path: read_dataset(path.parent), noticed=True),
     ),
+    'weights of exports': (
+        0.1,
+        make_tensors,
+        partial(check_damage, read=tensors_in, noticed=True),
+    ),
     'models of the Hugging Face layout': (
-        0.2,
+        0.1,
         make_hugging_face,
         partial(check_damage, read=lambda path: load_model(path.parent), noticed=False),
     ),

@@ -15,12 +15,14 @@ from inputs import (
     check_command_line,
     check_config_file,
     check_dataset,
+    make_tensors,
     read_dataset,
     read_scripts_once,
     written_dataset,
 )
 
 from nanomla.checkpoints import native
+from nanomla.checkpoints.hub import tensors_in
 from nanomla.core.configurator import UserError
 
 SIZES = [60, pytest.param(3000, marks=pytest.mark.slow)]
@@ -91,6 +93,17 @@ def test_every_changed_or_missing_byte_of_a_checkpoint_is_noticed(number, tmp_pa
         path.write_bytes(damaged(whole, *damage))
         with pytest.raises(UserError, match='last.pt'):
             native.load(path)
+
+
+@pytest.mark.parametrize('number', [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_changed_or_missing_byte_of_exported_weights_is_noticed(number, tmp_path):
+    path = make_tensors(tmp_path)[0]
+    whole = path.read_bytes()
+    head = [('flip', place, 1) for place in range(120)]  # length, marks and checksum
+    for damage in [*head, *damages(len(whole), number, random.Random(number))]:
+        path.write_bytes(damaged(whole, *damage))
+        with pytest.raises(UserError, match=path.name):
+            tensors_in(path)
 
 
 @pytest.mark.parametrize('number', [40, pytest.param(1000, marks=pytest.mark.slow)])
