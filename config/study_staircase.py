@@ -11,7 +11,7 @@ after it; QK-norm of a whole query as it meets the cache.
 """
 
 out_dir = 'out-study-staircase'
-title = 'From MHA to MLA, books in bytes, 30M parameters'
+title = 'From MHA to MLA, books in bytes, 12M parameters'
 
 contenders = dict(
     mha=dict(label='MHA + RoPE'),
@@ -100,14 +100,16 @@ contenders = dict(
     gated=dict(label='Gated MQA', attention='gated', n_kv_head=1),
 )
 seeds = [1, 2, 3, 4, 5, 6, 7, 8]  # runs differ by 0.002, contenders by less
-tune = dict(muon_lr=[0.01, 0.02])  # 0.04 was worse for MHA, MQA and MLA in screen_books.py
+tune = dict(muon_lr=[0.01, 0.02, 0.04])
+tune_iters = 250  # the schedule in short
+in_process = True  # nothing is compiled twice
 
 dataset = 'books_bytes'
 gradient_accumulation_steps = 1
-batch_size = 64
+batch_size = 32
 block_size = 512
 
-n_layer = 9
+n_layer = 4
 n_head = 8
 n_embd = 512
 pos = 'rope'
@@ -120,8 +122,8 @@ zero_init = True
 optimizer = 'muon'
 learning_rate = 2e-3  # of AdamW: embedding, head and norms
 weight_decay = 0.1
-max_iters = 500  # 64 x 512 bytes a step: 16 MB, a sixth of the books
-eval_interval = 125
+max_iters = 500  # 32 x 512 bytes a step: 8 MB
+eval_interval = 250
 eval_iters = 16
 log_interval = 50
 schedule = 'wsd'

@@ -107,7 +107,7 @@ def ran(outputs, name) -> str:
 
 
 def test_it_trains_and_resumes(outputs):
-    assert 'WINDOW, 0.01M parameters' in ran(outputs, 'train')
+    assert 'Window, 0.01M parameters' in ran(outputs, 'train')
     assert 'step      4 | val loss' in ran(outputs, 'resume')
 
 
@@ -118,7 +118,7 @@ def test_its_settings_are_refused_elsewhere(outputs):
 
 
 def test_it_writes_text(outputs):
-    assert 'WINDOW' in ran(outputs, 'sample')
+    assert 'Window' in ran(outputs, 'sample')
 
 
 def test_its_heads_are_scored(outputs):
