@@ -459,6 +459,7 @@ class MultiHeadAttention(Attention):
         self.widths = [n * config.head_dim for n in heads]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)  # W^Q | W^K | W^V
         self.c_attn.weight.splits = self.widths  # Muon orthogonalises each by itself
+        self.c_attn.weight.heads = heads  # or each head of each
         self.rotates = layer not in config.nope_layers
 
     def qkv(self, x, rope):

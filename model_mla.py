@@ -167,20 +167,21 @@ class MultiHeadLatentAttention(Attention):
         self.a_widths = [R, P]
         self.b_widths = [H * N, H * D]
 
-        def linear(n_in, widths, bias=config.bias):
+        def linear(n_in, widths, bias=config.bias, heads=1):
             layer = Linear(n_in, sum(widths), bias=bias)
             layer.weight.splits = widths  # Muon orthogonalises each symbol's rows by themselves
+            layer.weight.heads = [heads] * len(widths)  # or each head's of each symbol
             return layer
 
         if config.q_lora_rank:
             self.q_a_proj = linear(config.n_embd, [config.q_lora_rank])  # W^DQ
             self.q_a_layernorm = latent_norm(config.q_lora_rank, config)
-            self.q_b_proj = linear(config.q_lora_rank, self.q_widths)  # W^UQ | W^QR
+            self.q_b_proj = linear(config.q_lora_rank, self.q_widths, heads=H)  # W^UQ | W^QR
         else:
-            self.q_proj = linear(config.n_embd, self.q_widths)  # W^UQ | W^QR
+            self.q_proj = linear(config.n_embd, self.q_widths, heads=H)  # W^UQ | W^QR
         self.kv_a_proj_with_mqa = linear(config.n_embd, self.a_widths)  # W^DKV | W^KR
         self.kv_a_layernorm = latent_norm(R, config)
-        self.kv_b_proj = linear(R, self.b_widths, bias=False)  # W^UK | W^UV
+        self.kv_b_proj = linear(R, self.b_widths, bias=False, heads=H)  # W^UK | W^UV
         rope_pairs = None
         if config.source_head_dim:
             rope_pairs = torch.arange(P // 2) % (config.source_head_dim // 2)

@@ -68,6 +68,7 @@ learning_rate = 6e-4  # peak, of AdamW
 muon_lr = 0.02  # peak, of Muon
 muon_up = 1.0  # share of that rate for W^UQ, W^UK, W^UV, which read a latent
 muon_split = True  # Muon takes stacked matrices (W^Q | W^K | W^V, W^DKV | W^KR, ...) apart
+muon_heads = False  # and each head's rows of W^Q, W^UK, ... (GLM-5)
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95

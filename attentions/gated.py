@@ -30,6 +30,7 @@ class GatedAttention(MultiHeadAttention):
     def __init__(self, config: GatedConfig, layer: int = 0):
         super().__init__(config, layer)
         self.gate = Linear(config.n_embd, config.n_head * self.v_dim, bias=config.bias)  # W^G
+        self.gate.weight.heads = [config.n_head]
 
     def forward(self, x, rope, context: Context | None = None):
         q, k, v = self.qkv(x, rope)

@@ -56,6 +56,7 @@ class GroupedLatentAttention(MultiHeadLatentAttention):
         self.groups = config.latent_groups
         self.kv_b_proj = Linear(self.a_widths[0] // self.groups, sum(self.b_widths), bias=False)
         self.kv_b_proj.weight.splits = self.b_widths
+        self.kv_b_proj.weight.heads = [self.n_head] * 2
 
     def group_projections(self, dtype):
         """Return W^UK (G, H / G, N, r) and W^UV (G, H / G, D, r)."""

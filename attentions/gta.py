@@ -57,6 +57,7 @@ class GroupedTiedAttention(CompressedAttention):
         self.q_proj = Linear(config.n_embd, config.n_head * D, bias=config.bias)  # W^Q
         self.kv_proj = Linear(config.n_embd, sum(self.widths), bias=config.bias)  # W^S | W^KR
         self.kv_proj.weight.splits = self.widths
+        self.q_proj.weight.heads, self.kv_proj.weight.heads = [config.n_head], [config.n_kv_head, 1]
 
     def query(self, x, rope):
         q = self.q_proj(x).unflatten(-1, (self.n_head, -1))

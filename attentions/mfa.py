@@ -49,6 +49,7 @@ class MultiMatrixFactorizationAttention(Attention):
         self.down.weight.splits = self.widths
         self.q_norm = Norm(config.mfa_q_rank, config, kind='rmsnorm')
         self.q_up = Linear(config.mfa_q_rank, H * D, bias=config.bias)  # W^UQ
+        self.q_up.weight.heads = [H]
 
     def qkv(self, x, rope):
         c_q, k, v = self.down(x).split(self.widths, dim=-1)

@@ -42,16 +42,29 @@ class Muon(torch.optim.Optimizer):
     """
     Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / cols)); decoupled weight decay.
 
-    A weight that stacks several matrices says so in `weight.splits` (rows of each); with split=True
-    they are taken apart first. `lr` may be a 0-dim tensor on the device, so that a CUDA graph can
-    read a new value.
+    A weight that stacks several matrices says so in `weight.splits` (rows of each), and in
+    `weight.heads` (heads of each) where their rows are those of heads. split=True takes the
+    matrices apart first, heads=True each of them by its heads as well ("Muon Split" of the GLM-5
+    report, 2026). `lr` may be a 0-dim tensor on the device, so that a CUDA graph can read a new
+    value.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5, split=True):
-        super().__init__(
-            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps)
-        )
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, split=True, heads=False):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=5))
         self.split = split
+        self.heads = heads
+
+    def rows_apart(self, weight: torch.Tensor) -> list[int]:
+        """Return the rows of each matrix in `weight` that is orthogonalised by itself."""
+        if not self.split:
+            return [weight.size(0)]
+        symbols = getattr(weight, 'splits', [weight.size(0)])
+        if not self.heads:
+            return symbols
+        rows = []
+        for width, heads in zip(symbols, getattr(weight, 'heads', [1] * len(symbols))):
+            rows += [width // heads] * heads
+        return rows
 
     @torch.no_grad()
     def step(self):
@@ -70,8 +83,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
             alike = defaultdict(list)
             for p, update in zip(params, updates):
-                splits = getattr(p, 'splits', [p.size(0)]) if self.split else [p.size(0)]
-                for weight, piece in zip(p.split(splits), update.split(splits)):
+                rows = self.rows_apart(p)
+                for weight, piece in zip(p.split(rows), update.split(rows)):
                     alike[weight.shape].append((weight, piece))
             for (rows, cols), pairs in alike.items():
                 weights, pieces = zip(*pairs)
@@ -83,8 +96,8 @@ class Muon(torch.optim.Optimizer):
 @dataclass
 class OptimizerSettings:
     """
-    What trains a model. graph: rates are tensors on the device, for a CUDA graph; split: as in
-    Muon; up: share of muon_lr for the matrices that read a latent of MLA (W^UQ, W^UK, W^UV).
+    What trains a model. graph: rates are tensors on the device, for a CUDA graph; split and heads:
+    as in Muon; up: share of muon_lr for the matrices that read a latent of MLA (W^UQ, W^UK, W^UV).
     """
 
     kind: str  # adamw | muon
@@ -94,6 +107,7 @@ class OptimizerSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     graph: bool = False
     split: bool = True
+    heads: bool = False
     up: float = 1.0
 
 
@@ -133,7 +147,7 @@ def make_optimizers(model: torch.nn.Module, s: OptimizerSettings) -> list[torch.
         fused = device.type in ('cpu', 'cuda')
         made.append(torch.optim.AdamW(adamw_groups, betas=s.betas, fused=fused, capturable=s.graph))
     if muon_groups:
-        made.append(Muon(muon_groups, split=s.split))
+        made.append(Muon(muon_groups, split=s.split, heads=s.heads))
     return made
 
 

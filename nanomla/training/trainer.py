@@ -59,6 +59,8 @@ def check_ranges(settings: dict) -> None:
             f'min_lr={settings["min_lr"]} is above learning_rate={rate}, so the rate would climb: '
             f'use --min_lr={rate / 10:g} or --decay_lr=False'
         )
+    if settings['muon_heads'] and not settings['muon_split']:
+        raise UserError('muon_heads=True takes symbols apart further: use --muon_split=True')
     check_choice('optimizer', settings['optimizer'], ('adamw', 'muon'))
     check_choice('schedule', settings['schedule'], ('cosine', 'wsd'))
 
@@ -113,6 +115,7 @@ class Trainer:
                 betas=(s.beta1, s.beta2),
                 graph=s.cuda_graph,
                 split=s.muon_split,
+                heads=s.muon_heads,
                 up=s.muon_up,
             ),
         )

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -335,6 +336,34 @@ def test_the_setting_reaches_muon(tiny):
             )[1].split
             is split
         )
+
+
+HEADS = {  # attention -> the shapes of what Muon per head orthogonalises in a layer of `tiny`
+    'mha': {(8, 32): 12, (32, 32): 1},  # 4 heads of W^Q, W^K and W^V; W^O
+    'gqa': {(8, 32): 8, (32, 32): 1},
+    # W^UQ, W^QR; W^DKV, W^KR; W^UK, W^UV; W^O
+    'mla': {(4, 32): 4 + 4 + 1, (12, 32): 1, (4, 12): 4, (8, 12): 4, (32, 32): 1},
+}
+
+
+@pytest.mark.parametrize('kind', HEADS)
+def test_muon_per_head_orthogonalises_each_heads_rows_by_themselves(kind, tiny, tokens):
+    torch.manual_seed(0)
+    model = tiny('mha', n_kv_head=2) if kind == 'gqa' else tiny(kind)
+    model(tokens(20), tokens(20)).backward()
+    weights = [p for p in model.transformer.h[0].attn.parameters() if p.ndim == 2]
+    before = [p.detach().clone() for p in weights]
+    optimizer = Muon(weights, lr=1.0, momentum=0.0, heads=True)
+    optimizer.step()
+    found = Counter()
+    for weight, old in zip(weights, before):
+        rows = optimizer.rows_apart(weight)
+        for moved, piece in zip((old - weight).split(rows), weight.grad.split(rows)):
+            size = max(1, piece.size(0) / piece.size(1)) ** 0.5
+            expected = size * polynomial_of_singular_values(piece)
+            torch.testing.assert_close(moved.double(), expected, rtol=0, atol=2e-4)
+            found[tuple(piece.shape)] += 1
+    assert found == HEADS[kind]
 
 
 @pytest.mark.parametrize('up', [0.25, 0.0])
