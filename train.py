@@ -122,7 +122,7 @@ from nanomla.core import devices, files, token_files
 from nanomla.core.checks import settings_errors
 from nanomla.core.files import print_line
 from nanomla.core.timing import peak_memory
-from nanomla.core.tokenizers import Tokenizer
+from nanomla.core.tokenizers import Tokenizer, opening
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate
 from nanomla.training import launch
@@ -562,7 +562,7 @@ def write_sample():
     with torch.compiler.set_stance('force_eager'), trainer.averaged():
         tokens = generate(
             model,
-            [codec.encode('\n')],
+            [opening(codec)],
             length,
             cache=cache,
             temperature=0.8,

@@ -23,7 +23,7 @@ from nanomla.core.devices import describe, pick_dtype
 from nanomla.core.figures import read_log
 from nanomla.core.files import jsonl, read_json, write_file
 from nanomla.core.timing import synchronize
-from nanomla.core.tokenizers import Tokenizer
+from nanomla.core.tokenizers import Tokenizer, opening
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate
 
@@ -131,7 +131,7 @@ def write_sample(model: GPT, tokenizer: Tokenizer, length: int, seed: int) -> st
         cache = Cache.of(model, 1, block_size)
     tokens = generate(
         model,
-        torch.tensor([tokenizer.encode('\n')], device=device),
+        torch.tensor([opening(tokenizer)], device=device),
         length,
         temperature=0.8,
         top_k=200,

@@ -82,6 +82,16 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors='replace')
 
 
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """
+    Return the ids that a text of a model's own begins with: a newline, or the first character of a
+    vocabulary that has none. Tokenizers of other models are taken, too.
+    """
+    if tokenizer.name == 'char' and '\n' not in tokenizer.chars:
+        return [0]
+    return tokenizer.encode('\n')
+
+
 def ids_by_code_point(chars: Sequence[str]) -> np.ndarray:
     """Return the id of each code point, -1 if it has none; the last entry is for all above."""
     points = np.array([ord(c) for c in chars])

@@ -17,7 +17,7 @@ from nanomla.checkpoints.load import TextCodec
 from nanomla.checkpoints.tokens.chat import ChatTemplate, Messages
 from nanomla.core.configurator import UserError
 from nanomla.core.files import progress_bar
-from nanomla.core.tokenizers import StreamDecoder
+from nanomla.core.tokenizers import StreamDecoder, opening
 from nanomla.evals.scoring import Scorer, windows
 from nanomla.inference.generate import generate, serve
 
@@ -334,7 +334,7 @@ def empty_context(codec: TextCodec) -> list[int]:
         return [codec.begin]
     if codec.ends:
         return [min(codec.ends)]
-    return codec.tokenizer.encode('\n')[-1:]
+    return opening(codec.tokenizer)[-1:]
 
 
 def stops_of(settings: dict) -> list[str]:

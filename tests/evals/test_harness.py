@@ -179,6 +179,14 @@ def test_a_text_that_begins_with_a_token(model):
         assert logp == pytest.approx(score_by_hand(model, ids, [4])[0], abs=1e-4)
 
 
+def test_a_vocabulary_without_a_newline(tiny):
+    model = tiny('mla', vocab_size=3, block_size=BLOCK)
+    codec = TextCodec(Tokenizer(dict(tokenizer='char', chars='abc')))
+    lm = harness.adapter(Scorer(model, 3), codec)
+    (logp,) = lm.loglikelihood_rolling(requests_of(('ba',)))
+    assert logp == pytest.approx(score_by_hand(model, [0], [1, 0])[0], abs=1e-4)
+
+
 def test_a_quantised_cache_is_used(model):
     context = 'who is it and why is he here today'
     requests = requests_of((context, ' the king'), (context, ' no one at all'))
