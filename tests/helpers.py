@@ -84,6 +84,30 @@ def needs(*packages: str) -> None:
             pytest.skip(f'could not import {name!r}', allow_module_level=True)
 
 
+END_OF_TEXT = 50256  # of GPT-2
+
+
+def tiny_bpe(*_):
+    """
+    GPT-2's pattern and its <|endoftext|>, with bytes and a handful of merges.
+
+    They are chosen so that what a chunk could get wrong shows.
+    """
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    words = b'th he|the| t| the|in|ing| a|an|..|...|12|\xc3\xa9|\xe6\x97|\xe6\x97\xa5'
+    blanks = b'  |    |\n\n|\n\n\n| \n|\t\t'
+    merges = words.split(b'|') + blanks.split(b'|')
+    pieces = [bytes([i]) for i in range(256)] + merges
+    return tiktoken.Encoding(
+        'gpt2',
+        pat_str=r50k_pat_str,
+        mergeable_ranks={piece: i for i, piece in enumerate(pieces)},
+        special_tokens={'<|endoftext|>': END_OF_TEXT},
+    )
+
+
 # -------------------------------------------------------------------------------------------------
 # scripts in this process
 

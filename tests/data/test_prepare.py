@@ -17,7 +17,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import END_OF_TEXT as END
+from helpers import ROOT, tiny_bpe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -25,29 +26,6 @@ from nanomla.core.configurator import UserError
 from nanomla.core.files import jsonl
 from nanomla.core.token_files import TokenWriter, read_meta, read_split, val_begin
 from nanomla.core.tokenizers import Tokenizer
-
-END = 50256
-
-
-def tiny_bpe(*_):
-    """
-    GPT-2's pattern and its <|endoftext|>, with bytes and a handful of merges.
-
-    They are chosen so that what a chunk could get wrong shows.
-    """
-    import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    words = b'th he|the| t| the|in|ing| a|an|..|...|12|\xc3\xa9|\xe6\x97|\xe6\x97\xa5'
-    blanks = b'  |    |\n\n|\n\n\n| \n|\t\t'
-    merges = words.split(b'|') + blanks.split(b'|')
-    pieces = [bytes([i]) for i in range(256)] + merges
-    return tiktoken.Encoding(
-        'gpt2',
-        pat_str=r50k_pat_str,
-        mergeable_ranks={piece: i for i, piece in enumerate(pieces)},
-        special_tokens={'<|endoftext|>': END},
-    )
 
 
 @pytest.fixture
@@ -532,7 +510,7 @@ def test_a_killed_process_goes_on_and_another_plan_does_not(owt, project, tmp_pa
 import os, runpy, signal, sys
 import tiktoken
 from nanomla.core.token_files import TokenWriter
-from test_prepare import tiny_bpe
+from helpers import tiny_bpe
 tiktoken.get_encoding = tiny_bpe
 sync, calls = TokenWriter.sync, []
 def last_sync(self):
