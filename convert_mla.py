@@ -137,10 +137,9 @@ def check_settings(source: str) -> None:
     if not out:
         raise UserError('say where to put it: --out=FOLDER')
     check_range('heal', heal, least=0)
-    new_folders = [export] if heal else [out, export]  # a conversion to heal may be there
-    for folder in new_folders:
-        if folder and os.path.exists(folder):
-            raise UserError(f'{folder} is there already: name a new folder, or remove it')
+    last = export or (out if not heal else '')  # what comes before it may be there: it goes on
+    if last and os.path.exists(last):
+        raise UserError(f'{last} is there already: name a new folder, or remove it')
     check_range('calibration_tokens', calibration_tokens, least=0)
     check_range('eval_tokens', eval_tokens, least=0)
     check_range('layer_steps', layer_steps, least=-1)
@@ -408,7 +407,8 @@ def main(source: str) -> None:
     report = Report(source, settings, name, cache_dtype, asdict(effort_on(picked_device)))
     if os.path.exists(out):
         check_is_the_same(out, source, report.history_settings)
-        print(f'{out} is there already: on with healing')
+        rest = 'healing' if heal else 'the export'
+        print(f'{out} is there already: on with {rest}')
     else:
         model.to(picked_device).eval()
         model.stream = pick_dtype(dtype, picked_device)

@@ -321,16 +321,21 @@ def test_an_export_that_cannot_be_is_refused_before_the_work(source, capsys):
     assert sorted(os.listdir()) == ['learned', 'src', 'text']
 
 
-def test_an_export_that_fails_leaves_the_checkpoint(source, monkeypatch):
+def test_an_export_that_fails_leaves_the_checkpoint_and_goes_on(source, monkeypatch, capsys):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     source()
-    monkeypatch.setattr('safetensors.torch.save_file', fail)
     arguments = ['src', '--out=mla', '--export=hf', *words(QUICK)]
-    assert_refused('no space left .*; mla is written', 'convert_mla.py', arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr('safetensors.torch.save_file', fail)
+        assert_refused('no space left .*; mla is written', 'convert_mla.py', arguments)
     assert load_model('mla').model.config.source_head_dim
     assert not Path('hf').exists()
+    assert_refused('mla holds another conversion', 'convert_mla.py', [*arguments, '--saving=0.5'])
+    run('convert_mla.py', arguments)
+    assert 'mla is there already: on with the export' in capsys.readouterr().out
+    assert native.kind_of(load_model('hf').model) == 'mla'
 
 
 def test_exports_have_the_frequencies_of_an_ordinary_rope(source, capsys):
