@@ -36,8 +36,6 @@ from hypothesis import seed as hypothesis_seed
 
 from nanomla.core.configurator import configure
 
-SHARES = dict(training=0.4, preparing=0.15, conversion=0.1, evaluation=0.1, table=0.1)
-
 
 class Campaign:
     """What was tried, by name, and what failed."""
@@ -64,11 +62,11 @@ class Campaign:
         self.seconds[name] += time.monotonic() - began
 
     def report(self) -> None:
-        print(f'\n{"what":44}{"tried":>8}{"failed":>8}{"seconds":>9}')
+        print(f'\n{"what":52}{"tried":>8}{"failed":>8}{"seconds":>9}')
         for name, number in self.tried.items():
-            print(f'{name:44}{number:8,}{self.failed[name]:8,}{self.seconds[name]:9.0f}')
+            print(f'{name:52}{number:8,}{self.failed[name]:8,}{self.seconds[name]:9.0f}')
         total, failed = sum(self.tried.values()), sum(self.failed.values())
-        print(f'{"all":44}{total:8,}{failed:8,}{sum(self.seconds.values()):9.0f}', flush=True)
+        print(f'{"all":52}{total:8,}{failed:8,}{sum(self.seconds.values()):9.0f}', flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -76,19 +74,17 @@ class Campaign:
 
 
 def run_kills(campaign: Campaign, place: Path, number: int, rng: random.Random) -> None:
-    from scenarios import BEGINNING, SCENARIOS, kill_and_finish, of_training_over
+    from scenarios import BEGINNING, SCENARIOS, of_training_over
 
     work = campaign.work / 'killed'
     for name, scenario in SCENARIOS.items():
-        whole = campaign.work / f'whole-{name}'
-        shutil.copytree(place, whole)
-        calls = scenario.run(whole).calls
+        calls, expected = scenario.run_whole(place, campaign.work / f'whole-{name}')
         attempt_kills(
             campaign,
-            f'kills: {scenario.script}',
-            partial(kill_and_finish, scenario, place, work),
-            [rng.randint(1, calls) for _ in range(round(number * SHARES[name]))],
-            expected=scenario.results(whole),
+            f'kills: {scenario.script} ({name})',
+            partial(scenario.kill_and_finish, place, work),
+            [rng.randint(1, calls) for _ in range(round(number * scenario.share))],
+            expected,
         )
     whole = campaign.work / 'whole-over'
     shutil.copytree(place, whole)

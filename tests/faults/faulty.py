@@ -82,9 +82,19 @@ class CountedCalls:
 
         return counted
 
+    def around_os_open(self, call: Callable) -> Callable:
+        counted = self.around(call)
+
+        def counted_where_it_writes(path, flags, *args, **options):
+            writes = flags & (os.O_WRONLY | os.O_RDWR)
+            return (counted if writes else call)(path, flags, *args, **options)
+
+        return counted_where_it_writes
+
     def install(self) -> None:
         for name in CALLS:
             setattr(os, name, self.around(getattr(os, name)))
+        os.open = self.around_os_open(os.open)
         builtins.open = io.open = self.around_open(builtins.open)
 
 

@@ -9,7 +9,6 @@ from scenarios import (
     BEGINNING,
     SCENARIOS,
     check_script,
-    kill_and_finish,
     make_place,
     of_training_over,
     script_cases,
@@ -22,21 +21,19 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp('place'))
 
 
-CASES = [('training', 2), ('preparing', 4), ('conversion', 1)]
-MANY = [('training', 40), ('preparing', 15), ('conversion', 15), ('evaluation', 15), ('table', 15)]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MANY]
+CASES = [('training', 2), ('text', 2), ('openorca', 1), ('repeats', 1), ('conversion', 1)]
+for name, scenario in SCENARIOS.items():
+    many = round(150 * scenario.share)
+    CASES.append(pytest.param(name, many, marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize('name, number', CASES)
 def test_what_was_killed_goes_on_to_the_same_end(name, number, place, tmp_path):
     scenario = SCENARIOS[name]
-    whole = tmp_path / 'whole'
-    shutil.copytree(place, whole)
-    calls = scenario.run(whole).calls
-    expected = scenario.results(whole)
+    calls, expected = scenario.run_whole(place, tmp_path / 'whole')
     rng = random.Random(number)
-    for kill_at in rng.sample(range(1, calls + 1), number):
-        assert kill_and_finish(scenario, place, tmp_path / 'work', kill_at) == expected, kill_at
+    for kill_at in rng.choices(range(1, calls + 1), k=number):
+        assert scenario.kill_and_finish(place, tmp_path / 'work', kill_at) == expected, kill_at
 
 
 @pytest.mark.parametrize('number', [1, pytest.param(20, marks=pytest.mark.slow)])
