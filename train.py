@@ -78,6 +78,8 @@ train_only = ''  # words with commas: train only parameters with one in their na
 teacher = ''  # a checkpoint whose predictions to learn; '' = none
 distill = 0.5  # share of the loss that is KL(teacher, model), not cross-entropy
 distill_hidden = 0.0  # weight of how far each block's output is from the teacher's
+teacher_cache = ''  # a folder for the teacher's predictions, which later runs read; '' = none
+teacher_top_k = 32  # so many most probable tokens it holds of each prediction
 # schedule
 max_iters = 600000  # steps
 decay_lr = True
@@ -131,7 +133,8 @@ from nanomla.training.next_steps import print_after_training
 from nanomla.training.run import folder as run_folder
 from nanomla.training.run.folder import RunState
 from nanomla.training.run.saving import BackgroundSaver
-from nanomla.training.trainer import Trainer, check_ranges, get_lr_share
+from nanomla.training.teacher_cache import TeacherCache
+from nanomla.training.trainer import Trainer, check_ranges, check_teacher, get_lr_share
 
 WARMUP_STEPS = 5  # they compile, record and allocate: speed is measured after them
 SECONDS_BETWEEN_LINES = 10  # at most, where steps are slow and there is no progress bar
@@ -149,6 +152,19 @@ def log_line(message):
         bar.write(message)
     elif main:
         print_line(message)
+
+
+def open_predictions(teacher_model):
+    """Return the teacher's predictions in teacher_cache, written now where they are not there."""
+    if teacher_model:
+        check_teacher(config, model, teacher_model)
+        teacher_model.stream = model.stream
+    same_top_k = 'teacher_top_k' in config.given
+    cache = TeacherCache(config, data, teacher_model, model.config.vocab_size, same_top_k)
+    if not cache.is_complete:
+        cache.complete(device, compile)
+    log_line(cache.description)
+    return cache
 
 
 # -------------------------------------------------------------------------------------------------
@@ -256,7 +272,11 @@ if teacher:
     loaded_teacher = load_model(teacher, dropout=0.0, kernel=kernel)
     check_tokens(loaded_teacher, meta, dataset)
     teacher_model = loaded_teacher.model
-trainer = Trainer(config, model, data, teacher_model)
+predictions = None
+if teacher_cache:
+    predictions = open_predictions(teacher_model)
+    teacher_model = loaded_teacher = None
+trainer = Trainer(config, model, data, teacher_model, predictions)
 if resuming:
     trainer.load_state(source)
     log_line(f'resumed at step {run.step} of {max_iters} from {last}')

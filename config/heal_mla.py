@@ -5,6 +5,7 @@ The rate is constant after a warmup and decays linearly at the end, as MHA2MLA's
 
     python train.py config/heal_mla.py --init_from=out-mla --dataset=shakespeare_char
     python train.py config/heal_mla.py --teacher=out-shakespeare-char
+    python train.py config/heal_mla.py --teacher=out-shakespeare-char --teacher_cache=predictions
     python train.py config/heal_mla.py --train_only=attn
 """
 

@@ -2,8 +2,8 @@
 Files: written whole or not at all, JSON and tables of results, locks, progress bars.
 
 Whatever this project writes goes through `replacing` (a file), `replacing_folder` (a folder) or
-`appending` (a log): a kill leaves the old or the new, a full disk is one line, and a symbolic link
-that stands in the way is never followed.
+`appending` (a log; records of bytes): a kill leaves the old or the new, a full disk is one line,
+and a symbolic link that stands in the way is never followed.
 """
 
 import csv
@@ -146,17 +146,30 @@ def appending(path: str | os.PathLike) -> io.TextIOWrapper:
     A last line that a kill has cut short is removed. UserError where it cannot be written, or is a
     link or no file.
     """
-    path = Path(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        opened = os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            os.close(opened)
-            raise OSError(errno.EINVAL, 'it is no file')
+        opened = open_to_append(Path(path))
         with open(opened, 'rb', closefd=False) as file:
             os.truncate(opened, whole_lines(file))
         return open(opened, 'a', encoding='utf-8', newline='')
+
+
+def appending_bytes(path: str | os.PathLike, size: int) -> io.BufferedWriter:
+    """Open a file to add to, as `appending` does, and leave its first `size` bytes in it."""
+    with writing(path):
+        opened = open_to_append(Path(path))
+        os.truncate(opened, size)
+        return open(opened, 'ab')
+
+
+def open_to_append(path: Path) -> int:
+    """Return a descriptor of a file, made if missing with its folders. OSError for a link."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0)
+    opened = os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, 'it is no file')
+    return opened
 
 
 def whole_lines(file: io.BufferedReader) -> int:

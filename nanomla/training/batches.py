@@ -18,6 +18,15 @@ from nanomla.core.token_files import read_meta, read_split
 RESIDENT_TOKENS = 2**28  # splits up to this many tokens live on the device (1 GiB as int32)
 
 
+def window_starts(seed: int, step: int, number: int, places: int, batch_size: int) -> torch.Tensor:
+    """
+    Return where the windows of micro-batch `number` of a step begin, one of `places` each: int64
+    (B,).
+    """
+    rng = np.random.default_rng((seed, step, number))
+    return torch.from_numpy(rng.integers(0, places, batch_size))
+
+
 class Dataset:
     """
     Batches of one dataset for one rank: x and y (B, T), int64 on `device`, y one token ahead.
@@ -63,9 +72,9 @@ class Dataset:
 
     def starts(self, step: int, micro: int, batch_size: int) -> torch.Tensor:
         """Return where the windows of a training batch begin: int64 (B,) on the CPU."""
-        rng = np.random.default_rng((self.seed, step, micro * self.world + self.rank))
         places = len(self.tokens['train']) - self.block_size
-        return torch.from_numpy(rng.integers(0, places, batch_size))
+        number = micro * self.world + self.rank
+        return window_starts(self.seed, step, number, places, batch_size)
 
     def cut(self, split: str, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the windows that begin at `starts` (B,): x, y, each (B, T)."""
@@ -75,12 +84,14 @@ class Dataset:
         else:
             ids, length = self.tokens[split], self.block_size + 1
             rows = np.stack([ids[start : start + length] for start in starts.tolist()])
-            windows = torch.from_numpy(rows.astype(np.int64))
-            if self.device.type == 'cuda':
-                windows = windows.pin_memory().to(self.device, non_blocking=True)
-            else:
-                windows = windows.to(self.device)
+            windows = self.to_device(torch.from_numpy(rows.astype(np.int64)))
         return windows[:, :-1], windows[:, 1:]
+
+    def to_device(self, batch: torch.Tensor) -> torch.Tensor:
+        """Bring a tensor of the CPU to the device, without waiting for it."""
+        if self.device.type == 'cuda':
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
 
     def train_batch(self, step: int, micro: int, batch_size: int):
         return self.cut('train', self.starts(step, micro, batch_size))

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from model import GPT
 
+SMALLEST_REST = 1e-6  # of a probability that is what others leave of 1: below, rounding decides
+
 
 class BatchLoss(nn.Module):
     """
@@ -110,6 +112,41 @@ class DistillationLoss(nn.Module):
         ours = log_predictions(self.student.model, x)
         theirs = log_predictions(self.teacher.model, x_teacher)
         return F.kl_div(ours, theirs, reduction='batchmean', log_target=True)
+
+
+class CachedDistillationLoss(nn.Module):
+    """
+    forward(idx, targets, ids, log_p, log_rest): DistillationLoss by a teacher's K most probable
+    tokens, ids and log_p (B, T, K), and log_rest (B, T) of all others together, which count as one.
+
+    The divergence is a lower bound of the one over all tokens.
+    """
+
+    def __init__(self, student: BatchLoss, share: float):
+        super().__init__()
+        self.student = student
+        self.share = share
+        self.loss = self.loss_by_predictions
+
+    def compile_parts(self) -> None:
+        self.loss = torch.compile(self.loss, dynamic=False)
+
+    def forward(self, idx, targets, ids, log_p, log_rest):
+        return self.loss(self.student.hidden(idx), targets, ids, log_p, log_rest)
+
+    def loss_by_predictions(self, x, targets, ids, log_p, log_rest):
+        log_q = self.student.model.lm_head(x).float().log_softmax(-1)
+        divergence = kl_of_the_most_probable(log_q, ids, log_p, log_rest).mean()
+        cross_entropy = F.nll_loss(log_q.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return (1 - self.share) * cross_entropy + self.share * divergence
+
+
+def kl_of_the_most_probable(log_q, ids, log_p, log_rest):
+    """KL(p, q) (B, T) of log_q (B, T, V) and a p of K tokens and the rest, which is one more."""
+    log_q = log_q.gather(-1, ids)
+    q_rest = (1 - log_q.exp().sum(-1)).clamp(min=SMALLEST_REST)
+    of_top = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return of_top + log_rest.exp() * (log_rest - q_rest.log())
 
 
 def log_predictions(model, x):

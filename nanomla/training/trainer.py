@@ -8,7 +8,7 @@ device; small models on one GPU record the whole step as a CUDA graph.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import UserError
 from nanomla.core.cuda_graph import GraphedStep
 from nanomla.training.batches import Dataset
-from nanomla.training.loss import BatchLoss, DistillationLoss
+from nanomla.training.loss import BatchLoss, CachedDistillationLoss, DistillationLoss
 from nanomla.training.optim import (
     MovingAverage,
     OptimizerSettings,
@@ -30,6 +30,7 @@ from nanomla.training.optim import (
     make_optimizers,
     set_rate,
 )
+from nanomla.training.teacher_cache import Predictions, TeacherCache
 
 EAGER_STEPS = 3  # ordinary steps before one is recorded: everything is allocated then
 
@@ -65,6 +66,28 @@ def check_ranges(settings: dict) -> None:
     check_choice('schedule', settings['schedule'], ('cosine', 'wsd'))
 
 
+def check_teacher(settings: dict, model: GPT, teacher: GPT) -> None:
+    """Raise a UserError unless the model can learn from this teacher's predictions."""
+    name, block_size = settings['teacher'], settings['block_size']
+    ours, theirs = model.config, teacher.config
+    if theirs.vocab_size != ours.vocab_size:
+        raise UserError(
+            f'--teacher={name} knows {theirs.vocab_size} tokens, the model '
+            f'{ours.vocab_size}: name the model it was converted from'
+        )
+    if theirs.block_size < block_size:
+        raise UserError(
+            f'--teacher={name} reads {theirs.block_size} tokens at a time: '
+            f'use --block_size={theirs.block_size} or less'
+        )
+    same_shape = (theirs.n_layer, theirs.n_embd) == (ours.n_layer, ours.n_embd)
+    if settings['distill_hidden'] and not same_shape:
+        raise UserError(
+            f'--teacher={name} has {theirs.n_layer} layers of width {theirs.n_embd}, '
+            f'the model {ours.n_layer} of {ours.n_embd}: use --distill_hidden=0'
+        )
+
+
 def get_lr_share(s, step: int) -> float:
     """Return the learning rate at `step` (from 0), a share of its peak, by train.py's settings."""
     end = s.lr_decay_iters or s.max_iters
@@ -83,7 +106,7 @@ def get_lr_share(s, step: int) -> float:
 
 class Trainer:
     """
-    A model, its optimizers and its data, and perhaps a teacher, another model.
+    A model, its optimizers and its data, and perhaps a teacher, another model, or its predictions.
 
     settings: train.py's. The model is on its device, its `stream` is set. Rank and world come from
     `data`; `group` are the processes that train it, None for all. UserError for settings that do
@@ -91,7 +114,13 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: dict, model: GPT, data: Dataset, teacher: GPT | None = None, group=None
+        self,
+        settings: dict,
+        model: GPT,
+        data: Dataset,
+        teacher: GPT | None = None,
+        predictions: TeacherCache | None = None,
+        group=None,
     ):
         self.s = s = SimpleNamespace(**settings)  # read as attributes, as in train.py
         self.model, self.data, self.group = model, data, group
@@ -100,9 +129,10 @@ class Trainer:
         self.check_device()
         self.check_memory()
         if teacher is not None:
-            self.check_teacher(teacher)
+            check_teacher(settings, model, teacher)
         self.choose_parameters()
         self.teacher = None if teacher is None else teacher.to(self.device)
+        self.predictions = predictions
         self.accumulation = s.gradient_accumulation_steps // self.world
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(
@@ -173,25 +203,6 @@ class Trainer:
         advice = 'use a smaller one (and more gradient_accumulation_steps)'
         devices.check_host_memory(batch, f'batch_size={s.batch_size}', advice)
 
-    def check_teacher(self, teacher: GPT) -> None:
-        s, ours, theirs = self.s, self.model.config, teacher.config
-        if theirs.vocab_size != ours.vocab_size:
-            raise UserError(
-                f'--teacher={s.teacher} knows {theirs.vocab_size} tokens, the model '
-                f'{ours.vocab_size}: name the model it was converted from'
-            )
-        if theirs.block_size < s.block_size:
-            raise UserError(
-                f'--teacher={s.teacher} reads {theirs.block_size} tokens at a time: '
-                f'use --block_size={theirs.block_size} or less'
-            )
-        same_shape = (theirs.n_layer, theirs.n_embd) == (ours.n_layer, ours.n_embd)
-        if s.distill_hidden and not same_shape:
-            raise UserError(
-                f'--teacher={s.teacher} has {theirs.n_layer} layers of width {theirs.n_embd}, '
-                f'the model {ours.n_layer} of {ours.n_embd}: use --distill_hidden=0'
-            )
-
     def choose_parameters(self) -> None:
         """Train only the parameters that --train_only names."""
         words = split_list(self.s.train_only)
@@ -228,6 +239,10 @@ class Trainer:
             if s.compile:
                 theirs.compile_parts(embedding=False)
                 forward.compile_parts()
+        if self.predictions is not None:
+            forward = CachedDistillationLoss(self.batch_loss, s.distill)
+            if s.compile:
+                forward.compile_parts()
         if self.world == 1:
             return forward
         # On one host all gradients travel at once, after the backward pass: it runs faster alone
@@ -252,28 +267,41 @@ class Trainer:
         set_rate(self.optimizers, get_lr_share(s, step))
         # dropout, too, depends on (seed, step, rank) only
         torch.manual_seed((s.seed * 1_000_003 + step) * 4099 + self.data.rank)
-        micro_steps = range(self.accumulation)
-        starts = torch.stack([self.data.starts(step, n, s.batch_size) for n in micro_steps])
+        micro_steps, predictions = range(self.accumulation), None
+        if self.predictions is None:
+            starts = [self.data.starts(step, n, s.batch_size) for n in micro_steps]
+        else:
+            batches = [self.predictions.batch(step, n) for n in micro_steps]
+            starts, predictions = zip(*batches)
+        starts = torch.stack(starts)
         with devices.machine_errors(self.smaller_batch()):
             if self.graphed_step:
                 self.starts.copy_(starts, non_blocking=True)
                 loss = self.graphed_step()
             else:
-                loss = self.one_step(starts)
+                loss = self.one_step(starts, predictions)
         if self.average:
             self.average.update(step)
         return loss
 
-    def one_step(self, starts: torch.Tensor) -> torch.Tensor:
-        """Forward and backward over the windows at `starts` (accumulation, B), then the update."""
+    def one_step(
+        self, starts: torch.Tensor, predictions: Sequence[Predictions] | None = None
+    ) -> torch.Tensor:
+        """
+        Forward and backward over the windows at `starts` (accumulation, B), then the update.
+
+        predictions: the teacher's, for each micro-batch, where they are cached
+        """
         total = 0
         for micro in range(self.accumulation):
-            x, y = self.data.cut('train', starts[micro])
+            inputs = self.data.cut('train', starts[micro])
+            if predictions:
+                inputs = (*inputs, *predictions[micro])
             last = micro == self.accumulation - 1
             # gradients travel once a step
             together = nullcontext() if self.world == 1 or last else self.forward.no_sync()
             with together:
-                loss = self.forward(x, y) / self.accumulation
+                loss = self.forward(*inputs) / self.accumulation
                 self.scaler.scale(loss).backward()
             total = total + loss.detach()
         if self.s.grad_clip:
