@@ -501,7 +501,7 @@ def run_cells(grid: Grid, missing: list[str]) -> None:
     total = len(grid.names)
     with progress_bar(total, 'cell', done=total - len(missing)) as bar:
         for name in missing:
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=sys.stderr.isatty())
             grid.run_apart(name)
             grid.write_results(draw=False)
             bar.update()

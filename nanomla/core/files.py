@@ -11,6 +11,7 @@ import errno
 import glob
 import io
 import json
+import math
 import os
 import shutil
 import stat
@@ -377,10 +378,16 @@ def print_line(message: str) -> None:
 
 
 def progress_bar(total: int, unit: str, done: int = 0):
-    """Return a tqdm bar on stderr: a line every half minute where that is no terminal."""
+    """
+    Return a tqdm bar on stderr. Where that is no terminal but a log, nothing is written in the
+    first half minute, and at most ten times after it.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
         raise UserError('the progress bar needs tqdm: pip install tqdm') from None
-    interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, unit=unit, unit_scale=True, mininterval=interval)
+    pace = dict(mininterval=0.2)
+    if not sys.stderr.isatty():
+        # Without a longest interval tqdm would look every ten seconds for steps to show.
+        pace = dict(delay=30, mininterval=30, miniters=-(-total // 10), maxinterval=math.inf)
+    return tqdm(total=total, initial=done, unit=unit, unit_scale=True, **pace)

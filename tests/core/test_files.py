@@ -266,3 +266,17 @@ def test_no_cell_of_a_csv_is_a_formula():
     assert files.csv_cell(-0.5) == -0.5 and files.csv_cell(None) is None
     assert files.csv_cell(['=1']) == "['=1']"
     assert files.csv_table([{'=cmd': 1}]).startswith("'=cmd")
+
+
+@pytest.mark.parametrize('seconds_of_a_step, lines', [(0.02, 0), (60, 11)])
+def test_a_progress_bar_in_a_log_is_a_few_lines(seconds_of_a_step, lines, capsys, monkeypatch):
+    import tqdm.std
+
+    now = [0.0]
+    monkeypatch.setattr(tqdm.std, 'time', lambda: now[0])
+    bar = files.progress_bar(1000, 'step')
+    for _ in range(1000):
+        now[0] += seconds_of_a_step
+        bar.update()
+    bar.close()
+    assert capsys.readouterr().err.count('\r') <= lines
