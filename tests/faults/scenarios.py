@@ -492,7 +492,8 @@ BEGINNING = Beginning()
 
 # What may rightly take long, or much memory, when it is large.
 LONG = set(
-    'max_iters sample_tokens max_new_tokens num_samples trials texts length lr_decay_iters'.split()
+    'max_iters sample_tokens max_new_tokens num_samples trials texts length lr_decay_iters '
+    'documents epochs steps seeds train val pool accumulation decode_tokens decode_repeats'.split()
 )
 COMMANDS = {  # script -> arguments with which it runs in a second
     'train.py': words(TINY | dict(out_dir='new', max_iters=2)),
@@ -501,7 +502,12 @@ COMMANDS = {  # script -> arguments with which it runs in a second
     'convert_mla.py': ['done', '--out=new', '--kv_lora_rank=8', '--device=cpu', '--eval_tokens=99'],
     'find_induction_heads.py': ['--init_from=done', '--out=new', '--device=cpu'],
     'compare.py': ['--plot_only=True', '--results=results.jsonl', '--figure=new/c.png'],
+    'bench_adapters.py': ['random:tiny', 'c.json', 'new', '--adapters=lora'],
     'data/text/prepare.py': ['tale.txt', '--out=new'],
+    'data/repeats/prepare.py': ['--out=new', '--documents=50'],
+    'data/repeats_fixed/prepare.py': ['--out=new', '--documents=50'],
+    'data/openorca/prepare.py': ['--out=new', '--input=rules', '--train=20', '--val=5'],
+    'data/openwebtext/prepare.py': ['--out=new', '--input=documents.jsonl', '--val_fraction=0.05'],
 }
 ODD = (
     *('-1', '0', '1', '2', '3', '7', '0.5', '-0.5', 'nan', 'inf', '1e300'),
@@ -530,8 +536,14 @@ def check_script(case: tuple[str, list[str]], place: Path, folder: Path) -> int:
     shutil.copytree(place, folder)
     script, arguments = case
     outputs = {'new', 'done'} | {word.partition('=')[2].split('/')[0] for word in arguments}
-    with nothing_else_changes(folder, *(outputs - {'text', 'tale.txt', 'results.jsonl'})):
-        return run_forked(script, arguments, folder, prepare=no_curve).check().code
+    put_documents(folder)
+    put_instructions(folder)
+    changes = no_network if 'openwebtext' in script else no_curve
+    kept = {'tale.txt', 'results.jsonl', 'documents.jsonl', 'c.json'}
+    if not script.startswith('data/'):  # those replace the dataset that --out names
+        kept.add('text')
+    with nothing_else_changes(folder, 'cache', *(outputs - kept)):
+        return run_forked(script, arguments, folder, prepare=changes).check().code
 
 
 def warm_up() -> None:
