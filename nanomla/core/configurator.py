@@ -270,6 +270,10 @@ def _prepare_output() -> None:
             setattr(sys, name, open(os.devnull, 'w'))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+    if not sys.stderr.isatty():
+        # tqdm reads this when it is imported: the bars of libraries must not fill a log.
+        os.environ.setdefault('TQDM_DELAY', '30')
+        os.environ.setdefault('TQDM_MININTERVAL', '30')
     atexit.unregister(_flush_output)
     atexit.register(_flush_output)
 

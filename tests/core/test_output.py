@@ -154,3 +154,13 @@ def test_memory_is_asked_for_before_it_is_used(monkeypatch):
     devices.check_host_memory(2**30, 'x', 'use less')
     with pytest.raises(UserError, match='x needs at least 2 GiB of memory, and there are 1 GiB'):
         devices.check_host_memory(2**31, 'x', 'use less')
+
+
+def test_the_bars_of_libraries_do_not_fill_a_log(tmp_path):
+    body = """
+        from tqdm import tqdm
+        for _ in tqdm(range(100)):
+            pass
+    """
+    done = start(tmp_path, body)
+    assert done.returncode == 0 and done.stderr == ''
