@@ -157,6 +157,11 @@ def show(paths, picture) -> None:
     Of several files there is one picture of all, against their controls.
     """
     found = [read(path) for path in paths]
+    for path, results in zip(paths, found):
+        if control and control not in results.contenders:
+            names = ', '.join(results.contenders)
+            raise UserError(f'--control={control}: {path} has the contenders {names}')
+        results.head['control'] = control or results.control
     if len(found) > 1:
         draw_front(found, picture)
         print(picture)

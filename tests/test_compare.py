@@ -29,6 +29,8 @@ from nanomla.core.configurator import UserError
 from nanomla.training import batches
 from nanomla.training.launch import PROMPT
 
+STAIRCASE = ROOT / 'assets' / 'logs' / 'study_staircase.jsonl'
+
 SETTINGS = TINY | dict(
     out_dir='cmp',
     pos='rope',
@@ -655,6 +657,10 @@ MISTAKES = [
         'cmp/results.jsonl cannot be read (No such file or directory): run the comparison first',
     ),
     (
+        dict(plot_only=True, results=str(STAIRCASE), control='mla'),
+        'the contenders mha, shared, sliced',
+    ),
+    (
         dict(plot_only=True, results='text/meta.json'),
         'text/meta.json is damaged or no results.jsonl',
     ),
@@ -667,6 +673,20 @@ def test_what_is_wrong_ends_in_one_line_before_anything_is_trained(asked, messag
     err = capsys.readouterr().err
     assert err.startswith('error: ') and message in err and err.count('\n') == 1, err[-2000:]
     assert not list(Path().glob('cmp/*/*'))
+
+
+def test_what_was_trained_can_be_compared_with_another_control(capsys):
+    words = ['--plot_only=True', f'--results={STAIRCASE}', '--figure=a.png', '--control=sliced']
+    assert exit_code('compare.py', words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith('sliced latent (control)') for line in lines)
+    losses = {}
+    for one in read(STAIRCASE).runs:
+        if one['role'] == 'seed':
+            losses.setdefault(one['contender'], {})[one['seed']] = one['val_loss']
+    pairs = [losses['learned'][seed] - losses['sliced'][seed] for seed in range(1, 9)]
+    row = next(line for line in lines if line.startswith('learned latent') and '[' in line)
+    assert f'{sum(pairs) / 8:+.4f} [' in row
 
 
 # -------------------------------------------------------------------------------------------------

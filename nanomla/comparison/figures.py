@@ -28,7 +28,8 @@ MARKS = 'oDs^vPX*'  # of comparisons in one picture
 LINES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))  # where shades are many
 SIDE_BY_SIDE = 4  # so many contenders share a row of panels; with more each panel has its own
 NAMED_IN_LEGEND = 12  # with more contenders the ends of their curves are named instead
-NAMED_POINTS = 16  # with more points only the front and the control are named
+NAMED_POINTS = 9  # with more points only the front and the control are named
+OTHER_KINDS = ('#7B4EA3', '#A6761D', '#C51B7D', '#4D4D4D', '#17A2B8', '#6B8E23', '#8C564B')
 SAMPLE_LINES = 11
 SAMPLE_COLUMNS = {1: 120, 2: 62, 3: 42}  # samples beside each other -> letters in a line
 
@@ -37,14 +38,18 @@ def colors(contenders: dict[str, dict]) -> dict[str, str]:
     """
     Return a colour for each contender: that of its attention.
 
-    Several contenders of one kind have shades, from dark to light.
+    Attentions without a colour of their own take the next of OTHER_KINDS. Several contenders of one
+    kind have shades, from dark to light.
     """
     from matplotlib.colors import to_hex, to_rgb
 
     paint = {}
-    for kind in {about['kind'] for about in contenders.values()}:
+    kinds = list(dict.fromkeys(about['kind'] for about in contenders.values()))
+    others = [kind for kind in kinds if kind not in figures.COLORS]
+    own = {kind: OTHER_KINDS[number % len(OTHER_KINDS)] for number, kind in enumerate(others)}
+    for kind in kinds:
         names = [name for name, about in contenders.items() if about['kind'] == kind]
-        base = to_rgb(figures.COLORS.get(kind, figures.COLORS['ink']))
+        base = to_rgb({**figures.COLORS, **own}[kind])
         for number, name in enumerate(names):
             depth = 0.0  # negative: towards black; positive: towards white
             if len(names) > 1:
@@ -61,14 +66,14 @@ def outliers(found: list[dict]) -> set[str]:
     """
     Return the names of rows whose loss is too high to be drawn to scale; they are named instead.
 
-    Those are the rows above a gap of more than three times the range of all that is below it, if
+    Those are the rows above a gap of more than 2.5 times the range of all that is below it, if
     that are at least four rows.
     """
     known = sorted((row['val_loss'], row['name']) for row in found if row['val_loss'] is not None)
     for number in range(4, len(known)):
         gap = known[number][0] - known[number - 1][0]
         below = known[number - 1][0] - known[0][0]
-        if gap > 3 * below > 0:
+        if gap > 2.5 * below > 0:
             return {name for _, name in known[number:]}
     return set()
 
@@ -91,12 +96,7 @@ def pareto(ax, found: list[dict], paint: dict, compact: bool = False) -> None:
         if row['name'] in far:
             _name_outlier(ax, row, paint)
         else:
-            beside = [
-                other['name']
-                for other in known
-                if other['cache_bytes'] == row['cache_bytes'] and other['name'] not in far
-            ]
-            bounds += _loss_bar(ax, row, beside, paint)
+            bounds += _loss_bar(ax, row, _drawn_at(row, known, far), paint)
     if len(set(bounds)) > 1:
         margin = 0.08 * (max(bounds) - min(bounds))
         ax.set_ylim(min(bounds) - margin, max(bounds) + margin)
@@ -138,19 +138,21 @@ def _name_outlier(ax, row: dict, paint: dict) -> None:
     )
 
 
-def _loss_bar(ax, row: dict, beside: list[str], paint: dict) -> list[float]:
-    """
-    Draw the mean and the interval of a row, among those `beside` it at the same cache.
+def _drawn_at(row: dict, known: list[dict], far: set[str]) -> float:
+    """Return the bytes at which a row is drawn: those of the same cache stand side by side."""
+    same = [other['name'] for other in known if other['cache_bytes'] == row['cache_bytes']]
+    beside = [name for name in same if name not in far]
+    spacing = min(1.025, 1.25 ** (1 / len(beside)))
+    return row['cache_bytes'] * spacing ** (beside.index(row['name']) - (len(beside) - 1) / 2)
 
-    Returns the losses that the panel must show.
-    """
+
+def _loss_bar(ax, row: dict, x: float, paint: dict) -> list[float]:
+    """Draw the mean and the interval of a row at x. Returns the losses that must be seen."""
     half = None
     if row['sd'] is not None:
         half = t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds'])
-    spacing = min(1.025, 1.25 ** (1 / len(beside)))
-    offset = beside.index(row['name']) - (len(beside) - 1) / 2
     ax.errorbar(
-        row['cache_bytes'] * spacing**offset,
+        x,
         row['val_loss'],
         yerr=half,
         color=paint[row['name']],
@@ -198,15 +200,16 @@ def name_points(ax, found: list[dict], paint: dict, inches: float) -> None:
         if row['val_loss'] is not None and row['cache_bytes'] and row['name'] not in far
     ]
     points = sorted((row['cache_bytes'], row['val_loss']) for row in known)
+    named = known
     if len(points) > NAMED_POINTS:
-        known = [row for row in known if row['control'] or row['name'] in best]
+        named = [row for row in known if row['control'] or row['name'] in best]
     low, high = ax.get_ylim()
     apart = 0.17 / inches * (high - low)  # between two labels
     octaves = 1.0  # width of the axis
     if points:
         octaves = math.log2(points[-1][0] / points[0][0]) + 2 * math.log2(1.35)
     placed = []  # (height, cache) of labels
-    for row in sorted(known, key=lambda row: row['val_loss']):
+    for row in sorted(named, key=lambda row: row['val_loss']):
         cache = row['cache_bytes']
         left = cache == points[-1][0] and points[0][0] < points[-1][0]
         y = row['val_loss']
@@ -224,7 +227,7 @@ def name_points(ax, found: list[dict], paint: dict, inches: float) -> None:
         placed.append((y, cache))
         ax.annotate(
             row['label'],
-            (cache, y),
+            (_drawn_at(row, known, far), y),
             xytext=(-11 if left else 11, 7),
             textcoords='offset points',
             ha='right' if left else 'left',
