@@ -521,6 +521,8 @@ while not stop:
     lossf = loss.item() / world
     check_loss(lossf)
     saver.check()
+    if main and run.step == first_step:  # the optimizers have their moments now
+        saver.reserve([trainer.weights(), model.state_dict(), trainer.state()])
     if vote.take(run.step):
         stop = f'stopped by {vote.reason}'
     if not (looking or stop):

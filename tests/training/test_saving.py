@@ -94,6 +94,27 @@ def test_memory_is_used_again_and_never_shared_by_two_tensors():
     assert again['b'].tolist() == [1.0] * 4
 
 
+def test_reserved_memory_is_that_of_the_first_copy():
+    copies = HostCopies()
+    content = dict(a=torch.ones(4), b=[torch.ones(2, 3), torch.ones(4)])
+    copies.reserve(content)
+    reserved = {t.data_ptr() for buffers in copies.buffers.values() for t in buffers}
+    first = copies.copy(content)
+    assert {t.data_ptr() for t in (first['a'], *first['b'])} == reserved
+    assert str(first) == str(content)
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch):
+    def fail(self, content):
+        raise MemoryError('too much')
+
+    monkeypatch.setattr(HostCopies, 'reserve', fail)
+    saver = BackgroundSaver(native.save)
+    saver.reserve({})
+    with pytest.raises(RunError, match='no memory to copy a checkpoint to: too much'):
+        saver.close()
+
+
 @pytest.mark.parametrize(
     'error, message',
     [

@@ -2,6 +2,7 @@
 Write checkpoints in the background: training waits for a copy in memory, not for the disk.
 
     saver = BackgroundSaver(native.save)
+    saver.reserve(checkpoint)      # takes the memory of its copy in the background
     saver.save({path: checkpoint, other_path: other_checkpoint})   # returns when both are copied
     saver.check()                                                  # RunError where writing failed
     saver.close()                                                  # waits; before the process ends
@@ -34,12 +35,22 @@ class HostCopies:
 
     def copy(self, content: object) -> object:
         """Return `content`, a nest of dicts, lists and tuples, with copies of its tensors."""
+        copied = self.with_buffers(content, read=True)
+        for device in self.devices:
+            torch.cuda.current_stream(device).synchronize()
+        return copied
+
+    def reserve(self, content: object) -> None:
+        """Take the memory of a copy of `content`, and touch it, so that the system gives it."""
+        self.with_buffers(content, read=False)
+
+    def with_buffers(self, content: object, read: bool) -> object:
+        """Return `content` with buffers for its tensors, which hold their values if `read`."""
+        self.read = read
         self.used = defaultdict(int)  # buffers of a kind that this copy holds
         self.copies = {}  # what was copied -> its copy
         self.devices = set()
         copied = self.copied(content)
-        for device in self.devices:
-            torch.cuda.current_stream(device).synchronize()
         self.copies = {}
         return copied
 
@@ -56,7 +67,11 @@ class HostCopies:
         same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if same not in self.copies or not tensor.numel():
             on_gpu = tensor.device.type == 'cuda'
-            self.copies[same] = self.buffer(tensor, on_gpu).copy_(tensor, non_blocking=on_gpu)
+            buffer = self.copies[same] = self.buffer(tensor, on_gpu)
+            if self.read:
+                buffer.copy_(tensor, non_blocking=on_gpu)
+            else:
+                buffer.zero_()
             if on_gpu:
                 self.devices.add(tensor.device)
         return self.copies[same]
@@ -85,6 +100,17 @@ class BackgroundSaver:
         self.host_copies = HostCopies()
         self.thread = ThreadPoolExecutor(1, 'saver')  # Python waits for it when the process ends
         self.writing: Future | None = None
+
+    def reserve(self, content: object) -> None:
+        """Take the memory for a copy of such content in the background."""
+        self.wait()
+        self.writing = self.thread.submit(self.reserve_all, content)
+
+    def reserve_all(self, content: object) -> None:
+        try:
+            self.host_copies.reserve(content)
+        except (MemoryError, RuntimeError) as error:
+            raise RunError(f'no memory to copy a checkpoint to: {error}') from error
 
     def save(self, checkpoints: Mapping[Path, dict]) -> None:
         """Copy the checkpoints and begin to write them. Waits until the save before is written."""
