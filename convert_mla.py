@@ -44,6 +44,9 @@ layer_steps = -1  # of Adam for each layer after W^O in closed form; -1 = 200 on
 layer_lr = 1e-3  # at first; it falls to zero
 # healing by config/heal_mla.py into OUT-healed, the source as teacher; the same command resumes
 heal = 0  # tokens to train on after the conversion; 0 = none
+learning_rate = 0.0  # peak; 0 = that of config/heal_mla.py
+teacher_cache = ''  # a folder for the source's predictions, which later runs read; '' = none
+lora_rank = 0  # train adapters of the attentions alone, merged in the end; 0 = all weights
 # machine
 seed = 1337  # of the rotation
 device = 'auto'  # auto | cpu | cuda | cuda:1 | mps
@@ -137,6 +140,8 @@ def check_settings(source: str) -> None:
     if not out:
         raise UserError('say where to put it: --out=FOLDER')
     check_range('heal', heal, least=0)
+    check_range('learning_rate', learning_rate, least=0)
+    check_range('lora_rank', lora_rank, least=0)
     last = export or (out if not heal else '')  # what comes before it may be there: it goes on
     if last and os.path.exists(last):
         raise UserError(f'{last} is there already: name a new folder, or remove it')
@@ -190,6 +195,13 @@ def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     if for_servers:
         settings = with_ordinary_frequencies(source_config, saving, settings)
     return settings
+
+
+def healing_options() -> dict[str, object]:
+    """Return the settings of train.py that are passed on as they are."""
+    options = dict(device=device)
+    passed_on = ('learning_rate', 'teacher_cache', 'lora_rank')
+    return options | {name: config[name] for name in passed_on if config[name]}
 
 
 def text_name(loaded: LoadedModel) -> str:
@@ -415,7 +427,7 @@ def main(source: str) -> None:
         convert_and_write(loaded, report, to_fit)
     if heal:
         T = window_size(model.config)
-        healing = Healing(out, source, name, heal, T, device)
+        healing = Healing(out, source, name, heal, T, healing_options())
         heal_model(healing)
     if export:
         export_copy(healing.out if heal else out)

@@ -75,6 +75,8 @@ beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0 = do not clip
 ema_decay = 0.0  # evaluate and keep a moving average of the weights; 0 = none
 train_only = ''  # words with commas: train only parameters with one in their name; '' = all
+lora_rank = 0  # train adapters of that rank alone, merged in what is saved; 0 = none
+lora_targets = 'attention'  # attention | all (MLP, too) | names of matrices as in transformers
 teacher = ''  # a checkpoint whose predictions to learn; '' = none
 distill = 0.5  # share of the loss that is KL(teacher, model), not cross-entropy
 distill_hidden = 0.0  # weight of how far each block's output is from the teacher's
@@ -117,6 +119,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanomla.adapters import lora
 from nanomla.checkpoints import native
 from nanomla.checkpoints.load import check_tokens, dataset_tokenizer, load_model
 from nanomla.checkpoints.tokenizer import FILES as TOKENIZER_FILES
@@ -152,6 +155,19 @@ def log_line(message):
         bar.write(message)
     elif main:
         print_line(message)
+
+
+def add_adapters():
+    """Freeze the model and add adapters, which alone are trained."""
+    if from_scratch:
+        raise UserError('--lora_rank adapts a trained model: name one by --init_from')
+    for name, plain in dict(train_only='', ema_decay=0.0, optimizer='adamw').items():
+        if config[name] != plain:
+            raise UserError(f'--lora_rank does not go with --{name}={config[name]}')
+    settings = lora.LoraSettings(lora_rank, alpha=lora_rank, targets=lora_targets)
+    lora.adapt(model, 'lora', settings)
+    trained, of = lora.count(model)
+    log_line(f'LoRA of rank {lora_rank}: {trained / 1e6:.2f}M of {of / 1e6:.2f}M parameters learn')
 
 
 def open_predictions(teacher_model):
@@ -266,6 +282,8 @@ model.float().to(device).train()  # master weights in fp32, whatever the file he
 model.stream = devices.pick_dtype(dtype, device)
 with settings_errors():
     model.check_kernel(device)
+if lora_rank:
+    add_adapters()
 data = Dataset(token_files.find(dataset), block_size, seed, device, rank, world)
 teacher_model = None
 if teacher:
@@ -278,6 +296,8 @@ if teacher_cache:
     teacher_model = loaded_teacher = None
 trainer = Trainer(config, model, data, teacher_model, predictions)
 if resuming:
+    if lora_rank:
+        lora.load_adapter_state(model, source.get('adapters', {}), last)
     trainer.load_state(source)
     log_line(f'resumed at step {run.step} of {max_iters} from {last}')
     if changes := config.differences(saved.get('config', {}), but=run_folder.NOT_OF_A_RUN):
@@ -357,6 +377,21 @@ def checkpoint(**tensors):
     if pretrained:
         facts['pretrained'] = True
     return facts | asdict(run) | dict(seconds=seconds()) | tensors
+
+
+def weights():
+    """Return the state dict to use: averages, or weights with their adapters, where a run has."""
+    if lora_rank:
+        return lora.merged_state(model)
+    return trainer.weights()
+
+
+def resumable():
+    """Return the content of last.pt."""
+    if lora_rank:
+        adapters = lora.adapter_state(model)
+        return checkpoint(model=weights(), adapters=adapters, **trainer.state())
+    return checkpoint(model=model.state_dict(), **trainer.state())
 
 
 def start_wandb():
@@ -467,7 +502,7 @@ def evaluate(train_loss=None):
     remark = ' (best so far)' if improved else ''
     log_line(f'step {run.step:6d} | val loss {val_loss:.4f}{remark} | {seconds():.1f} s')
     if improved or always_save_checkpoint:
-        to_save[out / 'ckpt.pt'] = checkpoint(model=trainer.weights())
+        to_save[out / 'ckpt.pt'] = checkpoint(model=weights())
     if target_loss and val_loss <= target_loss:
         return f'target_loss reached: {val_loss:.4f}'
     return ''
@@ -484,7 +519,7 @@ def save():
 # the loop
 steps_to_keep = native.steps_to_keep(keep_checkpoints, max_iters)
 if run.step == 0 and 0 in steps_to_keep:
-    to_save[out / native.step_name(0)] = checkpoint(model=trainer.weights())
+    to_save[out / native.step_name(0)] = checkpoint(model=weights())
     save()
 first_step, speed_from = run.step + 1, run.step + WARMUP_STEPS
 timed_seconds, timed_steps = 0.0, 0  # without evaluations
@@ -495,7 +530,7 @@ stop = ''
 # A signal may have ended the evaluation of this very step.
 if resuming and run.evaluated_step < run.step and run.step % eval_interval == 0:
     stop = evaluate()
-    to_save[last] = checkpoint(model=model.state_dict(), **trainer.state())
+    to_save[last] = resumable()
     save()
 if run.step >= max_iters:
     stop = stop or 'max_iters reached'
@@ -561,9 +596,9 @@ while not stop:
     if evaluating:
         stop = evaluate(lossf) or stop
     if keeping:
-        to_save[out / native.step_name(run.step)] = checkpoint(model=trainer.weights())
+        to_save[out / native.step_name(run.step)] = checkpoint(model=weights())
     if run.step % eval_interval == 0 or stop:
-        to_save[last] = checkpoint(model=model.state_dict(), **trainer.state())
+        to_save[last] = resumable()
     save()
     if run.step >= speed_from:
         mark = (time.monotonic(), run.step)
@@ -620,6 +655,8 @@ if main:
         peak_memory=memory_used,
     )
     if sample_tokens and not halted:
+        if lora_rank:
+            lora.merge(model)
         try:
             write_sample()
         except UserError as error:

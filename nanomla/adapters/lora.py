@@ -19,6 +19,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -287,12 +288,14 @@ def target_names(model: GPT, wanted: str) -> list[str]:
     """
     Return the names of the members that get adapters.
 
-    wanted: 'all', or names as in transformers with commas; k_proj and v_proj mean their nearest
-    relatives in an MLA model. UserError names what the model does not have.
+    wanted: 'all', 'attention', or names as in transformers with commas; k_proj and v_proj mean
+    their nearest relatives in an MLA model. UserError names what the model does not have.
     """
     known = member_names(model)
     if wanted == 'all':
         return known
+    if wanted == 'attention':
+        return member_names(model.transformer.h[0].attn)
     names = []
     for name in split_list(wanted):
         if name not in known and NAMES_IN_MLA.get(name) in known:
@@ -365,6 +368,47 @@ def merge(model: GPT) -> GPT:
                     linear.weight.splits = group.splits
                     setattr(part, name, linear)
     return model
+
+
+# -------------------------------------------------------------------------------------------------
+# checkpoints of a model that learns by adapters
+
+
+@torch.no_grad()
+def merged_state(model: GPT) -> dict[str, torch.Tensor]:
+    """Return the state dict that the model has after `merge`, and leave the model as it is."""
+    named = {name: m for name, m in model.named_modules() if isinstance(m, LinearGroup)}
+    in_groups = tuple(f'{name}.' for name in named)
+    state = {}
+    for key, value in model.state_dict().items():
+        if not key.startswith(in_groups):
+            state[key] = value
+    for name, group in named.items():
+        adapted = any(has_adapter(member) for member in group.members)
+        state[f'{name}.weight'] = group.merged() if adapted else group.whole
+        if group.bias is not None:
+            state[f'{name}.bias'] = group.bias
+    return state
+
+
+def adapter_state(model: GPT) -> dict[str, torch.Tensor]:
+    """Return the adapters and the weights that they are added to: what resuming needs."""
+    state = model.state_dict()
+    return {key: state[key] for key in state if 'lora_' in key or '.base_layer.' in key}
+
+
+@torch.no_grad()
+def load_adapter_state(model: GPT, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Take over the adapter_state of the checkpoint `path`. UserError where it is of others."""
+    own = adapter_state(model)
+    shapes = {key: value.shape for key, value in own.items()}
+    if shapes != {key: getattr(value, 'shape', None) for key, value in state.items()}:
+        raise UserError(
+            f'{path} was trained with other adapters: resume with its own --lora_rank and '
+            f'--lora_targets, or begin a new run from its weights with --init_from={path}'
+        )
+    for key, value in own.items():
+        value.copy_(state[key])
 
 
 @contextmanager

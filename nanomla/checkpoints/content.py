@@ -68,6 +68,7 @@ ENTRIES = dict(
     pretrained=FLAG,
     optimizers=list_of(TABLE),
     scaler=TABLE,
+    adapters=TABLE,
     average=list_of(TENSOR) | None,
 )
 # Of the state dict of an optimizer, of each of its groups, and of a gradient scaler.

@@ -6,7 +6,7 @@ teacher. The same call goes on with a run that was interrupted.
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanomla.checkpoints import native
@@ -24,6 +24,7 @@ class Healing:
     What to heal and for how long.
 
     start: the folder of the converted model; source: its teacher; dataset: in the source's tokens
+    options: further settings of train.py
     """
 
     start: str
@@ -31,7 +32,7 @@ class Healing:
     dataset: str
     tokens: int
     block_size: int
-    device: str = 'auto'
+    options: dict[str, object] = field(default_factory=dict)
 
     @property
     def out(self) -> str:
@@ -54,8 +55,8 @@ class Healing:
             eval_interval=max(1, self.steps // EVALUATIONS),
             batch_size=BATCH_SIZE,
             block_size=self.block_size,
-            device=self.device,
         )
+        settings |= self.options
         words = [f'--{name}={value}' for name, value in settings.items()]
         return [sys.executable, str(ROOT / 'train.py'), str(ROOT / 'config/heal_mla.py'), *words]
 

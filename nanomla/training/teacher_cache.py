@@ -42,6 +42,7 @@ from nanomla.training.batches import Dataset, window_starts
 from nanomla.training.loss import BatchLoss
 
 ROWS = 2048  # tokens whose logits are in memory at a time
+SHOWN = 64  # windows whose probabilities are summed up in a line for people
 
 # cache.json, and what is said where an entry is another one than the run's
 DIFFERENCES = dict(
@@ -189,10 +190,13 @@ class TeacherCache:
 
     @property
     def description(self) -> str:
+        """One line on what is there; the share of the probability is that of the first windows."""
         size = len(self.records) * self.record.itemsize
+        rest = np.exp(self.records['log_rest'][:SHOWN].astype(np.float32)).mean()
         return (
-            f"{self.folder}: the teacher's {self.facts['top_k']} most probable tokens for "
-            f'{len(self.records):,} windows, {size / 1e9:.2f} GB'
+            f"{self.folder}: the teacher's {self.facts['top_k']} most probable tokens, "
+            f'{1 - rest:.1%} of the probability, for {len(self.records):,} windows: '
+            f'{size / 1e9:.3g} GB'
         )
 
     # ---------------------------------------------------------------------------------------------

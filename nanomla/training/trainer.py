@@ -37,7 +37,7 @@ EAGER_STEPS = 3  # ordinary steps before one is recorded: everything is allocate
 AT_LEAST_1 = """batch_size block_size gradient_accumulation_steps eval_interval eval_iters
     log_interval max_iters"""
 AT_LEAST_0 = """keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr muon_up weight_decay
-    grad_clip sample_tokens distill_hidden max_minutes target_loss"""
+    grad_clip sample_tokens distill_hidden lora_rank max_minutes target_loss"""
 SHARES_BELOW_1 = 'beta1 beta2 ema_decay'
 SHARES = 'distill cooldown'
 
