@@ -166,6 +166,13 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
+    @torch.no_grad()
+    def scale_rows(self, factors):
+        """Multiply each output by its one of `factors` (outputs,), in place."""
+        self.weight.mul_(factors[:, None])
+        if self.bias is not None:
+            self.bias.mul_(factors)
+
 
 class Norm(nn.Module):
     """LayerNorm (with bias or not) or RMSNorm over the last dimension."""
@@ -285,6 +292,10 @@ class Attention(nn.Module):
     circuit_weights = None  # (): matrices of each head for nanomla/heads/circuits.py
     can_absorb = False  # decodes in the latent space by `absorb_query` and `read_values`
     latent = None  # (x, rope): c_kv and k_pe, what MLA caches
+    scale_logits = None  # (factors): multiply the logits of each head by weights of its own
+
+    # Where it is set, `attend` calls it with the q, k and mask that the softmax is about to see.
+    watch = None
 
     def __init_subclass__(cls, **kwargs):
         """
@@ -293,7 +304,7 @@ class Attention(nn.Module):
         so it is right for the subclass, too.
         """
         super().__init_subclass__(**kwargs)
-        for name in ('fused_step', 'circuit_weights', 'can_absorb'):
+        for name in ('fused_step', 'circuit_weights', 'can_absorb', 'scale_logits'):
             if name not in cls.__dict__:
                 setattr(cls, name, getattr(Attention, name))
 
@@ -339,12 +350,14 @@ class Attention(nn.Module):
         -> (B, H, T, Dv). With a cache k and v have N slots, and mask (B, 1, T, N) is True where a
         query may look.
         """
-        if self.kernel == 'eager':
-            return self.attend_eagerly(q, k, v, mask)
         if self.kernel == 'sdpa' and q.device.type == 'cpu' and v.size(-1) < k.size(-1):
             # torch's fused kernel for CPUs takes keys and values of one width only
             padded = F.pad(v, (0, k.size(-1) - v.size(-1)))
             return self.attend(q, k, padded, mask)[..., : v.size(-1)]
+        if self.watch is not None:
+            self.watch(q, k, mask)
+        if self.kernel == 'eager':
+            return self.attend_eagerly(q, k, v, mask)
         grouped = q.size(1) != k.size(1)
         if mask is not None:  # only the backend that torch picks takes any mask
             return F.scaled_dot_product_attention(
@@ -490,6 +503,19 @@ class MultiHeadAttention(Attention):
         q = cache.rope_and_append(q, rope, rope_widths=(D, D, 0), k=k, v=v)
         y = cache.attend_in_place(q.unflatten(-1, (-1, D))[:, :, None], self.scale)
         return y[:, :, 0]
+
+    def scale_logits(self, factors):
+        """
+        Multiply the logits of every head by its one of `factors` (H,): queries and keys by the root
+        each. A key that other heads read, too, stays as it is; the query is then multiplied by all.
+        """
+        D, (_, k_width, v_width) = self.v_dim, self.widths
+        by_head = factors.repeat_interleave(D)
+        others = by_head.new_ones(k_width + v_width)
+        if k_width == len(by_head):
+            by_head = by_head.sqrt()
+            others[:k_width] = by_head
+        self.c_attn.scale_rows(torch.cat([by_head, others]))
 
     def circuit_weights(self):
         """

@@ -368,6 +368,18 @@ class MultiHeadLatentAttention(Attention):
         y = cache.attend_in_place(q[:, :, None], self.scale, q_pe)[:, :, 0]
         return ops.fused_linear(y, w_uv)
 
+    def scale_logits(self, factors):
+        """
+        As MultiHeadAttention's: q_nope and k_nope by the root each. All heads read k_pe, so q_pe is
+        multiplied by all.
+        """
+        N, P, D = self.nope, self.pe, self.v_dim
+        roots = factors.sqrt().repeat_interleave(N)
+        ones = torch.ones_like(factors).repeat_interleave(D)
+        q = self.q_b_proj if self.q_lora_rank else self.q_proj
+        q.scale_rows(torch.cat([roots, factors.repeat_interleave(P)]))
+        self.kv_b_proj.scale_rows(torch.cat([roots, ones]))
+
     def circuit_weights(self):
         """
         As MultiHeadAttention's, with the latents' norms folded in (g is the gain before a matrix):

@@ -17,6 +17,7 @@ eval_interval = 2000  # steps between evaluations; each one also writes the chec
 eval_iters = 200  # batches of an evaluation; a validation split that is smaller is scored whole
 eval_only = False  # evaluate once and stop
 log_interval = 10  # steps between lines of the log
+log_max_logits = False  # log the largest attention logit of each head as well
 always_save_checkpoint = False  # ckpt.pt follows the newest evaluation, not the best one
 keep_checkpoints = 0  # keep so many as step-NNNNNN.pt, spread evenly over log(step)
 sample_tokens = 300  # length of the text written at the end; 0 = none
@@ -69,6 +70,7 @@ muon_lr = 0.02  # peak, of Muon
 muon_up = 1.0  # share of that rate for W^UQ, W^UK, W^UV, which read a latent
 muon_split = True  # Muon takes stacked matrices (W^Q | W^K | W^V, W^DKV | W^KR, ...) apart
 muon_heads = False  # and each head's rows of W^Q, W^UK, ... (GLM-5)
+qk_clip = 0.0  # largest attention logit of a head (Kimi K2: 100), bounded by QK-Clip; 0 = do not
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
@@ -161,7 +163,7 @@ def add_adapters():
     """Freeze the model and add adapters, which alone are trained."""
     if from_scratch:
         raise UserError('--lora_rank adapts a trained model: name one by --init_from')
-    for name, plain in dict(train_only='', ema_decay=0.0, optimizer='adamw').items():
+    for name, plain in dict(train_only='', ema_decay=0.0, optimizer='adamw', qk_clip=0.0).items():
         if config[name] != plain:
             raise UserError(f'--lora_rank does not go with --{name}={config[name]}')
     settings = lora.LoraSettings(lora_rank, alpha=lora_rank, targets=lora_targets)
@@ -344,9 +346,18 @@ def log_event(event, **numbers):
         wandb.log({f'{event}/{key}': value for key, value in scalars.items()}, step=run.step)
 
 
-def step_line(loss):
+def logit_numbers():
+    """Return the largest attention logit of all, and of every head of every layer."""
+    logits = trainer.largest_logits(run.step - 1)
+    layers = [[float(f'{logit:.5g}') for logit in heads] for heads in logits.tolist()]
+    return dict(max_logit=max(map(max, layers)), max_logits=layers)
+
+
+def step_line(loss, max_logit=None):
     """Return the line of a step, with the speed once that is measured."""
     line = f'step {run.step:6d}/{max_iters} | loss {loss:.4f}'
+    if max_logit is not None:
+        line += f' | max logit {max_logit:.1f}'
     if speed:
         left = (max_iters - run.step) * tokens_per_step / speed / 60
         line += f' | {speed / 1e3:,.1f}k tok/s | {left:.1f} min left'
@@ -568,6 +579,9 @@ while not stop:
         timed_seconds += passed
         timed_steps += run.step - mark[1]
         speed = timed_steps * tokens_per_step / timed_seconds
+    logits = {}
+    if logging and log_max_logits:
+        logits = logit_numbers()
     if logging:
         log_event(
             'train',
@@ -579,6 +593,7 @@ while not stop:
             lr=learning_rate * get_lr_share(trainer.s, run.step - 1),
             tok_per_s=round(speed),
             mfu=model.estimate_mfu(speed, peak_flops) if math.isfinite(peak_flops) else None,
+            **logits,
         )
         if bar:
             bar.set_postfix_str(
@@ -589,7 +604,7 @@ while not stop:
     if logging and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
         line_due = True
     if line_due and not bar:
-        log_line(step_line(lossf))
+        log_line(step_line(lossf, logits.get('max_logit')))
         last_line = time.monotonic()
     if ending:
         stop = 'max_iters reached'

@@ -35,6 +35,7 @@ class EarlyLatentAttention(MultiHeadLatentAttention):
     can_absorb = True
     fused_step = MultiHeadLatentAttention.fused_step
     circuit_weights = MultiHeadLatentAttention.circuit_weights
+    scale_logits = MultiHeadLatentAttention.scale_logits
 
 
 class GPT_Early(GPT_MLA):

@@ -28,6 +28,7 @@ class FrozenConfig(MLAConfig):
 
 class FrozenLatentAttention(MultiHeadLatentAttention):
     can_absorb = True
+    scale_logits = MultiHeadLatentAttention.scale_logits
 
     def __init__(self, config: FrozenConfig, layer: int = 0):
         super().__init__(config, layer)

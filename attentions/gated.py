@@ -27,6 +27,8 @@ class GatedConfig(GPTConfig):
 
 
 class GatedAttention(MultiHeadAttention):
+    scale_logits = MultiHeadAttention.scale_logits
+
     def __init__(self, config: GatedConfig, layer: int = 0):
         super().__init__(config, layer)
         self.gate = Linear(config.n_embd, config.n_head * self.v_dim, bias=config.bias)  # W^G

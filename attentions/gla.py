@@ -50,6 +50,7 @@ class GroupedLatentAttention(MultiHeadLatentAttention):
     can_absorb = True
     fused_step = MultiHeadLatentAttention.fused_step
     circuit_weights = MultiHeadLatentAttention.circuit_weights
+    scale_logits = MultiHeadLatentAttention.scale_logits
 
     def __init__(self, config: GLAConfig, layer: int = 0):
         super().__init__(config, layer)

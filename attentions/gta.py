@@ -76,6 +76,10 @@ class GroupedTiedAttention(CompressedAttention):
         k_pe = k_pe[:, None].expand(-1, v.size(1), -1, -1)
         return torch.cat([v[..., : self.half], k_pe], dim=-1), v
 
+    def scale_logits(self, factors):
+        # the other half of the key is the value
+        self.q_proj.scale_rows(factors.repeat_interleave(self.qk_dim))
+
     def cache_dims(self):
         return dict(states=self.widths[0], k_pe=self.half)
 

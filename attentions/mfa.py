@@ -58,6 +58,9 @@ class MultiMatrixFactorizationAttention(Attention):
         q, k = rotate(q, rope), rotate(k, rope)
         return q.transpose(1, 2), k.transpose(1, 2), v[:, None]
 
+    def scale_logits(self, factors):
+        self.q_up.scale_rows(factors.repeat_interleave(self.qk_dim))
+
     def cache_dims(self):
         return dict(k=self.qk_dim, v=self.v_dim)
 

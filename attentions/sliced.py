@@ -33,6 +33,7 @@ class SlicedConfig(MLAConfig):
 
 class SlicedLatentAttention(MultiHeadLatentAttention):
     can_absorb = True
+    scale_logits = MultiHeadLatentAttention.scale_logits
 
     def __init__(self, config: SlicedConfig, layer: int = 0):
         super().__init__(config, layer)

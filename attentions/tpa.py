@@ -81,6 +81,12 @@ class TensorProductAttention(CompressedAttention):
         (k,) = self.normed(self.product(a_k, b_k))
         return k, self.product(a_v, b_v)
 
+    def scale_logits(self, factors):
+        """As MultiHeadAttention's: a head's rows of A^Q and of A^K by the root each."""
+        for linear, widths in [(self.q_proj, self.q_widths), (self.kv_proj, self.kv_widths)]:
+            by_row = factors.sqrt().repeat(widths[0] // self.n_head)
+            linear.scale_rows(torch.cat([by_row, by_row.new_ones(sum(widths[1:]))]))
+
     def cache_dims(self):
         return dict(zip(['a_k', 'b_k', 'a_v', 'b_v'], self.kv_widths))
 

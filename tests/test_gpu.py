@@ -19,7 +19,11 @@ TINY = (
 
 @pytest.fixture
 def losses(tmp_path):
-    """losses('--key=value ...') -> the training losses of 12 steps, then the validation loss."""
+    """
+    losses('--key=value ...') -> the training losses of 12 steps, then the validation loss.
+
+    losses.trainer is the Trainer of the last call.
+    """
     with dataset.TokenWriter(tmp_path, 65) as files:
         ids = np.arange(4000) * np.arange(4000) % 65
         files.add('train', ids)
@@ -33,6 +37,7 @@ def losses(tmp_path):
         model = checkpoint.new_model(config['attention'], config, config.given, 65).cuda().train()
         model.stream = stream
         trainer = Trainer(config, model, batches.Dataset(tmp_path, 32, 1, 'cuda'))
+        run.trainer = trainer
         return torch.tensor(
             [trainer.update(step).item() for step in range(12)] + [trainer.evaluate()]
         )
@@ -52,6 +57,41 @@ def test_graph_compile_and_fused_loss_train_as_the_plain_step(losses, kind, opti
         2e-2 if optimizer == 'muon' else 2e-3
     )  # Muon's products are bf16
     assert plain[-2] < plain[0] - 0.1
+
+
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+def test_qk_clip_in_a_recorded_compiled_step_is_the_plain_one(kind, losses):
+    shape = f'--attention={kind} --optimizer=muon --muon_heads=True --qk_clip=0.05'
+    if kind == 'mla':
+        shape += ' --kv_lora_rank=32 --qk_rope_head_dim=8'
+    plain = losses(f'{shape} --compile=False --fused_loss=False')
+    plain_logits = losses.trainer.largest_logits(11)
+    assert torch.equal(losses.trainer.largest_logits(11), plain_logits)
+    fast = losses(f'{shape} --cuda_graph=True')
+    assert (plain - fast).abs().max() < 2e-2
+    assert 0.05 < plain_logits.max() < 1  # it grows by what one step adds
+    assert (losses.trainer.largest_logits(11) - plain_logits).abs().max() < 0.05
+    assert (fast - losses(f'{shape} --cuda_graph=True --qk_clip=0')).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+def test_the_largest_logits_beside_a_recorded_step(kind, losses):
+    shape = f'--attention={kind} --cuda_graph=True'
+    if kind == 'mla':
+        shape += ' --kv_lora_rank=32 --qk_rope_head_dim=8'
+    unseen = losses(shape)
+    assert (losses(f'{shape} --log_max_logits=True') - unseen).abs().max() < 2e-3
+    model = losses.trainer.model
+    x, _ = losses.trainer.data.train_batch(11, 0, 8)
+    q, k, _ = model.transformer.h[0].attn.qkv(*attention_input(model, x))
+    logits = (q @ k.mT * model.transformer.h[0].attn.scale).tril()
+    expected = logits.amax(dim=(0, 2, 3))  # the largest of so many is above 0
+    assert (losses.trainer.largest_logits(11)[0] - expected).abs().max() < 1e-2
+
+
+def attention_input(model, idx):
+    x, rope = model.embed(idx)
+    return model.transformer.h[0].ln_1(x), rope
 
 
 def test_recorded_steps_draw_new_dropout(losses):

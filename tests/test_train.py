@@ -50,6 +50,7 @@ from nanomla.core import token_files as dataset
 from nanomla.core.configurator import UserError
 from nanomla.training import batches
 from nanomla.training.launch import STOPPED
+from nanomla.training.stability import LogitRecord
 from nanomla.training.trainer import Trainer, get_lr_share
 
 CONFIGS = [
@@ -307,6 +308,23 @@ def test_the_loss_of_a_step_is_the_mean_of_its_micro_batches():
         )
 
 
+def test_the_largest_logits_are_logged_where_the_loss_is(capsys):
+    settings = dict(max_iters=6, log_interval=2, gradient_accumulation_steps=2)
+    train(out_dir='plain', **settings)
+    train(log_max_logits=True, **settings)
+    assert losses() == losses('plain')
+    logits = series('out', 'train', 'max_logits')
+    assert list(logits) == [2, 4, 6]
+    assert torch.tensor(logits[6]).shape == (2, 2)  # layers, heads
+    largest = series('out', 'train', 'max_logit')
+    assert largest == {step: max(map(max, heads)) for step, heads in logits.items()}
+    model = checkpoint.build(checkpoint.load('out/last.pt'))
+    x, _ = batches.Dataset('text', 16, 1337).train_batch(5, 0, 4)
+    expected = LogitRecord(model, '').measured(x)
+    torch.testing.assert_close(torch.tensor(logits[6]), expected, rtol=1e-4, atol=0)
+    assert 'max_logits' not in log('plain')[-2]
+
+
 def test_a_run_repeats_itself():
     for out in ('one', 'two'):
         train(out_dir=out, dropout=0.2)
@@ -376,12 +394,15 @@ def stop_at(steps, monkeypatch, number=signal.SIGTERM, times=1):
         ('mha', 'muon', 'wsd', 'SIGTERM'),
         ('mla', 'muon', 'cosine', 'max_iters'),
         ('mla', 'adamw', 'wsd', 'SIGTERM'),
+        ('mla', 'muonclip', 'wsd', 'max_iters'),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     kind, optimizer, schedule, how, monkeypatch
 ):
     settings = RICH | MODELS[kind] | dict(optimizer=optimizer, schedule=schedule)
+    if optimizer == 'muonclip':
+        settings |= dict(optimizer='muon', muon_heads=True, qk_clip=0.1, log_max_logits=True)
     train(out_dir='whole', **settings)
     stops = [2, 7]  # before the first evaluation and between two of them
     if how == 'SIGTERM':
@@ -741,7 +762,12 @@ def by_hand(start, **settings):
     'launch, settings',
     [
         (by_torchrun, MODELS['mha']),
-        (by_hand, MODELS['mla'] | dict(optimizer='muon', ema_decay=0.9, schedule='wsd')),
+        (
+            by_hand,
+            MODELS['mla']
+            | dict(optimizer='muon', ema_decay=0.9, schedule='wsd', qk_clip=0.1)
+            | dict(log_max_logits=True),
+        ),
     ],
 )
 def test_two_processes_are_one_with_more_accumulation(launch, settings, start):
@@ -756,6 +782,9 @@ def test_two_processes_are_one_with_more_accumulation(launch, settings, start):
         one, two = series('one', event, key), series('two', event, key)
         assert one.keys() == two.keys()
         assert max(abs(one[step] - two[step]) for step in one) < 1e-5
+    if settings.get('qk_clip'):  # of the batches of both processes
+        one, two = (series(out, 'train', 'max_logits') for out in ('one', 'two'))
+        torch.testing.assert_close(torch.tensor(one[6]), torch.tensor(two[6]), rtol=1e-3, atol=1e-4)
     one, two = (checkpoint.load(out)['model'] for out in ('one', 'two'))
     for name in one:
         assert torch.allclose(one[name], two[name], atol=1e-4)
@@ -1211,6 +1240,10 @@ def place(tmp_path_factory):
         (dict(learning_rate=1e-5), 'min_lr=0.001 is above learning_rate=1e-05'),
         (dict(optimizer='muon', muon_lr=-1), 'muon_lr=-1'),
         (dict(optimizer='muon', muon_up=-1), 'muon_up=-1'),
+        (dict(muon_heads=True, muon_split=False), 'muon_heads=True takes symbols apart'),
+        (dict(qk_clip=-1), 'qk_clip=-1.0 must be at least 0'),
+        (dict(qk_clip=100, qk_norm=True), '--qk_clip=100 does not go with qk_norm=True'),
+        (dict(qk_clip=100, train_only='mlp'), '--qk_clip=100 moves weights that --train_only=mlp'),
         (dict(min_lr=-1), 'min_lr=-1'),
         (dict(beta1=1.0), 'beta1=1.0'),
         (dict(beta2=-0.1), 'beta2=-0.1'),

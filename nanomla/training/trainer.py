@@ -30,6 +30,7 @@ from nanomla.training.optim import (
     make_optimizers,
     set_rate,
 )
+from nanomla.training.stability import LogitRecord, check_qk_clip, clip_logits
 from nanomla.training.teacher_cache import Predictions, TeacherCache
 
 EAGER_STEPS = 3  # ordinary steps before one is recorded: everything is allocated then
@@ -37,7 +38,7 @@ EAGER_STEPS = 3  # ordinary steps before one is recorded: everything is allocate
 AT_LEAST_1 = """batch_size block_size gradient_accumulation_steps eval_interval eval_iters
     log_interval max_iters"""
 AT_LEAST_0 = """keep_checkpoints warmup_iters lr_decay_iters min_lr muon_lr muon_up weight_decay
-    grad_clip sample_tokens distill_hidden lora_rank max_minutes target_loss"""
+    grad_clip qk_clip sample_tokens distill_hidden lora_rank max_minutes target_loss"""
 SHARES_BELOW_1 = 'beta1 beta2 ema_decay'
 SHARES = 'distill cooldown'
 
@@ -151,6 +152,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.stream == torch.float16)
         self.average = MovingAverage(model, s.ema_decay) if s.ema_decay else None
+        self.logits = self.make_record()
         self.batch_loss = self.make_loss()
         self.forward = self.make_forward()
         self.graphed_step = None
@@ -214,6 +216,20 @@ class Trainer:
                 f'--train_only={self.s.train_only}: no parameter has such a name; '
                 "'attn' or 'kv_a_proj,kv_b_proj,q_proj' are words of MLA's"
             )
+
+    def make_record(self) -> LogitRecord | None:
+        """Return what tells the attention logits, where a setting needs them."""
+        s = self.s
+        if s.qk_clip:
+            setting = f'--qk_clip={s.qk_clip:g}'
+            check_qk_clip(self.model, setting)
+            if s.train_only:
+                raise UserError(f'{setting} moves weights that --train_only={s.train_only} may not')
+        elif s.log_max_logits:
+            setting = '--log_max_logits=True'
+        else:
+            return None
+        return LogitRecord(self.model, setting, self.world, self.group)
 
     # ---------------------------------------------------------------------------------------------
     # the modules of a step
@@ -288,10 +304,21 @@ class Trainer:
         self, starts: torch.Tensor, predictions: Sequence[Predictions] | None = None
     ) -> torch.Tensor:
         """
-        Forward and backward over the windows at `starts` (accumulation, B), then the update.
+        One update on the windows at `starts` (accumulation, B). Returns the mean loss.
 
         predictions: the teacher's, for each micro-batch, where they are cached
         """
+        if not self.s.qk_clip:
+            return self.plain_step(starts, predictions)
+        with self.logits.recording():
+            loss = self.plain_step(starts, predictions)
+        clip_logits(self.model, self.logits.largest(), self.s.qk_clip)
+        return loss
+
+    def plain_step(
+        self, starts: torch.Tensor, predictions: Sequence[Predictions] | None
+    ) -> torch.Tensor:
+        """Forward and backward over the windows, then the optimizers."""
         total = 0
         for micro in range(self.accumulation):
             inputs = self.data.cut('train', starts[micro])
@@ -313,6 +340,19 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return total
+
+    def largest_logits(self, step: int) -> torch.Tensor:
+        """
+        Return the largest attention logit of every layer and head, (L, H), after `update(step)`.
+
+        With QK-Clip they are those that it saw in the step; without it, those of one micro-batch of
+        text, with the weights after the step.
+        """
+        if self.s.qk_clip:
+            return self.logits.largest()
+        x, _ = self.data.train_batch(step, 0, self.s.batch_size)
+        with devices.machine_errors(self.smaller_batch()):
+            return self.logits.measured(x)
 
     @torch.no_grad()
     def evaluate(self, stopping: Callable[[int], bool] | None = None) -> float | None:
