@@ -5,8 +5,8 @@ Caches for decoding. A cache is a layout times a storage times what an attention
               pages of `page_size` slots, which sequences take as they grow and share with copies
     storage   float32, bfloat16, float16: every token as it is; int8, int4: all tokens in groups of
               channels, and the last `window` of a sequence at full precision as well (KIVI, Liu
-              et al. 2024); keys whose first tokens show channels of very different size are
-              brought to one size, channel by channel (quantize.ChannelRanges)
+              et al. 2024); where the first tokens show channels of very different size, these
+              are brought to one size, channel by channel (quantize.ChannelRanges)
     tokens    whatever `attention.cache_dims()` names: k and v (MHA, GQA, MQA), c_kv and k_pe (MLA)
 
 Bytes, with slots = rows · size, or pages · page_size, and b bytes an element of the full precision:
@@ -43,7 +43,6 @@ from nanomla.inference import attention_kernel, backends
 from nanomla.inference.quantize import (
     BITS,
     FULL,
-    KEYS,
     NEVER_QUANTISED,
     ChannelRanges,
     dequantise,
@@ -278,9 +277,9 @@ class CacheLayer(Context):
         self.cache = cache
         self.stores = stores
         self.joint = None
-        self.ranges: ChannelRanges | None = None  # of keys with outlier channels
-        # Channels of very different size are looked for once, in the first keys that are quantised.
-        self.ranges_known = KEYS not in stores or not stores[KEYS].bits
+        self.ranges: dict[str, ChannelRanges] = {}  # of stores with outlier channels
+        # They are looked for once, in the first tokens.
+        self.ranges_known = not any(store.bits for store in stores.values())
 
     def join(self) -> None:
         """Make MLA's stores columns of one buffer `joint` (slots, R + P), as some kernels want."""
@@ -329,20 +328,27 @@ class CacheLayer(Context):
         self.check_names(new)
         new = self.even(new)
         cached = {name: self.stores[name].append(x) for name, x in new.items()}
-        if self.ranges:
-            cached[KEYS] = self.ranges.undo(cached[KEYS])
+        for name, ranges in self.ranges.items():
+            cached[name] = ranges.undo(cached[name])
         return list(cached.values()), self.cache.current.read_view.mask
 
     def even(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Bring the channels of keys to one size, where those of the first pass differ."""
+        """Bring the channels of a store to one size, where those of the first pass differ."""
         if not self.ranges_known:
-            self.ranges_known = True
-            tokens = self.cache.current.write_slots.tokens
-            keys = new[KEYS].flatten(0, 1)
-            self.ranges = ChannelRanges.of(keys if tokens is None else keys[tokens])
-        if self.ranges is None:
-            return new
-        return new | {KEYS: self.ranges.even(new[KEYS])}
+            self.find_ranges(new)
+        return new | {name: ranges.even(new[name]) for name, ranges in self.ranges.items()}
+
+    def find_ranges(self, new: dict[str, torch.Tensor]) -> None:
+        """Look for outlier channels in the tokens of the first pass."""
+        self.ranges_known = True
+        tokens = self.cache.current.write_slots.tokens
+        for name, x in new.items():
+            if not self.stores[name].bits:
+                continue
+            x = x.flatten(0, 1)
+            ranges = ChannelRanges.of(x if tokens is None else x[tokens])
+            if ranges:
+                self.ranges[name] = ranges
 
     def rope_and_append(self, q, rope, rope_widths, norm=None, **new):
         """
@@ -374,10 +380,20 @@ class CacheLayer(Context):
         q (B, H, 1, C) -> (B, H, 1, C). With q_pe (B, H, 1, P) the stores are MLA's: keys are
         [c_kv | k_pe], values c_kv.
         """
-        if self.ranges:
-            q = self.ranges.of_query(q)
-        if self.cache.kernel != 'triton':
-            return backends.attend(self.cache.kernel, self, q, scale, q_pe)
+        names = list(self.stores)
+        keys, values = names[0], names[0] if self.cache.holds_latents else names[1]
+        if keys in self.ranges:
+            q = self.ranges[keys].of_query(q)
+        if self.cache.kernel == 'triton':
+            y = self.attend_by_triton(q, scale, q_pe)
+        else:
+            y = backends.attend(self.cache.kernel, self, q, scale, q_pe)
+        if values in self.ranges:
+            y = self.ranges[values].of_sum(y)
+        return y
+
+    def attend_by_triton(self, q, scale: float, q_pe):
+        """`attend_in_place` by attention_kernel.py."""
         first, second = self.stores.values()
         latent = self.cache.holds_latents
         y = attention_kernel.decode_attention(

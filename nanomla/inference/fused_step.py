@@ -270,7 +270,7 @@ def can_fuse(block: Block, x: torch.Tensor, layer: CacheLayer) -> bool:
     modules of model.py, with plain weights in x's dtype.
     """
     cache = layer.cache
-    if layer.ranges:  # keys are brought to one size after RoPE, which is inside of the kernel
+    if layer.ranges:  # channels are brought to one size after RoPE, which is inside of the kernel
         return False
     if cache.kernel != 'triton' or not cache.fuse or layer.fresh or x.size(1) > 1:
         return False

@@ -7,9 +7,10 @@ import torch
 FULL = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 BITS = dict(int8=8, int4=4)
 NEVER_QUANTISED = {'k_pe'}  # names of a cache's stores
-KEYS = 'k'  # the store whose channels are evened: what is added to all keys, a softmax does not see
 UNEVEN = 8.0  # a group this much wider than most of its channels loses them
 FEWEST_TOKENS = 8  # of which the ranges of channels are taken
+MOST_TOKENS = 0.95  # the share of them that the ranges hold
+LEAST_WIDTH = 1e-2  # of a channel, as a share of the median of its group
 
 
 def group_of(width: int) -> int:
@@ -50,11 +51,12 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, width: int, bits: int)
 @dataclass
 class ChannelRanges:
     """
-    Where each channel of the keys lies: middle (C,) and half-width (C,).
+    Where each channel of the keys, values or latents lies: middle (C,) and width (C,).
 
     Some channels of trained models hold numbers many times those of others (KIVI, Liu et al. 2024,
     section 3). In a group with one of them, all others fall onto few codes. (x - middle) / width
-    has channels of one size; the query takes up the width, and the middle is the same for all keys.
+    has channels of one size. A query takes up the widths of the keys, whose middle is the same for
+    all of them, which a softmax does not see; a sum of values gets theirs back afterwards.
     """
 
     middle: torch.Tensor
@@ -62,20 +64,28 @@ class ChannelRanges:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> 'ChannelRanges | None':
-        """Return the ranges of keys x (N, C); None where their channels are even, or N is small."""
+        """
+        Return the ranges of x (N, C); None where its channels are even, or N is small.
+
+        A few tokens may be far from all others, such as a first one that most attend to: the middle
+        is a median, and the width leaves out the farthest tokens.
+        """
         if len(x) < FEWEST_TOKENS:
             return None
-        low, high = x.float().amin(0), x.float().amax(0)
-        width = (high - low) / 2
+        x = x.float()
+        middle = x.median(0).values
+        width = (x - middle).abs().kthvalue(int(MOST_TOKENS * len(x)), dim=0).values
         group = (-1, group_of(x.size(1)))
-        of_group = (high.view(group).amax(1) - low.view(group).amin(1)) / 2
-        of_most = width.view(group).median(1).values
-        if not (of_group > UNEVEN * of_most).any():
+        low, high = (middle - width).view(group), (middle + width).view(group)
+        of_group = (high.amax(1) - low.amin(1)) / 2
+        of_most = width.view(group).median(1, keepdim=True).values
+        if not (of_group > UNEVEN * of_most[:, 0]).any():
             return None
-        return cls((low + high) / 2, width.clamp(min=1e-4 * width.max().item() + 1e-30))
+        width = torch.maximum(width.view(group), LEAST_WIDTH * of_most).flatten()
+        return cls(middle, width.clamp(min=1e-30))
 
     def even(self, x: torch.Tensor) -> torch.Tensor:
-        """Return keys x (..., C) with channels of one size."""
+        """Return x (..., C) with channels of one size."""
         return ((x - self.middle) / self.width).to(x.dtype)
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +93,13 @@ class ChannelRanges:
 
     def of_query(self, q: torch.Tensor) -> torch.Tensor:
         """Return q (B, H, T, D) as it meets even keys, but for a constant of all keys."""
-        D = q.size(-1)
-        by_head = self.width.view(-1, D)
-        by_head = by_head.repeat_interleave(q.size(1) // len(by_head), dim=0)
-        return (q * by_head[:, None]).to(q.dtype)
+        return (q * self.by_head(self.width, q)).to(q.dtype)
+
+    def of_sum(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the averages of values that y (B, H, T, D) are of even values."""
+        return (y * self.by_head(self.width, y) + self.by_head(self.middle, y)).to(y.dtype)
+
+    def by_head(self, channels: torch.Tensor, of_heads: torch.Tensor) -> torch.Tensor:
+        """Return channels (K D,) of key/value heads as the query heads (B, H, T, D) meet them."""
+        by_head = channels.view(-1, of_heads.size(-1))
+        return by_head.repeat_interleave(of_heads.size(1) // len(by_head), dim=0)[:, None]
