@@ -273,3 +273,18 @@ def test_looking_changes_no_bit(trainer):
     assert watched.model.training
     for one, other in zip(plain.model.parameters(), watched.model.parameters()):
         assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_one_compiled_block_tells_the_logits_of_all(trainer):
+    settings = dict(qk_clip=0.01, optimizer='muon', dropout=0.0)
+    settings |= dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4)
+    plain, compiled = trainer(**settings), trainer(compile=True, **settings)
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
+        assert abs(plain.update(step) - compiled.update(step)) < 1e-4
+        torch.testing.assert_close(
+            plain.largest_logits(step), compiled.largest_logits(step), rtol=1e-3, atol=1e-4
+        )
+    # embedding, a block, the loss
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 3
