@@ -162,6 +162,9 @@ def run_line(run: Run) -> dict:
     settings, events = read_log(run.folder / 'log.jsonl')
     evals = {event['step']: event['val_loss'] for event in events if event['event'] == 'eval'}
     losses = {event['step']: event['loss'] for event in events if event['event'] == 'train'}
+    logits = [event['max_logit'] for event in events if 'max_logit' in event]
+    if logits:
+        line['max_logit'] = max(logits)
     end = events[-1]
     written = (run.folder / 'log.jsonl').stat().st_mtime
     return line | dict(

@@ -65,7 +65,7 @@ CONTENDER_MAY_HAVE = dict(
 DECODE_MAY_HAVE = dict(tok_per_s=number() | None, sample=TEXT | None)
 DECODE = dict(batch=whole(), tokens=whole(), repeats=whole(), device=TEXT, dtype=TEXT)
 RUN = dict(contender=TEXT, role=TEXT, seed=whole(), tuned=TABLE, shared=FLAG)
-RUN_MAY_HAVE = dict(error=TEXT)
+RUN_MAY_HAVE = dict(error=TEXT, max_logit=number())
 SCORED_RUN = dict(
     val_loss=number(),
     tok_per_s=number() | None,
@@ -231,6 +231,7 @@ def _row(results: Results, name: str) -> dict:
     unshared = [run for run in runs if not run['shared']]
     speeds = [run['tok_per_s'] for run in unshared if run['tok_per_s']]
     memory = [run['peak_memory'] for run in unshared if run['peak_memory']]
+    logits = [run['max_logit'] for run in runs if run.get('max_logit') is not None]
     row = dict(
         name=name,
         label=about['label'],
@@ -253,6 +254,7 @@ def _row(results: Results, name: str) -> dict:
         tok_per_s=statistics.median(speeds) if speeds else None,
         decode_tok_per_s=decode_of(about).get('tok_per_s'),
         peak_memory=max(memory) if memory else None,
+        max_logit=max(logits) if logits else None,
         error=next((error for error in errors if error), None),
     )
     if row['cache_bytes'] and control.get('cache_bytes'):
@@ -325,6 +327,7 @@ COLUMNS = (
     'training tok/s',
     'decoding tok/s',
     'peak memory',
+    'largest logit',
 )
 ALWAYS_SHOWN = 5  # columns; the others are left out where they have no numbers
 
@@ -411,6 +414,7 @@ def _cells(row: dict, tuned_names: list[str]) -> list[str]:
         message = f'failed: {row["error"]}'.replace('|', '\\|')
         return cells + [message] + [''] * (len(COLUMNS) - len(cells) - 1)
     memory_cell = '' if row['peak_memory'] is None else memory(row['peak_memory'])
+    logit_cell = '' if row['max_logit'] is None else f'{row["max_logit"]:.0f}'
     return cells + [
         _loss_cell(row),
         _difference_cell(row),
@@ -418,6 +422,7 @@ def _cells(row: dict, tuned_names: list[str]) -> list[str]:
         speed(row['tok_per_s']),
         speed(row['decode_tok_per_s']),
         memory_cell,
+        logit_cell,
     ]
 
 
@@ -519,6 +524,10 @@ def _explanation(results: Results, found: list[dict], waiting: list[str]) -> str
     sentences.append(_about_grids(results, found))
     sentences.append('Caches are counted in bf16, all layers.')
     sentences += _about_decoding(results)
+    if any(row['max_logit'] is not None for row in found):
+        sentences.append(
+            'The largest attention logit is that of all seeds, heads and logged steps.'
+        )
     if head.get('remark'):
         sentences.append(head['remark'])
     if waiting:

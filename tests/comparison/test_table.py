@@ -126,6 +126,16 @@ def test_speeds_of_runs_that_shared_a_device_are_not_reported():
     assert 'speeds and memory are not reported' in in_one_line(table(results))
 
 
+def test_the_largest_logit_of_all_seeds_is_a_column_where_it_was_logged():
+    results = made_up(dict(mha=[1.5, 1.7, 1.6], mla=[1.4, 1.5, 1.6]))
+    assert 'logit' not in table(results)
+    for run, logit in zip(results.runs_of('mla'), [31.2, 130.4, 7.0]):
+        run['max_logit'] = logit
+    assert [row['max_logit'] for row in rows(results)] == [None, 130.4]
+    text = table(results)
+    assert '| largest logit |' in text and '| 130 |' in text
+
+
 # -------------------------------------------------------------------------------------------------
 # the table
 
