@@ -78,9 +78,10 @@ def outputs(project):
     decode = dict(models='window', batch_sizes='2', contexts='16', repeats=1, timed_steps=2)
     decode |= dict(caches='dense,paged', device='cpu', dtype='float32', n_layer=1, n_embd=16)
     calls = dict(
-        train=['train.py', *words(**TINY, **mine, out_dir='out')],
+        train=['train.py', *words(**TINY, **mine, out_dir='out', log_max_logits=True)],
         resume=['train.py', *words(**TINY | dict(max_iters=4), out_dir='out', init_from='resume')],
         other=['train.py', *words(**TINY, window=4, out_dir='out-mha')],
+        clip=['train.py', *words(**TINY, **mine, out_dir='out-clip', qk_clip=100)],
         sample=['sample.py', *words(out_dir='out', device='cpu', max_new_tokens=5, num_samples=1)],
         heads=['find_induction_heads.py', *words(init_from='out', device='cpu', out='heads')],
         evaluate=['eval.py', *words(models='out', device='cpu', out_dir='evaluated')],
@@ -115,6 +116,16 @@ def test_its_settings_are_refused_elsewhere(outputs):
     code, text = outputs['other']
     assert code == 2
     assert "window is a setting of WINDOW, but attention='mha'" in text
+
+
+def test_its_logits_are_logged_and_what_it_does_not_say_how_to_clip_is_refused(outputs, project):
+    ran(outputs, 'train')
+    events = map(json.loads, (project / 'out' / 'log.jsonl').read_text().splitlines())
+    logits = [event['max_logits'] for event in events if event['event'] == 'train']
+    assert [len(heads) for heads in logits[0]] == [2, 2]
+    code, text = outputs['clip']
+    assert code == 2
+    assert 'WindowAttention of Window has no scale_logits' in text
 
 
 def test_it_writes_text(outputs):
