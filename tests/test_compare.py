@@ -445,10 +445,11 @@ def test_runs_are_complete_by_their_logs_and_the_rest_can_be_left_out():
     assert found().contenders['mla']['decode'] is None
 
 
+UNTUNED = ('compare_quick', 'study_stability')
 CONFIGS = sorted(
     path.stem
     for path in (ROOT / 'config').glob('*.py')
-    if path.stem.startswith(('compare', 'study')) and path.stem != 'compare_quick'
+    if path.stem.startswith(('compare', 'study')) and path.stem not in UNTUNED
 )
 SEEDS_OF = dict(cpu=3, cuda=5)
 SMALLEST_CACHE = dict(  # config -> the least of the caches, as a share of the control's
@@ -513,6 +514,26 @@ def test_the_quick_start_is_two_runs_of_equal_models_and_a_quarter_of_the_cache(
     assert len(queue.runs) == 2
     assert not gpt.error and not mla.error and abs(mla.ratio - 1) < 0.01
     assert (gpt.kind, mla.kind) == ('mha', 'mla') and 4 * mla.cache_bytes == gpt.cache_bytes
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_stability_tools_stand_beside_each_other_in_one_model(device, monkeypatch):
+    if device == 'cuda':
+        monkeypatch.setattr(devices, 'pick_device', lambda device: torch.device('cuda', 0))
+        monkeypatch.setattr(devices, 'describe', lambda device: 'GPU')
+        monkeypatch.setattr('nanomla.comparison.contenders.describe', lambda device: 'GPU')
+    queue = plan(str(ROOT / 'config' / 'study_stability.py'), '--dataset=text', '--out_dir=cmp')
+    control, *others = queue.field.values()
+    assert [one.differs(control) for one in others] == [
+        dict(muon_heads=True),
+        dict(qk_clip=100.0),
+        dict(qk_norm=True),
+        dict(qk_norm=True, qk_norm_latent=True),
+    ]
+    assert {(one.kind, one.params, one.error) for one in queue.field.values()} == {
+        ('mla', control.params, '')
+    }
+    assert all(one.settings['log_max_logits'] for one in queue.field.values())
 
 
 @pytest.mark.slow
