@@ -99,6 +99,7 @@ from nanomla.core.checks import (
 )
 from nanomla.core.configurator import Settings
 from nanomla.core.devices import join_processes, pick_device, pick_dtype
+from nanomla.core.figures import if_possible
 from nanomla.core.files import ResultsTable
 
 MODES = ('train', 'scale', 'race', 'decode')
@@ -167,7 +168,8 @@ def measure_decoding(config: Settings, device: torch.device) -> None:
         measure_fragmentation(plan, rows)
         for line in summary(rows):
             print(line)
-        draw_decoding(rows)
+        with if_possible():
+            draw_decoding(rows)
     print(f'rows: {rows.folder}/{rows.name}.csv and .jsonl')
 
 

@@ -46,6 +46,7 @@ from nanomla.comparison.figures import draw, draw_front
 from nanomla.comparison.table import read, report, rows, table
 from nanomla.core.checks import split_list
 from nanomla.core.configurator import UserError, configure
+from nanomla.core.figures import if_possible
 from nanomla.core.files import lock, write_file
 
 
@@ -57,7 +58,10 @@ def main() -> int:
     if picture.suffix != '.png':
         raise UserError(f'--figure={picture}: name a .png')
     if plot_only:
-        show(split_list(results) or [out / 'results.jsonl'], picture)
+        found = [read_results(path) for path in split_list(results) or [out / 'results.jsonl']]
+        if len(found) == 1:
+            show_table(found[0], picture)
+        draw_pictures(found, picture)
         return 0
 
     # torch is imported from here on: neither --help nor a picture has to wait for it.
@@ -130,7 +134,10 @@ def main() -> int:
                 'what is under way is saved, go on with the same command'
             )
             return STOPPED
-        show([path], picture)
+        found = read_results(path)
+        show_table(found, picture)
+        with if_possible():
+            draw_pictures([found], picture)
     if failed:
         print(
             f'{len(failed)} runs failed, the first one because: {failed[0]["error"]}. '
@@ -150,28 +157,32 @@ def chosen_contenders() -> dict:
     return {name: entry for name, entry in contenders.items() if not only or name in only}
 
 
-def show(paths, picture) -> None:
-    """
-    Print and write the table and the pictures of results.jsonl files.
+def read_results(path):
+    """Read a results.jsonl file, whose contenders are held against --control where it is given."""
+    results = read(path)
+    if control and control not in results.contenders:
+        names = ', '.join(results.contenders)
+        raise UserError(f'--control={control}: {path} has the contenders {names}')
+    results.head['control'] = control or results.control
+    return results
 
-    Of several files there is one picture of all, against their controls.
-    """
-    found = [read(path) for path in paths]
-    for path, results in zip(paths, found):
-        if control and control not in results.contenders:
-            names = ', '.join(results.contenders)
-            raise UserError(f'--control={control}: {path} has the contenders {names}')
-        results.head['control'] = control or results.control
+
+def show_table(results, picture) -> None:
+    """Print the table of a comparison, and write it beside its picture."""
+    write_file(picture.with_suffix('.md'), table(results))
+    write_file(picture.with_suffix('.json'), json.dumps(rows(results), indent=1) + '\n')
+    print('\n' + report(results))
+
+
+def draw_pictures(found, picture) -> None:
+    """Draw a comparison; of several there is one picture of all, against their controls."""
     if len(found) > 1:
         draw_front(found, picture)
         print(picture)
         return
-    write_file(picture.with_suffix('.md'), table(found[0]))
-    write_file(picture.with_suffix('.json'), json.dumps(rows(found[0]), indent=1) + '\n')
     draw(found[0], picture)
     front = picture.with_name(picture.stem + '_front.png')
     draw_front(found, front)
-    print('\n' + report(found[0]))
     print(f'pictures: {picture}, {front}')
 
 

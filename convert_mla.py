@@ -96,6 +96,7 @@ from nanomla.conversion.source import check_source
 from nanomla.core import token_files
 from nanomla.core.checks import check_choice, check_range
 from nanomla.core.devices import commit, describe, pick_device, pick_dtype
+from nanomla.core.figures import if_possible
 from nanomla.core.files import copy_file, progress_bar, replacing_folder
 from nanomla.inference.quantize import BITS
 from nanomla.training.next_steps import print_next_steps
@@ -359,10 +360,8 @@ def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> 
         if loaded.tokenizer is not None:
             for file in loaded.tokenizer.files:
                 copy_file(file, aside / file.name)
-        try:
+        with if_possible():
             draw_report(report, aside / 'conversion.png', facts)
-        except UserError as error:  # without matplotlib
-            print(f'no picture: {error}')
     print(f'written: {out}/ckpt.pt')
 
 

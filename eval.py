@@ -50,6 +50,7 @@ import sys
 from pathlib import Path
 
 from nanomla.core.configurator import configure
+from nanomla.core.figures import if_possible
 from nanomla.core.files import writing
 
 
@@ -92,8 +93,10 @@ def main():
                 file=sys.stderr,
             )
     folder = evaluation.store.parent
-    scoreboard.write_results(records, folder, settings.seed)
+    scoreboard.write_results(records, folder)
     print(scoreboard.table(scoreboard.rows(records)))
+    with if_possible():
+        scoreboard.draw_results(records, folder, settings.seed)
     endings = ('.jsonl', '.json', '.csv', '.png')
     written = [str(file) for file in folder.iterdir() if file.suffix in endings]
     print(f'written: {", ".join(sorted(written))}', file=sys.stderr)

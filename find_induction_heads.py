@@ -54,6 +54,7 @@ import torch
 
 from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.devices import commit, describe, pick_device
+from nanomla.core.figures import if_possible
 from nanomla.core.files import writing
 from nanomla.heads import ioi
 from nanomla.heads.figures import draw_report
@@ -203,11 +204,9 @@ def examine_names(subject: Subject, model: dict) -> None:
 
 def draw(folder: Path, report: dict) -> list[Path]:
     """Draw the figures of a report and return their paths; none where matplotlib is missing."""
-    try:
+    with if_possible(print_row):
         return draw_report(folder, report)
-    except UserError as error:
-        print_row(f'no figure: {error}')
-        return []
+    return []
 
 
 def draw_again() -> None:

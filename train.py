@@ -125,7 +125,7 @@ from nanomla.adapters import lora
 from nanomla.checkpoints import native
 from nanomla.checkpoints.load import check_tokens, dataset_tokenizer, load_model
 from nanomla.checkpoints.tokenizer import FILES as TOKENIZER_FILES
-from nanomla.core import devices, files, token_files
+from nanomla.core import devices, figures, files, token_files
 from nanomla.core.checks import settings_errors
 from nanomla.core.files import print_line
 from nanomla.core.timing import peak_memory
@@ -645,12 +645,6 @@ def write_sample():
     log_line(f'--- a sample ---\n{text}\n---')
 
 
-def draw_curve():
-    from nanomla.core.figures import curve
-
-    curve(out / 'log.jsonl', out / 'curve.png')
-
-
 signals.ignore()  # a late one must not kill what has ended well
 if bar:
     bar.close()
@@ -676,15 +670,13 @@ if main:
             write_sample()
         except UserError as error:
             log_line(f'no sample: {error}')
-    try:
-        draw_curve()
-    except UserError as error:
-        log_line(f'no picture: {error}')
     log_line(
         f'{stop} | best val loss {run.best_val_loss:.4f} at step {run.best_step} | '
-        f'{seconds():.0f} s | {speed:,.0f} tok/s | peak memory {memory_used / 2**30:.2f} GiB\n'
-        f'picture: {out}/curve.png'
+        f'{seconds():.0f} s | {speed:,.0f} tok/s | peak memory {memory_used / 2**30:.2f} GiB'
     )
+    with figures.if_possible(log_line):
+        figures.curve(out / 'log.jsonl', out / 'curve.png')
+        log_line(f'picture: {out}/curve.png')
     if halted:
         log_line(f'go on with: {launch.resume_command(out_dir)}')
     else:

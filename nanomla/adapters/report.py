@@ -75,7 +75,8 @@ def write_results(rows: Sequence[dict], folder: Path, about: dict, draw: bool = 
     write_file(folder / 'results.md', markdown_table(rows))
     measured = [row for row in rows if row['status'] == 'ok']
     if draw and measured:
-        draw_results(measured, folder / 'results.png')
+        with figures.if_possible():
+            draw_results(measured, folder / 'results.png')
     return rows
 
 

@@ -23,6 +23,7 @@ from nanomla.checkpoints.native import new_model
 from nanomla.core import devices
 from nanomla.core.checks import settings_errors, split_numbers
 from nanomla.core.configurator import Settings
+from nanomla.core.figures import if_possible
 from nanomla.core.files import appending, jsonl, read_jsonl, writing
 from nanomla.core.timing import (
     matmul_rate,
@@ -404,8 +405,9 @@ def measure_scaling(bench: Benchmark) -> None:
         if settings['results']:  # with earlier models
             rows = scaling_rows(settings['results'])
         path = Path(settings['out_dir'], 'scale.png')
-        figures.draw_scaling(rows, path)
-        print(f'picture: {path}')
+        with if_possible():
+            figures.draw_scaling(rows, path)
+            print(f'picture: {path}')
 
 
 def scaling_row(row: dict, earlier: list[dict], processes: int, micro_batches: int) -> dict:

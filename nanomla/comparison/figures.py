@@ -41,6 +41,7 @@ def colors(contenders: dict[str, dict]) -> dict[str, str]:
     Attentions without a colour of their own take the next of OTHER_KINDS. Several contenders of one
     kind have shades, from dark to light.
     """
+    figures.require_matplotlib()
     from matplotlib.colors import to_hex, to_rgb
 
     paint = {}

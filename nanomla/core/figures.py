@@ -16,7 +16,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nanomla.core.checks import TABLE, TEXT, check_entries, whole
@@ -76,15 +76,31 @@ STYLE = {
 }
 
 
-def _style():
-    """Return the rc_context that every sheet is drawn and saved in; matplotlib is loaded here."""
+def require_matplotlib() -> None:
+    """Raise a UserError where matplotlib is not installed."""
     try:
-        import matplotlib
-        from cycler import cycler
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
             'pictures need matplotlib, which is not installed: pip install matplotlib'
         ) from error
+
+
+@contextlib.contextmanager
+def if_possible(log: Callable[[str], object] = print) -> Iterator[None]:
+    """Draw inside the `with`. Where that does not go, say why, and let what was measured go on."""
+    try:
+        yield
+    except UserError as error:
+        log(f'no picture: {error}')
+
+
+def _style():
+    """Return the rc_context that every sheet is drawn and saved in; matplotlib is loaded here."""
+    require_matplotlib()
+    import matplotlib
+    from cycler import cycler
+
     # The defaults first: a user's matplotlibrc must not leak into the project's pictures.
     settings = dict(matplotlib.rcParamsDefault)
     del settings['backend']  # it would choose one

@@ -105,10 +105,14 @@ def nothing_quantised(record: dict) -> bool:
     return record['dequantised'] == 0 and stored in (['int8'], ['int4'])
 
 
-def write_results(records: list[dict], folder: Path, seed: int) -> None:
-    """Write the records as JSON, their table as CSV, and their pictures."""
+def write_results(records: list[dict], folder: Path) -> None:
+    """Write the records as JSON, and their table as CSV."""
     write_file(folder / 'results.json', json.dumps(records, indent=1))
     write_file(folder / 'results.csv', csv_table(rows(records)))
+
+
+def draw_results(records: list[dict], folder: Path, seed: int) -> None:
+    """Draw the records, and the maps of those that retrieve."""
     line = footer(records, seed)
     draw(records, folder / 'results.png', line)
     for task in retrieval.TASKS:
