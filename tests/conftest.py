@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Globals
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from model_mla import MLAConfig
 from nanomla.checkpoints.native import MODELS
@@ -27,10 +27,15 @@ torch.set_num_threads(2 if WORKERS == 1 else 1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# In CI the same examples each time, so that a failure there is the fault of the change.
-settings.register_profile('ci', derandomize=True)
-if os.environ.get('CI'):
-    settings.load_profile('ci')
+# No test fails because the machine is busy. In CI the examples are the same each time, so that a
+# failure there is the fault of the change.
+settings.register_profile(
+    'nanomla',
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get('CI')),
+)
+settings.load_profile('nanomla')
 
 
 # -------------------------------------------------------------------------------------------------
