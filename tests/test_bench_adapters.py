@@ -185,10 +185,11 @@ def test_a_row_belongs_to_its_settings_and_its_data(capsys):
     assert len(run_cell('--wandb_project=x')) == 2
     write_data('train', 3)
     assert len(run_cell()) == 3
-    first.write_text('{')
     write_data('train', 6)
-    assert len(run_cell()) == 3
-    assert json.loads(first.read_text())['status'] == 'n/a'  # a damaged row is made again
+    for damaged in ('{', '{"status": "ok"}', '[]', '{"status": ["n/a"]}'):
+        first.write_text(damaged)
+        assert len(run_cell()) == 3
+        assert json.loads(first.read_text())['status'] == 'n/a'  # a damaged row is made again
 
 
 def test_a_bad_cell_is_a_row_and_the_others_run():

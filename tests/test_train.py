@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -557,6 +558,31 @@ def test_a_later_attempt_of_torchrun_goes_on(monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     train(init_from='source', max_iters=8)
     assert list(losses()) == [*range(1, 9)] and len(list(Path('out/previous').iterdir())) == 1
+
+
+def test_data_is_prepared_before_the_processes_join(monkeypatch):
+    """However long it takes: they wait for one another only so long."""
+    calls, join = [], machine.join_processes
+
+    def join_processes(*arguments):
+        calls.append('joined')
+        return join(*arguments)
+
+    monkeypatch.setattr(dataset, 'prepare_if_missing', lambda name: calls.append(name))
+    monkeypatch.setattr(machine, 'join_processes', join_processes)
+    train(max_iters=1)
+    assert calls == ['text', 'joined']
+
+
+def test_a_terminal_that_lacks_the_letters_ends_no_run(monkeypatch):
+    text = '道可道，非常道。名可名，非常名。' * 40
+    dataset.write_text('data/道', text, 'char', 'Дао дэ цзин')
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(output, encoding='cp1252'))
+    train(dataset='道', max_iters=2, sample_tokens=20, block_size=8)
+    sys.stdout.flush()
+    assert rb'\u0414\u0430\u043e' in output.getvalue() and rb'\u9053' in output.getvalue()
+    assert log()[-1]['event'] == 'end' and Path('out/ckpt.pt').exists()
 
 
 def test_counts_of_tokens_and_seconds_go_on():
@@ -1266,8 +1292,11 @@ def place(tmp_path_factory):
         (dict(fp8_head=True), '--fp8_head=True needs a CUDA GPU'),  # and is never silently left out
         (dict(backend='smoke'), '--backend=smoke is not known'),
         (dict(backend='nccl'), '--backend=nccl'),
+        (dict(n_embd=10**8, out_dir='new'), 'parameters needs at least'),
+        (dict(batch_size=10**10, out_dir='new'), 'batch_size=10000000000 needs at least'),
         # data
         (dict(dataset='moby_dick'), "there is no dataset 'moby_dick'"),
+        (dict(dataset='x' * 400), "there is no dataset 'xxx"),
         (dict(dataset='no train'), "there is no dataset 'no train'"),
         (dict(dataset='no val'), "there is no dataset 'no val'"),
         (dict(dataset='empty'), 'empty/train.bin is empty'),
@@ -1286,6 +1315,8 @@ def place(tmp_path_factory):
         (dict(out_dir='long' * 100), 'cannot write to --out_dir=long'),
         # from where
         (dict(init_from='nowhere'), "there is no checkpoint 'nowhere'"),
+        (dict(init_from='x' * 400), "there is no checkpoint 'xxx"),
+        (dict(teacher='x' * 400), "there is no checkpoint 'xxx"),
         (dict(init_from='text/train.bin'), 'text/train.bin is no checkpoint that can be loaded'),
         (
             dict(init_from='out', dataset='others'),
@@ -1367,11 +1398,12 @@ def test_without_a_compiler_one_line_and_the_earlier_run_is_kept(monkeypatch, ca
     monkeypatch.setattr(config.cpp, 'cxx', ('/nonexistent',))  # what torch makes of CXX
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(Path('cache').absolute()))
     capsys.readouterr()
-    assert exit_code('train.py', words(TINY | dict(compile=True))) == 2
-    err = capsys.readouterr().err
-    assert err.startswith('error: torch.compile cannot work here (')
-    assert err.endswith('): use --compile=False\n')
-    assert err.count('\n') == 1
+    for asked in (dict(eval_only=True), {}):
+        assert exit_code('train.py', words(TINY | dict(compile=True) | asked)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith('error: torch.compile cannot work here (')
+        assert err.endswith('): use --compile=False\n')
+        assert err.count('\n') == 1
     assert files(moved()) == held
 
 

@@ -58,6 +58,7 @@ DAMAGES = {
     'other weights': lambda folder: change_config(folder, n_layer=3),
     'broken bin': lambda folder: break_weights(folder, b'no torch file'),
     'list in bin': lambda folder: break_weights(folder, [1]),
+    'numbers as keys in bin': lambda folder: break_weights(folder, {0: torch.zeros(1)}),
 }
 
 

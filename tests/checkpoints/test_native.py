@@ -5,10 +5,12 @@ import io
 import os
 import pickle
 import random
+import re
 import resource
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +112,29 @@ def test_the_kind_in_a_folder_is_that_of_the_last_file_that_can_be_read(tiny, tm
     assert native.kind_in(tmp_path) == 'mla'
     native.save(tmp_path / 'last.pt', content_of(tiny(), 'mha'))
     assert native.kind_in(tmp_path) == 'mha'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_processes_of_a_host_share_what_they_load(tiny, tmp_path, monkeypatch):
+    """Its kind is read without its weights, and these stay in the file until they are copied."""
+    path, size = tmp_path / 'last.pt', 2**26
+    native.save(path, content_of(tiny(), 'mha', average=[torch.ones(size // 4)]))
+    before = memory()
+    assert native.kind_in(tmp_path) == 'mha'
+    checkpoint = native.peek(path)
+    after = memory()
+    assert after['RssAnon'] + after['RssFile'] - sum(before.values()) < size / 8
+    checkpoint = native.load(path)
+    assert memory()['RssAnon'] - before['RssAnon'] < size / 8
+    assert checkpoint['average'][0].sum() == size // 4
+    assert memory()['RssAnon'] - before['RssAnon'] < size / 8
+
+
+def memory():
+    """Return the bytes of this process's own pages, and of those of files that it has read."""
+    status = Path('/proc/self/status').read_text()
+    found = re.findall(r'(RssAnon|RssFile):\s+(\d+) kB', status)
+    return {name: 1024 * int(kilobytes) for name, kilobytes in found}
 
 
 def test_a_file_holds_tensors_and_plain_values_alone(saved):

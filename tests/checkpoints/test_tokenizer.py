@@ -170,6 +170,26 @@ def test_a_tokenizer_larger_than_the_model_is_refused(files, tmp_path):
     refused(hf.load, tmp_path, match=r'its tokenizer has \d+ tokens, the model only 50')
 
 
+@pytest.mark.parametrize(
+    'name, entries, match',
+    [
+        ('config.json', dict(eos_token_id=[[1]]), 'eos_token_id is'),
+        ('generation_config.json', dict(eos_token_id=[[1]]), 'eos_token_id is'),
+        ('generation_config.json', dict(eos_token_id='1'), 'eos_token_id is'),
+        ('tokenizer_config.json', dict(bos_token=[1]), 'bos_token is'),
+        ('tokenizer_config.json', dict(bos_token=dict(content=[1])), 'content is'),
+        ('tokenizer_config.json', dict(add_bos_token=[1]), 'add_bos_token is'),
+    ],
+)
+def test_entries_of_another_type_are_one_line(name, entries, match, files, tmp_path):
+    hf_llama(tmp_path, vocab_size=600, bos_token_id=0, eos_token_id=1)
+    add_tokenizer(tmp_path, files['byte_level'])
+    path = tmp_path / name
+    there = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(there | entries))
+    refused(load_model, tmp_path, match=match)
+
+
 # -------------------------------------------------------------------------------------------------
 # scripts on such folders
 
