@@ -42,6 +42,7 @@ from nanomla.core.files import (
     STARTED_BY_A_SCRIPT,
     lock,
     read_json,
+    remove_leftovers,
     sync_folder,
     write_file,
     writing,
@@ -325,6 +326,7 @@ class Progress:
         self.last_save = time.monotonic()
 
     def remove(self) -> None:
+        remove_leftovers(self.path)
         self.path.unlink(missing_ok=True)
 
 
