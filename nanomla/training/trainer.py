@@ -159,7 +159,9 @@ class Trainer:
         if s.cuda_graph:
             shape = (self.accumulation, s.batch_size)
             self.starts = torch.zeros(shape, dtype=torch.int64, device=self.device)
-            self.graphed_step = GraphedStep(lambda: self.one_step(self.starts), warmup=EAGER_STEPS)
+            self.graphed_step = GraphedStep(
+                lambda: self.step_and_clip(self.starts), warmup=EAGER_STEPS
+            )
 
     # ---------------------------------------------------------------------------------------------
     # what fits together
@@ -295,30 +297,30 @@ class Trainer:
                 self.starts.copy_(starts, non_blocking=True)
                 loss = self.graphed_step()
             else:
-                loss = self.one_step(starts, predictions)
+                loss = self.step_and_clip(starts, predictions)
         if self.average:
             self.average.update(step)
+        return loss
+
+    def step_and_clip(
+        self, starts: torch.Tensor, predictions: Sequence[Predictions] | None = None
+    ) -> torch.Tensor:
+        """`one_step`, then QK-Clip by the logits of its batches, where that is asked for."""
+        if not self.s.qk_clip:
+            return self.one_step(starts, predictions)
+        with self.logits.recording():
+            loss = self.one_step(starts, predictions)
+        clip_logits(self.model, self.logits.largest(), self.s.qk_clip)
         return loss
 
     def one_step(
         self, starts: torch.Tensor, predictions: Sequence[Predictions] | None = None
     ) -> torch.Tensor:
         """
-        One update on the windows at `starts` (accumulation, B). Returns the mean loss.
+        Forward and backward over the windows at `starts` (accumulation, B), then the update.
 
         predictions: the teacher's, for each micro-batch, where they are cached
         """
-        if not self.s.qk_clip:
-            return self.plain_step(starts, predictions)
-        with self.logits.recording():
-            loss = self.plain_step(starts, predictions)
-        clip_logits(self.model, self.logits.largest(), self.s.qk_clip)
-        return loss
-
-    def plain_step(
-        self, starts: torch.Tensor, predictions: Sequence[Predictions] | None
-    ) -> torch.Tensor:
-        """Forward and backward over the windows, then the optimizers."""
         total = 0
         for micro in range(self.accumulation):
             inputs = self.data.cut('train', starts[micro])
