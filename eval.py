@@ -34,10 +34,11 @@ depths = '0,0.25,0.5,0.75,1'  # where the answer stands: 0 = at the beginning, 1
 trials = 8  # texts for each length and depth
 candidates = 8  # words to choose among, for the rank by likelihood
 haystack = 'data'  # needle: data = pieces of --data | synthetic = sentences about nothing
+# needle, key_value and the harness
+chat = False  # put tasks as conversations in the model's chat template
 # the harness
 include_path = ''  # a folder of your own task files
 limit = 0  # only the first so many examples of a task; 0 = all
-chat = False  # put the tasks as conversations in the model's chat template
 num_fewshot = -1  # examples in front of each question; -1 = as the task has it
 # machine
 seed = 1337  # of texts and few-shot examples

@@ -155,6 +155,7 @@ class TextCodec:
     ends: the ids that end one
     meta: names a vocabulary that a dataset has, too
     leading_blank: whether decoding puts a blank before a text that is not in it
+    prefix: the id that stands for an empty context, or None
     """
 
     tokenizer: Tokenizer | HFTokenizer
@@ -162,13 +163,14 @@ class TextCodec:
     ends: set[int] = field(default_factory=set)
     meta: dict = field(default_factory=dict)
     leading_blank: bool = False
+    prefix: int | None = None
 
 
 def codec_of(loaded: LoadedModel) -> TextCodec:
     """Return the tokenizer of a loaded model; UserError where nothing says what its ids mean."""
     if loaded.tokenizer is not None:
         own = loaded.tokenizer
-        return TextCodec(own, own.bos, own.eos, own.meta, leading_blank=own.leading_blank)
+        return TextCodec(own, own.bos, own.eos, own.meta, own.leading_blank, own.prefix)
     meta = meta_of(loaded)
     if meta['tokenizer'] == HFTokenizer.name:
         raise UserError(

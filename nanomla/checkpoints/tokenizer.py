@@ -51,6 +51,8 @@ class HFTokenizer:
     sha256: of what decides the ids of a text; datasets and checkpoints name the tokenizer by it
     bos: the id that begins a text, or None
     eos: the ids that end one
+    prefix: the id before a text without a context in transformers: that of bos_token, whether texts
+        begin with it or not, or of eos_token; None where there is neither
     leading_blank: whether decode_bytes puts a blank before each text, which is not in the text
     loses_blank: whether a text that begins with a blank has the ids of one without, as in Llama 2
         where transformers 5 has written it
@@ -75,7 +77,10 @@ class HFTokenizer:
         self.leading_blank = begins_with_blank and not byte_level
         self.loses_blank = self.leading_blank and self.encode(' a') == self.encode('a')
         self.check_probes()
-        self.bos = self.find_bos(vocab, config)
+        settings = read_tokenizer_config(self.files)
+        named = [vocab.get(token_text(settings, name)) for name in ('bos_token', 'eos_token')]
+        self.prefix = next((i for i in named if i is not None), None)
+        self.bos = self.find_bos(settings, named[0], config)
         self.eos = ids_that_end(config)
 
     def encode(self, text: str) -> list[int]:
@@ -122,15 +127,23 @@ class HFTokenizer:
                     'a tokenizer that changes texts is of no use here'
                 )
 
-    def find_bos(self, vocab: dict, config: dict) -> int | None:
-        """Return the id that begins a text, where the tokenizer or its config adds one."""
-        settings = read_tokenizer_config(self.files)
-        token = settings.get('bos_token')
-        if isinstance(token, dict):
-            token = token.get('content')
-        bos = vocab.get(token, config.get('bos_token_id'))
+    def find_bos(self, settings: dict, named: int | None, config: dict) -> int | None:
+        """
+        Return the id that begins a text, where the tokenizer or its config adds one.
+
+        named: the id of the bos_token in settings
+        """
+        bos = config.get('bos_token_id') if named is None else named
         adds_it = settings.get('add_bos_token') or self.bpe.encode('').ids[:1] == [bos]
         return bos if adds_it else None
+
+
+def token_text(settings: dict, name: str) -> str | None:
+    """Return the text of a special token in tokenizer_config.json."""
+    token = settings.get(name)
+    if isinstance(token, dict):
+        token = token.get('content')
+    return token if isinstance(token, str) else None
 
 
 def read_tokenizer(folder: Path, config: dict) -> HFTokenizer | None:

@@ -5,6 +5,8 @@ The harness is optional (pip install -e .[eval]) and imported late.
 """
 
 import difflib
+import hashlib
+import json
 import logging
 import math
 import os
@@ -189,17 +191,34 @@ class CacheLM:
 
     @property
     def tokenizer_name(self) -> str:
-        return self.tokenizer.name
+        """Return what the harness's cache of requests knows tokenizer and template by."""
+        made_of = [self.codec.meta.get('tokenizer_sha256'), self.chat_template()]
+        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        return f'{self.tokenizer.name}-{digest[:16]}'
 
     def apply_chat_template(
         self, chat_history: Messages, add_generation_prompt: bool = True
     ) -> str:
-        """Return few-shot examples and question as a conversation in the model's template."""
-        return self.template.render(chat_history, answer_follows=add_generation_prompt)
+        """
+        Return few-shot examples and question as a conversation in the model's template.
+
+        add_generation_prompt: False where the last message is the beginning of the answer
+        """
+        render = self.template.render
+        if not add_generation_prompt:
+            render = self.template.render_unfinished
+        try:
+            return render(chat_history)
+        except UserError:
+            # Some templates, as Gemma's, have no place for what the system says.
+            others = [message for message in chat_history if message['role'] != 'system']
+            if len(others) == len(chat_history):
+                raise
+            return render(others)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return what the harness logs of the template."""
-        return self.template.where if self.template else ''
+        """Return the template, which the harness logs."""
+        return self.template.source if self.template else ''
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         ids = list(self.tokenizer.encode(string))
@@ -330,8 +349,9 @@ class CacheLM:
 
 def empty_context(codec: TextCodec) -> list[int]:
     """Return the one id before a text without a context."""
-    if codec.begin is not None:
-        return [codec.begin]
+    for token in (codec.prefix, codec.begin):
+        if token is not None:
+            return [token]
     if codec.ends:
         return [min(codec.ends)]
     return opening(codec.tokenizer)[-1:]

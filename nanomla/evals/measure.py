@@ -32,7 +32,8 @@ from nanomla.inference.quantize import BITS, FULL
 OWN_TASKS = ('perplexity', *retrieval.TASKS)
 
 # The settings that a task's result depends on, besides those of all tasks.
-RETRIEVAL = ('data', 'split', 'lengths', 'depths', 'trials', 'candidates', 'haystack', 'seed')
+OF_TRIALS = ('lengths', 'depths', 'trials', 'candidates', 'haystack')
+RETRIEVAL = ('data', 'split', *OF_TRIALS, 'chat', 'seed')
 SETTINGS = dict(
     perplexity=('data', 'split', 'max_tokens', 'context', 'stride'),
     **dict.fromkeys(retrieval.TASKS, RETRIEVAL),
@@ -236,6 +237,7 @@ def measure_retrieval(model: EvaluatedModel, scorer: Scorer, task: str) -> dict:
         raise UserError('depths: name at least one, from 0 to 1')
     for depth in depths:
         check_range('depths', depth, least=0, most=1)
+    begin, end = around_texts(model)
     haystack = None
     if task == 'needle' and settings.haystack == 'data' and model.has_text:
         haystack = model.text.ids
@@ -245,14 +247,29 @@ def measure_retrieval(model: EvaluatedModel, scorer: Scorer, task: str) -> dict:
         settings.trials,
         settings.candidates,
         settings.seed,
-        begin=() if model.codec.begin is None else (model.codec.begin,),
-        haystack=haystack,
+        begin,
+        end,
+        haystack,
     )
     lengths = retrieval_lengths(model, trials)
     bar = progress_bar(len(lengths) * len(depths) * settings.trials, 'text')
     result = retrieval.evaluate(scorer, trials, lengths, depths, bar.update)
     bar.close()
     return result
+
+
+def around_texts(model: EvaluatedModel) -> tuple[list[int], list[int]]:
+    """
+    Return the ids before a text and after it. In a conversation the text is the user's, and its
+    last line, which asks, is where the answer begins.
+    """
+    tokenizer = model.codec.tokenizer
+    if model.settings.chat:
+        before, after = chat_template_of(tokenizer, model.path).around_question()
+        return tokenizer.encode(before), retrieval.encode_inside(tokenizer, after)
+    if model.codec.begin is not None:
+        return [model.codec.begin], []
+    return [], []
 
 
 def retrieval_lengths(model: EvaluatedModel, trials: retrieval.Trials) -> list[int]:

@@ -51,6 +51,7 @@ class Trials:
     trials: for each length and depth
     candidates: words to choose among
     begin: ids in front of each text
+    end: ids between a text and its question, from where a model in a conversation answers
     haystack: (N,) ids to cut pieces from for the needle; None: sentences about nothing
     """
 
@@ -60,6 +61,7 @@ class Trials:
     candidates: int = 8
     seed: int = 1337
     begin: Sequence[int] = ()
+    end: Sequence[int] = ()
     haystack: np.ndarray | None = None
 
     def make(self, length: int, depth: float, rng: random.Random) -> Request | None:
@@ -123,16 +125,18 @@ def needle(trials: Trials, length: int, depth: float, rng: random.Random) -> Req
     """
     name, *options = words(rng, trials.candidates + 1)
     query = f'The secret word of {name.capitalize()} is'
-    question = encode_inside(trials.tokenizer, '\n' + query)
+    line = query if trials.end else '\n' + query
+    question = encode_inside(trials.tokenizer, line)
     answers = [encode_inside(trials.tokenizer, f' {option}', before=query) for option in options]
     hidden = encode_inside(trials.tokenizer, f'\n{query} {options[0]}.\n')
-    room = length - len(trials.begin) - len(question) - len(answers[0]) - len(hidden)
+    room = length - len(trials.begin) - len(trials.end) - len(question)
+    room -= len(answers[0]) + len(hidden)
     if room < 0:
         return None
     around = filler(trials, room, rng)
     place = round(depth * room)
-    context = [*trials.begin, *around[:place], *hidden, *around[place:], *question]
-    return context, answers
+    text = [*around[:place], *hidden, *around[place:]]
+    return [*trials.begin, *text, *trials.end, *question], answers
 
 
 @dataclass
@@ -155,7 +159,7 @@ class Line:
 def key_value(trials: Trials, length: int, depth: float, rng: random.Random) -> Request | None:
     """As `needle`: as many lines as fit into `length` tokens; the one at `depth` is asked for."""
     lines, used = [], set()
-    left = length - len(trials.begin)
+    left = length - len(trials.begin) - len(trials.end)
     longest = 0  # tokens of a question and its answer
     while True:
         key, value = new_word(rng, used), new_word(rng, used)
@@ -177,7 +181,7 @@ def key_value(trials: Trials, length: int, depth: float, rng: random.Random) -> 
     context = list(trials.begin)
     for line in lines:
         context += line.line
-    return context + asked.question, [asked.answer, *wrong]
+    return [*context, *trials.end, *asked.question], [asked.answer, *wrong]
 
 
 TASKS = dict(needle=needle, key_value=key_value)

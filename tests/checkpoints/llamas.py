@@ -49,6 +49,24 @@ def add_tokenizer(folder, file, **settings):
     (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
 
 
+def byte_tokenizer(folder, **settings):
+    """Put a tokenizer of bytes, <bos> and <eos> into a folder, and return how many ids it has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ['<bos>', '<eos>']
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *special])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    settings = dict(tokenizer_class='PreTrainedTokenizerFast') | settings
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    add_tokenizer(folder, folder / 'tokenizer.json', **settings)
+    return len(vocabulary)
+
+
 def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     if a.keys() != b.keys():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from llamas import byte_tokenizer
 
 from nanomla.checkpoints.tokenizer import HFTokenizer
 from nanomla.checkpoints.tokens.chat import ChatTemplate, chat_template_of
@@ -23,17 +24,7 @@ MESSAGES = [
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a byte-level tokenizer.json and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*alphabet, '<s>', '</s>'])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(['<s>', '</s>'])
-    tokenizer.save(str(tmp_path / 'tokenizer.json'))
-    settings = dict(bos_token='<s>', eos_token='</s>', tokenizer_class='PreTrainedTokenizerFast')
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+    byte_tokenizer(tmp_path)
     (tmp_path / 'chat_template.jinja').write_text(TEMPLATE)
     return tmp_path
 
@@ -57,7 +48,32 @@ def test_a_conversation_is_written_as_transformers_writes_it(place, answer_follo
     )
     template = ChatTemplate.of(tokenizer_of(folder))
     assert template.render(MESSAGES, answer_follows) == theirs
-    assert '<s>' in theirs
+    assert '<bos>' in theirs
+
+
+TRIMMED = TEMPLATE.replace('{{ message | tojson }}', '<end>')
+AS_IT_IS = TRIMMED.replace(' | trim', '')
+
+
+@pytest.mark.parametrize('beginning', ['So ', 'So'])
+@pytest.mark.parametrize('template', [TRIMMED, AS_IT_IS])
+def test_an_answer_that_has_begun_is_not_ended(template, beginning, folder):
+    from transformers import PreTrainedTokenizerFast
+
+    (folder / 'chat_template.jinja').write_text(template)
+    messages = [*MESSAGES, dict(role='assistant', content=beginning)]
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
+        messages, tokenize=False, continue_final_message=True
+    )
+    assert ChatTemplate.of(tokenizer_of(folder)).render_unfinished(messages) == theirs
+
+
+def test_what_stands_around_a_question(folder):
+    (folder / 'chat_template.jinja').write_text(AS_IT_IS)
+    template = ChatTemplate.of(tokenizer_of(folder))
+    before, after = template.around_question()
+    asked = template.render([dict(role='user', content='Who?')])
+    assert before + 'Who?' + after == asked
 
 
 @pytest.mark.parametrize(

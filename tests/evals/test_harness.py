@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llamas import byte_tokenizer, hf_llama
 
 from nanomla.checkpoints.load import TextCodec
+from nanomla.checkpoints.tokens.chat import ChatTemplate, chat_template_of
 from nanomla.core.configurator import UserError
 from nanomla.core.tokenizers import Tokenizer
 from nanomla.evals import harness
+from nanomla.evals.measure import EvalSettings, EvaluatedModel
 from nanomla.evals.scoring import Scorer
 from nanomla.inference.generate import generate
 
@@ -303,6 +306,83 @@ def test_a_task_that_the_model_cannot_read_is_named(local, docs, model):
     match = 'unread: the text has characters this model has never seen'
     with pytest.raises(UserError, match=match):
         harness.Tasks(['unread'], str(local)).run('unread', adapter(model))
+
+
+# -------------------------------------------------------------------------------------------------
+# conversations
+
+# As Gemma's: the system has no say.
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{%- if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}
+<{{ message['role'] }}>{{ message['content'] | trim }}<eos>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_a_template_that_refuses_the_system_gets_the_others(model):
+    template = ChatTemplate(TEMPLATE, dict(bos_token='<bos>'), 'template')
+    lm = harness.adapter(Scorer(model, len(CHARS)), TextCodec(CODEC), template)
+    asked = [dict(role='system', content='Be good.'), dict(role='user', content=' who? ')]
+    assert lm.apply_chat_template(asked) == '<bos><user>who?<eos>\n<assistant>'
+    assert lm.chat_template(True) == TEMPLATE
+    with pytest.raises(UserError, match='does not take this conversation'):
+        template.render(asked)
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """A folder of a small Llama with a tokenizer and a chat template."""
+    folder = tmp_path / 'llama'
+    size = byte_tokenizer(folder)
+    hf_llama(folder, vocab_size=size, max_position_embeddings=512, eos_token_id=size - 1)
+    (folder / 'chat_template.jinja').write_text(TEMPLATE)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('chat', [True, False])
+def test_requests_and_answers_are_those_of_the_harness_own_model(chat, chat_model, local, docs):
+    from lm_eval.models.huggingface import HFLM
+
+    # One example in front, what the system says, and with `begun` the beginning of the answer.
+    asked = CHOICE | dict(task='asked', num_fewshot=1, fewshot_split='test', description='Well!')
+    write_task(local, asked, docs)
+    write_task(local, asked | dict(task='begun', gen_prefix='So:'), docs)
+    names = ['asked', 'begun', 'local_write', 'local_roll']
+    settings = EvalSettings(device='cpu', dtype='float32')
+    evaluated = EvaluatedModel(str(chat_model), settings)
+    template = chat_template_of(evaluated.codec.tokenizer, 'm') if chat else None
+    scorer = Scorer(evaluated.model, evaluated.codec.tokenizer.vocab_size)
+    tasks = harness.Tasks(names, str(local))
+
+    def answers_of(lm):
+        done = tasks.lm_eval.simple_evaluate(
+            lm,
+            tasks=names,
+            task_manager=tasks.manager,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            bootstrap_iters=0,
+        )
+        requests, numbers, texts = [], [], []
+        for name in names:
+            for sample in done['samples'][name]:
+                requests.append(sample['arguments'])
+                answers = sample['resps']
+                (texts if name == 'local_write' else numbers).append(answers)
+        return requests, torch.tensor(list(flat(numbers))), texts
+
+    ours = answers_of(harness.adapter(scorer, evaluated.codec, template))
+    theirs = answers_of(HFLM(str(chat_model), device='cpu', dtype='float32', batch_size=1))
+    assert ours[0] == theirs[0] and ours[2] == theirs[2]
+    assert torch.allclose(ours[1], theirs[1], atol=1e-4)
+
+
+def flat(numbers):
+    for number in numbers:
+        if isinstance(number, (list, tuple)):
+            yield from flat(number)
+        else:
+            yield float(number)
 
 
 @pytest.mark.slow

@@ -106,6 +106,18 @@ def test_keys_and_values_stand_in_lines(tokenizer, length, depth, seed):
     assert set(words) <= set(pairs.values())
 
 
+@pytest.mark.parametrize('task', TASKS)
+def test_in_a_conversation_the_question_begins_the_answer(task):
+    codec = Tokenizer(META['bytes'])
+    begin, end = codec.encode('<user>'), codec.encode('<end><answer>')
+    trials = Trials(task, codec, candidates=4, begin=begin, end=end)
+    context, answers = trials.make(200, 0.5, random.Random(3))
+    assert 200 - 23 < len(context) + len(answers[0]) <= 200
+    text, question = codec.decode(context).removeprefix('<user>').split('<end><answer>')
+    assert question.endswith((':', ' is')) and '\n' not in question
+    assert f'{question}{codec.decode(answers[0])}' in text
+
+
 def test_trials_depend_on_the_seed_alone():
     made = []
 

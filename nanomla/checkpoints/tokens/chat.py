@@ -10,21 +10,23 @@ import datetime
 import json
 from pathlib import Path
 
-from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer_config
+from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer_config, token_text
 from nanomla.core.configurator import UserError
 
 Messages = list[dict[str, str]]  # [{'role': 'user', 'content': 'Hello'}, ...]
+PLACE = '\ue000'  # stands where a message ends, or is, while a template runs: no text has it
 
 
 class ChatTemplate:
     """
     A conversation as one text.
 
+    source: the template; where: its file
     special: names of special tokens -> their text, which templates may ask for
     """
 
     def __init__(self, source: str, special: dict[str, str], where: str):
-        self.special, self.where = special, where
+        self.source, self.special, self.where = source, special, where
         try:
             from jinja2 import TemplateError
             from jinja2.ext import loopcontrols
@@ -49,10 +51,9 @@ class ChatTemplate:
         """Return the template of a model; None where it has none."""
         settings = read_tokenizer_config(tokenizer.files)
         special = {}
-        for name, token in settings.items():
-            if isinstance(token, dict):
-                token = token.get('content')
-            if name.endswith('_token') and isinstance(token, str):
+        for name in settings:
+            token = token_text(settings, name)
+            if name.endswith('_token') and token is not None:
                 special[name] = token
         for file in tokenizer.files:
             if file.name == 'chat_template.jinja':
@@ -78,6 +79,24 @@ class ChatTemplate:
         except self.errors as error:
             why = ' '.join(str(error).split())[:200]
             raise UserError(f'{self.where} does not take this conversation: {why}') from None
+
+    def render_unfinished(self, messages: Messages) -> str:
+        """Return the text of a conversation whose last message the model goes on with."""
+        *before, last = messages
+        last = last | dict(content=last['content'] + PLACE + ' ')
+        text, place, rest = self.render([*before, last], answer_follows=False).rpartition(PLACE)
+        if not place:
+            raise UserError(f'{self.where} leaves out the message that the model should go on with')
+        if not rest.startswith(' '):  # the template trims messages
+            text = text.rstrip()
+        return text
+
+    def around_question(self) -> tuple[str, str]:
+        """Return what stands before a question, and from its end to the answer."""
+        before, place, after = self.render([dict(role='user', content=PLACE)]).partition(PLACE)
+        if not place:
+            raise UserError(f'{self.where} leaves out what the user says')
+        return before, after
 
 
 def chat_template_of(tokenizer: object, model: str) -> ChatTemplate:
