@@ -36,7 +36,7 @@ calibration = ''  # a dataset or a text file; '' = the source's own dataset; non
 calibration_tokens = 0  # of its training part; 0 = 262,144 on a GPU, 8,192 on a CPU
 eval_tokens = 0  # of its held-out part, for perplexities; 0 = 65,536 on a GPU, 4,096 on a CPU
 block_size = 0  # tokens in a window; 0 = the source's, at most 1024
-batch_size = 8
+batch_size = 8  # windows at a time; healing takes so many, too, and adds up to steps of 16
 cache_dtype = ''  # report the perplexity with such a cache, too: int8 | int4
 # layer-wise distillation: each attention is fitted to the source's on the calibration text
 layerwise = True
@@ -426,7 +426,7 @@ def main(source: str) -> None:
         convert_and_write(loaded, report, to_fit)
     if heal:
         T = window_size(model.config)
-        healing = Healing(out, source, name, heal, T, healing_options())
+        healing = Healing(out, source, name, heal, T, batch_size, healing_options())
         heal_model(healing)
     if export:
         export_copy(healing.out if heal else out)

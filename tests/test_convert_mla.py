@@ -164,14 +164,14 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
     source()
     monkeypatch.setattr(heal_module, 'subprocess', SimpleNamespace(run=train))
     tokens = 3 * 16 * 24  # three steps
-    passed_on = dict(teacher_cache='predictions', lora_rank=2, learning_rate=2e-3)
+    passed_on = dict(teacher_cache='predictions', lora_rank=2, learning_rate=2e-3, batch_size=4)
     with pytest.raises(SystemExit) as stopped:
         convert('src', out='mla', saving=0.5, heal=tokens, **passed_on, **QUICK)
     assert stopped.value.code == STOPPED
     convert('src', out='mla', saving=0.5, heal=tokens, **passed_on, **QUICK)
     assert 'mla is there already: on with healing' in capsys.readouterr().out
     assert '--teacher=src' in started[0]
-    assert '--max_iters=3' in started[0]
+    assert {'--max_iters=3', '--gradient_accumulation_steps=4'} <= set(started[0])
     assert set(words(passed_on)) <= set(started[0])
     assert [words[0] for words in started] == ['--init_from=mla', '--init_from=resume']
     assert load_model('mla-healed').step == 3

@@ -14,7 +14,7 @@ from nanomla.core import token_files
 from nanomla.core.configurator import UserError
 from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
 
-BATCH_SIZE = 16  # windows of a step
+STEP_SIZE = 16  # windows of a step
 EVALUATIONS = 4  # over the run, each of which writes checkpoints to go on from
 
 
@@ -32,6 +32,7 @@ class Healing:
     dataset: str
     tokens: int
     block_size: int
+    batch_size: int = STEP_SIZE  # windows at a time, which memory limits
     options: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -39,8 +40,13 @@ class Healing:
         return self.start.rstrip('/') + '-healed'
 
     @property
+    def micro_batches(self) -> int:
+        return max(1, STEP_SIZE // self.batch_size)
+
+    @property
     def steps(self) -> int:
-        return max(1, self.tokens // (BATCH_SIZE * self.block_size))
+        windows = self.batch_size * self.micro_batches
+        return max(1, self.tokens // (windows * self.block_size))
 
     def command(self) -> list[str]:
         """Return the command, which goes on where an earlier one was interrupted."""
@@ -53,7 +59,8 @@ class Healing:
             max_iters=self.steps,
             warmup_iters=min(10, self.steps // 10),
             eval_interval=max(1, self.steps // EVALUATIONS),
-            batch_size=BATCH_SIZE,
+            batch_size=self.batch_size,
+            gradient_accumulation_steps=self.micro_batches,
             block_size=self.block_size,
         )
         settings |= self.options
