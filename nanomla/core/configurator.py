@@ -649,6 +649,8 @@ def _check_type(config: Settings, name: str, value, where: str):
     if type(value) is not kind:
         given = f'{_short(repr(value))} ({type(value).__name__})'
         raise UserError(f'{where}: {name} takes {TAKES[kind]}, not {given}')
+    if kind is int and not -(2**63) <= value < 2**63:  # torch takes no larger ones
+        raise UserError(f'{where}: {name} takes a whole number of 64 bits at most')
     return value
 
 

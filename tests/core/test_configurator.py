@@ -387,6 +387,10 @@ def test_wrong_type_is_reported_with_what_it_should_be():
 
 def test_huge_powers_end_at_once():
     assert 'takes a whole number' in error('--batch_size=9**9**9**9')
+    for value in (2**63, -(2**63) - 1):
+        assert error(f'--batch_size={value}') == (
+            f'--batch_size={value}: batch_size takes a whole number of 64 bits at most'
+        )
     assert 'too large' in error(write('batch_size = 9 ** 9 ** 9 ** 9'))
 
 
@@ -800,7 +804,7 @@ NAMES = st.from_regex(r'[a-z][a-z0-9_]{0,9}', fullmatch=True).filter(
     lambda name: not keyword.iskeyword(name) and name != 'on_cpu'
 )
 KINDS = {
-    int: st.integers(-(2**70), 2**70),
+    int: st.integers(-(2**63), 2**63 - 1),
     float: st.floats(allow_nan=False, allow_infinity=False),
     bool: st.booleans(),
     str: st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0')),
