@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -72,6 +73,8 @@ class Tasks:
         self.lm_eval = load()
         # Reading the harness's own 14,000 takes a while, and local tasks need none of them.
         for include_defaults in (False, True):
+            if include_defaults:
+                print("reading the harness's list of tasks ...", file=sys.stderr, flush=True)
             self.manager = self.lm_eval.tasks.TaskManager(
                 include_path=include_path or None, include_defaults=include_defaults
             )
