@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import GPT, MultiHeadAttention
+from model import GPT, Attention
 from nanomla.checkpoints.text import decode_file
 from nanomla.checkpoints.tokenizer import HFTokenizer
 from nanomla.conversion.source import check_source
@@ -41,7 +41,8 @@ class Moments:
     Moments of one layer over the calibration tokens.
 
     cov (C̃, C̃): E[x̃ x̃ᵀ], not centred; its last row is the mean.
-    q_norms (H, D / 2), k_norms (K, D / 2): mean norm of each pair (j, j + D / 2) of each head.
+    q_norms (H, D / 2), k_norms (K, D / 2): mean norm of each pair (j, j + D / 2) of each head;
+    empty for an MLA model.
     attended (C̃, C̃): E[x̃ x̃ᵀ] where a token counts by the attention that it receives.
     value_spread (H,): the variance of W^O v among the tokens that a query attends to.
     window: T, so many tokens can see one another.
@@ -62,23 +63,31 @@ class Moments:
 class MomentSums:
     """Sums over tokens of one layer's moments; a hook that runs before its attention's forward."""
 
-    def __init__(self, attention: MultiHeadAttention, dtype: torch.dtype):
+    def __init__(self, attention: Attention, dtype: torch.dtype):
         self.attention, self.dtype = attention, dtype
         self.sums = [0, 0, 0, 0, 0]
 
     def __call__(self, module, args) -> None:
         attention, (inputs, rope) = self.attention, args[:2]
         x = inputs.flatten(0, 1)
-        parts = attention.c_attn(x).float().split(attention.widths, dim=-1)
-        q, k, _ = (part.unflatten(-1, (-1, attention.v_dim)) for part in parts)
+        norms = norms_of_pairs(attention, x)
         # In float32 rounding alone would leave cov no positive matrix.
         x = F.pad(x.to(self.dtype), (0, 1), value=1.0)
-        new = [x.T @ x, pair_norms(q).sum(0), pair_norms(k).sum(0)]
+        new = [x.T @ x, *norms]
         new += attention_moments(attention, inputs, rope, self.dtype)
         self.sums = [total + part.to(self.dtype) for total, part in zip(self.sums, new)]
 
     def moments(self, tokens: int, window: int) -> Moments:
         return Moments(*(total / tokens for total in self.sums), window=window)
+
+
+def norms_of_pairs(attention: Attention, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the sums of the pairs' norms over the inputs x (tokens, C), of queries and of keys."""
+    if attention.latent is not None:  # its pairs are chosen already
+        return [x.new_zeros(0), x.new_zeros(0)]
+    parts = attention.c_attn(x).float().split(attention.widths, dim=-1)
+    q, k, _ = (part.unflatten(-1, (-1, attention.v_dim)) for part in parts)
+    return [pair_norms(q).sum(0), pair_norms(k).sum(0)]
 
 
 def pair_norms(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +96,7 @@ def pair_norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_moments(
-    attention: MultiHeadAttention, inputs: torch.Tensor, rope, dtype: torch.dtype
+    attention: Attention, inputs: torch.Tensor, rope, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """
     Return the sums over the tokens of inputs (B, T, C) that give `attended` and `value_spread`.
@@ -111,7 +120,7 @@ def attention_moments(
     return [attended, spread.clamp(min=0)]
 
 
-def output_metric(attention: MultiHeadAttention) -> torch.Tensor:
+def output_metric(attention: Attention) -> torch.Tensor:
     """Return W^Oᵀ W^O (H, D, D) of each head."""
     of_heads = attention.c_proj.weight.detach().unflatten(1, (attention.n_head, -1))
     return torch.einsum('chd,che->hde', of_heads, of_heads)

@@ -13,16 +13,18 @@ Exact where nothing is left out: with every pair and the full rank the logits ar
 bias of a key without RoPE is the same for all tokens, which a softmax does not see; that of a value
 goes through W^O into its bias.
 
+A converted model is a source, too: its pairs with RoPE stay, and its latent gets a smaller rank.
+
 Legend: H query heads, K kv heads, D the source's head dim; N, P, R as in model_mla.py; C̃ = C + 1,
 as matrices have their bias as a last column (source.py).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from model import GPT, GPTConfig, MultiHeadAttention
+from model import GPT, Attention, GPTConfig
 from model_mla import GPT_MLA, MLAConfig, MultiHeadLatentAttention
 from nanomla.conversion.calibration import Moments, output_metric
 from nanomla.conversion.low_rank import (
@@ -42,12 +44,13 @@ from nanomla.conversion.rope_pairs import (
     choose_components,
     own_pairs,
     principal_components,
+    split_of_latent,
     split_own_pairs,
     split_shared_components,
     split_without_rope,
 )
 from nanomla.conversion.settings import ConversionSettings, full_rank, nope_width, pe_width
-from nanomla.conversion.source import check_source, layer_weights
+from nanomla.conversion.source import check_source, has_latent, layer_weights
 
 
 @dataclass
@@ -93,7 +96,7 @@ def convert(
     for layer in split_layers(model, settings, moments):
         parts.append(layer)
         tick()
-    ranks = [settings.kv_lora_rank] * config.n_layer
+    ranks = equal_ranks(config, settings)
     if settings.ranks_differ:
         spectra = [layer.factors.singular_values for layer in parts]
         share = share_out_by_residual if settings.ranks == 'residual' else share_out
@@ -134,10 +137,9 @@ def split_layers(
     if moments is not None:
         device = model.lm_head.weight.device
         covs = [layer.cov.to(device, dtype) for layer in moments]
-    split = rope_splitter(model, settings, moments, covs)
+    split = splitter(model, settings, moments, covs)
     for n, block in enumerate(model.transformer.h):
-        q, k, v = layer_weights(block.attn, dtype)
-        parts = split(n, q, k)
+        parts, v = split(n, block.attn)
         metrics = None
         if settings.low_rank == 'attention':
             metrics = attention_metrics(block.attn, parts, moments[n].to(covs[n].device))
@@ -152,6 +154,29 @@ def arithmetic_dtype(model: GPT, calibrated: bool) -> torch.dtype:
     if model.config.n_embd <= SMALL or weight.is_cuda or calibrated:
         return torch.float64
     return torch.float32
+
+
+def splitter(
+    model: GPT,
+    settings: ConversionSettings,
+    moments: list[Moments] | None,
+    covs: list[torch.Tensor | None],
+) -> Callable[[int, Attention], tuple[RopeSplit, torch.Tensor]]:
+    """
+    Return a function that splits a layer by what keeps RoPE.
+
+    It takes the layer's number and its attention, and returns the split and the values.
+    """
+    dtype = arithmetic_dtype(model, calibrated=moments is not None)
+    if has_latent(model.config):
+        return lambda n, attention: split_of_latent(attention, dtype)
+    split = rope_splitter(model, settings, moments, covs)
+
+    def split_and_values(n, attention):
+        q, k, v = layer_weights(attention, dtype)
+        return split(n, q, k), v
+
+    return split_and_values
 
 
 def rope_splitter(
@@ -217,9 +242,7 @@ def layer_parts(
     )
 
 
-def attention_metrics(
-    attention: MultiHeadAttention, split: RopeSplit, moments: Moments
-) -> AttentionMetrics:
+def attention_metrics(attention: Attention, split: RopeSplit, moments: Moments) -> AttentionMetrics:
     """Return the metrics of one layer from its Moments and its split queries."""
     q, cov = split.q_nope, moments.cov
     K = len(split.k_nope)
@@ -237,8 +260,23 @@ def attention_metrics(
 # the new model
 
 
+def equal_ranks(config: GPTConfig, settings: ConversionSettings) -> list[int]:
+    """Return the rank of each layer, for settings that `for_source` has filled in."""
+    ranks = [settings.kv_lora_rank] * config.n_layer
+    if has_latent(config):  # whose layers may have less
+        ranks = [min(rank, config.rank(n)) for n, rank in enumerate(ranks)]
+    return ranks
+
+
 def mla_config(config: GPTConfig, settings: ConversionSettings, ranks: list[int]) -> MLAConfig:
     """Return the config of the converted model, whose layers have latents of `ranks`."""
+    of_latent = dict(
+        kv_lora_rank=max(ranks),
+        kv_lora_ranks=tuple(ranks) if len(set(ranks)) > 1 else (),
+        q_lora_rank=settings.q_lora_rank,
+    )
+    if has_latent(config):
+        return replace(config, **of_latent)
     nope, pe = nope_width(config, settings), pe_width(config, settings)
     pos = config.pos
     if pos == 'rope' and pe == 0:
@@ -247,9 +285,6 @@ def mla_config(config: GPTConfig, settings: ConversionSettings, ranks: list[int]
     fields |= dict(
         n_kv_head=0,
         head_dim=nope + pe,
-        kv_lora_rank=max(ranks),
-        kv_lora_ranks=tuple(ranks) if len(set(ranks)) > 1 else (),
-        q_lora_rank=settings.q_lora_rank,
         qk_nope_head_dim=nope,
         qk_rope_head_dim=pe,
         v_head_dim=config.head_dim,
@@ -257,7 +292,7 @@ def mla_config(config: GPTConfig, settings: ConversionSettings, ranks: list[int]
         source_head_dim=config.head_dim,
         pos=pos,
     )
-    return MLAConfig(**fields)
+    return MLAConfig(**fields, **of_latent)
 
 
 def shell_of(model: GPT, config: MLAConfig) -> GPT_MLA:
@@ -313,14 +348,14 @@ def query_weights(
 
 
 def output_weights(
-    layer: LayerParts, source: MultiHeadAttention, config: GPTConfig
+    layer: LayerParts, source: Attention, config: GPTConfig
 ) -> dict[str, torch.Tensor]:
     """Return the state of W^O: the source's, whose bias takes up the bias of the values."""
     projection = source.c_proj
     weights = {'c_proj.weight': projection.weight}
     if config.bias:
         dtype = layer.v_bias.dtype
-        of_heads = projection.weight.to(dtype).unflatten(1, (config.n_head, config.head_dim))
+        of_heads = projection.weight.to(dtype).unflatten(1, (config.n_head, source.v_dim))
         v_bias = layer.v_bias.repeat_interleave(config.n_head // config.n_kv_head, dim=0)
         through = torch.einsum('che,he->c', of_heads, v_bias)
         weights['c_proj.bias'] = projection.bias + through.to(projection.weight.dtype)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from model import GPTConfig
+from model_mla import MultiHeadLatentAttention
 from nanomla.conversion.calibration import Moments
 from nanomla.conversion.low_rank import TINY, fix_phases
 from nanomla.conversion.settings import ConversionSettings
+from nanomla.conversion.source import with_bias
 
 
 @dataclass
@@ -45,6 +47,28 @@ def split_without_rope(q: torch.Tensor, k: torch.Tensor) -> RopeSplit:
         k_pe=q.new_zeros(0, q.size(-1)),
         frequencies=torch.zeros(0, dtype=torch.long),
     )
+
+
+def split_of_latent(
+    attention: MultiHeadLatentAttention, dtype: torch.dtype
+) -> tuple[RopeSplit, torch.Tensor]:
+    """
+    Return the split of a converted attention, as it was made or healed, and its values (H, D, C̃).
+
+    Each of its query heads has keys and values of its own, K = H.
+    """
+    H = attention.n_head
+    down, k_pe = with_bias(attention.kv_a_proj_with_mqa, dtype).split(attention.a_widths)
+    w_uk, w_uv = (weight.detach() for weight in attention.up_projections(dtype))
+    if attention.q_lora_rank:
+        up = with_bias(attention.q_b_proj, dtype)
+        q = up[:, :-1] @ with_bias(attention.q_a_proj, dtype)
+        q[:, -1] += up[:, -1]
+    else:
+        q = with_bias(attention.q_proj, dtype)
+    C = q.size(1)
+    q_nope, q_pe = (part.reshape(H, -1, C) for part in q.split(attention.q_widths))
+    return RopeSplit(q_nope, q_pe, w_uk @ down, k_pe, attention.rope_pairs), w_uv @ down
 
 
 # -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ one for each frequency of RoPE; R kv_lora_rank, P the width of k_pe.
 from dataclasses import dataclass, replace
 
 from model import GPTConfig
+from nanomla.conversion.source import has_latent
 from nanomla.core.checks import check_choice, check_range
 from nanomla.core.configurator import UserError
 from nanomla.inference.quantize import group_of
@@ -83,6 +84,10 @@ class ConversionSettings:
             )
         rope_pairs = most if self.rope_pairs < 0 else self.rope_pairs
         settings = replace(self, rope_pairs=rope_pairs)
+        if has_latent(config) and self.low_rank == 'split':
+            raise UserError('low_rank=split: keys and values of an MLA source share one latent')
+        if has_latent(config) and not self.q_lora_rank:
+            settings = replace(settings, q_lora_rank=config.q_lora_rank)
 
         full = full_rank(config, settings)
         if self.kv_lora_rank > full:
@@ -111,6 +116,8 @@ class ConversionSettings:
 
 def most_rope_pairs(config: GPTConfig, settings: ConversionSettings) -> int:
     """Return how many pairs have RoPE in the source: in a kv head, or (shared) in all of them."""
+    if has_latent(config):
+        return config.qk_rope_head_dim // 2
     if config.pos != 'rope':
         return 0
     pairs = config.head_dim // 2
@@ -130,7 +137,7 @@ def pairs_in_words(config: GPTConfig, settings: ConversionSettings) -> str:
 
 def pair_width(config: GPTConfig, settings: ConversionSettings) -> int:
     """Return what one of rope_pairs adds to the width of k_pe."""
-    if settings.shared:
+    if settings.shared or has_latent(config):
         return 2
     return 2 * config.n_kv_head
 
@@ -154,6 +161,8 @@ def nope_width(config: GPTConfig, settings: ConversionSettings) -> int:
 
 def full_rank(config: GPTConfig, settings: ConversionSettings) -> int:
     """Return the smallest kv_lora_rank without loss, for settings with rope_pairs filled in."""
+    if has_latent(config):
+        return config.kv_lora_rank
     C = config.n_embd
     value_rows = config.n_kv_head * config.head_dim
     key_rows = value_rows
@@ -168,6 +177,8 @@ def is_lossless(config: GPTConfig, settings: ConversionSettings) -> bool:
     """Return whether nothing is left out, for settings that `for_source` has filled in."""
     all_pairs = settings.rope_pairs == most_rope_pairs(config, settings)
     full_query = settings.q_lora_rank in (0, config.n_embd)
+    if has_latent(config):
+        full_query = settings.q_lora_rank == config.q_lora_rank
     return all_pairs and full_query and settings.kv_lora_rank == full_rank(config, settings)
 
 
@@ -176,8 +187,12 @@ def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) 
     Return rope_pairs and kv_lora_rank that leave 1 - `saving` of the cache of `config`.
 
     Without settings.rope_pairs (-1) a third of what is left is for k_pe, and what the full rank
-    does not need as well. A rank below 1 means: nothing fits.
+    does not need as well. A rank below 1 means: nothing fits. Of an MLA model the latent shrinks.
     """
+    if has_latent(config):
+        whole = config.kv_lora_rank + config.qk_rope_head_dim
+        rank = int((1 - saving) * whole + 1e-9) - config.qk_rope_head_dim
+        return config.qk_rope_head_dim // 2, divided_well(rank, most_spare=whole // 200)
     width = pair_width(config, settings)
     whole = 2 * config.n_kv_head * config.head_dim
     left = int((1 - saving) * whole + 1e-9)
