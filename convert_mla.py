@@ -8,9 +8,10 @@ Turn a model with MHA, GQA or MQA into an MLA model: python convert_mla.py SOURC
     python convert_mla.py random:deepseek-coder-1.3b --out=out-mla --kv_lora_rank=448 \
         --rope_pairs=32 --low_rank=joint --calibration=none
 
-SOURCE is a run's folder or checkpoint, gpt2*, or a Llama of the Hugging Face layout. The result is
-an ordinary checkpoint: train.py heals it (config/heal_mla.py), sample.py reads it, every cache
-holds it.
+SOURCE is a run's folder or checkpoint, gpt2*, or a Llama of the Hugging Face layout. It may be a
+result of this script, healed or not: its RoPE stays, and the rank of its latent is reduced.
+The result is an ordinary checkpoint: train.py heals it (config/heal_mla.py), sample.py reads it,
+every cache holds it.
 """
 
 # output
@@ -92,7 +93,7 @@ from nanomla.conversion.settings import (
     settings_for_saving,
     with_ordinary_frequencies,
 )
-from nanomla.conversion.source import check_source
+from nanomla.conversion.source import check_source, has_latent
 from nanomla.core import token_files
 from nanomla.core.checks import check_choice, check_range
 from nanomla.core.devices import commit, describe, pick_device, pick_dtype
@@ -102,6 +103,7 @@ from nanomla.inference.quantize import BITS
 from nanomla.training.next_steps import print_next_steps
 
 LONGEST_WINDOW = 1024  # tokens, unless block_size asks for more
+ABOUT_ROPE = ('rope', 'rope_pairs', 'rope_heads', 'by_layer', 'fold', 'real', 'components')
 
 
 @dataclass
@@ -159,6 +161,18 @@ def check_settings(source: str) -> None:
         check_choice('cache_dtype', cache_dtype, BITS)
 
 
+def check_rope_settings(source_config: GPTConfig) -> None:
+    """Raise a UserError for settings of RoPE where the source has its pairs already."""
+    if not has_latent(source_config):
+        return
+    for name in ABOUT_ROPE:
+        if name in config.given:
+            raise UserError(
+                f'{config.given[name]}: the source is MLA, whose pairs with RoPE stay as they '
+                'are: leave it out'
+            )
+
+
 def effort_on(device: torch.device) -> Effort:
     """Return the effort that is asked for, and where nothing is, what `device` does in minutes."""
     usual = ON_CPU if device.type == 'cpu' else ON_GPU
@@ -172,7 +186,7 @@ def effort_on(device: torch.device) -> Effort:
 def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     """Return the settings of the page, with the widths that `saving` asks for."""
     left_to_us = not rope and rope_pairs < 0 and rope_heads == 'shared' and fold == 1
-    for_servers = bool(export) and left_to_us
+    for_servers = bool(export) and left_to_us and not has_latent(source_config)
     which_pairs = rope or 'turn'
     if for_servers:
         which_pairs = 'uniform'
@@ -255,6 +269,7 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, to_fit: b
     moments = None
     if text is not None:
         moments = measure(model, text.windows, batch_size, bar.update)
+    if has_full_rank_step(model, text):
         full_rank = replace(
             settings,
             kv_lora_rank=0,
@@ -282,16 +297,22 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, to_fit: b
     return mla
 
 
+def has_full_rank_step(model: GPT, text: Text | None) -> bool:
+    """Return whether the report shows the model with RoPE on fewer pairs, before its latent."""
+    return text is not None and not has_latent(model.config)
+
+
 def number_of_steps(model: GPT, text: Text | None, to_fit: bool) -> int:
     """Return how often the progress bar is updated: by layers converted and batches read."""
     of_a_conversion = 2 * model.config.n_layer
     if text is None:
         return of_a_conversion
-    evaluations = 3 + to_fit + bool(cache_dtype)
+    conversions = 1 + has_full_rank_step(model, text)
+    evaluations = 1 + conversions + to_fit + bool(cache_dtype)
     batches = len(text.windows.split(batch_size))
     batches += evaluations * len(text.held_out.split(batch_size))
     fitted_layers = model.config.n_layer if to_fit else 0
-    return 2 * of_a_conversion + batches + fitted_layers
+    return conversions * of_a_conversion + batches + fitted_layers
 
 
 def quantised_loss(mla: GPT, text: Text | None, tick: Callable[[], object]) -> float | None:
@@ -405,6 +426,7 @@ def main(source: str) -> None:
     loaded = load_model(source)
     model = loaded.model
     check_source(model)
+    check_rope_settings(model.config)
     settings = conversion_settings(model.config)
     name = text_name(loaded)
     # What does not go is refused before anything takes long.

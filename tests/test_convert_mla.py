@@ -184,6 +184,32 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
     assert not Path('new').exists()
 
 
+def test_two_steps_partial_rope_is_healed_before_the_cut(source, capsys):
+    """The healed model at full rank is a source, whose latent alone is cut."""
+    source(n_kv_head=2)
+    convert('src', out='partial', rope_pairs=4, **QUICK)
+    dataset = load_model('partial').settings['dataset']
+    steps = dict(max_iters=2, eval_interval=2, device='cpu', dataset=dataset)
+    heal(init_from='partial', teacher='src', out_dir='partial-healed', **steps)
+    capsys.readouterr()
+    convert('partial-healed', out='mla', saving=0.5, export='hf', **QUICK | dict(layerwise=True))
+    printed = capsys.readouterr().out
+    assert 'MLA (the source)' in printed
+    assert 'full rank' not in printed
+    loaded, partial = load_model('mla'), load_model('partial-healed').model
+    assert loaded.checkpoint['conversion']['before']['source'] == 'src'
+    rows = loaded.checkpoint['conversion']['table']
+    assert [row['saved'] for row in rows] == [0, 0.5, 0.5]
+    for one, other in zip(loaded.model.transformer.h, partial.transformer.h):
+        assert torch.equal(one.attn.rope_pairs, other.attn.rope_pairs)
+        assert torch.equal(one.mlp.c_fc.weight, other.mlp.c_fc.weight)
+    idx = torch.arange(12)[None] % 10
+    exported = load_model('hf').model(idx)
+    torch.testing.assert_close(exported, loaded.model(idx), rtol=0, atol=1e-4)
+    refused = 'the source is MLA, whose pairs with RoPE stay as they are: leave it out'
+    assert_refused(refused, 'convert_mla.py', ['partial-healed', '--out=o', '--rope_pairs=2'])
+
+
 def test_what_is_exported_with_heal_is_the_healed_model(source, monkeypatch):
     def heal(healing):
         checkpoint = native.load('mla')
