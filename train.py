@@ -138,7 +138,7 @@ from nanomla.training.next_steps import print_after_training
 from nanomla.training.run import folder as run_folder
 from nanomla.training.run.folder import RunState
 from nanomla.training.run.saving import BackgroundSaver
-from nanomla.training.teacher_cache import TeacherCache
+from nanomla.training.teacher.cache import TeacherCache
 from nanomla.training.trainer import Trainer, check_ranges, check_teacher, get_lr_share
 
 WARMUP_STEPS = 5  # they compile, record and allocate: speed is measured after them

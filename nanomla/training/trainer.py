@@ -22,7 +22,7 @@ from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import UserError
 from nanomla.core.cuda_graph import GraphedStep
 from nanomla.training.batches import Dataset
-from nanomla.training.loss import BatchLoss, CachedDistillationLoss, DistillationLoss
+from nanomla.training.loss import BatchLoss
 from nanomla.training.optim import (
     MovingAverage,
     OptimizerSettings,
@@ -31,7 +31,8 @@ from nanomla.training.optim import (
     set_rate,
 )
 from nanomla.training.stability import LogitRecord, check_qk_clip, clip_logits
-from nanomla.training.teacher_cache import Predictions, TeacherCache
+from nanomla.training.teacher.cache import Predictions, TeacherCache
+from nanomla.training.teacher.loss import CachedDistillationLoss, DistillationLoss
 
 EAGER_STEPS = 3  # ordinary steps before one is recorded: everything is allocated then
 

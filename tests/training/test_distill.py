@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanomla.training.loss import BatchLoss, DistillationLoss
+from nanomla.training.loss import BatchLoss
+from nanomla.training.teacher.loss import DistillationLoss
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
 

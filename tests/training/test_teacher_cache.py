@@ -12,10 +12,11 @@ from helpers import run, series, words
 from nanomla.checkpoints import native
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import write_text
-from nanomla.training import teacher_cache
 from nanomla.training.batches import Dataset
-from nanomla.training.loss import BatchLoss, CachedDistillationLoss, DistillationLoss
-from nanomla.training.teacher_cache import TeacherCache, top_predictions
+from nanomla.training.loss import BatchLoss
+from nanomla.training.teacher import cache as cache_module
+from nanomla.training.teacher.cache import TeacherCache, top_predictions
+from nanomla.training.teacher.loss import CachedDistillationLoss, DistillationLoss
 
 SENTENCE = 'to be or not to be that is the question whether tis nobler in the mind to suffer '
 
@@ -94,6 +95,16 @@ def test_a_run_reads_its_own_windows_and_their_predictions(cache):
     assert size == 12 * (8 + 4 + 8 * (5 * (2 + 2) + 2))  # windows of 8 tokens of 5 predictions
 
 
+def test_a_batch_of_another_size_takes_the_windows_one_after_the_other(cache):
+    in_pairs = written(cache)
+    one_by_one = cache(batch_size=1, gradient_accumulation_steps=1, max_iters=12)
+    for step in range(4):
+        starts, predictions = one_by_one.batch(step, 0)
+        expected, _ = in_pairs.batch(*divmod(step // 2, 2))
+        assert starts.tolist() == [expected.tolist()[step % 2]]
+        assert predictions.ids.shape == (1, 8, 5)
+
+
 def test_each_process_reads_its_own_share(cache):
     alone = written(cache)
     for rank in (0, 1):
@@ -130,7 +141,7 @@ def test_a_complete_cache_needs_no_teacher(cache, monkeypatch):
         cache().complete(torch.device('cpu'))
     written(cache)
     assert cache().is_complete
-    monkeypatch.setattr(teacher_cache, 'top_predictions', None)
+    monkeypatch.setattr(cache_module, 'top_predictions', None)
     assert written(cache).is_complete
     assert not cache(max_iters=4).is_complete
 

@@ -296,11 +296,11 @@ class TeacherCache:
                 f'remove {self.folder}, and the teacher writes it again'
             )
         ids = torch.from_numpy(records['ids'].astype(np.int32))
-        log_p = torch.from_numpy(np.ascontiguousarray(records['log_p']))
-        log_rest = torch.from_numpy(np.ascontiguousarray(records['log_rest']))
+        log_p = torch.from_numpy(records['log_p'].copy())
+        log_rest = torch.from_numpy(records['log_rest'].copy())
         predictions = Predictions(
             data.to_device(ids).long(),
             data.to_device(log_p).float(),
             data.to_device(log_rest).float(),
         )
-        return torch.from_numpy(np.ascontiguousarray(records['start'])), predictions
+        return torch.from_numpy(records['start'].copy()), predictions
