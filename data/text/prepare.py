@@ -276,15 +276,19 @@ def main():
             files = [standard_input if name == '-' else (name, path) for name, path in files]
         meta = write_dataset(Text(files, tokenizer, codec), folder)
     print(summary(folder, meta))
-    dataset = f'--dataset={out or "text"}'
+    name = out or 'text'
     if codec:
-        print_next_steps(['train.py', 'config/train_gpt2_mla.py', dataset])
+        commands = [['train.py', 'config/train_gpt2_mla.py', f'--dataset={name}']]
+        if Path(tokenizer, 'config.json').exists():  # a model of another maker
+            convert = ['convert_mla.py', tokenizer, '--out=out-mla', '--saving=0.5']
+            commands.insert(0, [*convert, f'--calibration={name}'])
+        print_next_steps(*commands)
         return
     config, trained = 'config/train_shakespeare_mla.py', 'out-shakespeare-mla'
     if tokenizer == 'gpt2':  # 50,257 tokens want a larger model, and on a CPU smaller batches
         config, trained = 'config/books_modern.py', 'out-books-modern'
     print_next_steps(
-        ['train.py', config, f'--dataset={out or "text"}'],
+        ['train.py', config, f'--dataset={name}'],
         ['sample.py', f'--out_dir={trained}'],
     )
 

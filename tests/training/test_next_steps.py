@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, TEXT, TINY, run, words
+from llamas import byte_tokenizer
 
 from model import GPT, GPTConfig
 from nanomla.core import configurator, figures, token_files
@@ -60,6 +61,18 @@ def test_a_run_ends_with_commands_that_work(tmp_path, monkeypatch, capsys):
     steps = ['--max_iters=2', '--eval_iters=1', '--device=cpu', '--warmup_iters=1']
     run('train.py', [*heal[1:], *steps])
     assert Path('out-healed/ckpt.pt').exists()
+
+
+def test_tokens_of_a_model_are_for_its_conversion(capsys):
+    pytest.importorskip('tokenizers', reason='needs pip install -e .[convert]')
+    byte_tokenizer(Path('llama'))
+    Path('llama/config.json').write_text('{"bos_token_id": 256}')
+    Path('text.txt').write_text(TEXT)
+    prepare('text', 'text.txt', '--tokenizer=llama', '--out=tokens')
+    convert, train = commands(capsys.readouterr().out)
+    assert convert[1:] == ['llama', '--out=out-mla', '--saving=0.5', '--calibration=tokens']
+    check(convert)
+    assert train[-1] == '--dataset=tokens'
 
 
 @pytest.mark.parametrize(
