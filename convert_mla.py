@@ -16,14 +16,14 @@ every cache holds it.
 
 # output
 out = ''  # a new folder: ckpt.pt, conversion.png, and the source's tokenizer.json if it has one
-export = ''  # a new folder for a copy that stock transformers loads as deepseek_v3; see rope
+export = ''  # a copy: a new folder for stock transformers, or NAME.gguf for llama.cpp; see rope
 # what the cache holds
 kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
 saving = 0.0  # instead of kv_lora_rank: the share of the cache to save, 0.875 for an eighth of it
 ranks = 'equal'  # equal | spectrum | residual (CARE): layers share kv_lora_rank · n_layer
 rope_pairs = -1  # with RoPE: of each kv head (own) or of all (shared); -1 = all, or by --saving
-rope = ''  # which pairs: high | low | uniform | 2-norm | turn (large and far); '' = turn, and
-# uniform with export, whose frequencies vLLM and SGLang have
+rope = ''  # which: high | low | uniform | 2-norm | turn (large and far); '' = turn, or with export
+# uniform, whose frequencies vLLM, SGLang and llama.cpp have
 rope_heads = 'shared'  # own: pairs of each kv head | shared: components over the kv heads (RoRoPE)
 by_layer = True  # shared: each layer chooses its own pairs; False with --export
 fold = 1  # shared: neighbouring frequencies treated as one (FreqFold)
@@ -74,6 +74,8 @@ from model import GPT, GPTConfig
 from nanomla.checkpoints import native
 from nanomla.checkpoints.export import check_export, servers_of
 from nanomla.checkpoints.export import export as write_export
+from nanomla.checkpoints.gguf.write import ENDING as GGUF
+from nanomla.checkpoints.gguf.write import check_gguf, export_gguf
 from nanomla.checkpoints.load import LoadedModel, load_model
 from nanomla.conversion.calibration import (
     cached_loss,
@@ -87,6 +89,7 @@ from nanomla.conversion.heal import Healing, check_dataset, check_is_the_same
 from nanomla.conversion.heal import heal as heal_model
 from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
 from nanomla.conversion.report import Report, draw_report, print_report, source_color
+from nanomla.conversion.rope_pairs import pairs_by_settings
 from nanomla.conversion.settings import (
     ConversionSettings,
     is_lossless,
@@ -386,14 +389,30 @@ def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> 
     print(f'written: {out}/ckpt.pt')
 
 
+def check_can_be_exported(loaded: LoadedModel, settings: ConversionSettings) -> None:
+    """Raise a UserError where `export` cannot hold what settings that are filled in lead to."""
+    model = loaded.model
+    ranks = [settings.kv_lora_rank] * model.config.n_layer
+    config = mla_config(model.config, settings, ranks)
+    if export.endswith(GGUF):
+        pairs = pairs_by_settings(model.config, settings)
+        check_gguf(model, config, pairs, loaded.tokenizer)
+    else:
+        check_export(model, config)
+
+
 def export_copy(folder: str) -> None:
     """Write the model in `folder` to `export`. `folder` stays, whatever happens."""
     converted = load_model(folder)
+    write = export_gguf if export.endswith(GGUF) else write_export
     try:
-        write_export(converted.model, export, converted.tokenizer)
+        write(converted.model, export, converted.tokenizer)
     except UserError as error:
         raise UserError(f'{error}; {folder} is written') from None
-    print(f'written: {export} ({servers_of(converted.model)})')
+    loads_it = 'llama.cpp loads it'
+    if not export.endswith(GGUF):
+        loads_it = servers_of(converted.model)
+    print(f'written: {export} ({loads_it})')
 
 
 def print_next(source: str, loaded: LoadedModel, text: str) -> None:
@@ -432,8 +451,7 @@ def main(source: str) -> None:
     # What does not go is refused before anything takes long.
     filled_in = settings.for_source(model.config, calibrated=bool(name))
     if export:
-        ranks = [filled_in.kv_lora_rank] * model.config.n_layer
-        check_export(model, mla_config(model.config, filled_in, ranks))
+        check_can_be_exported(loaded, filled_in)
     to_fit = layerwise and bool(name) and not is_lossless(model.config, filled_in)
     if heal:
         check_dataset(name, source)

@@ -97,6 +97,7 @@ EXPECTED_SKIPS = [
     'needs network namespaces',
     'made for a GPU',
     'runs in the child process of test_under_the_interpreter',
+    'needs llama.cpp: pip install xllamacpp',
     'needs a browser: neither chromium nor google-chrome is on the PATH',
 ]
 if torch.cuda.is_available():  # formats and shapes that it does not support

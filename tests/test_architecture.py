@@ -37,7 +37,7 @@ MOST_AT_THE_TOP = 12
 MOST_IN_A_FOLDER = 9
 # Packages that take long to import or may be missing: imported inside of functions.
 HEAVY = set(
-    'accelerate bitsandbytes datasets flash_mla flashinfer huggingface_hub jinja2 lm_eval '
+    'accelerate bitsandbytes datasets flash_mla flashinfer gguf huggingface_hub jinja2 lm_eval '
     'matplotlib peft playwright rouge_score safetensors tiktoken tokenizers tqdm transformers '
     'triton wandb'.split()
 )

@@ -378,6 +378,28 @@ def test_exports_have_the_frequencies_of_an_ordinary_rope(source, capsys):
     assert 'only transformers loads it as it is: RoPE is longrope' in printed
 
 
+def test_an_export_for_llama_cpp(source, capsys):
+    """It is written beside the checkpoint, or refused before the work."""
+    import gguf
+
+    source(head_dim=16)
+    convert('src', out='mla', saving=0.5, export='a b.gguf', **QUICK)
+    assert 'written: a b.gguf (llama.cpp loads it)' in capsys.readouterr().out
+    fields = gguf.GGUFReader('a b.gguf').fields
+    config = load_model('mla').model.config
+    assert fields['deepseek2.attention.kv_lora_rank'].contents() == config.kv_lora_rank
+    source('biased', bias=True)
+    for arguments, match in (
+        ('biased', 'bias=True'),
+        ('src', 'RoPE on all of a key'),
+        ('src --rope=turn --saving=0.5', 'the frequencies of RoPE'),
+        ('src --rope_heads=own --saving=0.5', 'the frequencies of RoPE'),
+    ):
+        arguments = [*arguments.split(), '--out=out', '--export=new.gguf', *words(QUICK)]
+        assert_refused(f"llama.cpp's deepseek2 cannot .*{match}", 'convert_mla.py', arguments)
+    assert sorted(os.listdir()) == ['a b.gguf', 'biased', 'mla', 'src', 'text']
+
+
 # -------------------------------------------------------------------------------------------------
 # refusals
 

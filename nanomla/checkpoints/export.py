@@ -47,6 +47,21 @@ class StockModel:
     rope: dict | None = None
 
 
+@dataclass(frozen=True)
+class LatentNorm:
+    """
+    The norm of a latent that a stock class has.
+
+    epsilon: what it adds to the mean of squares
+    half: in float16, with a constant channel
+    exact_gain: its gain is in float32, whatever the weights are in
+    """
+
+    epsilon: float = EPSILON
+    half: bool = False
+    exact_gain: bool = False
+
+
 def export(
     model: GPT,
     folder: str | Path,
@@ -220,25 +235,36 @@ def stock_form_of_converted(model: GPT_MLA) -> StockModel:
     - Queries have no bias there, but their latent has one: they get a latent, with a channel that
       is constant.
     """
-    config = model.config
-    params = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    layers = [block.attn.rope_pairs.tolist() for block in model.transformer.h]
-    table = shared_frequencies(layers)
-    check_config(DEEPSEEK_V3, stock_config_of_converted(config, rope_width=2 * len(table)))
+    check_config(
+        DEEPSEEK_V3, stock_config_of_converted(model.config, model.config.qk_rope_head_dim)
+    )
     check_biases(model)
+    params = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     half = any(p.dtype == torch.float16 for p in params.values())
-    for n, block in enumerate(model.transformer.h):
-        layer = LayerRewriter(params, config, n, half)
-        layer.rewrite_keys_and_values(layers[n], table)
-        layer.rewrite_queries(layers[n], table, block.attn.scale)
-    stock_config = stock_config_of_converted(config, rope_width=2 * len(table))
-    stock_config.bias = half or config.bias
-    stock_config.kv_lora_rank += half
+    config, table = rewrite_converted(model, params, LatentNorm(half=half))
+    config.bias = half or model.config.bias
+    config.kv_lora_rank += half
     if config.q_lora_rank or config.bias:
         width = config.q_lora_rank or config.n_embd
-        stock_config.q_lora_rank = width + (half or config.bias)
-    rope = longrope(config, table)
-    return StockModel(DEEPSEEK_V3, stock_config, params, rope)
+        config.q_lora_rank = width + (half or model.config.bias)
+    return StockModel(DEEPSEEK_V3, config, params, longrope(model.config, table))
+
+
+def rewrite_converted(
+    model: GPT_MLA, params: dict[str, torch.Tensor], norm: LatentNorm
+) -> tuple[MLAConfig, list[int]]:
+    """
+    Replace the weights of the attentions in `params` by those of a class with such a norm.
+
+    Return the config of such a class and the source's pairs that its RoPE has.
+    """
+    layers = [block.attn.rope_pairs.tolist() for block in model.transformer.h]
+    table = shared_frequencies(layers)
+    for n, block in enumerate(model.transformer.h):
+        layer = LayerRewriter(params, model.config, n, norm)
+        layer.rewrite_keys_and_values(layers[n], table)
+        layer.rewrite_queries(layers[n], table, block.attn.scale)
+    return stock_config_of_converted(model.config, rope_width=2 * len(table)), table
 
 
 def shared_frequencies(layers: list[list[int]]) -> list[int]:
@@ -282,27 +308,30 @@ class LatentPath:
     up: torch.Tensor
     bias: torch.Tensor | None = None
 
-    def with_norm(self, half: bool) -> 'NormedPath':
+    def with_norm(self, norm: LatentNorm) -> 'NormedPath':
         """
         Return the same function with a norm of the latent.
 
-        Ordinarily latents shrink by 2⁻³⁰: the norm is then a division by √ε, which `up` undoes. In
-        float16 (half) they keep an ordinary size beside a constant channel, which decides the norm;
-        its gain undoes that. `bias` is read from a constant channel, too.
+        Ordinarily latents shrink by 2⁻³⁰: the norm is then a division by √ε, which `up` undoes, or
+        an exact gain. In float16 (half) they keep an ordinary size beside a constant channel, which
+        decides the norm; its gain undoes that. `bias` is read from a constant channel, too.
         """
         shrink, constant = SHRINK, SHRINK
-        if half:
+        if norm.half:
             shrink, constant = self.shrink_for_half(), LARGE
         down, up, down_bias = shrink * self.down, self.up, shrink * self.down_bias
-        if half or self.bias is not None:
+        if norm.half or self.bias is not None:
             bias = up.new_zeros(len(up)) if self.bias is None else self.bias
             down = torch.cat([down, down.new_zeros(1, down.size(1))])
             down_bias = torch.cat([down_bias, down_bias.new_tensor([constant])])
             up = torch.cat([up, bias[:, None]], dim=1)
         gain = up.new_ones(up.size(1))
-        if not half:
-            return NormedPath(down, down_bias, gain, up * (EPSILON**0.5 / SHRINK))
-        rms = (LARGE**2 / len(gain) + EPSILON) ** 0.5
+        undo = norm.epsilon**0.5 / SHRINK
+        if not norm.half and norm.exact_gain:
+            return NormedPath(down, down_bias, gain.float() * undo, up)
+        if not norm.half:
+            return NormedPath(down, down_bias, gain, up * undo)
+        rms = (LARGE**2 / len(gain) + norm.epsilon) ** 0.5
         gain[:-1] = rms / shrink
         gain[-1] = rms / LARGE
         # `up` takes up what the gains have lost by rounding.
@@ -332,8 +361,8 @@ class NormedPath:
 class LayerRewriter:
     """Replace the attention's weights of one layer, in `params`, by those of its stock form."""
 
-    def __init__(self, params: dict, config: MLAConfig, layer: int, half: bool):
-        self.params, self.config, self.layer, self.half = params, config, layer, half
+    def __init__(self, params: dict, config: MLAConfig, layer: int, norm: LatentNorm):
+        self.params, self.config, self.layer, self.norm = params, config, layer, norm
         self.prefix = f'transformer.h.{layer}.attn.'
 
     def get(self, name: str) -> torch.Tensor:
@@ -360,7 +389,7 @@ class LayerRewriter:
             torch.cat([down, down.new_zeros(missing, down.size(1))]),
             torch.cat([down_bias, down_bias.new_zeros(missing)]),
             torch.cat([up, up.new_zeros(len(up), missing)], dim=1),
-        ).with_norm(self.half)
+        ).with_norm(self.norm)
         places = places_of(pairs, table)
         k_pe = pairs_in_places(k_pe, places, len(table))
         pe_bias = pairs_in_places(pe_bias[:, None], places, len(table))[:, 0]
@@ -393,7 +422,7 @@ class LayerRewriter:
         else:
             down = torch.eye(config.n_embd, dtype=weight.dtype, device=weight.device)
             down_bias = down.new_zeros(config.n_embd)
-        path = LatentPath(down, down_bias, weight, bias).with_norm(self.half)
+        path = LatentPath(down, down_bias, weight, bias).with_norm(self.norm)
         self.set(
             {
                 'q_a_proj.weight': path.down,

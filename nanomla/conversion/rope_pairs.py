@@ -84,6 +84,19 @@ def pick_frequencies(n: int, p: int, rope: str) -> list[int]:
     return [i * n // p for i in range(p)]  # uniform
 
 
+def pairs_by_settings(config: GPTConfig, settings: ConversionSettings) -> list[int] | None:
+    """
+    Return the source's pair by which each pair of k_pe turns, for settings that `for_source` has
+    filled in; None where these depend on the text or on the weights, or where some turn alike.
+    """
+    by_frequency = settings.rope in ('high', 'low', 'uniform') and settings.fold == 1
+    one_each = settings.shared or config.n_kv_head == 1
+    count = config.head_dim // 2
+    if not (by_frequency and one_each and settings.rope_pairs <= count):
+        return None
+    return pick_frequencies(count, settings.rope_pairs, settings.rope)
+
+
 def frequency_weights(config: GPTConfig, rope: str, window: int) -> torch.Tensor:
     """
     Return how much each of the F frequencies counts, beside the power of its pairs.
