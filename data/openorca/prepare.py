@@ -6,6 +6,9 @@ A line is {"system": ..., "question": ..., "response": ...}. They come from hugg
 file with --input. Without either, or with --input=rules, a small set of instructions with one right
 answer each is made by rule (sums, spelling, sorting, small Python functions), and meta.json says
 so.
+
+With --tokenizer=FOLDER the same examples are a dataset for train.py, too: train.bin and val.bin in
+the tokens of that model, each example by its chat template, or under headings where it has none.
 """
 
 import json
@@ -20,9 +23,10 @@ sys.path[:0] = map(str, HERE.parents[:2])  # data/ and the repository
 
 import hugging_face
 
-from nanomla.adapters.instructions import KEYS, check_example, read_examples
+from nanomla.adapters.instructions import KEYS, check_example, prompt_of, read_examples
 from nanomla.core.configurator import UserError, configure
 from nanomla.core.files import write_file
+from nanomla.core.token_files import summary
 from nanomla.training.next_steps import print_next_steps
 
 dataset = 'Open-Orca/OpenOrca'  # its name on huggingface.co
@@ -31,6 +35,8 @@ train = 100  # examples to train on
 val = 20  # examples to evaluate on
 seed = 0  # draws them among the first `pool`
 pool = 2000  # so many rows are read before the draw
+tokenizer = ''  # a model: its folder, or its name on the hub; '' = no tokens
+num_proc = 0  # processes that tokenise (0 = one a core)
 out = ''  # the folder ('' = data/openorca)
 
 
@@ -192,6 +198,50 @@ def read_rows(number: int) -> tuple[list[dict], str]:
     return rows, dataset
 
 
+def write_lines(folder: Path, splits: dict[str, list[dict]]) -> None:
+    """Write train.jsonl and val.jsonl."""
+    for split, rows in splits.items():
+        lines = []
+        for row in rows:
+            wanted = {key: row[key] for key in KEYS}
+            lines.append(json.dumps(wanted, ensure_ascii=False) + '\n')
+        write_file(folder / f'{split}.jsonl', ''.join(lines))
+        read_examples(folder / f'{split}.jsonl')  # raises where it could not be read again
+
+
+def write_tokens(folder: Path, splits: dict[str, list[dict]], meta: dict) -> None:
+    """Write train.bin, val.bin and meta.json in the tokens of the model that `tokenizer` names."""
+    from nanomla.checkpoints.tokens.chat import ChatTemplate
+    from nanomla.checkpoints.tokens.prepare import (
+        DocumentCodec,
+        open_model_tokenizer,
+        write_documents,
+    )
+
+    codec = DocumentCodec.of(open_model_tokenizer(tokenizer))
+    template = ChatTemplate.of(codec.tokenizer)
+    if template is not None:  # which writes what begins and ends a text
+        codec = DocumentCodec(codec.tokenizer, begin=[], end=[])
+    texts = {}
+    for split, rows in splits.items():
+        texts[split] = [text_of(row, template) for row in rows]
+    meta = write_documents(folder, codec, texts, meta, num_proc)
+    print(summary(folder, meta))
+
+
+def text_of(example: dict, template) -> str:
+    """Return an example as one text, by a chat template or None."""
+    if template is None:
+        return prompt_of(example, 'marked') + example['response']
+    messages = [
+        dict(role='user', content=example['question']),
+        dict(role='assistant', content=example['response']),
+    ]
+    if example['system']:
+        messages.insert(0, dict(role='system', content=example['system']))
+    return template.render(messages, answer_follows=False)
+
+
 def main():
     configure(globals())
     if min(train, val) < 1:
@@ -203,20 +253,24 @@ def main():
         )
     rows = random.Random(seed).sample(rows, train + val)
     folder = Path(out) if out else HERE
-    for split, part in (('train', rows[:train]), ('val', rows[train:])):
-        lines = []
-        for row in part:
-            wanted = {key: row[key] for key in KEYS}
-            lines.append(json.dumps(wanted, ensure_ascii=False) + '\n')
-        write_file(folder / f'{split}.jsonl', ''.join(lines))
-        read_examples(folder / f'{split}.jsonl')  # raises where it could not be read again
+    splits = dict(train=rows[:train], val=rows[train:])
     meta = dict(source=source, train=train, val=val, seed=seed)
-    write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
+    write_lines(folder, splits)
+    if tokenizer:
+        write_tokens(folder, splits, meta)
+    else:
+        for split in splits:  # of other examples than those that are there now
+            (folder / f'{split}.bin').unlink(missing_ok=True)
+        write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
     print(f'{folder}: {train} examples to train on, {val} to evaluate on, of {source}')
     benchmark = ['bench_adapters.py', 'random:tiny', 'config/adapters.json', 'out-adapters']
     if out:
         benchmark.append(f'--data={out}')
-    print_next_steps(benchmark)
+    commands = [benchmark]
+    if tokenizer:
+        finetune = ['train.py', 'config/finetune_shakespeare.py', f'--init_from={tokenizer}']
+        commands.append([*finetune, f'--dataset={folder}', '--out_dir=out-openorca'])
+    print_next_steps(*commands)
 
 
 if __name__ == '__main__':

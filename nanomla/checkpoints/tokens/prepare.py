@@ -5,6 +5,7 @@ The text is cut into chunks where the tokens of both sides are those of the whol
 when the tokenizer itself says so of the text around it, whatever its rules are.
 """
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -19,12 +20,14 @@ from nanomla.checkpoints.hub import model_folder, read_json
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer, read_tokenizer_config
 from nanomla.core.configurator import UserError
 from nanomla.core.files import copy_file
+from nanomla.core.token_files import TokenWriter, in_order
 
 # What ends a document in pretraining, by the families' names; the eos of a chat model ends a turn.
 DOCUMENT_ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<｜end▁of▁sentence｜>')
 AROUND = 200  # characters on either side of a cut that are looked at
 FAR = 4000  # characters before the end of a chunk among which a cut is looked for
 TRIALS = 200  # places that are tried
+DOCUMENTS = 256  # that a process takes at a time
 
 
 def open_model_tokenizer(name: str) -> HFTokenizer:
@@ -124,6 +127,33 @@ def document_end(tokenizer: HFTokenizer) -> list[int]:
         if number is not None:
             return [number]
     return sorted(tokenizer.eos)[:1]
+
+
+def write_documents(
+    folder: str | Path,
+    codec: DocumentCodec,
+    texts: dict[str, list[str]],
+    meta: dict,
+    num_proc: int = 0,
+) -> dict:
+    """
+    Write a dataset of documents, split -> their texts, with the tokenizer beside it.
+
+    meta: further entries of meta.json, `source` among them. Returns all of it.
+    """
+    digest = hashlib.sha256()
+    with TokenWriter(folder, codec.vocab_size) as files:
+        for split, documents in texts.items():
+            for text in documents:
+                digest.update(text.encode())
+            parts = []
+            for first in range(0, len(documents), DOCUMENTS):
+                parts.append((first, documents[first : first + DOCUMENTS]))
+            for _, encoded in in_order(encode_documents, parts, num_proc, codec.pool):
+                for ids in encoded:
+                    files.add(split, ids)
+        codec.copy_to(folder)
+        return files.publish(meta | codec.meta | dict(sha256=digest.hexdigest()))
 
 
 def cutting_places(text: str, most: int) -> Iterator[int]:
