@@ -222,10 +222,27 @@ def join_processes(
         if backend == 'auto':
             backend = 'nccl' if device.type == 'cuda' else 'gloo'
         hook = sys.excepthook
-        torch.distributed.init_process_group(backend)
+        store = store_of_attempt()
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
         # torch wraps the hook in its own, which prints nothing when ours ends the process.
         sys.excepthook = hook
     return rank, world, local_rank, device
+
+
+def store_of_attempt() -> 'torch.distributed.Store | None':
+    """
+    Return the store in which the processes that torchrun has started find one another's addresses.
+
+    torchrun keeps one store over all restarts. In it a process that is quick would find the address
+    of one that was killed (PyTorch's issue 135712), so each attempt has names of its own. None
+    where torch's way will do: without torchrun's store, and on several hosts, which count apart.
+    """
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True' or not on_one_host():
+        return None
+    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    store = torch.distributed.TCPStore(address, port, is_master=False)
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    return torch.distributed.PrefixStore(f'attempt-{attempt}', store)
 
 
 def all_agree(value: object, world: int) -> bool:

@@ -81,6 +81,26 @@ def test_one_process_is_rank_0_of_1(monkeypatch):
         devices.join_processes(CPU, 'mpi')
 
 
+def test_an_attempt_of_torchrun_reads_nothing_that_another_one_left(monkeypatch):
+    assert devices.store_of_attempt() is None
+    server = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True)
+    variables = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=server.port)
+    variables |= dict(TORCHELASTIC_USE_AGENT_STORE=True, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    stores = []
+    for attempt in ('0', '1', '1'):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', attempt)
+        stores.append(devices.store_of_attempt())
+    first, second, other = stores
+    first.set('address', 'of a process that was killed')
+    assert not second.check(['address'])
+    second.set('address', 'new')
+    assert other.get('address') == b'new'
+    monkeypatch.setenv('WORLD_SIZE', '4')  # two hosts
+    assert devices.store_of_attempt() is None
+
+
 def test_the_commit_may_be_given(monkeypatch, tmp_path):
     monkeypatch.setenv('NANOMLA_COMMIT', 'abc1234')
     assert devices.commit() == 'abc1234'
