@@ -18,6 +18,7 @@ MAPS = (  # the rows of `draw_maps`
 BOXED = {'previous token': 'previous', 'copying': None}  # label of boxes; else induction
 MOST_MODELS = 4  # on one sheet of maps
 LONGEST_FOOTER = 150  # letters
+SMALLEST_NUMBER = 6  # points, of the number on a head
 DASHES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))  # variants of a kind
 ALARM = '#B3261E'  # the title of an untrained model
 ICL = ('in-context learning (nats)', 'icl')
@@ -136,7 +137,7 @@ def draw_map(ax, model: dict, row: str):
 
 
 def mark_largest(ax, model: dict, row: str, row_height: float) -> None:
-    """Write the largest score of a map on its head."""
+    """Write the largest score of a map on its head, or above the map where heads are small."""
     if row == 'copying' or not is_measured(model, row):
         return
     best, at = -math.inf, (0, 0)
@@ -144,8 +145,12 @@ def mark_largest(ax, model: dict, row: str, row_height: float) -> None:
         for head, value in enumerate(line):
             if value >= best:
                 best, at = value, (head, layer)
-    color = 'white' if best > 0.55 else figures.COLORS['ink']
     fontsize = min(9, 50 * row_height / model['layers'])
+    if fontsize < SMALLEST_NUMBER:  # a head is too thin for it: beside its map
+        where = dict(xycoords='axes fraction', ha='right', va='bottom', annotation_clip=False)
+        ax.annotate(f'{best:.2f}', (1, 1.01), fontsize=9, **where)
+        return
+    color = 'white' if best > 0.55 else figures.COLORS['ink']
     middle = dict(ha='center', va='center')
     ax.text(*at, f'{best:.2f}', fontsize=fontsize, color=color, zorder=4, **middle)
 

@@ -67,6 +67,20 @@ def test_what_a_log_lacks_is_left_out(written, tmp_path):
     assert set(figures_in(tmp_path)) == {'training.png', 'latents.png'}
 
 
+@pytest.mark.parametrize('layers', [2, 30])
+def test_the_largest_score_can_be_read_in_a_map_of_many_layers(layers):
+    from matplotlib.figure import Figure
+
+    scores = []
+    for layer in range(layers):
+        induction = dict(score=layer / 100, control=0, gap=0)
+        scores.append(dict(induction=induction, previous=dict(score=0), effective_copying=0))
+    ax = Figure().subplots()
+    figures.mark_largest(ax, dict(scores=scores, heads=1, layers=layers), 'induction', 2.4)
+    (text,) = ax.texts
+    assert text.get_text() == f'{(layers - 1) / 100:.2f}' and text.get_fontsize() >= 6
+
+
 def test_seeds_of_a_study_are_drawn_as_a_study(tmp_path):
     runs = [run(f'mla-{seed}', 'MLA', variant='mla') for seed in (1, 2)]
     (path,) = figures.draw_report(tmp_path, dict(models=[], checkpoints=runs, made=MADE))
