@@ -199,7 +199,10 @@ def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) 
     pairs = settings.rope_pairs
     if pairs < 0:
         pairs = derived_pairs(config, left, settings)
-    rank = min(left - width * pairs, full_rank(config, replace(settings, rope_pairs=pairs)))
+    full = full_rank(config, replace(settings, rope_pairs=pairs))
+    rank = left - width * pairs
+    if rank >= full:
+        return pairs, full
     further = rank % CHANNEL_GROUP // width
     may_have_more = settings.rope_pairs < 0 < pairs <= config.head_dim // 2 - further
     if rank > 2 * CHANNEL_GROUP and may_have_more:
