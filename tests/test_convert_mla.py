@@ -18,6 +18,7 @@ from nanomla.conversion import heal as heal_module
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import write_text
 from nanomla.heads.subject import load_subject
+from nanomla.inference.generate import generate
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
 STOPPED = 75  # exit code of a run that can be resumed
@@ -281,6 +282,31 @@ def test_a_hugging_face_source_keeps_its_tokenizer(source, sample):
     assert codec.decode(codec.encode(SENTENCE)) == SENTENCE
     out, _ = sample(init_from='mla')
     assert out.startswith('to be')
+
+
+def test_an_export_stops_at_all_ends_of_generation_config(source):
+    """In stock transformers as here: half of the vocabulary ends a text."""
+    from transformers import AutoModelForCausalLM
+
+    export(source(vocab_size=300), 'llama')
+    write_tokenizer('llama')
+    ends = list(range(1, 300, 2))
+    Path('llama/generation_config.json').write_text(json.dumps(dict(eos_token_id=ends)))
+    Path('book.txt').write_text(SENTENCE * 30)
+    convert('llama', out='mla', saving=0.5, calibration='book.txt', export='hf', **QUICK)
+    ours, theirs = load_model('mla'), AutoModelForCausalLM.from_pretrained('hf').eval()
+    assert ours.tokenizer.eos == set(ends)
+    assert theirs.generation_config.eos_token_id == ends
+    stopped = 0
+    for start in range(4):
+        prompt = torch.tensor([[start, 2 * start, 50]])
+        text = theirs.generate(prompt, max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+        expected = torch.stack(list(generate(ours.model.eval(), prompt, 12, temperature=0)))
+        expected = expected.flatten().tolist()
+        ending = [i + 1 for i, token in enumerate(expected) if token in ends]
+        assert text == expected[: min(ending, default=12)]
+        stopped += bool(ending)
+    assert stopped
 
 
 def test_the_commands_printed_for_a_foreign_model_run_as_printed(source, capsys):

@@ -290,7 +290,13 @@ def test_exports_load_in_stock_transformers(name, way, source, tokens, tmp_path)
     assert not any(info.values()), info
     assert type(theirs).__name__ == 'DeepseekV3ForCausalLM'
     idx = tokens(24)
-    torch.testing.assert_close(theirs.eval()(idx).logits, mla(idx), rtol=0, atol=1e-4)
+    out = theirs.eval()(idx, use_cache=True)
+    torch.testing.assert_close(out.logits, mla(idx), rtol=0, atol=1e-4)
+    # transformers caches latent and k_pe, as wide as the widest layer's.
+    layers = out.past_key_values.layers
+    cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers) / idx.numel()
+    width = mla.config.kv_lora_rank + theirs.config.qk_rope_head_dim
+    assert cached == mla.config.n_layer * width
     text = torch.stack(list(generate(mla, idx[:, :4], 15, temperature=0)), dim=1)
     their_text = theirs.generate(idx[:, :4], max_new_tokens=15, do_sample=False)[:, 4:]
     assert torch.equal(their_text, text)
