@@ -95,6 +95,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(learn):
         learn(out_dir='parts', init_from='resume', lora_rank=3)
 
 
+@pytest.mark.gpu
+def test_a_gpu_learns_by_adapters_compiled_as_plain(learn):
+    for out_dir, compile in (('plain', False), ('compiled', True)):
+        learn(out_dir=out_dir, device='cuda', compile=compile, dtype='float32')
+    plain, compiled = (native.load(name)['best_val_loss'] for name in ('plain', 'compiled'))
+    assert compiled == pytest.approx(plain, abs=2e-3)
+
+
 def test_what_does_not_go_with_adapters_is_refused(learn):
     for changes, match in (
         (dict(train_only='attn'), 'lora_rank does not go with --train_only=attn'),

@@ -234,6 +234,14 @@ def test_training_from_the_cache_is_training_with_the_teacher(learn):
         learn('again', **resumed)
 
 
+@pytest.mark.gpu
+def test_a_gpu_trains_from_the_cache_compiled_as_plain(learn):
+    cached = dict(teacher='teacher', teacher_cache='cache', teacher_top_k=8, dtype='float32')
+    plain = learn('plain', **cached, device='cuda', fused_loss=False)
+    compiled = learn('compiled', **cached, device='cuda', compile=True)
+    np.testing.assert_allclose(compiled, plain, rtol=2e-3)
+
+
 @pytest.mark.parametrize('changes', [dict(distill_hidden=1.0), dict(cuda_graph=True)])
 def test_what_does_not_go_with_a_cache_is_refused_before_the_work(changes, cache):
     with pytest.raises(UserError, match=f'does not go with --{[*changes][0]}'):
