@@ -117,6 +117,8 @@ def identity_of(file: Path) -> list:
 
 def batches(rows, done: int, documents: int) -> Iterator[tuple[int, list]]:
     """Yield the number of its first document and the texts of each batch that is left to do."""
+    if done >= documents:  # killed between its last batch and its end
+        return
     try:
         for page in rows.skip(done).iter(batch):
             texts = page[column][: documents - done]
@@ -241,11 +243,12 @@ def main():
     plan = identity | dict(column=column, documents=documents, every=every, seed=seed)
     if tokenizer != 'gpt2':
         plan |= encoding.meta
+    progress = Progress(folder, plan, save_every)
     if is_complete(folder, plan):
+        progress.remove()  # which a kill may have left
         print(f'{folder} has this dataset already: remove train.bin to make it again')
         return
 
-    progress = Progress(folder, plan, save_every)
     done = progress.done
     if done:
         print(f'going on after {done:,} documents')

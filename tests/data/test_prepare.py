@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from nanomla.core.configurator import UserError
 from nanomla.core.files import jsonl
-from nanomla.core.token_files import TokenWriter, read_meta, read_split, val_begin
+from nanomla.core.token_files import Progress, TokenWriter, read_meta, read_split, val_begin
 from nanomla.core.tokenizers import Tokenizer
 
 
@@ -475,6 +475,25 @@ def test_limit_and_other_kinds_of_files(owt, project, capsys):
 
 class Killed(BaseException):
     pass
+
+
+@pytest.mark.parametrize('end', ['publish', 'remove'])
+def test_a_run_that_was_killed_after_its_last_document_ends_well(owt, project, monkeypatch, end):
+    def die(*_):
+        raise Killed
+
+    owt(f'--out={project / "whole"}')
+    out = project / 'killed'
+    with monkeypatch.context() as patch:
+        if end == 'publish':
+            patch.setattr(TokenWriter, 'publish', die)
+        else:  # its dataset is there, and progress.json still
+            patch.setattr(Progress, 'remove', die)
+        with pytest.raises(Killed):
+            owt(f'--out={out}')
+    assert json.loads((out / 'progress.json').read_text())['done'] == 100
+    owt(f'--out={out}')
+    assert contents(out) == contents(project / 'whole')
 
 
 @pytest.mark.parametrize('last', [0, 1, 5, 9, 17])
