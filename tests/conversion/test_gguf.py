@@ -209,7 +209,7 @@ def test_weights_keep_their_dtype(dtype, model, tokens, tmp_path):
 def test_the_vocabulary_is_in_it(model, tokenizer, tmp_path):
     from gguf import TokenType
 
-    export_gguf(model('mha'), tmp_path / 'model.gguf', tokenizer)
+    export_gguf(model('untied'), tmp_path / 'model.gguf', tokenizer)
     fields = Deepseek2(tmp_path / 'model.gguf').fields
     tokens, types = fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.token_type']
     vocabulary = tokenizer.bpe.get_vocab(with_added_tokens=True)
@@ -269,7 +269,7 @@ def test_llama_cpp_caches_the_latent(model, tokenizer, tmp_path):
 @pytest.mark.parametrize('name', PRE_TOKENIZERS.values())
 def test_llama_cpp_cuts_texts_into_the_same_tokens(name, model, tmp_path):
     tokenizer = make_tokenizer(tmp_path, name)
-    export_gguf(model('mha'), tmp_path / 'model.gguf', tokenizer)
+    export_gguf(model('untied'), tmp_path / 'model.gguf', tokenizer)
     peer = LlamaCpp(tmp_path / 'model.gguf')
     for text in ODD_TEXTS:
         assert peer.tokenize(text) == tokenizer.encode(text), text
@@ -320,12 +320,12 @@ def test_tokenizers_that_llama_cpp_reads_otherwise_are_refused(model, tokenizer,
     try:
         bpe.pre_tokenizer = pre_tokenizers.Whitespace()
         match = 'cuts texts as none of the pre-tokenizers of llama.cpp'
-        assert_refused(match, export_gguf, model('mha'), path, tokenizer)
+        assert_refused(match, export_gguf, model('untied'), path, tokenizer)
         bpe.pre_tokenizer = before
         bpe.normalizer = normalizers.NFKC()
-        assert_refused('changes texts first', export_gguf, model('mha'), path, tokenizer)
+        assert_refused('changes texts first', export_gguf, model('untied'), path, tokenizer)
         bpe.normalizer = normalizers.NFC()
-        export_gguf(model('mha'), path, tokenizer)
+        export_gguf(model('untied'), path, tokenizer)
         assert 'texts become NFC first' in capsys.readouterr().err
     finally:
         bpe.pre_tokenizer, bpe.normalizer = before, None
