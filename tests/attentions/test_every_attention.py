@@ -41,7 +41,8 @@ def test_no_token_sees_a_later_one(kind, tiny, tokens):
     model, idx = tiny(kind), tokens(20)
     changed = idx.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % 40
-    assert torch.equal(model(changed)[:, :12], model(idx)[:, :12])
+    # not bit for bit: the rows that an expert multiplies at a time are those of all tokens
+    torch.testing.assert_close(model(changed)[:, :12], model(idx)[:, :12], rtol=0, atol=2e-6)
     assert not torch.equal(model(changed)[:, 12:], model(idx)[:, 12:])
 
 
