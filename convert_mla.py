@@ -22,6 +22,7 @@ kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose 
 saving = 0.0  # instead of kv_lora_rank: the share of the cache to save, 0.875 for an eighth of it
 ranks = 'equal'  # equal | spectrum | residual (CARE): layers share kv_lora_rank · n_layer
 rope_pairs = -1  # with RoPE: of each kv head (own) or of all (shared); -1 = all, or by --saving
+search_pairs = False  # with saving: try some widths of k_pe, and take that of the least error
 rope = ''  # which: high | low | uniform | 2-norm | turn (large and far); '' = turn, or with export
 # uniform, whose frequencies vLLM, SGLang and llama.cpp have
 rope_heads = 'shared'  # own: pairs of each kv head | shared: components over the kv heads (RoRoPE)
@@ -87,11 +88,12 @@ from nanomla.conversion.calibration import (
 from nanomla.conversion.convert import convert, mla_config
 from nanomla.conversion.heal import Healing, check_dataset, check_is_the_same
 from nanomla.conversion.heal import heal as heal_model
-from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
+from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers, search_split
 from nanomla.conversion.report import Report, draw_report, print_report, source_color
 from nanomla.conversion.rope_pairs import pairs_by_settings
 from nanomla.conversion.settings import (
     ConversionSettings,
+    candidate_splits,
     is_lossless,
     settings_for_saving,
     with_ordinary_frequencies,
@@ -160,6 +162,8 @@ def check_settings(source: str) -> None:
     check_range('saving', saving, least=0, below=1)
     if saving and kv_lora_rank:
         raise UserError('give one of --saving and --kv_lora_rank')
+    if search_pairs and (not saving or rope_pairs >= 0):
+        raise UserError('search_pairs needs --saving, and no --rope_pairs: it looks for those')
     if cache_dtype:
         check_choice('cache_dtype', cache_dtype, BITS)
 
@@ -190,6 +194,7 @@ def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     """Return the settings of the page, with the widths that `saving` asks for."""
     left_to_us = not rope and rope_pairs < 0 and rope_heads == 'shared' and fold == 1
     for_servers = bool(export) and left_to_us and not has_latent(source_config)
+    for_servers = for_servers and not search_pairs
     which_pairs = rope or 'turn'
     if for_servers:
         which_pairs = 'uniform'
@@ -220,6 +225,17 @@ def healing_options() -> dict[str, object]:
     options = dict(device=device)
     passed_on = ('learning_rate', 'teacher_cache', 'lora_rank')
     return options | {name: config[name] for name in passed_on if config[name]}
+
+
+def to_be_searched(
+    source_config: GPTConfig, settings: ConversionSettings, text: str
+) -> ConversionSettings:
+    """Return the settings with their widths left open. UserError where nothing can be searched."""
+    if not text:
+        raise UserError('search_pairs needs calibration text: name some')
+    settings = replace(settings, rope_pairs=-1, kv_lora_rank=0)
+    candidate_splits(source_config, saving, settings)
+    return settings
 
 
 def text_name(loaded: LoadedModel) -> str:
@@ -260,7 +276,7 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, to_fit: b
     before the latent, the conversion, and what was fitted.
     """
     settings = report.settings
-    bar = progress_bar(number_of_steps(model, text, to_fit), 'step')
+    bar = progress_bar(number_of_steps(model, text, settings, to_fit), 'step')
 
     def loss_of(model: GPT) -> float | None:
         if text is None:
@@ -272,6 +288,9 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, to_fit: b
     moments = None
     if text is not None:
         moments = measure(model, text.windows, batch_size, bar.update)
+        if search_pairs:
+            splits = search_split(model, saving, settings, moments, text.windows, bar.update)
+            report.splits, settings = splits, splits[0].settings
     if has_full_rank_step(model, text):
         full_rank = replace(
             settings,
@@ -305,13 +324,17 @@ def has_full_rank_step(model: GPT, text: Text | None) -> bool:
     return text is not None and not has_latent(model.config)
 
 
-def number_of_steps(model: GPT, text: Text | None, to_fit: bool) -> int:
+def number_of_steps(
+    model: GPT, text: Text | None, settings: ConversionSettings, to_fit: bool
+) -> int:
     """Return how often the progress bar is updated: by layers converted and batches read."""
     of_a_conversion = 2 * model.config.n_layer
     if text is None:
         return of_a_conversion
     conversions = 1 + has_full_rank_step(model, text)
     evaluations = 1 + conversions + to_fit + bool(cache_dtype)
+    if search_pairs:
+        conversions += len(candidate_splits(model.config, saving, settings))
     batches = len(text.windows.split(batch_size))
     batches += evaluations * len(text.held_out.split(batch_size))
     fitted_layers = model.config.n_layer if to_fit else 0
@@ -351,6 +374,8 @@ def checkpoint_of(mla: GPT, loaded: LoadedModel, report: Report) -> dict:
         layers=report.layers,
         before=loaded.checkpoint.get('conversion'),
     )
+    if report.splits:
+        history |= dict(splits={split.name: split.error for split in report.splits})
     best_val_loss = float('nan')
     if report.text:
         best_val_loss = report.result.nats
@@ -455,7 +480,11 @@ def main(source: str) -> None:
     to_fit = layerwise and bool(name) and not is_lossless(model.config, filled_in)
     if heal:
         check_dataset(name, source)
-    report = Report(source, settings, name, cache_dtype, asdict(effort_on(picked_device)))
+    effort = asdict(effort_on(picked_device))
+    if search_pairs:
+        settings = to_be_searched(model.config, settings, name)
+        effort |= dict(saving=saving)
+    report = Report(source, settings, name, cache_dtype, effort)
     if os.path.exists(out):
         check_is_the_same(out, source, report.history_settings)
         rest = 'healing' if heal else 'the export'
@@ -476,10 +505,10 @@ def main(source: str) -> None:
 
 def convert_and_write(loaded: LoadedModel, report: Report, to_fit: bool) -> None:
     """Convert the model on its device, print the report and write it with the result."""
-    model, effort, text = loaded.model, Effort(**report.effort), None
+    model, text = loaded.model, None
     where = model.lm_head.weight.device
     if report.text:
-        text = read_text(report.text, loaded, effort, where)
+        text = read_text(report.text, loaded, effort_on(where), where)
     mla = convert_and_measure(model, text, report, to_fit)
     print_report(report)
     write_outputs(mla, loaded, report, f'commit {commit()} · {describe(where)}')

@@ -270,6 +270,18 @@ def write_tokenizer(folder, vocab_size=290):
     tokenizer.save(f'{folder}/tokenizer.json')
 
 
+def test_the_split_between_pairs_and_rank_is_searched(source, capsys):
+    """The report has what was tried, and the checkpoint the best of it."""
+    source(n_kv_head=2)
+    convert('src', out='mla', saving=0.5, search_pairs=True, **QUICK)
+    assert 'error of the attentions by rank + k_pe' in capsys.readouterr().out
+    checkpoint = native.load('mla')
+    splits = checkpoint['conversion']['splits']
+    shape = checkpoint['model_args']
+    best = f'{shape["kv_lora_rank"]} + {shape["qk_rope_head_dim"]}'
+    assert len(splits) > 1 and splits[best] == min(splits.values())
+
+
 def test_a_hugging_face_source_keeps_its_tokenizer(source, sample):
     """It is calibrated on a text file, sampled from in its words, exported with its tokenizer."""
     export(source(vocab_size=300), 'llama')
@@ -443,6 +455,8 @@ def test_an_export_for_llama_cpp(source, capsys):
         ('src --out=mla --rope_pairs=2.5', 'rope_pairs takes a whole number'),
         ('src --out=mla --saving=1.5', 'saving=1.5'),
         ('src --out=mla --saving=0.5 --kv_lora_rank=3', 'give one of'),
+        ('src --out=mla --search_pairs=True', 'search_pairs needs --saving'),
+        ('src --out=mla --search_pairs=True --saving=0.5 --rope_pairs=2', 'looks for those'),
         ('src --out=mla --saving=0.99', 'leaves no room for a latent'),
         ('src --out=mla --saving=0.9 --rope_heads=own --rope_pairs=2', 'beside 2 pairs'),
         ('src --out=mla --calibration=none', 'needs calibration text'),

@@ -54,7 +54,7 @@ from nanomla.conversion.calibration import (
     windows_of,
 )
 from nanomla.conversion.convert import convert
-from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
+from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers, search_split
 from nanomla.conversion.settings import ConversionSettings, settings_for_saving
 from nanomla.core.checks import check_choice, split_list, split_numbers
 from nanomla.core.devices import commit, describe, pick_device
@@ -68,10 +68,12 @@ class Recipe:
 
     settings: of ConversionSettings; the widths are those of `split_cache` for all
     fit_steps: of layer-wise distillation; None for none, 0 for W^O alone, -1 for layer_steps
+    search: the pairs by `search_split`
     """
 
     settings: dict
     fit_steps: int | None = None
+    search: bool = False
 
 
 # RoRoPE with FreqFold of four: the first components of each run of frequencies (TransMLA, 4.2)
@@ -89,6 +91,9 @@ RECIPES = {
     'attention': Recipe(OURS),
     'attention + W^O': Recipe(OURS, fit_steps=0),
     'attention + layer by layer': Recipe(OURS, fit_steps=-1),
+    'pairs searched': Recipe(OURS, search=True),
+    'pairs searched + W^O': Recipe(OURS, fit_steps=0, search=True),
+    'pairs searched + layer by layer': Recipe(OURS, fit_steps=-1, search=True),
 }
 
 
@@ -180,14 +185,20 @@ def measure_recipes(study: Study, names: list[str], saving: float, seed: int, ca
     calibration: windows (M, T) and Moments. Recipes of the same settings share a conversion.
     """
     windows, moments = calibration
-    conversions = {}
+    conversions, searches = {}, {}
     for name in names:
         recipe = RECIPES[name]
         key = dict(recipe=name, saving=saving, seed=seed)
         if is_there(study, **key):
             continue
-        how = ConversionSettings(**recipe.settings)
-        how = settings_for_saving(study.model.config, saving, how)
+        asked = ConversionSettings(**recipe.settings)
+        how = settings_for_saving(study.model.config, saving, asked)
+        if recipe.search:
+            if asked not in searches:
+                searches[asked] = search_split(study.model, saving, asked, moments, windows)
+            splits = searches[asked]
+            how = splits[0].settings
+            key |= dict(splits={split.name: round(split.error, 5) for split in splits})
         if how not in conversions:
             conversions[how] = convert(study.model, how, moments)[0]
         mla = conversions[how]

@@ -12,6 +12,10 @@ First W^O, in closed form; then all its weights, by a few hundred steps of Adam.
 a share of its token's residual stream, since the next norm divides by that, and tokens whose stream
 has gone astray count for little: no attention brings those back.
 
+The same error, of conversions in closed form, decides a search: how many pairs keep RoPE, and what
+rank is left for the latent, at one size of the cache. One split serves all layers, since
+model_mla.py has one width of k_pe.
+
 Legend: M windows of T tokens, C channels, E = H D the width of the heads' outputs side by side.
 """
 
@@ -22,8 +26,12 @@ import torch
 
 from model import GPT, Attention, Block
 from model_mla import GPT_MLA
+from nanomla.conversion.calibration import Moments
+from nanomla.conversion.convert import convert
+from nanomla.conversion.settings import ConversionSettings, candidate_splits
 from nanomla.core.cuda_graph import GraphedStep
 
+SEARCH_TOKENS = 2048  # of the calibration text that a search reads
 ASTRAY = 10.0  # how much faster than the stream itself its drift makes a token count less
 
 
@@ -214,3 +222,60 @@ def remaining_error(attention: Attention, data: LayerData, rope, batch_size: int
         part = data.batch(slice(start, start + batch_size))
         total += len(part.inputs) * weighted_error(attention, part, rope).item()
     return total / len(data.inputs)
+
+
+# -------------------------------------------------------------------------------------------------
+# the split of a cache between pairs with RoPE and rank
+
+
+@dataclass
+class Split:
+    """A candidate, and the error of its attentions' outputs: a share, the mean over the layers."""
+
+    settings: ConversionSettings
+    error: float
+    name: str  # rank + width of k_pe
+
+
+def search_split(
+    model: GPT,
+    saving: float,
+    settings: ConversionSettings,
+    moments: list[Moments],
+    windows: torch.Tensor,
+    tick: Callable[[], object] = lambda: None,
+) -> list[Split]:
+    """
+    Return the splits that leave 1 - `saving` of the cache of `model`, the best one first.
+
+    windows (M, T) of the calibration text, of which about SEARCH_TOKENS are read; tick is called
+    twice a layer of each split. UserError as `candidate_splits` has it.
+    """
+    few = windows[: max(1, SEARCH_TOKENS // windows.size(1))]
+    streams, rope = streams_of(model, few)
+    splits = []
+    for candidate in candidate_splits(model.config, saving, settings):
+        mla, _ = convert(model, candidate, moments, tick)
+        name = f'{mla.config.kv_lora_rank} + {mla.config.qk_rope_head_dim}'
+        splits.append(Split(candidate, mean_error(model, mla, streams, rope), name))
+    return sorted(splits, key=lambda split: split.error)
+
+
+@torch.no_grad()
+def streams_of(model: GPT, windows: torch.Tensor) -> tuple[list[torch.Tensor], object]:
+    """Return the residual stream before each block, (M, T, C), and the tables of RoPE."""
+    x, rope = model.embed(windows)
+    streams = []
+    for block in model.transformer.h:
+        streams.append(x)
+        x = block(x, rope)
+    return streams, rope
+
+
+def mean_error(source: GPT, mla: GPT_MLA, streams: list[torch.Tensor], rope) -> float:
+    """Return the mean over the layers of `remaining_error`, each on its source's own input."""
+    total = 0.0
+    for old, new, x in zip(source.transformer.h, mla.transformer.h, streams):
+        data = layer_data(old, new, [x], [x], rope)
+        total += remaining_error(new.attn, data, rope, batch_size=len(x))
+    return total / len(streams)

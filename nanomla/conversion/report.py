@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model import GPT
 from nanomla.conversion.calibration import bytes_per_token, perplexity
+from nanomla.conversion.layerwise import Split
 from nanomla.conversion.settings import ConversionSettings
 from nanomla.core import figures
 from nanomla.core.files import TABLE_WIDTH
@@ -42,7 +43,8 @@ class Report:
 
     source: its name; text: where the perplexities are from, '' without any; cache_dtype: of a last
     row, '' without one; effort: how much text was read and how long each layer was fitted; layers:
-    as `convert` returns them, and the error of each layer's output where they were fitted
+    as `convert` returns them, and the error of each layer's output where they were fitted; splits:
+    of the cache between rank and k_pe that were tried, the best one first
     """
 
     source: str
@@ -52,6 +54,7 @@ class Report:
     effort: dict = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     layers: list[dict] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
 
     @property
     def history_settings(self) -> dict:
@@ -91,6 +94,9 @@ def print_report(report: Report) -> None:
         if report.text:
             line += f'{row.perplexity:13.4f}'
         print(line)
+    if report.splits:
+        tried = [f'{split.name}: {split.error:.4f}' for split in report.splits]
+        print_layers('error of the attentions by rank + k_pe', tried)
     print_layers('energy of keys and values that is kept', layer_energies(report))
     if 'error' in report.layers[0]:
         errors = [f'{layer["error"]:.4f}' for layer in report.layers]

@@ -20,6 +20,7 @@ CHOICES = dict(
     ranks=('equal', 'spectrum', 'residual'),
     components=('scores', 'keys'),
 )
+SHARES_OF_K_PE = (1 / 6, 1 / 4, 1 / 3, 5 / 12, 1 / 2)  # of a cache, that a search tries
 CHANNEL_GROUP = 8  # channels of a quantised cache that share a scale, at least, where it can be
 
 
@@ -182,6 +183,11 @@ def is_lossless(config: GPTConfig, settings: ConversionSettings) -> bool:
     return all_pairs and full_query and settings.kv_lora_rank == full_rank(config, settings)
 
 
+def cache_width(config: GPTConfig, saving: float) -> int:
+    """Return how many numbers a token may leave in a layer, without the share `saving`."""
+    return int((1 - saving) * 2 * config.n_kv_head * config.head_dim + 1e-9)
+
+
 def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) -> tuple[int, int]:
     """
     Return rope_pairs and kv_lora_rank that leave 1 - `saving` of the cache of `config`.
@@ -194,8 +200,7 @@ def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) 
         rank = int((1 - saving) * whole + 1e-9) - config.qk_rope_head_dim
         return config.qk_rope_head_dim // 2, divided_well(rank, most_spare=whole // 200)
     width = pair_width(config, settings)
-    whole = 2 * config.n_kv_head * config.head_dim
-    left = int((1 - saving) * whole + 1e-9)
+    left = cache_width(config, saving)
     pairs = settings.rope_pairs
     if pairs < 0:
         pairs = derived_pairs(config, left, settings)
@@ -208,7 +213,7 @@ def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) 
     if rank > 2 * CHANNEL_GROUP and may_have_more:
         pairs += further
         rank -= width * further
-    return pairs, divided_well(rank, most_spare=whole // 200)
+    return pairs, divided_well(rank, most_spare=cache_width(config, 0) // 200)
 
 
 def derived_pairs(config: GPTConfig, left: int, settings: ConversionSettings) -> int:
@@ -250,6 +255,25 @@ def settings_for_saving(
             'use fewer rope_pairs, or rope_heads=shared'
         )
     return replace(settings, rope_pairs=pairs, kv_lora_rank=rank)
+
+
+def candidate_splits(
+    config: GPTConfig, saving: float, settings: ConversionSettings
+) -> list[ConversionSettings]:
+    """Return the settings with the widths of `split_cache`, then with other shares for k_pe."""
+    if has_latent(config) or most_rope_pairs(config, settings) == 0:
+        raise UserError('search_pairs needs a source with RoPE that is no MLA model yet')
+    found = [settings_for_saving(config, saving, settings)]
+    left, width = cache_width(config, saving), pair_width(config, settings)
+    for share in SHARES_OF_K_PE:
+        rank = round((1 - share) * left / CHANNEL_GROUP) * CHANNEL_GROUP
+        pairs = min((left - rank) // width, most_rope_pairs(config, settings))
+        if rank < 1 or pairs < 1:
+            continue
+        split = settings_for_saving(config, saving, replace(settings, rope_pairs=pairs))
+        if split not in found:
+            found.append(split)
+    return found
 
 
 def with_ordinary_frequencies(

@@ -65,6 +65,12 @@ def test_recipes_have_the_same_bytes_and_a_row_for_each_text(study, capsys):
     assert 'attention + layer by layer' in capsys.readouterr().out
 
 
+def test_searched_pairs_are_those_of_the_least_error(study):
+    _, row = study(seeds='1', recipes='pairs searched')
+    splits = row['splits']
+    assert len(splits) > 1 and splits[f'{row["rank"]} + {row["k_pe"]}'] == min(splits.values())
+
+
 def test_a_study_goes_on_where_it_was_and_adds_models(study):
     first = study(seeds='1', recipes='attention')
     again = study(seeds='1', recipes='attention + W^O,attention', models='src', cache_dtype='int8')
