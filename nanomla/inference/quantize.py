@@ -9,7 +9,7 @@ BITS = dict(int8=8, int4=4)
 NEVER_QUANTISED = {'k_pe'}  # names of a cache's stores
 UNEVEN = 8.0  # a group this much wider than most of its channels loses them
 FEWEST_TOKENS = 8  # of which the ranges of channels are taken
-MOST_TOKENS = 0.95  # the share of them that the ranges hold
+MOST_TOKENS = 0.95  # the share of them that count
 LEAST_WIDTH = 1e-2  # of a channel, as a share of the median of its group
 
 
@@ -68,13 +68,14 @@ class ChannelRanges:
         Return the ranges of x (N, C); None where its channels are even, or N is small.
 
         A few tokens may be far from all others, such as a first one that most attend to: the middle
-        is a median, and the width leaves out the farthest tokens.
+        is a median, and the width, twice the root mean square around it, leaves out the farthest.
         """
         if len(x) < FEWEST_TOKENS:
             return None
         x = x.float()
         middle = x.median(0).values
-        width = (x - middle).abs().kthvalue(int(MOST_TOKENS * len(x)), dim=0).values
+        near = (x - middle).abs().sort(0).values[: int(MOST_TOKENS * len(x))]
+        width = 2 * near.square().mean(0).sqrt()
         group = (-1, group_of(x.size(1)))
         low, high = (middle - width).view(group), (middle + width).view(group)
         of_group = (high.amax(1) - low.amin(1)) / 2
