@@ -120,6 +120,9 @@ for width in (8, 16, 40, 64):
         gram = square @ square.mT
         add(gram, *torch.linalg.eigh(gram), *torch.linalg.svd(square), *torch.linalg.qr(square))
         add(torch.linalg.inv(square))
+    left, right = torch.randn(5, 1, width, 8), torch.randn(1, 5, 8, 32)
+    grams = (left.mT @ left) @ (left.mT @ left @ right)
+    add(grams, grams * grams.roll(1, -1), grams.square().sum((-2, -1)).sqrt())
 print(digest.hexdigest())
 """
 

@@ -244,7 +244,7 @@ def stock_form_of_converted(model: GPT_MLA) -> StockModel:
     config, table = rewrite_converted(model, params, LatentNorm(half=half))
     config.bias = half or model.config.bias
     config.kv_lora_rank += half
-    if config.q_lora_rank or config.bias:
+    if config.q_lora_rank or model.config.bias:
         width = config.q_lora_rank or config.n_embd
         config.q_lora_rank = width + (half or model.config.bias)
     return StockModel(DEEPSEEK_V3, config, params, longrope(model.config, table))

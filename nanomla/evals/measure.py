@@ -307,6 +307,8 @@ def record_key(path: str, cache_format: CacheFormat, task: str, settings: EvalSe
     names = SETTINGS.get(task, OF_HARNESS)
     values = asdict(settings)
     about = {name: values[name] for name in (*OF_ALL, *names)}
+    if task in OWN_TASKS and not settings.chat:
+        about.pop('chat', None)  # keys are what they were before there was a choice
     text = []
     if 'data' in names and os.path.isfile(settings.data):
         text = fingerprint(settings.data)
