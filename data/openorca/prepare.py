@@ -209,16 +209,11 @@ def write_lines(folder: Path, splits: dict[str, list[dict]]) -> None:
         read_examples(folder / f'{split}.jsonl')  # raises where it could not be read again
 
 
-def write_tokens(folder: Path, splits: dict[str, list[dict]], meta: dict) -> None:
-    """Write train.bin, val.bin and meta.json in the tokens of the model that `tokenizer` names."""
+def write_tokens(folder: Path, codec, splits: dict[str, list[dict]], meta: dict) -> None:
+    """Write train.bin, val.bin and meta.json in the tokens of `codec`, a DocumentCodec."""
     from nanomla.checkpoints.tokens.chat import ChatTemplate
-    from nanomla.checkpoints.tokens.prepare import (
-        DocumentCodec,
-        open_model_tokenizer,
-        write_documents,
-    )
+    from nanomla.checkpoints.tokens.prepare import DocumentCodec, write_documents
 
-    codec = DocumentCodec.of(open_model_tokenizer(tokenizer))
     template = ChatTemplate.of(codec.tokenizer)
     if template is not None:  # which writes what begins and ends a text
         codec = DocumentCodec(codec.tokenizer, begin=[], end=[])
@@ -246,6 +241,10 @@ def main():
     configure(globals())
     if min(train, val) < 1:
         raise UserError(f'train={train} and val={val} must be at least 1')
+    if tokenizer:
+        from nanomla.checkpoints.tokens.prepare import DocumentCodec, open_model_tokenizer
+
+        codec = DocumentCodec.of(open_model_tokenizer(tokenizer))
     rows, source = read_rows(train + val)
     if len(rows) < train + val:
         raise UserError(
@@ -257,7 +256,7 @@ def main():
     meta = dict(source=source, train=train, val=val, seed=seed)
     write_lines(folder, splits)
     if tokenizer:
-        write_tokens(folder, splits, meta)
+        write_tokens(folder, codec, splits, meta)
     else:
         for split in splits:  # of other examples than those that are there now
             (folder / f'{split}.bin').unlink(missing_ok=True)

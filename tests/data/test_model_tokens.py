@@ -90,3 +90,11 @@ def test_openwebtext(codec, tmp_path):
     found = [part.removeprefix('<bos>') for part in both.split('<eos>')[:-1]]
     assert sorted(found) == sorted(text for text in documents if text)
     assert read_meta('made')['tokenizer_sha256'] == codec.tokenizer.sha256
+
+
+def test_a_tokenizer_that_is_none_is_told_before_anything_is_written(codec, tmp_path):
+    orca('--tokenizer=model')
+    before = {path: path.read_bytes() for path in (tmp_path / 'made').iterdir()}
+    with pytest.raises(UserError, match='--tokenizer=gpt2 is neither the folder nor the name'):
+        orca('--tokenizer=gpt2', '--seed=1')
+    assert {path: path.read_bytes() for path in (tmp_path / 'made').iterdir()} == before

@@ -337,7 +337,7 @@ def test_a_vocabulary_beyond_uint16(prepare, project):
         (
             ['good.txt'],
             ['--tokenizer=words'],
-            '--tokenizer=words is neither char, bytes nor gpt2, nor the folder or the name',
+            '--tokenizer=words is neither the folder nor the name on the hub of a model',
         ),
         (['good.txt'], ['--tokeniser=char'], 'did you mean --tokenizer'),
         (['good.txt'], ['--val_fraction=1.5'], 'val_fraction is 1.5'),

@@ -34,8 +34,8 @@ def open_model_tokenizer(name: str) -> HFTokenizer:
     """Return the tokenizer of a model: a folder with tokenizer.json, or a name on the hub."""
     if not os.path.isdir(name) and '/' not in name:
         raise UserError(
-            f'--tokenizer={name} is neither char, bytes nor gpt2, nor the folder or the name on '
-            'the hub of a model with a tokenizer.json'
+            f'--tokenizer={name} is neither the folder nor the name on the hub of a model with a '
+            'tokenizer.json, nor what --help names'
         )
     folder = model_folder(name)
     config = {}
