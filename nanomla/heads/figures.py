@@ -94,7 +94,7 @@ def draw_maps(models: list[dict], path: Path, footer: str) -> Path:
     row_height = min(2.4, 0.9 + 0.17 * max(model['layers'] for model in models))
     repeats = models[0]['repeats']
     note = (
-        f'{repeats["texts"]} random texts of {repeats["L"]} tokens, each repeated; number: '
+        f'{repeats["texts"]} random texts of {repeats["L"]} tokens, repeated; number: '
         'largest; box: labelled induction (previous in its row); strip: layer mean; red: below 0'
     )
     size = (figures.WIDTH, 1.7 + row_height * len(rows))
