@@ -568,7 +568,7 @@ while not stop:
     check_loss(lossf)
     saver.check()
     if main and run.step == first_step:  # the optimizers have their moments now
-        saver.reserve([trainer.weights(), model.state_dict(), trainer.state()])
+        saver.reserve(resumable())
     if vote.take(run.step):
         stop = f'stopped by {vote.reason}'
     if not (looking or stop):
