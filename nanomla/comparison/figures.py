@@ -29,6 +29,7 @@ LINES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))  # where shades
 SIDE_BY_SIDE = 4  # so many contenders share a row of panels; with more each panel has its own
 NAMED_IN_LEGEND = 12  # with more contenders the ends of their curves are named instead
 NAMED_POINTS = 9  # with more points only the front and the control are named
+# of attentions without a colour of their own
 OTHER_KINDS = ('#7B4EA3', '#A6761D', '#C51B7D', '#4D4D4D', '#17A2B8', '#6B8E23', '#8C564B')
 SAMPLE_LINES = 11
 SAMPLE_COLUMNS = {1: 120, 2: 62, 3: 42}  # samples beside each other -> letters in a line
