@@ -1,5 +1,7 @@
 """Checkpoints written in the background: what is saved, in which order, and what may go wrong."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -102,6 +104,23 @@ def test_reserved_memory_is_that_of_the_first_copy():
     first = copies.copy(content)
     assert {t.data_ptr() for t in (first['a'], *first['b'])} == reserved
     assert str(first) == str(content)
+
+
+def test_reserving_starts_no_threads_that_slow_the_training():
+    program = """
+import os, torch
+from nanomla.training.run.saving import BackgroundSaver
+
+torch.set_num_threads(2)
+a = torch.ones(1 << 20)
+a.mul(2)  # starts the training's own thread
+before = len(os.listdir('/proc/self/task'))
+saver = BackgroundSaver(print)
+saver.reserve({'x': dict(a=a, b=a.to(torch.bfloat16))})
+saver.wait()
+print(len(os.listdir('/proc/self/task')) - before)
+"""
+    assert subprocess.check_output([sys.executable, '-c', program], text=True) == '1\n'
 
 
 def test_memory_that_is_not_there_is_one_line(monkeypatch):

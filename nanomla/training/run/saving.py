@@ -12,6 +12,7 @@ at the call of `save`, whatever is trained while they are written. Their memory 
 next save: the host needs as much as one save holds, beside the model.
 """
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,7 +72,7 @@ class HostCopies:
             if self.read:
                 buffer.copy_(tensor, non_blocking=on_gpu)
             else:
-                buffer.zero_()
+                touch(buffer)
             if on_gpu:
                 self.devices.add(tensor.device)
         return self.copies[same]
@@ -85,6 +86,17 @@ class HostCopies:
             made = torch.empty(tensor.shape, dtype=tensor.dtype, device='cpu', pin_memory=pinned)
             self.buffers[kind].append(made)
         return self.buffers[kind][number]
+
+
+def touch(buffer: torch.Tensor) -> None:
+    """
+    Write zeros over a tensor on the host, so that the system gives its memory.
+
+    By the C library: an operation of torch would start OpenMP threads of its own for the thread
+    that calls it. With more threads than cores, OpenMP lets its threads sleep between operations,
+    those of the training too, and a small model trained on a CPU at half its speed.
+    """
+    ctypes.memset(buffer.data_ptr(), 0, buffer.nbytes)
 
 
 class BackgroundSaver:
