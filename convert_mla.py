@@ -46,7 +46,7 @@ layer_steps = -1  # of Adam for each layer after W^O in closed form; -1 = 200 on
 layer_lr = 1e-3  # at first; it falls to zero
 # healing by config/heal_mla.py into OUT-healed, the source as teacher; the same command resumes
 heal = 0  # tokens to train on after the conversion; 0 = none
-learning_rate = 0.0  # peak; 0 = that of config/heal_mla.py
+learning_rate = 0.0  # peak; 0 = 5e-4 for a model that others trained, else config/heal_mla.py's
 teacher_cache = ''  # a folder for the source's predictions, which later runs read; '' = none
 lora_rank = 0  # train adapters of the attentions alone, merged in the end; 0 = all weights
 # machine
@@ -86,7 +86,12 @@ from nanomla.conversion.calibration import (
     windows_of,
 )
 from nanomla.conversion.convert import convert, mla_config
-from nanomla.conversion.heal import Healing, check_dataset, check_is_the_same
+from nanomla.conversion.heal import (
+    PRETRAINED_RATE,
+    Healing,
+    check_dataset,
+    check_is_the_same,
+)
 from nanomla.conversion.heal import heal as heal_model
 from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers, search_split
 from nanomla.conversion.report import Report, draw_report, print_report, source_color
@@ -220,9 +225,11 @@ def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
     return settings
 
 
-def healing_options() -> dict[str, object]:
-    """Return the settings of train.py that are passed on as they are."""
+def healing_options(loaded: LoadedModel) -> dict[str, object]:
+    """Return the settings of train.py that are passed on as they are, and the rate."""
     options = dict(device=device)
+    if loaded.pretrained and not lora_rank:  # adapters want a higher rate than all weights do
+        options['learning_rate'] = PRETRAINED_RATE
     passed_on = ('learning_rate', 'teacher_cache', 'lora_rank')
     return options | {name: config[name] for name in passed_on if config[name]}
 
@@ -454,6 +461,8 @@ def print_next(source: str, loaded: LoadedModel, text: str) -> None:
     if dataset:
         heal = ['train.py', 'config/heal_mla.py', f'--init_from={out}', f'--teacher={source}']
         heal.append(f'--dataset={dataset}')
+        if loaded.pretrained:
+            heal.append(f'--learning_rate={PRETRAINED_RATE}')
         if loaded.model.config.block_size > LONGEST_WINDOW:
             heal.append(f'--block_size={LONGEST_WINDOW}')
     if not loaded.settings.get('dataset'):
@@ -495,7 +504,7 @@ def main(source: str) -> None:
         convert_and_write(loaded, report, to_fit)
     if heal:
         T = window_size(model.config)
-        healing = Healing(out, source, name, heal, T, batch_size, healing_options())
+        healing = Healing(out, source, name, heal, T, batch_size, healing_options(loaded))
         heal_model(healing)
     if export:
         export_copy(healing.out if heal else out)

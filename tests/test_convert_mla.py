@@ -227,6 +227,29 @@ def test_what_is_exported_with_heal_is_the_healed_model(source, monkeypatch):
     assert not torch.allclose(healed, load_model('mla').model(idx), atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    'pretrained, asked, rate',
+    [
+        (True, {}, 5e-4),
+        (True, dict(lora_rank=2), None),
+        (True, dict(learning_rate=2e-4), 2e-4),
+        (False, {}, None),
+    ],
+)
+def test_weights_that_others_trained_are_healed_at_a_lower_rate(
+    source, monkeypatch, capsys, pretrained, asked, rate
+):
+    source()
+    checkpoint = native.load('src') | dict(pretrained=pretrained)
+    native.save(Path('src/ckpt.pt'), checkpoint)
+    asked_for = []
+    monkeypatch.setattr(heal_module, 'heal', asked_for.append)
+    convert('src', out='mla', saving=0.5, heal=1000, **asked, **QUICK)
+    assert asked_for[0].options.get('learning_rate') == rate
+    convert('src', out='other', saving=0.5, **QUICK)
+    assert ('--learning_rate=0.0005' in capsys.readouterr().out) == pretrained
+
+
 def test_a_lossless_conversion_of_every_pair(source):
     source(n_kv_head=2)
     convert('src', out='mla', **QUICK)

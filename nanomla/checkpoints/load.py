@@ -55,6 +55,11 @@ class LoadedModel:
         return self.step != 0
 
     @property
+    def pretrained(self) -> bool:
+        """Whether others trained its weights, at first or all of the time."""
+        return self.trained and (not self.checkpoint or self.checkpoint.get('pretrained', False))
+
+    @property
     def tokens(self) -> dict:
         """The entries of a meta.json that say what its ids are; {} where nothing says it."""
         if self.tokenizer is not None:

@@ -15,6 +15,7 @@ from nanomla.core.configurator import UserError
 from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
 
 STEP_SIZE = 16  # windows of a step
+PRETRAINED_RATE = 5e-4  # of AdamW for weights that others trained: docs/conversion.md
 EVALUATIONS = 4  # over the run, each of which writes checkpoints to go on from
 
 
