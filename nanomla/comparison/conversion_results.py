@@ -22,6 +22,7 @@ from nanomla.core.files import appending, read_jsonl, writing
 
 MHA2MLA = dict(rope='2-norm', rope_heads='own', low_rank='joint')  # Ji et al. 2025
 DEFAULT = dict(rope='turn', rope_heads='shared', low_rank='balanced')
+FITTED = dict(low_rank='attention', by_layer=True)  # and layer_steps: convert_mla.py's defaults
 LOW_RANKS = ('balanced', 'calibrated', 'joint', 'split')  # from the least error on text to most
 TOLERANCE = 1.005  # of perplexities that are compared
 
@@ -33,25 +34,38 @@ Above = dict[tuple[str, str, float], dict[int, float]]
 # ways to convert
 
 
-def default_way(fold: int = 1, rope_pairs: int = -1) -> dict:
-    """Return the way that is healed beside MHA2MLA's; rope_pairs=-1 leaves them to the saving."""
+def default_way(fold: int = 1, rope_pairs: int = -1, layer_steps: int = -1) -> dict:
+    """
+    Return the way that is healed beside MHA2MLA's.
+
+    rope_pairs: -1 leaves them to the saving. layer_steps: as convert_mla.py converts, its layers
+    fitted by so many steps; -1 = without that.
+    """
     way = dict(DEFAULT)
     if fold > 1:
         way['fold'] = fold
     if rope_pairs >= 0:
         way['rope_pairs'] = rope_pairs
+    if layer_steps >= 0:
+        way |= FITTED | dict(layer_steps=layer_steps)
     return way
+
+
+def closed_form(default: dict) -> dict:
+    """Return the default way without what is fitted, DEFAULT but for its pairs."""
+    way = {key: value for key, value in default.items() if key not in ('by_layer', 'layer_steps')}
+    return way | dict(low_rank=DEFAULT['low_rank'])
 
 
 def factorisations(default: dict) -> list[dict]:
     """Return the default way and MHA2MLA's, each with every low rank."""
-    ways = [default | dict(low_rank=low_rank) for low_rank in LOW_RANKS]
+    ways = [closed_form(default) | dict(low_rank=low_rank) for low_rank in LOW_RANKS]
     return ways + [MHA2MLA | dict(low_rank=low_rank) for low_rank in LOW_RANKS]
 
 
 def all_ways(default: dict) -> list[dict]:
-    """Return every way of the study, the factorisations first."""
-    ways = factorisations(default)
+    """Return every way of the study in closed form, the factorisations first."""
+    ways, default = factorisations(default), closed_form(default)
     for rope in ('high', 'low', 'uniform', 'turn'):
         ways.append(dict(rope=rope, rope_heads='own', low_rank='joint'))
     for rope in ('uniform', '2-norm'):
@@ -230,12 +244,13 @@ def print_table(results: StudyResults, kind: str, savings: list[float]) -> None:
         'percent above it'
     )
     header = [f'−{100 * saving:g} %' for saving in savings]
-    print(f'{"":52}' + ''.join(f'{column:>26}' for column in header))
     above = results.above_source(kind)
-    for what, way in sorted({(what, way) for what, way, _ in above}):
+    names = {(what, way): f'{what}: {way}' for what, way, _ in sorted(above)}
+    width = max(52, *map(len, names.values()))
+    print(' ' * width + ''.join(f'{column:>26}' for column in header))
+    for (what, way), name in names.items():
         cells = [cell_of(above.get((what, way, saving))) for saving in savings]
-        name = f'{what}: {way}'
-        print(f'{name:52}' + ''.join(f'{cell:>26}' for cell in cells))
+        print(f'{name:{width}}' + ''.join(f'{cell:>26}' for cell in cells))
     if control := results.control(kind):
         print(
             f'control: the source, trained on by as many steps: {mean(control):.2f} '
@@ -260,7 +275,7 @@ def cell_of(by_seed: dict[int, float] | None) -> str:
 def print_findings(above: Above, default: dict) -> None:
     """Print how often what is expected of conversions holds, and the worst seed of each saving."""
     print('perplexity falls with rank: ' + count_in_order(pairs_by_rank(above)))
-    for way in (default, MHA2MLA):
+    for way in (closed_form(default), MHA2MLA):
         ways = [way | dict(low_rank=low_rank) for low_rank in LOW_RANKS]
         for better, worse in zip(ways, ways[1:]):
             pairs = pairs_of_ways(above, way_name(better), way_name(worse))

@@ -28,6 +28,7 @@ savings = '0.6875,0.8125,0.875,0.93'  # shares of the source's cache
 heal_savings = '0.875'  # of these, which to heal
 fold = 1  # FreqFold of the default way, which is the one that is healed
 rope_pairs = -1  # of the default way; -1: a third of what is left is for k_pe
+layer_steps = -1  # the default way is convert_mla.py's, fitted by so many steps; -1 = closed form
 compare = True  # heal MHA2MLA's way as well, and train the source on, as a control
 draw_only = False  # only print and draw what there is
 # the source: 36M parameters (MHA), 33M (GQA)
@@ -96,6 +97,7 @@ from nanomla.conversion.calibration import (
     windows_of,
 )
 from nanomla.conversion.convert import convert
+from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
 from nanomla.conversion.settings import ConversionSettings, settings_for_saving
 from nanomla.core.checks import check_choice, check_range, split_list, split_numbers
 from nanomla.core.devices import pick_device
@@ -200,7 +202,7 @@ def read_settings(settings: dict) -> Study:
         seeds=seeds,
         savings=savings,
         heal_savings=heal_savings,
-        default=default_way(settings['fold'], settings['rope_pairs']),
+        default=default_way(*(settings[name] for name in ('fold', 'rope_pairs', 'layer_steps'))),
         results=read_results(files, settings['draw_only']),
         device=pick_device(settings['device']),
         data=Path(settings['dataset'] or out / 'text').resolve(),
@@ -467,11 +469,16 @@ def converted(study: Study, source: Source, saving: float, way: dict) -> tuple[G
     if source.moments is None:
         moments = measure(source.model, study.windows, 32)
         source.moments = [layer.to('cpu') for layer in moments]
-    settings = settings_for_saving(source.model.config, saving, ConversionSettings(**way))
+    how = {key: value for key, value in way.items() if key != 'layer_steps'}
+    settings = settings_for_saving(source.model.config, saving, ConversionSettings(**how))
     # Its matrices are small: the CPU is no slower, and leaves the device to others.
     mla, layers = convert(source.on_cpu, settings, source.moments)
     # The modules of the result are the source's, which stays on the CPU.
-    return copy.deepcopy(mla).to(study.device), layers
+    mla = copy.deepcopy(mla).to(study.device)
+    if 'layer_steps' in way:
+        fitting = LayerwiseSettings(steps=way['layer_steps'], seed=source.seed)
+        fit_layers(source.model, mla, study.windows, fitting)
+    return mla, layers
 
 
 def healing_of(study: Study, source: Source, saving: float, way: dict) -> list[Job]:

@@ -60,6 +60,12 @@ def test_the_order_of_settings_does_not_change_the_name_of_a_way():
     assert way_name(turned) == 'turn, shared, balanced, fold=2'
 
 
+def test_the_other_ways_are_in_closed_form_where_the_default_is_fitted():
+    fitted = default_way(fold=2, layer_steps=200)
+    assert way_name(fitted) == 'turn, shared, attention, fold=2, by_layer=True, layer_steps=200'
+    assert all_ways(fitted) == all_ways(default_way(fold=2))
+
+
 # -------------------------------------------------------------------------------------------------
 # results
 
