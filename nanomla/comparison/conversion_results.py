@@ -345,13 +345,16 @@ class Curve:
 
 
 def curves(default: dict) -> list[Curve]:
-    joint = default | dict(low_rank='joint')
+    joint = closed_form(default) | dict(low_rank='joint')
+    name = 'shared, turn, balanced'
+    if 'layer_steps' in default:
+        name = 'shared, turn, layer by layer'
     return [
         Curve('MHA2MLA: own, 2-norm, joint', 'converted', MHA2MLA, 'mha'),
         Curve('shared, turn, joint', 'converted', joint, 'gqa'),
-        Curve('shared, turn, balanced', 'converted', default, 'mla'),
+        Curve(name, 'converted', default, 'mla'),
         Curve('MHA2MLA, healed', 'healed', MHA2MLA, 'mha', 'D', 6, '-'),
-        Curve('shared, turn, balanced, healed', 'healed', default, 'mla', 'D', 6, '-'),
+        Curve(f'{name}, healed', 'healed', default, 'mla', 'D', 6, '-'),
         Curve('the same in int4', 'healed, int4', default, 'peer', 'x', 8, ':'),
     ]
 
