@@ -29,6 +29,7 @@ import atexit
 import contextlib
 import difflib
 import errno
+import functools
 import glob
 import io
 import operator
@@ -315,9 +316,8 @@ def _read_page(path: str) -> tuple[dict[str, _Setting], str]:
     """Return the settings of a script in their order, and its docstring's first paragraph."""
     with tokenize.open(path) as file:
         source = file.read()
-    tree = ast.parse(source)
+    tree, comments = _parsed(source)
     lines = ['', *source.split('\n')]  # lines[1] is the first, as ast counts them
-    comments = _comments(source)
     page, heading = {}, ''
     for node in tree.body:
         if _ends_page(node):
@@ -366,9 +366,8 @@ def _read_fields(path: str) -> dict[str, _Setting]:
     """Return the annotated fields, with defaults, of the config classes in a file."""
     with tokenize.open(path) as file:
         source = file.read()
-    tree = ast.parse(source)
+    tree, comments = _parsed(source)
     lines = ['', *source.split('\n')]
-    comments = _comments(source)
     title = (ast.get_docstring(tree) or '').partition('\n')[0]
     heading = f'{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}: {title}'
     fields = {}
@@ -391,13 +390,15 @@ def _read_fields(path: str) -> dict[str, _Setting]:
     return fields
 
 
-def _comments(source: str) -> dict[int, str]:
-    """Return line -> its comment, without the sign."""
+@functools.lru_cache(maxsize=64)  # a process that runs several scripts reads their pages again
+def _parsed(source: str) -> tuple[ast.Module, dict[int, str]]:
+    """Return the tree of a source, and line -> its comment, without the sign."""
+    tree = ast.parse(source)
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip('#').strip()
-    return comments
+    return tree, comments
 
 
 def _ends_page(node: ast.stmt) -> bool:
