@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 
 from model_mla import MLAConfig
 from nanomla.checkpoints.native import MODELS
+from nanomla.core import figures
 
 # With several pytest processes on a machine (-n 2) each takes its share of the cores.
 WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
@@ -72,6 +73,17 @@ def globals_as_before():
     before = Globals()
     yield
     before.restore()
+
+
+# A picture has a sixteenth of its pixels: they take longer than what they show.
+figures.STYLE['savefig.dpi'] = forked.FEW_DOTS
+
+
+@pytest.fixture(autouse=True)
+def pictures_of_full_size(request, monkeypatch):
+    """Draw the pictures of tests marked full_size as everywhere else."""
+    if 'full_size' in request.keywords:
+        monkeypatch.setitem(figures.STYLE, 'savefig.dpi', figures.DPI)
 
 
 # -------------------------------------------------------------------------------------------------

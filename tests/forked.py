@@ -6,11 +6,13 @@ environment, standard streams, signals and an exit code of its own. With the fix
 that is what subprocess does for [sys.executable, script, ...], in tests and in what they call.
 
 Left out is what Python does before the first line of a program, and an import that the server has
-done takes no time. So some tests start Python all the same, one of train.py among them.
+done takes no time. So some tests start Python all the same, one of train.py among them. Pictures
+have a sixteenth of their pixels.
 """
 
 import atexit
 import faulthandler
+import functools
 import gc
 import json
 import os
@@ -31,6 +33,7 @@ from typing import TextIO
 
 PATIENCE = 300  # seconds that an event may take on a busy machine; tests wait for it, not for them
 CAN_FORK = sys.platform == 'linux'  # torch does not survive a fork on a Mac
+FEW_DOTS = 40  # an inch, of a picture whose pixels no test looks at
 LARGEST_MESSAGE = 2**17  # bytes; above all the environment
 FORK_ITS_PROGRAMS = 'FORK_ITS_PROGRAMS'  # a variable of a program whose own are to be forked, too
 real_popen = subprocess.Popen
@@ -347,10 +350,17 @@ class ProcessOf:
         os.waitpid(self.pid, 0)
 
 
-def main() -> None:
+def draw_small_pictures() -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
+    from matplotlib.figure import Figure
+
+    Figure.savefig = functools.partialmethod(Figure.savefig, dpi=FEW_DOTS)
+
+
+def main() -> None:
     import torch._dynamo  # noqa: F401  (an optimizer imports it, which takes as long as torch)
 
+    draw_small_pictures()
     gc.freeze()  # a collection in a program would copy the memory of all this
     words = serve(socket.socket(fileno=int(sys.argv[1])))
     if words is not None and FORK_ITS_PROGRAMS in os.environ:

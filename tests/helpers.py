@@ -1,15 +1,16 @@
 """What several test files use: running scripts, waiting for processes, tiny settings and models."""
 
+import functools
 import importlib.util
 import json
 import os
 import random
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,16 +183,33 @@ def a_process(script, arguments):
         before.restore()
 
 
+@functools.cache
+def code_of(script: Path) -> types.CodeType:
+    return compile(script.read_bytes(), str(script), 'exec')
+
+
+def run_main(script: Path) -> dict:
+    """Do what runpy.run_path does for a script as __main__, but compile it once."""
+    before, main = sys.modules['__main__'], types.ModuleType('__main__')
+    main.__file__ = sys.argv[0] = str(script)
+    sys.modules['__main__'] = main
+    try:
+        exec(code_of(script), main.__dict__)
+    finally:
+        sys.modules['__main__'] = before
+    return main.__dict__
+
+
 def run(script, arguments) -> dict:
     """Run `python script arguments` in this process and return the script's names."""
     with a_process(script, arguments):
-        return runpy.run_path(str(ROOT / script), run_name='__main__')
+        return run_main(ROOT / script)
 
 
 def exit_code(script, arguments) -> int:
     """Run a script as `run` does, let its excepthook end an error, and return the exit code."""
     with a_process(script, arguments):
-        return end_of(lambda: runpy.run_path(str(ROOT / script), run_name='__main__'))
+        return end_of(lambda: run_main(ROOT / script))
 
 
 def not_json(word):

@@ -271,6 +271,7 @@ def test_a_peer_that_prints_no_losses_is_an_error():
 # pictures of committed logs
 
 
+@pytest.mark.full_size
 @pytest.mark.parametrize(
     'arguments, log, drawn, committed',
     [

@@ -295,6 +295,7 @@ def missing_row(name, status, reason):
     return row | dict(status=status, reason=reason)
 
 
+@pytest.mark.full_size
 def test_the_table_holds_every_row(tmp_path):
     rows = [
         table_row('lora/sdpa'),

@@ -111,6 +111,7 @@ def loss_by_hand(model, ids, context, stride):
 # perplexity
 
 
+@pytest.mark.full_size
 def test_models_and_formats_in_one_table(saved, evaluate):
     saved('a')
     saved('b', 'mla')
@@ -266,6 +267,7 @@ def test_any_registered_attention_is_evaluated_as_it_is(saved, evaluate, monkeyp
 # retrieval
 
 
+@pytest.mark.full_size
 def test_retrieval_maps_and_numbers(saved, evaluate):
     saved(block_size=160)
     out, _, records = evaluate(

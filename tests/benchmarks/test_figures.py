@@ -62,12 +62,14 @@ def test_a_later_row_of_a_line_replaces_the_earlier():
     }
 
 
+@pytest.mark.full_size
 def test_the_committed_scaling_log_draws_the_committed_picture(tmp_path):
     rows = read_jsonl(ROOT / 'assets/logs/h200_scale.jsonl')
     figures.draw_scaling(rows, tmp_path / 'scale.png')
     assert png_size(tmp_path / 'scale.png') == png_size(ROOT / 'assets/scale_h200.png')
 
 
+@pytest.mark.full_size
 def test_the_committed_decode_log_draws_the_committed_picture(tmp_path):
     rows = read_jsonl(ROOT / 'assets/logs/h200_decode_steps.jsonl')
     figures.draw_latency(rows, tmp_path / 'latency.png')

@@ -154,6 +154,7 @@ RUNS = {
 }
 
 
+@pytest.mark.full_size
 @pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('name', RUNS)
 def test_curve(tmp_path, name):
