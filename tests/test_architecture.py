@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,12 +72,12 @@ EVERYWHERE = [
 every_file = pytest.mark.parametrize('name', FILES)
 
 
-@lru_cache
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding='utf-8'))
 
 
-@lru_cache
+@cache
 def imports(path: Path) -> frozenset[Import]:
     """Return every import of a file, wherever it stands."""
     return frozenset(found_below(tree_of(path), True))

@@ -49,10 +49,28 @@ MLA = dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim
 CONTENDERS = dict(mha=dict(label='MHA + RoPE'), mla=dict(label='MLA', **MLA))
 SHORT = dict(seeds=[1], max_iters=2, decode_tokens=0)
 DRAWN = dict(draw=figures.draw, draw_front=figures.draw_front)
+MODEL_CLASSES = dict(native.MODELS)
+MADE = {}  # models of contenders
 WILD = dict(learning_rate=1e30, grad_clip=0.0, weight_decay=1e9)  # its loss is nan at once
 
 
 pytestmark = pytest.mark.usefixtures('forked_python')  # the workers, which train
+
+
+def new_model_once(kind, settings, given, vocab_size):
+    """
+    Do what native.new_model does, but make equal models once.
+
+    Contenders only count the parameters of theirs, which have no memory. Most presets have the
+    same control, which is asked for several times each.
+    """
+    if kind not in MODEL_CLASSES:  # refused, or of one test alone
+        return native.new_model(kind, settings, given, vocab_size)
+    own = {name: settings[name] for name in MODEL_CLASSES[kind].Config.keys() if name in settings}
+    key = repr((kind, sorted(own.items()), sorted(given), vocab_size))
+    if key not in MADE:
+        MADE[key] = native.new_model(kind, settings, given, vocab_size)
+    return MADE[key]
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +83,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in DRAWN:
         monkeypatch.setattr(figures, name, lambda *_: None)
+    monkeypatch.setattr('nanomla.comparison.contenders.new_model', new_model_once)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('NANOMLA_COMMIT', 'abc1234')
     monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)

@@ -220,7 +220,8 @@ def test_kernels_agree_with_eager(variant, kernel, tiny, tokens, plain_flex):
     kind, settings_ = VARIANTS[variant]
     model = tiny(kind, kernel=kernel, **settings_)
     eager = tiny(kind, kernel='eager', **settings_)
-    for T in (1, 2, 13, 24):
+    # Each length is traced anew for flex, which takes longer than all else here.
+    for T in (1, 24) if kernel == 'flex' else (1, 2, 13, 24):
         with torch.no_grad():
             torch.testing.assert_close(model(tokens(T)), eager(tokens(T)), rtol=0, atol=1e-5)
 

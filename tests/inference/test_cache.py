@@ -342,14 +342,14 @@ def trained():
                 )
             )
             optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-            for _ in range(90):
-                starts = torch.randint(len(ids) - 20_129, (8,))
+            for _ in range(70):
+                starts = torch.randint(len(ids) - 20_129, (4,))
                 batch = ids[starts[:, None] + torch.arange(129)]
                 optimizer.zero_grad()
                 model(batch[:, :-1], batch[:, 1:]).backward()
                 optimizer.step()
             model.eval()
-    return models, ids[-32 * 129 :].view(32, 129)
+    return models, ids[-16 * 129 :].view(16, 129)
 
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
