@@ -6,8 +6,8 @@ What a conversion of one pretrained model costs: published recipes and this proj
 
 Every recipe gets the same calibration text and the same bytes of a token. Perplexities are of the
 end of `text`, which no recipe sees, and of a second text. --models=FOLDER,FOLDER adds rows of
-models that exist, such as healed ones. Each result is a line of a JSONL file; a study that was
-interrupted goes on where it was.
+models that exist, such as healed ones, with the source's tokens. Each result is a line of a JSONL
+file; a study that was interrupted goes on where it was.
 """
 
 source = ''  # a model with MHA, GQA or MQA
@@ -35,6 +35,7 @@ if __name__ == '__main__':
 # -------------------------------------------------------------------------------------------------
 import copy
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +56,27 @@ from nanomla.conversion.calibration import (
 )
 from nanomla.conversion.convert import convert
 from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers, search_split
-from nanomla.conversion.settings import ConversionSettings, settings_for_saving
-from nanomla.core.checks import check_choice, split_list, split_numbers
+from nanomla.conversion.settings import (
+    ConversionSettings,
+    candidate_splits,
+    settings_for_saving,
+)
+from nanomla.conversion.source import check_source
+from nanomla.core.checks import (
+    TABLE,
+    TEXT,
+    check_choice,
+    check_entries,
+    check_range,
+    number,
+    split_list,
+    split_numbers,
+    whole,
+)
 from nanomla.core.devices import commit, describe, pick_device
 from nanomla.core.files import appending, read_jsonl
+from nanomla.core.token_files import same_tokens
+from nanomla.inference.quantize import BITS
 
 
 @dataclass(frozen=True)
@@ -97,14 +115,41 @@ RECIPES = {
 }
 
 
+# Entries of a row, where it has them. Of older files no row has `settings`.
+ROW = dict(
+    model=TEXT,
+    cache=TEXT,
+    recipe=TEXT,
+    saving=number(),
+    seed=whole(),
+    bytes=number(),
+    settings=TABLE,
+)
+
+
+@dataclass
+class Plan:
+    """What is asked for, in lists."""
+
+    recipes: list[str]
+    savings: list[float]
+    seeds: list[int]
+    models: list[str]
+
+
 @dataclass
 class Study:
-    """The source, its texts in windows on its device, and the rows that there are."""
+    """
+    The source, its texts in windows on its device, and the rows that there are.
+
+    settings: those by which rows can be compared, which each row holds
+    """
 
     loaded: LoadedModel
     train: np.ndarray
     held_out: dict[str, torch.Tensor]  # (M, T + 1) of each text
     rows: list[dict]
+    settings: dict
 
     @property
     def model(self) -> GPT:
@@ -115,33 +160,185 @@ class Study:
         return self.model.lm_head.weight.device
 
 
-def read_study(settings: dict) -> Study:
-    """Load the source and cut the texts. UserError for what is missing."""
-    for name in ('source', 'text'):
-        if not settings[name]:
+# -------------------------------------------------------------------------------------------------
+# what is asked for: all of it is checked before any work
+
+
+def read_plan() -> Plan:
+    """Check the settings that need no model. UserError for what does not fit."""
+    for name, value in dict(source=source, text=text).items():
+        if not value:
             raise UserError(f'say --{name}=: see --help')
-    loaded = load_model(settings['source'])
-    picked = pick_device(settings['device'])
+    check_range('block_size', block_size, least=1)
+    check_range('calibration_tokens', calibration_tokens, least=block_size)
+    check_range('eval_tokens', eval_tokens, least=block_size + 1)
+    check_range('layer_steps', layer_steps, least=0)
+    check_range('batch_size', batch_size, least=1)
+    if cache_dtype:
+        check_choice('cache_dtype', cache_dtype, BITS)
+    plan = Plan(
+        recipes=split_list(recipes) or list(RECIPES),
+        savings=split_numbers('savings', savings, float),
+        seeds=split_numbers('seeds', seeds, int),
+        models=split_models(),
+    )
+    for name in plan.recipes:
+        check_choice('recipes', name, RECIPES)
+    for name in split_list(one_seed):
+        check_choice('one_seed', name, RECIPES)
+    for saving in plan.savings:
+        check_range('savings', saving, above=0, below=1)
+    for seed in plan.seeds:
+        check_range('seeds', seed, least=0)
+    return plan
+
+
+def split_models() -> list[str]:
+    """Return the names in `models`. UserError for an empty one, such as of an unset variable."""
+    names = [name.strip() for name in models.split(',')] if models else []
+    if '' in names:
+        raise UserError(f'--models={models} has an empty name: write FOLDER,FOLDER')
+    return names
+
+
+def comparable_settings() -> dict:
+    """Return the settings by which the rows of a file can be compared."""
+    names = dict(source=source, text=text, second_text=second_text)
+    paths = {key: os.path.normpath(name) if name else '' for key, name in names.items()}
+    return paths | dict(
+        calibration_tokens=calibration_tokens,
+        eval_tokens=eval_tokens,
+        block_size=block_size,
+        layer_steps=layer_steps,
+    )
+
+
+def read_rows(settings: dict) -> list[dict]:
+    """Return the rows that there are. UserError for those of another study, or of another form."""
+    if not os.path.lexists(results):
+        return []
+    texts = ['text', 'second text'] if second_text else ['text']
+    try:
+        rows = read_jsonl(results)
+        for line, row in enumerate(rows, 1):
+            check_row(row, texts, settings, f'{results}:{line}')
+    except OSError as error:
+        raise UserError(f'cannot read {results}: {error.strerror or error}') from None
+    except ValueError as error:
+        raise UserError(f'{error}: name another file by --results') from None
+    return rows
+
+
+def check_row(row: dict, texts: list[str], settings: dict, where: str) -> None:
+    """Raise a ValueError unless a row is one of this study, with these texts and settings."""
+    needed = ['bytes', *texts]
+    needed += ['model'] if 'recipe' not in row else ['saving', 'seed']
+    try:
+        check_entries(row, ROW | dict.fromkeys(texts, number()), needed)
+    except ValueError as error:
+        raise ValueError(f'{where} is no row of this study ({error})') from None
+    theirs = row.get('settings', settings)
+    for name, value in settings.items():
+        if theirs.get(name) != value:
+            raise ValueError(f'{where} was measured with {name}={theirs.get(name)}, not {value}')
+
+
+def read_study(plan: Plan) -> Study:
+    """Load the source and cut the texts. UserError for what is missing, or does not fit."""
+    settings = comparable_settings()
+    rows = read_rows(settings)
+    picked = pick_device(device)
+    loaded = load_model(source)
+    check_can_be_studied(loaded, plan)
+    check_is_of(rows, loaded.model)
+    train, held_out = read_texts(loaded)
+    study = Study(loaded, train, held_out, rows, settings)
+    for name in plan.models:
+        check_model(name, study)
     loaded.model.to(picked).eval()
-    vocab_size = loaded.model.config.vocab_size
-    train, val, _ = tokens_of(text, vocab_size, loaded.meta, loaded.tokenizer)
+    study.held_out = {name: windows.to(picked) for name, windows in held_out.items()}
+    return study
+
+
+def check_can_be_studied(loaded: LoadedModel, plan: Plan) -> None:
+    """Raise a UserError where the source cannot be converted by all recipes, or reads less."""
+    config = loaded.model.config
+    check_source(loaded.model)
+    check_block_size(source, loaded.model)
+    for saving in plan.savings:
+        for name in plan.recipes:
+            recipe = RECIPES[name]
+            asked = ConversionSettings(**recipe.settings)
+            if recipe.search:
+                candidate_splits(config, saving, asked)
+            settings_for_saving(config, saving, asked).for_source(config, calibrated=True)
+
+
+def check_block_size(name: str, model: GPT) -> None:
+    most = model.config.block_size
+    if most < block_size:
+        raise UserError(
+            f'{name} reads {most} tokens at a time, and the windows have block_size={block_size}: '
+            f'use --block_size={most} for all models, or leave it out'
+        )
+
+
+def check_is_of(rows: list[dict], model: GPT) -> None:
+    """Raise a UserError where the rows are of a source with another cache: older rows name none."""
+    ours = bytes_per_token(model)
+    for row in rows:
+        if row.get('model') == 'the source' and row['bytes'] != ours:
+            raise UserError(
+                f'{results} is of a source with {row["bytes"]:,.0f} bytes a token in the cache, '
+                f'and {source} has {ours:,.0f}: name another file by --results'
+            )
+
+
+def read_texts(loaded: LoadedModel) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    """Return the tokens to calibrate on, and windows (M, T + 1) of each text to evaluate on."""
+    c = loaded.model.config
+    train, val, _ = tokens_of(text, c.vocab_size, loaded.meta, loaded.tokenizer, option='--text')
+    count = calibration_tokens // block_size * block_size
+    if len(train) <= block_size or count <= c.n_embd:
+        # With fewer tokens than channels the covariance would not have full rank.
+        raise UserError(
+            f'--text={text} has {len(train):,} tokens to calibrate on, of which '
+            f'{count:,} are asked for: windows of {block_size} and more than {c.n_embd} in all '
+            'are needed'
+        )
     texts = {'text': val}
     if second_text:
         texts['second text'] = tokens_of_any(second_text, loaded)
+    options = {'text': f'the held-out part of {text}', 'second text': second_text}
     windows = {
-        name: windows_of(ids, eval_tokens, block_size + 1, what=name).to(picked)
+        name: windows_of(ids, eval_tokens, block_size + 1, what=options[name])
         for name, ids in texts.items()
     }
-    rows = read_jsonl(results) if Path(results).exists() else []
-    return Study(loaded, train, windows, rows)
+    return train, windows
+
+
+def check_model(name: str, study: Study) -> None:
+    """Raise a UserError unless the model `name` reads the study's windows."""
+    loaded = load_model(name)
+    check_block_size(name, loaded.model)
+    if loaded.tokens and study.loaded.tokens:
+        same = same_tokens(loaded.tokens, study.loaded.tokens)
+    else:
+        same = loaded.model.config.vocab_size == study.model.config.vocab_size
+    largest = max(int(windows.max()) for windows in study.held_out.values())
+    if not same or largest >= loaded.model.config.vocab_size:
+        raise UserError(
+            f'--models: {name} has other tokens than {source}, so that their perplexities cannot '
+            'be compared: leave it out'
+        )
 
 
 def tokens_of_any(name: str, loaded: LoadedModel) -> np.ndarray:
     """Return all tokens of a file, or the training part of a dataset."""
-    vocab_size = loaded.model.config.vocab_size
+    vocab_size, option = loaded.model.config.vocab_size, '--second_text'
     if Path(name).is_file():
-        return file_tokens(name, vocab_size, loaded.meta, loaded.tokenizer)
-    return tokens_of(name, vocab_size, loaded.meta)[0]
+        return file_tokens(name, vocab_size, loaded.meta, loaded.tokenizer, option)
+    return tokens_of(name, vocab_size, loaded.meta, loaded.tokenizer, option)[0]
 
 
 def calibration_windows(study: Study, seed: int) -> torch.Tensor:
@@ -166,11 +363,13 @@ def add_row(study: Study, row: dict, model: GPT, cache: str = '') -> dict:
         else:
             nats = mean_loss(model, windows, batch_size)
         row[name] = round(perplexity(nats), 4)
-    row |= dict(commit=commit(), device=describe(study.device), torch=torch.__version__)
+    facts = dict(commit=commit(), device=describe(study.device), torch=torch.__version__)
+    measured = dict(row)
+    row |= facts | dict(settings=study.settings)
     study.rows.append(row)
     with appending(results) as file:
         file.write(json.dumps(row) + '\n')
-    print({key: value for key, value in row.items() if key not in ('commit', 'device', 'torch')})
+    print(measured)
     return row
 
 
@@ -233,31 +432,30 @@ def print_table(study: Study) -> None:
                     print(f'    {recipe:30}{mean:10.3f}  ±{spread / 2:.3f} ({len(values)} seeds)')
 
 
-def main(settings: dict) -> None:
-    study = read_study(settings)
-    names = split_list(recipes) or list(RECIPES)
-    for name in names:
-        check_choice('recipes', name, RECIPES)
+def main() -> None:
+    plan = read_plan()
+    study = read_study(plan)
     if not is_there(study, model='the source'):
         add_row(study, dict(model='the source'), study.model)
     caches = ['', cache_dtype] if cache_dtype else ['']
-    for folder in split_list(models):
-        model = load_model(folder).model.to(study.device).eval()
-        for cache in caches:
-            if not is_there(study, model=folder, cache=cache):
-                add_row(study, dict(model=folder, cache=cache), model, cache)
+    for name in plan.models:
+        missing = [cache for cache in caches if not is_there(study, model=name, cache=cache)]
+        if not missing:
+            continue
+        model = load_model(name).model.to(study.device).eval()
+        for cache in missing:
+            add_row(study, dict(model=name, cache=cache), model, cache)
         del model
-    all_seeds = split_numbers('seeds', seeds, int)
-    for seed in all_seeds:
+    for seed in plan.seeds:
         windows = calibration_windows(study, seed)
         moments = measure(study.model, windows, batch_size)
-        for saving in split_numbers('savings', savings, float):
-            wanted = names
-            if seed != all_seeds[0]:
-                wanted = [name for name in names if name not in split_list(one_seed)]
+        for saving in plan.savings:
+            wanted = plan.recipes
+            if seed != plan.seeds[0]:
+                wanted = [name for name in wanted if name not in split_list(one_seed)]
             measure_recipes(study, wanted, saving, seed, (windows, moments))
     print_table(study)
 
 
 if __name__ == '__main__':
-    main(config)
+    main()

@@ -250,56 +250,66 @@ def bytes_per_token(model: GPT, dtype: str = 'bfloat16') -> float:
 
 
 def tokens_of(
-    name: str, vocab_size: int, meta: dict | None = None, tokenizer: HFTokenizer | None = None
+    name: str,
+    vocab_size: int,
+    meta: dict | None = None,
+    tokenizer: HFTokenizer | None = None,
+    option: str = '--calibration',
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """
     Return tokens to calibrate on, held-out tokens, both 1-D, and where they are from.
 
     name: a dataset (a folder, or a name in data/), whose splits train and val they are, or a text
     file, of which they are the first 90 % and the rest. The model has `vocab_size` tokens, which
-    the `meta` of its dataset or its own `tokenizer` describes. UserError when the text cannot be
-    read, or has other tokens than the model.
+    the `meta` of its dataset or its own `tokenizer` describes. UserError, which names the `option`
+    of a script that the text is from, when it cannot be read, or has other tokens than the model.
     """
     if os.path.isfile(name):
-        ids = file_tokens(name, vocab_size, meta or {}, tokenizer)
+        ids = file_tokens(name, vocab_size, meta or {}, tokenizer, option)
         cut = len(ids) * 9 // 10
         return ids[:cut], ids[cut:], name
     if tokenizer is not None:
         meta = tokenizer.meta
-    return dataset_tokens(name, vocab_size, meta or {})
+    return dataset_tokens(name, vocab_size, meta or {}, option)
 
 
 def file_tokens(
-    name: str, vocab_size: int, meta: dict, tokenizer: HFTokenizer | None
+    name: str,
+    vocab_size: int,
+    meta: dict,
+    tokenizer: HFTokenizer | None,
+    option: str = '--calibration',
 ) -> np.ndarray:
     """Return the token ids of a text file."""
     if tokenizer is None and not meta and vocab_size not in GPT2_VOCABULARIES:
         raise UserError(
-            f'calibration={name}: the model does not say what its {vocab_size} tokens are; name a '
+            f'{option}={name}: the model does not say what its {vocab_size} tokens are; name a '
             'dataset of them'
         )
     codec = tokenizer or Tokenizer(meta or dict(tokenizer='gpt2'))
-    text = decode_file(name, codec.name == 'bytes', 'calibration')
+    text = decode_file(name, codec.name == 'bytes', option)
     try:
         ids = codec.encode_array(text) if codec.name == 'bytes' else codec.encode(text)
     except UserError as error:
-        raise UserError(f'calibration={name}: {error}') from None
+        raise UserError(f'{option}={name}: {error}') from None
     return np.asarray(ids, np.int64)
 
 
-def dataset_tokens(name: str, vocab_size: int, meta: dict) -> tuple[np.ndarray, np.ndarray, str]:
+def dataset_tokens(
+    name: str, vocab_size: int, meta: dict, option: str
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Return both splits of a dataset as memmaps, and its source."""
     folder = token_files.find(name)
     if not os.path.exists(folder / 'train.bin'):
         raise UserError(
-            f'calibration={name}: there is no such file, and no dataset {folder} with train.bin: '
+            f'{option}={name}: there is no such file, and no dataset {folder} with train.bin: '
             'prepare it first, or name a text file'
         )
     theirs = token_files.read_meta(folder)
     differs = 'tokenizer' in meta and not token_files.same_tokens(meta, theirs)
     if differs or theirs['vocab_size'] > vocab_size:
         raise UserError(
-            f'calibration={name}: it has other tokens ({theirs["tokenizer"]}, '
+            f'{option}={name}: it has other tokens ({theirs["tokenizer"]}, '
             f'{theirs["vocab_size"]}) than the model has'
         )
     train = token_files.read_split(folder, 'train', theirs)

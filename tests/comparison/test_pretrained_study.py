@@ -84,8 +84,52 @@ def test_a_study_goes_on_where_it_was_and_adds_models(study):
     assert [row['recipe'] for row in added[2:]] == ['attention + W^O']
 
 
-def test_what_is_missing_is_refused(study):
-    with pytest.raises(UserError, match='say --source='):
-        study(source='')
-    with pytest.raises(UserError, match="recipes='Palu' is not known"):
-        study(recipes='Palu')
+@pytest.mark.parametrize(
+    'settings, match',
+    [
+        (dict(source=''), 'say --source='),
+        (dict(source='nowhere'), 'nowhere'),
+        (dict(source='latent'), 'is an MLA model already'),
+        (dict(text='nowhere'), '--text=nowhere: there is no such file'),
+        (dict(second_text='nowhere'), '--second_text=nowhere: there is no such file'),
+        (dict(second_text='empty.txt'), '--second_text=empty.txt is empty'),
+        (dict(recipes='Palu'), "recipes='Palu' is not known"),
+        (dict(savings='1.5'), 'savings=1.5'),
+        (dict(savings='0.99'), 'leaves no room for a latent'),
+        (dict(cache_dtype='int2'), "cache_dtype='int2' is not known"),
+        (dict(calibration_tokens=24), 'more than 32 in all are needed'),
+        (dict(block_size=48, source='src'), 'src reads 24 tokens at a time, .* --block_size=24'),
+        (dict(models='narrow'), 'narrow reads 16 tokens at a time, .* --block_size=16'),
+        (dict(models='other'), '--models: other has other tokens than src'),
+        (dict(models='src,,src'), 'has an empty name'),
+        (dict(models='nowhere'), 'nowhere'),
+        (dict(results='text'), 'cannot read text'),
+        (dict(results='second.txt'), 'second.txt:1: not a JSON object'),
+        (dict(results='other.jsonl'), "other.jsonl:1 is no row of this study .*'bytes'"),
+        (dict(results='older.jsonl'), 'older.jsonl is of a source with 999 bytes'),
+        (dict(results='newer.jsonl'), 'newer.jsonl:1 was measured with source=elsewhere, not src'),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_before_any_work(settings, match, study, tiny, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError('something was measured')
+
+    models = dict(latent=tiny('mla'), narrow=tiny(block_size=16), other=tiny(block_size=48))
+    for name, model in models.items():
+        args, weights = native.model_args(model), model.state_dict()
+        kind = native.kind_of(model)
+        native.save(Path(name) / 'ckpt.pt', dict(kind=kind, model_args=args, model=weights))
+    Path('empty.txt').touch()
+    row = dict(model='the source', bytes=999, text=2.0) | {'second text': 2.0}
+    of_another = dict(settings=dict(source='elsewhere'))
+    rows = dict(other=dict(what='source'), older=row, newer=row | of_another)
+    for name, content in rows.items():
+        Path(f'{name}.jsonl').write_text(json.dumps(content) + '\n')
+    monkeypatch.setattr('nanomla.conversion.calibration.mean_loss', work)
+    monkeypatch.setattr('nanomla.conversion.calibration.measure', work)
+    before = {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()}
+    with pytest.raises(UserError, match=match) as error:
+        study(**settings)
+    assert '\n' not in str(error.value)
+    assert before == {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()}
