@@ -15,6 +15,7 @@ from nanomla.checkpoints import native
 from nanomla.checkpoints.export import export
 from nanomla.checkpoints.load import load_model
 from nanomla.conversion import heal as heal_module
+from nanomla.conversion.heal import Healing
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import write_text
 from nanomla.heads.subject import load_subject
@@ -172,7 +173,8 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
     convert('src', out='mla', saving=0.5, heal=tokens, **passed_on, **QUICK)
     assert 'mla is there already: on with healing' in capsys.readouterr().out
     assert '--teacher=src' in started[0]
-    assert {'--max_iters=3', '--gradient_accumulation_steps=4'} <= set(started[0])
+    few = {'--max_iters=3', '--gradient_accumulation_steps=4', '--eval_iters=4'}
+    assert few <= set(started[0])
     assert set(words(passed_on)) <= set(started[0])
     assert [words[0] for words in started] == ['--init_from=mla', '--init_from=resume']
     assert load_model('mla-healed').step == 3
@@ -183,6 +185,13 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
     settings = words(dict(out='new', saving=0.5, heal=tokens, calibration='book.txt') | QUICK)
     assert_refused('book.txt is none: make one', 'convert_mla.py', ['src', *settings])
     assert not Path('new').exists()
+
+
+def test_evaluations_of_a_short_healing_are_short():
+    batches = {}
+    for tokens in (20_000, 2_000_000, 20_000_000):
+        batches[tokens] = Healing('mla', 'src', 'text', tokens, block_size=256).eval_batches
+    assert batches == {20_000: 1, 2_000_000: 61, 20_000_000: 200}
 
 
 def test_two_steps_partial_rope_is_healed_before_the_cut(source, capsys):

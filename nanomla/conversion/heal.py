@@ -17,6 +17,8 @@ from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
 STEP_SIZE = 16  # windows of a step
 PRETRAINED_RATE = 5e-4  # of AdamW for weights that others trained: docs/conversion.md
 EVALUATIONS = 4  # over the run, each of which writes checkpoints to go on from
+LEAST_EVALUATED = 16  # windows of an evaluation
+MOST_BATCHES = 200  # of an evaluation
 
 
 @dataclass
@@ -49,6 +51,13 @@ class Healing:
         windows = self.batch_size * self.micro_batches
         return max(1, self.tokens // (windows * self.block_size))
 
+    @property
+    def eval_batches(self) -> int:
+        """Return the batches of an evaluation: a short run would spend most of its time there."""
+        trained_on = self.steps * self.batch_size * self.micro_batches
+        windows = max(trained_on // (2 * EVALUATIONS), LEAST_EVALUATED)
+        return min(max(1, windows // self.batch_size), MOST_BATCHES)
+
     def command(self) -> list[str]:
         """Return the command, which goes on where an earlier one was interrupted."""
         interrupted = (Path(self.out) / 'last.pt').exists()
@@ -60,6 +69,7 @@ class Healing:
             max_iters=self.steps,
             warmup_iters=min(10, self.steps // 10),
             eval_interval=max(1, self.steps // EVALUATIONS),
+            eval_iters=self.eval_batches,
             batch_size=self.batch_size,
             gradient_accumulation_steps=self.micro_batches,
             block_size=self.block_size,
