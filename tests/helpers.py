@@ -158,7 +158,9 @@ class Globals:
         torch.set_grad_enabled(self.gradients)
         torch.set_default_dtype(self.dtype)
         torch.set_float32_matmul_precision(self.precision)  # 'high' is TF32 on a GPU
-        torch.use_deterministic_algorithms(self.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:
+            # Not otherwise: it loads the compiler, which takes seconds.
+            torch.use_deterministic_algorithms(self.deterministic)
         torch.backends.cudnn.benchmark = self.benchmark
         if recompile_limit() is not None and self.recompile_limit is not None:
             torch._dynamo.config.recompile_limit = self.recompile_limit

@@ -368,6 +368,7 @@ def test_the_commands_printed_for_a_foreign_model_run_as_printed(source, capsys)
         'eval.py': ['--max_tokens=60', '--context=16'],
         'sample.py': ['--max_new_tokens=3', '--start=to be'],
     }
+    # Here alone the text is tokenised in processes, as by default.
     for script, command in zip(scripts, commands):
         run(script, [*command[1:], *shorter.get(str(script), [])])
     healed = load_model('out-healed')
@@ -401,7 +402,8 @@ def test_healing_on_other_tokens_is_refused(tokens, source):
     if tokens == 'another tokenizer':
         Path('other').mkdir()
         write_tokenizer('other', vocab_size=280)
-        run('data/text/prepare.py', ['book.txt', '--tokenizer=other', '--out=others'])
+        made = ['--tokenizer=other', '--num_proc=1', '--out=others']
+        run('data/text/prepare.py', ['book.txt', *made])
         dataset = 'others'
     match = 'mla/ckpt.pt was trained on other tokens than .*: make them by data/text/prepare.py'
     settings = dict(init_from='mla', dataset=Path(dataset).resolve(), device='cpu', out_dir='o')

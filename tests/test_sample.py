@@ -517,10 +517,11 @@ def start(*arguments):
 def test_its_processes_end_well(saved, forked_python):
     saved()
     endless = ['--max_new_tokens=1000000']
-    wrong, piped, interrupted = start('--start=Ω'), start(*endless), start(*endless)
+    wrong, piped = start('--start=Ω'), start(*endless)
     assert piped.stdout.read(100)[0] == '\n'  # it is written while it comes, to a pipe as well
     piped.stdout.close()
     assert piped.wait(PATIENCE) == 0 and HELD.fullmatch(piped.stderr.read())
+    interrupted = start(*endless)  # not before: it writes for as long as it is left alone
     assert interrupted.stdout.read(100)[0] == '\n'
     interrupted.send_signal(signal.SIGINT)
     _, err = interrupted.communicate(timeout=PATIENCE)

@@ -522,7 +522,7 @@ def test_an_interrupted_run_goes_on(owt, project, monkeypatch, capsys, last):
     assert contents(out) == whole
 
 
-def test_a_killed_process_goes_on_and_another_plan_does_not(owt, project, tmp_path):
+def test_a_killed_process_goes_on_and_another_plan_does_not(owt, project, tmp_path, forked_python):
     out, whole = project / 'killed', project / 'whole'
     arguments = ['prepare.py', f'--input={owt.file}', *SMALL, f'--out={out}']
     driver = f"""

@@ -68,7 +68,7 @@ def test_tokens_of_a_model_are_for_its_conversion(capsys):
     byte_tokenizer(Path('llama'))
     Path('llama/config.json').write_text('{"bos_token_id": 256}')
     Path('text.txt').write_text(TEXT)
-    prepare('text', 'text.txt', '--tokenizer=llama', '--out=tokens')
+    prepare('text', 'text.txt', '--tokenizer=llama', '--num_proc=1', '--out=tokens')
     convert, train = commands(capsys.readouterr().out)
     assert convert[1:] == ['llama', '--out=out-mla', '--saving=0.5', '--calibration=tokens']
     check(convert)
