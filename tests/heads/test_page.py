@@ -312,27 +312,49 @@ class Window:
         self.opened += 1
         return page
 
-    def close(self):
-        """Close it; its pages must have complained of nothing and loaded nothing."""
-        self.context.close()
-        assert self.complaints == []
-        assert len([url for url in self.requests if url.startswith('file:')]) == self.opened
+    def check(self):
+        """Its pages must have complained of nothing and loaded nothing since the last check."""
+        complaints, requests, opened = self.complaints[:], self.requests[:], self.opened
+        self.complaints.clear()
+        self.requests.clear()
+        self.opened = 0
+        assert complaints == []
+        assert len([url for url in requests if url.startswith('file:')]) == opened
         inside = ('file:', 'data:image/svg+xml', 'blob:')
-        assert [url for url in self.requests if not url.startswith(inside)] == []
+        assert [url for url in requests if not url.startswith(inside)] == []
+
+    def close(self):
+        self.context.close()
+        self.check()
+
+
+@pytest.fixture(scope='module')
+def plain_window(chromium):
+    """The window of all pages whose tests ask for no settings of it; pages store nothing there."""
+    window = Window(chromium)
+    yield window
+    window.close()
 
 
 @pytest.fixture
-def show(chromium, tmp_path):
+def show(chromium, plain_window, tmp_path):
     """show(report, **settings of the window) -> the page, opened from its file."""
-    windows = []
+    windows, pages = [], []
 
     def open_page(report, **settings):
-        path = tmp_path / f'{len(windows)} heads.html'
+        path = tmp_path / f'{len(pages)} heads.html'
         build.write(path, report)
-        windows.append(Window(chromium, **settings))
-        return windows[-1].open(path)
+        window = plain_window
+        if settings:
+            window = Window(chromium, **settings)
+            windows.append(window)
+        pages.append(window.open(path))
+        return pages[-1]
 
     yield open_page
+    for page in pages:
+        page.close()
+    plain_window.check()
     for window in windows:
         window.close()
 
@@ -344,13 +366,11 @@ def pair():
 
 
 @pytest.fixture(scope='module')
-def page(chromium, pair, tmp_path_factory):
+def page(plain_window, pair, tmp_path_factory):
     """The page of `pair`, for tests that leave no choice and no lock behind."""
     path = tmp_path_factory.mktemp('page') / 'heads.html'
     build.write(path, pair)
-    window = Window(chromium)
-    yield window.open(path)
-    window.close()
+    return plain_window.open(path)
 
 
 def wait_for_page(page):
