@@ -173,8 +173,8 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
     convert('src', out='mla', saving=0.5, heal=tokens, **passed_on, **QUICK)
     assert 'mla is there already: on with healing' in capsys.readouterr().out
     assert '--teacher=src' in started[0]
-    few = {'--max_iters=3', '--gradient_accumulation_steps=4', '--eval_iters=4'}
-    assert few <= set(started[0])
+    assert {'--max_iters=3', '--gradient_accumulation_steps=4'} <= set(started[0])
+    assert {'--eval_iters=4', '--warmup_iters=10'} <= set(started[0])
     assert set(words(passed_on)) <= set(started[0])
     assert [words[0] for words in started] == ['--init_from=mla', '--init_from=resume']
     assert load_model('mla-healed').step == 3

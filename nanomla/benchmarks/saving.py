@@ -4,10 +4,10 @@ How long a save keeps training waiting: written in the background, and written a
     python -m nanomla.benchmarks.saving /tmp/saving            # GPT-2 124M with AdamW's moments
     python -m nanomla.benchmarks.saving /tmp/saving 24 2048    # layers and width: 1.3B
 
-Writes ckpt.pt (weights) and last.pt (with moments) to the folder three times and prints a row of
-JSON: the seconds to take memory for the copies, which happens while training goes on, that training
-waits for the first copy and for a later one, until both files are on the disk, and for a plain save
-of both.
+Writes ckpt.pt (weights) and last.pt (with moments) to a folder that has neither, three times, and
+prints a row of JSON: the seconds to take memory for the copies, which happens while training goes
+on, that training waits for the first copy and for a later one, until both files are on the disk,
+and for a plain save of both.
 """
 
 import json
@@ -20,11 +20,29 @@ import torch
 from model import GPT
 from nanomla.checkpoints import native
 from nanomla.core import devices
+from nanomla.core.configurator import UserError
 from nanomla.training.optim import OptimizerSettings, make_optimizers
 from nanomla.training.run.saving import BackgroundSaver
 
+FORM = 'python -m nanomla.benchmarks.saving FOLDER [LAYERS WIDTH]'
 
-def main(folder: str, n_layer: int = 12, n_embd: int = 768) -> None:
+
+def read_arguments(words: list[str]) -> tuple[Path, int, int]:
+    """Return the folder, the number of layers and the width. UserError where they are others."""
+    if len(words) not in (1, 3) or words[0].startswith('-'):
+        raise UserError(f'say where to write, and how large a model if you like: {FORM}')
+    folder, shape = Path(words[0]), words[1:] or ['12', '768']
+    if not all(word.isdecimal() and int(word) > 0 for word in shape) or int(shape[1]) % 64:
+        raise UserError(
+            f'LAYERS={shape[0]} WIDTH={shape[1]}: write whole numbers, the width a multiple of 64'
+        )
+    for name in ('ckpt.pt', 'last.pt'):
+        if (folder / name).exists():
+            raise UserError(f'{folder / name} is there already: name a new folder')
+    return folder, int(shape[0]), int(shape[1])
+
+
+def main(folder: Path, n_layer: int, n_embd: int) -> None:
     device = torch.device(devices.best_device())
     config = GPT.Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64, vocab_size=50304)
     model = GPT(config).to(device)
@@ -35,7 +53,7 @@ def main(folder: str, n_layer: int = 12, n_embd: int = 768) -> None:
     optimizer.zero_grad(set_to_none=True)
     weights = dict(kind='mha', model_args=native.model_args(model), model=model.state_dict())
     state = weights | dict(optimizers=[optimizer.state_dict()])
-    files = {Path(folder, 'ckpt.pt'): weights, Path(folder, 'last.pt'): state}
+    files = {folder / 'ckpt.pt': weights, folder / 'last.pt': state}
 
     saver = BackgroundSaver(native.save)
     saver.reserve(files)
@@ -72,5 +90,8 @@ def timed(action, device: torch.device) -> float:
 
 
 if __name__ == '__main__':
-    folder, *shape = sys.argv[1:]
-    main(folder, *map(int, shape))
+    try:
+        main(*read_arguments(sys.argv[1:]))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(error.exit_code)

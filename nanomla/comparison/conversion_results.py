@@ -25,6 +25,7 @@ DEFAULT = dict(rope='turn', rope_heads='shared', low_rank='balanced')
 FITTED = dict(low_rank='attention', by_layer=True)  # and layer_steps: convert_mla.py's defaults
 LOW_RANKS = ('balanced', 'calibrated', 'joint', 'split')  # from the least error on text to most
 TOLERANCE = 1.005  # of perplexities that are compared
+BEGIN = b'{"kind": '  # of every row
 
 # Percent above the source by seed, for each (what, name of the way, saving).
 Above = dict[tuple[str, str, float], dict[int, float]]
@@ -162,7 +163,14 @@ class StudyResults:
 
 # What a row must have, and what it may.
 ROW = dict(kind=TEXT, seed=whole(), what=TEXT, perplexity=number(), commit=TEXT, device=TEXT)
-ROW_MAY_HAVE = dict(saving=number(), way=TABLE, steps=whole(least=0), bytes=number(), nats=number())
+ROW_MAY_HAVE = dict(
+    saving=number(),
+    way=TABLE,
+    steps=whole(least=0),
+    bytes=number(),
+    nats=number(),
+    settings=TABLE,
+)
 
 
 def read_rows(file: Path) -> list[dict]:
@@ -188,9 +196,17 @@ def check_row(row: dict, where: str) -> None:
 
 
 def drop_broken_line(file: Path) -> None:
-    """Cut off the last line of a file where a kill has left only a part of it."""
+    """
+    Cut off the last line of a file where a kill has left only a part of it.
+
+    UserError, and nothing is cut, for a file of anything else than rows.
+    """
     with writing(file):
-        os.truncate(file, file.read_bytes().rfind(b'\n') + 1)
+        content = file.read_bytes()
+        for number, line in enumerate(content.split(b'\n'), 1):
+            if line[: len(BEGIN)] != BEGIN[: len(line)]:
+                raise UserError(f'{file}:{number} is no row of this study: name another --results')
+        os.truncate(file, content.rfind(b'\n') + 1)
 
 
 def percent_above(row: dict, source: dict) -> float:

@@ -216,15 +216,30 @@ def read_results(files: list[Path], draw_only: bool) -> StudyResults:
     return StudyResults(files, must_exist=draw_only)
 
 
-def check_healing(study: Study) -> None:
-    """Raise a UserError where the results are of models that were healed otherwise."""
-    healing = healing_settings(study)
+def check_rows(study: Study) -> None:
+    """Raise a UserError where the results are of other sources, or were healed otherwise."""
+    healing, asked = healing_settings(study), source_settings(study)
     for row in study.results.rows.values():
         if row.get('healing', healing) != healing:
             raise UserError(
                 f'{study.results.files[0]} holds models that were healed with other settings: '
                 'name another file for --results'
             )
+        theirs = row.get('settings', {})
+        if row['what'] == 'source':
+            theirs = dict(source_steps=row.get('steps', asked['source_steps'])) | theirs
+        for name, value in theirs.items():
+            if value != asked.get(name):
+                raise UserError(
+                    f'{study.results.files[0]} is of sources with {name}={value}, not '
+                    f'{asked.get(name)}: name another file for --results'
+                )
+
+
+def source_settings(study: Study) -> dict:
+    """Return the settings by which sources can be compared, which their rows hold."""
+    names = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'block_size', 'batch_size', 'source_steps')
+    return {name: study.settings[name] for name in names}
 
 
 def read_text(study: Study) -> None:
@@ -232,7 +247,7 @@ def read_text(study: Study) -> None:
     s = study.settings
     if not (study.data / 'train.bin').exists():
         prepare_text(s['text'], study.data)
-    train, val, _ = tokens_of(str(study.data), BYTES)
+    train, val, _ = tokens_of(str(study.data), BYTES, option='--dataset')
     T, least = s['block_size'], s['n_embd'] + 1
     windows = windows_of(train, s['calibration_tokens'], T, least)
     held_out = windows_of(val, s['eval_tokens'], T + 1, what='the held-out part')
@@ -421,6 +436,7 @@ def convert_and_heal(study: Study, source: Source) -> list[Job]:
     source.on_cpu = copy.deepcopy(source.model).cpu()
     if source.row('source') not in study.results:
         facts = dict(params=source.model.num_params(), steps=study.settings['source_steps'])
+        facts |= dict(settings=source_settings(study))
         add_row(study, source.row('source') | facts | figures_of(study, source.model))
     compare = study.settings['compare']
     jobs = []
@@ -548,7 +564,7 @@ def main(settings: dict) -> None:
     if settings['draw_only']:
         show(study)
         return
-    check_healing(study)
+    check_rows(study)
     read_text(study)
     sources = []
     for kind, seed in product(study.kinds, study.seeds):

@@ -17,6 +17,8 @@ from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
 STEP_SIZE = 16  # windows of a step
 PRETRAINED_RATE = 5e-4  # of AdamW for weights that others trained: docs/conversion.md
 EVALUATIONS = 4  # over the run, each of which writes checkpoints to go on from
+# A shorter run ends below its peak: AdamW's first step at the peak ruins a pretrained model.
+WARMUP_STEPS = 10
 LEAST_EVALUATED = 16  # windows of an evaluation
 MOST_BATCHES = 200  # of an evaluation
 
@@ -67,7 +69,7 @@ class Healing:
             teacher=self.source,
             dataset=self.dataset,
             max_iters=self.steps,
-            warmup_iters=min(10, self.steps // 10),
+            warmup_iters=WARMUP_STEPS,
             eval_interval=max(1, self.steps // EVALUATIONS),
             eval_iters=self.eval_batches,
             batch_size=self.batch_size,

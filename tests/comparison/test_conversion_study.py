@@ -131,6 +131,20 @@ def test_results_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     assert_refused('broken.jsonl:1', monkeypatch, draw_only=True, results='broken.jsonl')
 
 
+def test_a_file_of_something_else_stays_as_it_is(tmp_path, monkeypatch):
+    """Though a study that goes on cuts off a line without an end, as a kill leaves it."""
+    monkeypatch.chdir(tmp_path)
+    files = dict(notes='to do\nmore', row='{"model": "the source"', source='')
+    row = dict(kind='mha', seed=1, what='source', perplexity=2.0, commit='x', device='CPU')
+    files['source'] = json.dumps(row | dict(steps=50)) + '\n'
+    matches = dict(notes='notes:1 is no row', row='row:1 is no row', source='source_steps=50')
+    for name, content in files.items():
+        Path(name).write_text(content)
+        assert_refused(matches[name], monkeypatch, results=name, text='book.txt', out='new')
+        assert Path(name).read_text() == content
+    assert not Path('new').exists()
+
+
 def test_rows_are_appended_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(conversion_results, 'commit', lambda: 'x')
     monkeypatch.setattr(conversion_results, 'describe', lambda device: 'y')
