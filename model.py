@@ -333,12 +333,14 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, context: Context | None = None):
         """x (B, T, C) -> (B, T, C), by RoPE's tables and what `context` lets tokens attend to."""
+        return self.output(self.head_outputs(x, rope, context))
+
+    def head_outputs(self, x, rope, context: Context | None = None):
+        """Return what `output` merges, (B, H, T, Dv); the arguments are those of `forward`."""
         q, k, v = self.qkv(x, rope)
         if context is None:
-            y = self.attend(q, k, v)
-        else:
-            y = context.attend(self, q, k, v)
-        return self.output(y)
+            return self.attend(q, k, v)
+        return context.attend(self, q, k, v)
 
     def output(self, y):
         """Merge the heads y (B, H, T, Dv) and project them into the residual stream: (B, T, C)."""
@@ -450,9 +452,9 @@ class CompressedAttention(Attention):
     def qkv(self, x, rope):
         return self.query(x, rope), *self.expand(*self.compress(x, rope).values())
 
-    def forward(self, x, rope, context: Context | None = None):
+    def head_outputs(self, x, rope, context: Context | None = None):
         if context is None or not context.is_cache:
-            return super().forward(x, rope, context)
+            return super().head_outputs(x, rope, context)
         compressed = self.compress(x, rope)
         mask = None
         if context.fresh:
@@ -460,7 +462,7 @@ class CompressedAttention(Attention):
             held = compressed.values()
         else:
             held, mask = context.append(**compressed)
-        return self.output(self.attend(self.query(x, rope), *self.expand(*held), mask))
+        return self.attend(self.query(x, rope), *self.expand(*held), mask)
 
 
 class MultiHeadAttention(Attention):
@@ -491,7 +493,8 @@ class MultiHeadAttention(Attention):
     def fused_step(self, x, norm, rope, cache, ops):
         """
         The heads' outputs (B, H, D) for one new token of each sequence: x (B, C) is the residual
-        stream, `norm` the norm before this attention, `ops` nanomla/inference/fused_step.
+        stream, `norm` the norm before this attention or None where x is normed, `ops`
+        nanomla/inference/fused_step.
         """
         D = self.v_dim
         qkv = ops.fused_linear(x, self.c_attn.weight, self.c_attn.bias, norm)

@@ -284,17 +284,17 @@ class MultiHeadLatentAttention(Attention):
         c_kv = c_kv[:, None]
         return q, torch.cat([c_kv, k_pe[:, None]], dim=-1), c_kv
 
-    def forward(self, x, rope, context: Context | None = None):
+    def head_outputs(self, x, rope, context: Context | None = None):
         if context is not None and context.is_cache:
-            return self.output(self.attend_cached(x, rope, context))
+            return self.attend_cached(x, rope, context)
         if not (self.absorb and self.can_absorb):
-            return super().forward(x, rope, context)
+            return super().head_outputs(x, rope, context)
         q, k, v = self.absorbed_qkv(*self.query(x, rope), *self.latent(x, rope))
         if context is None:
             y = self.attend(q, k, v)
         else:
             y = context.attend(self, q, k, v)
-        return self.output(self.read_values(y))
+        return self.read_values(y)
 
     def attend_cached(self, x, rope, cache: Context):
         """
@@ -338,7 +338,7 @@ class MultiHeadLatentAttention(Attention):
     def fused_step(self, x, norm, rope, cache, ops):
         """As MultiHeadAttention's, absorbed: one new token of each sequence, (B, H, D)."""
         H, P = self.n_head, self.pe
-        if len(x) > 1:  # several sequences: norm once for both products
+        if norm is not None and len(x) > 1:  # several sequences: norm once for both products
             x, norm = ops.norm_rows(x, norm), None
         if self.q_lora_rank:
             norm_q = self.q_a_layernorm if isinstance(self.q_a_layernorm, Norm) else None
