@@ -14,9 +14,28 @@ Legend: as in model.py.
 
 from dataclasses import dataclass
 
-import torch
-
 from model import GPT, Context, GPTConfig, Linear, MultiHeadAttention
+
+
+class OutputGate:
+    """The gate, for any attention: class Gated(OutputGate, AnAttention) has it on its heads."""
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
+        super().__init__(config, layer)
+        self.gate = Linear(config.n_embd, config.n_head * self.v_dim, bias=config.bias)  # W^G
+        self.gate.weight.heads = [config.n_head]
+
+    def head_outputs(self, x, rope, context: Context | None = None):
+        y = super().head_outputs(x, rope, context)  # (B, H, T, D)
+        gate = self.gate(x).sigmoid().unflatten(-1, (self.n_head, self.v_dim))
+        return y * gate.transpose(1, 2)
+
+    def fused_step(self, x, norm, rope, cache, ops):
+        if len(x) > 1:  # several sequences: norm once for all products
+            x, norm = ops.norm_rows(x, norm), None
+        y = super().fused_step(x, norm, rope, cache, ops)  # (B, H, D)
+        gate = ops.fused_linear(x, self.gate.weight, self.gate.bias, norm)
+        return y * gate.sigmoid().view_as(y)
 
 
 @dataclass
@@ -26,22 +45,9 @@ class GatedConfig(GPTConfig):
         return f'Gated {super().label}'
 
 
-class GatedAttention(MultiHeadAttention):
+class GatedAttention(OutputGate, MultiHeadAttention):
+    fused_step = OutputGate.fused_step
     scale_logits = MultiHeadAttention.scale_logits
-
-    def __init__(self, config: GatedConfig, layer: int = 0):
-        super().__init__(config, layer)
-        self.gate = Linear(config.n_embd, config.n_head * self.v_dim, bias=config.bias)  # W^G
-        self.gate.weight.heads = [config.n_head]
-
-    def forward(self, x, rope, context: Context | None = None):
-        q, k, v = self.qkv(x, rope)
-        if context is None:
-            y = self.attend(q, k, v)
-        else:
-            y = context.attend(self, q, k, v)
-        gate = torch.sigmoid(self.gate(x)).unflatten(-1, (self.n_head, self.v_dim))
-        return self.output(y * gate.transpose(1, 2))
 
 
 class GPT_Gated(GPT):

@@ -130,6 +130,7 @@ VARIANTS = {
             n_layer=2,
         ),
     ),
+    'gated': ('gated', dict(pos='rope', norm='rmsnorm', n_kv_head=1, bias=False)),
 }
 CACHE_OPTIONS = {
     'gpt2': {},
@@ -141,6 +142,7 @@ CACHE_OPTIONS = {
     'mla_qk_latent': {},
     'mla_early': dict(layout='paged', page_size=16),
     'mla_converted': {},
+    'gated': {},
 }
 
 
