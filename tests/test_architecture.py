@@ -178,7 +178,8 @@ def test_there_is_no_circle_not_even_a_late_one():
 
 
 MODELS_MAY_IMPORT = {'model': set(), 'model_mla': {'model'}}
-MODELS_MAY_IMPORT |= {name_of(path): MODELS for path in ATTENTIONS}
+# Another file of the folder is copied with the one that needs it.
+MODELS_MAY_IMPORT |= {name_of(path): MODELS | {'attentions'} for path in ATTENTIONS}
 
 
 @pytest.mark.parametrize('name', MODELS_MAY_IMPORT)

@@ -8,6 +8,7 @@ import torch
 from attentions.early import GPT_Early
 from attentions.frozen import GPT_Frozen
 from attentions.gated import GPT_Gated
+from attentions.gated_mla import GPT_GatedMLA
 from attentions.gta import GPT_GTA
 from attentions.mfa import GPT_MFA
 from attentions.sliced import GPT_Sliced
@@ -155,8 +156,8 @@ def test_mfa():
     same(attention(x, rope), attention.c_proj(torch.cat(heads, dim=-1)))
 
 
-def latent_reference(attention, x, rope, c_kv, w_kr):
-    """MLA's output for latents c_kv (B, T, 12) before their norm."""
+def latent_heads(attention, x, rope, c_kv, w_kr):
+    """What MLA's heads gather, each (B, T, D), for latents c_kv (B, T, 12) before their norm."""
     c_kv = c_kv / (c_kv.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     w_uq, w_qr = attention.q_proj.weight.split([H * 4, H * 4])
     w_uk, w_uv = attention.kv_b_proj.weight.split([H * 4, H * D])
@@ -167,7 +168,56 @@ def latent_reference(attention, x, rope, c_kv, w_kr):
         q = torch.cat([x @ head_of(w_uq, h, 4).T, q_pe], dim=-1)
         k = torch.cat([c_kv @ head_of(w_uk, h, 4).T, k_pe], dim=-1)
         heads.append(softmax_attention(q, k, c_kv @ head_of(w_uv, h).T))
+    return heads
+
+
+def latent_reference(attention, x, rope, c_kv, w_kr):
+    """MLA's output for latents c_kv (B, T, 12) before their norm."""
+    heads = latent_heads(attention, x, rope, c_kv, w_kr)
     return attention.c_proj(torch.cat(heads, dim=-1))
+
+
+@pytest.mark.parametrize('absorb', [False, True])
+def test_gated_mla(absorb):
+    model, attention = make(GPT_GatedMLA, **LATENT, absorb=absorb)
+    x, rope = inputs(model)
+    w_dkv, w_kr = attention.kv_a_proj_with_mqa.weight.split([12, 4])
+    heads = []
+    for h, gathered in enumerate(latent_heads(attention, x, rope, x @ w_dkv.T, w_kr)):
+        gate = 1 / (1 + torch.exp(-x @ head_of(attention.gate.weight, h).T))
+        heads.append(gate * gathered)
+    same(attention(x, rope), attention.c_proj(torch.cat(heads, dim=-1)))
+
+
+@pytest.mark.parametrize('absorb', [False, True])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(softmax_scale=0.25, qk_norm=True, head_dim=4, v_head_dim=8),  # no content keys
+        dict(q_lora_rank=10, qk_nope_head_dim=6, v_head_dim=7, bias=True),
+    ],
+    ids=['only_rope', 'unequal'],
+)
+def test_a_gate_of_one_half_and_twice_the_output_is_mla(settings, absorb):
+    model, attention = make(GPT_GatedMLA, **LATENT, **settings, absorb=absorb)
+    other, mla = make(GPT_MLA, **LATENT, **settings, absorb=absorb)
+    state = attention.state_dict()
+    mla.load_state_dict({name: p for name, p in state.items() if not name.startswith('gate.')})
+    attention.gate.weight.zero_()
+    attention.c_proj.weight.mul_(2)
+    x, rope = inputs(model)
+    same(attention(x, rope), mla(x, rope))
+
+
+@pytest.mark.parametrize('model_class', [GPT_Gated, GPT_GatedMLA])
+def test_a_gate_starts_as_any_matrix_and_is_orthogonalised_by_head(model_class):
+    latent = {}
+    if model_class is GPT_GatedMLA:
+        latent = dict(LATENT, latent_init='orthogonal')
+    model = model_class(model_class.Config(**SHAPE, init='gpt2', **latent))
+    weight = model.transformer.h[0].attn.gate.weight
+    assert weight.heads == [H]
+    assert weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.parametrize('absorb', [False, True])

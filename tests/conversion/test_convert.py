@@ -392,6 +392,12 @@ def test_an_attention_of_another_class_is_refused_by_its_name(attention, tokens)
     assert_refused(attention.__name__, measure, model, tokens(24))
 
 
+def test_mla_with_a_gate_is_refused_by_its_name(tiny, tmp_path):
+    gated = tiny('gated_mla', source_head_dim=8, latent_norm=False)  # as conversions leave MLA
+    assert_refused('GatedLatentAttention', converted, gated, low_rank='joint', kv_lora_rank=8)
+    assert_refused('GPT_GatedMLA cannot be exported', export, gated, tmp_path / 'out')
+
+
 def test_a_model_of_another_class_is_refused_by_its_name():
     class Doubled(GPT):
         def hidden(self, idx, context=None):

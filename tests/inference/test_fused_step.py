@@ -131,6 +131,7 @@ VARIANTS = {
         ),
     ),
     'gated': ('gated', dict(pos='rope', norm='rmsnorm', n_kv_head=1, bias=False)),
+    'gated_mla': ('gated_mla', dict(qk_norm=True, softmax_scale=0.25, v_head_dim=6)),
 }
 CACHE_OPTIONS = {
     'gpt2': {},
@@ -143,6 +144,7 @@ CACHE_OPTIONS = {
     'mla_early': dict(layout='paged', page_size=16),
     'mla_converted': {},
     'gated': {},
+    'gated_mla': dict(layout='paged', page_size=16),
 }
 
 
@@ -165,10 +167,10 @@ def decoded(model, ids, fuse, **options):
 
 
 def variant_params():
-    """Return the names of the variants; all but three are slow."""
+    """Return the names of the variants; all but four are slow."""
     params = []
     for name in VARIANTS:
-        marks = () if name in ('gpt2', 'llama', 'mla') else pytest.mark.slow
+        marks = () if name in ('gpt2', 'llama', 'mla', 'gated_mla') else pytest.mark.slow
         params.append(pytest.param(name, marks=marks))
     return params
 
@@ -185,7 +187,7 @@ def test_interpreted_blocks(variant, tiny, tokens, monkeypatch):
         return run_block(block, *args)
 
     monkeypatch.setattr(fused_step, 'run_block', counted)
-    for B in (1, 2) if variant in ('gpt2', 'mla') else (2,):
+    for B in (1, 2) if variant in ('gpt2', 'mla', 'gated_mla') else (2,):
         blocks_run.clear()
         want, plain = decoded(model, tokens(8, B=B), False, **CACHE_OPTIONS[variant])
         assert not blocks_run
