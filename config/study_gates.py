@@ -4,8 +4,8 @@ Does a gate or the shape of the cache beat MHA? 124M parameters, books in GPT-2'
     python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books_gpt2
     python compare.py config/study_gates.py --in_process=True --decode_tokens=0
 
-At 12M parameters MFA and gated MQA were better than MHA (study_staircase.py). Here MHA has the gate
-as well, and all others cache MHA's eighth: 192 values a token and layer.
+At 12M parameters MFA and gated MQA were better than MHA (study_staircase.py). Here MHA and MLA
+have the gate as well, and all but MHA cache its eighth: 192 values a token and layer.
 """
 
 out_dir = 'out-study-gates'
@@ -38,6 +38,16 @@ contenders = dict(
         softmax_scale=0.25,
         muon_up=0.25,
         muon_lr=0.01,
+    ),
+    gated_mla=dict(
+        label='Gated MLA, no content keys',
+        attention='gated_mla',
+        kv_lora_rank=128,
+        qk_rope_head_dim=64,
+        latent_init='orthogonal',
+        softmax_scale=0.25,
+        muon_up=0.25,
+        muon_lr=[0.01, 0.02],
     ),
 )
 seeds = [1, 2, 3]
