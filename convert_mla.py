@@ -78,6 +78,7 @@ from nanomla.checkpoints.export import export as write_export
 from nanomla.checkpoints.gguf.write import ENDING as GGUF
 from nanomla.checkpoints.gguf.write import check_gguf, export_gguf
 from nanomla.checkpoints.load import LoadedModel, load_model
+from nanomla.checkpoints.tokens.chat import ChatTemplate
 from nanomla.conversion.calibration import (
     cached_loss,
     mean_loss,
@@ -447,10 +448,18 @@ def export_copy(folder: str) -> None:
     print(f'written: {export} ({loads_it})')
 
 
-def print_next(source: str, loaded: LoadedModel, text: str) -> None:
-    """Print the next commands. text: what the model was calibrated on."""
+def print_next(source: str, loaded: LoadedModel, text: str, healed: str = '') -> None:
+    """
+    Print the next commands.
+
+    text: what the model was calibrated on; healed: the folder of the healed model, where there is
+    one
+    """
     prepare, heal = [], []
-    evaluate = ['eval.py', f'--models={source},{out}']
+    evaluate = ['eval.py', f'--models={",".join(filter(None, [source, out, healed]))}']
+    sample = ['sample.py', f'--init_from={healed or out}']
+    if loaded.tokenizer is not None and ChatTemplate.of(loaded.tokenizer) is not None:
+        sample.append('--chat=True')
     dataset = loaded.settings.get('dataset', '')
     if text and not os.path.isfile(text):
         dataset = text
@@ -458,7 +467,7 @@ def print_next(source: str, loaded: LoadedModel, text: str) -> None:
         # The result's folder has the tokenizer, too, and stays where the source may not.
         dataset = f'{out.rstrip("/")}-tokens'
         prepare = ['data/text/prepare.py', text, f'--tokenizer={out}', f'--out={dataset}']
-    if dataset:
+    if dataset and not healed:
         heal = ['train.py', 'config/heal_mla.py', f'--init_from={out}', f'--teacher={source}']
         heal.append(f'--dataset={dataset}')
         if loaded.pretrained:
@@ -469,7 +478,7 @@ def print_next(source: str, loaded: LoadedModel, text: str) -> None:
         evaluate.append(f'--data={text}')
     if not (dataset or text):
         evaluate = []
-    commands = [prepare, heal, evaluate, ['sample.py', f'--init_from={out}']]
+    commands = [prepare, heal, evaluate, sample]
     print_next_steps(*filter(None, commands))
 
 
@@ -502,14 +511,15 @@ def main(source: str) -> None:
         model.to(picked_device).eval()
         model.stream = pick_dtype(dtype, picked_device)
         convert_and_write(loaded, report, to_fit)
+    healed = ''
     if heal:
         T = window_size(model.config)
         healing = Healing(out, source, name, heal, T, batch_size, healing_options(loaded))
         heal_model(healing)
+        healed = healing.out
     if export:
-        export_copy(healing.out if heal else out)
-    if not heal:
-        print_next(source, loaded, name)
+        export_copy(healed or out)
+    print_next(source, loaded, name, healed)
 
 
 def convert_and_write(loaded: LoadedModel, report: Report, to_fit: bool) -> None:

@@ -171,7 +171,10 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
         convert('src', out='mla', saving=0.5, heal=tokens, **passed_on, **QUICK)
     assert stopped.value.code == STOPPED
     convert('src', out='mla', saving=0.5, heal=tokens, **passed_on, **QUICK)
-    assert 'mla is there already: on with healing' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'mla is there already: on with healing' in printed
+    assert 'eval.py --models=src,mla,mla-healed\n' in printed
+    assert 'sample.py --init_from=mla-healed\n' in printed
     assert '--teacher=src' in started[0]
     assert {'--max_iters=3', '--gradient_accumulation_steps=4'} <= set(started[0])
     assert {'--eval_iters=4', '--warmup_iters=10'} <= set(started[0])
