@@ -12,23 +12,10 @@ out_dir = 'out-study-gates'
 title = 'Gates and caches of one eighth, books by BPE, 124M'
 
 contenders = dict(
-    mha=dict(label='MHA + RoPE', muon_lr=0.04),  # chosen by compare_124m.py, as MLA's
-    gated=dict(label='Gated MHA', attention='gated', muon_lr=[0.02, 0.04]),
-    gated_mqa=dict(
-        label='Gated MQA',
-        attention='gated',
-        n_head=8,
-        n_kv_head=1,
-        head_dim=96,
-        muon_lr=[0.01, 0.02],
-    ),
-    mfa=dict(
-        label='MFA, 16 heads',
-        attention='mfa',
-        n_head=16,
-        head_dim=96,
-        muon_lr=[0.01, 0.02],
-    ),
+    mha=dict(label='MHA + RoPE', muon_lr=[0.02, 0.04, 0.08]),
+    gated=dict(label='Gated MHA', attention='gated', muon_lr=[0.02, 0.04, 0.08]),
+    gated_mqa=dict(label='Gated MQA', attention='gated', n_head=8, n_kv_head=1, head_dim=96),
+    mfa=dict(label='MFA, 16 heads', attention='mfa', n_head=16, head_dim=96),
     mla128_n0=dict(
         label='MLA 128 + 64, no content keys',
         attention='mla',
@@ -37,7 +24,6 @@ contenders = dict(
         latent_init='orthogonal',
         softmax_scale=0.25,
         muon_up=0.25,
-        muon_lr=0.01,
     ),
     gated_mla=dict(
         label='Gated MLA, no content keys',
@@ -47,10 +33,10 @@ contenders = dict(
         latent_init='orthogonal',
         softmax_scale=0.25,
         muon_up=0.25,
-        muon_lr=[0.01, 0.02],
     ),
 )
 seeds = [1, 2, 3]
+tune = dict(muon_lr=[0.01, 0.02, 0.04])  # MHA wants more
 tune_iters = 200  # the schedule in short
 
 dataset = 'books_gpt2'
