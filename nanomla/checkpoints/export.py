@@ -117,9 +117,12 @@ def servers_of(model: GPT) -> str:
         reasons.append('it has biases')
     if stock.config.norm_eps != EPSILON and model.config.source_head_dim:
         reasons.append(f'rms_norm_eps is {stock.config.norm_eps:g}, which they use in latents, too')
+    sentence = 'transformers loads it; vLLM and SGLang have all that it needs'
     if reasons:
-        return f'only transformers loads it as it is: {"; ".join(reasons)}'
-    return 'transformers loads it; vLLM and SGLang have all that it needs'
+        sentence = f'only transformers loads it as it is: {"; ".join(reasons)}'
+    if model.config.source_head_dim and all(p.dtype != torch.float16 for p in model.parameters()):
+        sentence += '; float16 cannot hold its latents: load it in float32 or bfloat16'
+    return sentence
 
 
 def check_packages() -> None:
