@@ -239,6 +239,27 @@ def test_what_is_exported_with_heal_is_the_healed_model(source, monkeypatch):
     assert not torch.allclose(healed, load_model('mla').model(idx), atol=1e-2)
 
 
+def test_layers_that_lose_by_their_fit_stay_as_they_were(source, monkeypatch, capsys):
+    """As by too few tokens for a large model; here by a fit that diverges."""
+
+    def fit_badly(source, mla, *_):
+        for block in mla.transformer.h:
+            block.attn.c_proj.weight.data.fill_(torch.nan)
+        return [2.0, 2.0]
+
+    source()
+    convert('src', out='closed', saving=0.75, **QUICK | dict(layerwise=False))
+    monkeypatch.setattr('nanomla.conversion.layerwise.fit_layers', fit_badly)
+    convert('src', out='mla', saving=0.75, **QUICK | dict(layerwise=True, layer_steps=3))
+    assert 'not fitted, as it lost: calibrate on more' in capsys.readouterr().out
+    loaded = load_model('mla')
+    idx = torch.arange(12)[None] % 10
+    torch.testing.assert_close(loaded.model(idx), load_model('closed').model(idx))
+    history = loaded.checkpoint['conversion']
+    assert history['table'][-1]['nats'] == history['table'][-3]['nats']
+    assert not any('error' in layer for layer in history['layers'])
+
+
 @pytest.mark.parametrize(
     'pretrained, asked, rate',
     [
