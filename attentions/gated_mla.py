@@ -6,8 +6,8 @@ The gate is that of gated.py (Qiu et al. 2025, eq. 5), the attention that of mod
     o_h = sigmoid(W^G_h x) ⊙ softmax(scale (q_nope · k_nope + q_pe · k_pe)) V_h
 
 The gate reads the head's own token, which needs no cache, and stands after W^UV, so the cache is
-MLA's and absorbed decoding stays as it is. The gate can be zero for any token, which W^O W^UV, one
-matrix for all tokens, cannot.
+MLA's and absorbed decoding stays as it is. It can silence a head at one token; W^O W^UV, the same
+matrix at every token, cannot.
 
 Legend: as in model_mla.py.
 """

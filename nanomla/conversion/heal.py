@@ -17,7 +17,8 @@ from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
 STEP_SIZE = 16  # windows of a step
 PRETRAINED_RATE = 5e-4  # of AdamW for weights that others trained: docs/conversion.md
 EVALUATIONS = 4  # over the run, each of which writes checkpoints to go on from
-# A shorter run ends below its peak: AdamW's first step at the peak ruins a pretrained model.
+# AdamW's first steps are as large as its rate, however small the gradient. A run that is shorter
+# than this stays below the peak.
 WARMUP_STEPS = 10
 LEAST_EVALUATED = 16  # windows of an evaluation
 MOST_BATCHES = 200  # of an evaluation
