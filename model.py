@@ -168,7 +168,7 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def scale_rows(self, factors):
-        """Multiply each output by its one of `factors` (outputs,), in place."""
+        """Multiply row i of the weight, and entry i of the bias, by factors[i], in place."""
         self.weight.mul_(factors[:, None])
         if self.bias is not None:
             self.bias.mul_(factors)
@@ -231,11 +231,11 @@ def rotate(x, rope):
 class Context:
     """
     What the tokens of a forward pass attend to, where that is not simply all tokens before them in
-    their row: the sequences held by a cache (nanomla/inference/cache.py) or packed documents
+    their row: cached sequences (nanomla/inference/cache.py) or packed documents
     (nanomla/adapters/packing.py). GPT.hidden asks it for positions and for each layer's context.
     """
 
-    # True for a layer of a cache, which has more to offer: fresh, write, append, reads_in_place,
+    # True for a layer of a cache, which also has fresh, write, append, reads_in_place,
     # attend_in_place and rope_and_append (CacheLayer in nanomla/inference/cache.py).
     is_cache = False
 
@@ -248,12 +248,12 @@ class Context:
         return self
 
     def end(self) -> None:
-        """The pass is through all layers."""
+        """Finish the pass, after the last layer."""
 
     def attend(self, attention: 'Attention', q, k, v):
         """
         Return causal attention of q (B, H, T, Dq) over what this context allows of the pass's own
-        k (B, K, T, Dq) and v (B, K, T, Dv), and of what it holds: (B, H, T, Dv).
+        k (B, K, T, Dq) and v (B, K, T, Dv), and of what it has cached: (B, H, T, Dv).
         """
         raise NotImplementedError
 
@@ -287,7 +287,7 @@ class Attention(nn.Module):
     scale_width: the softmax scale is 1 / sqrt(scale_width) where the config does not set it.
     """
 
-    # What only some attentions have. None means no: those who ask then take the plain path.
+    # What only some attentions have. None means no: the caller then takes the plain path.
     fused_step = None  # (x, norm, rope, cache, ops): a token by nanomla/inference/fused_step.py
     circuit_weights = None  # (): matrices of each head for nanomla/heads/circuits.py
     can_absorb = False  # decodes in the latent space by `absorb_query` and `read_values`
@@ -350,7 +350,7 @@ class Attention(nn.Module):
         """
         softmax(scale q kᵀ + causal mask) v: q (B, H, T, Dq), k (B, K, T, Dq), v (B, K, T, Dv)
         -> (B, H, T, Dv). With a cache k and v have N slots, and mask (B, 1, T, N) is True where a
-        query may look.
+        query may attend.
         """
         if self.kernel == 'sdpa' and q.device.type == 'cpu' and v.size(-1) < k.size(-1):
             # torch's fused kernel for CPUs takes keys and values of one width only
@@ -442,11 +442,12 @@ class Attention(nn.Module):
 
 class CompressedAttention(Attention):
     """
-    An attention that caches less than keys and values, which are read out of it at every step.
+    An attention that caches something smaller than keys and values, and computes keys and values
+    from it at every step.
 
-    It brings `query(x, rope)`: q (B, H, T, Dq); `compress(x, rope)`: a dict of what `cache_dims`
-    names, each (B, T, width), in that order; and `expand(*compressed)`, which takes these and
-    returns k (B, K, T, Dq) and v (B, K, T, Dv).
+    A subclass defines `query(x, rope)`: q (B, H, T, Dq); `compress(x, rope)`: a dict of what
+    `cache_dims` names, each (B, T, width), in that order; and `expand(*compressed)`, which takes
+    these and returns k (B, K, T, Dq) and v (B, K, T, Dv).
     """
 
     def qkv(self, x, rope):
@@ -459,10 +460,10 @@ class CompressedAttention(Attention):
         mask = None
         if context.fresh:
             context.write(**compressed)
-            held = compressed.values()
+            cached = compressed.values()
         else:
-            held, mask = context.append(**compressed)
-        return self.attend(self.query(x, rope), *self.expand(*held), mask)
+            cached, mask = context.append(**compressed)
+        return self.attend(self.query(x, rope), *self.expand(*cached), mask)
 
 
 class MultiHeadAttention(Attention):
@@ -492,9 +493,10 @@ class MultiHeadAttention(Attention):
 
     def fused_step(self, x, norm, rope, cache, ops):
         """
-        The heads' outputs (B, H, D) for one new token of each sequence: x (B, C) is the residual
-        stream, `norm` the norm before this attention or None where x is normed, `ops`
-        nanomla/inference/fused_step.
+        Return the heads' outputs (B, H, D) for one new token of each sequence.
+
+        x (B, C): the residual stream; norm: the norm before this attention, None where x is normed
+        already; ops: the module nanomla/inference/fused_step.
         """
         D = self.v_dim
         qkv = ops.fused_linear(x, self.c_attn.weight, self.c_attn.bias, norm)
@@ -502,23 +504,23 @@ class MultiHeadAttention(Attention):
         if self.qk_norm:
             q, k = (F.rms_norm(t.unflatten(-1, (-1, D)), (D,)).flatten(1) for t in (q, k))
         rope = rope if self.rotates else None
-        # RoPE turns all of each query head and of each key head, and nothing of a value.
+        # RoPE rotates the whole of each query and key head, and no value.
         q = cache.rope_and_append(q, rope, rope_widths=(D, D, 0), k=k, v=v)
         y = cache.attend_in_place(q.unflatten(-1, (-1, D))[:, :, None], self.scale)
         return y[:, :, 0]
 
     def scale_logits(self, factors):
         """
-        Multiply the logits of every head by its one of `factors` (H,): queries and keys by the root
-        each. A key that other heads read, too, stays as it is; the query is then multiplied by all.
+        Multiply the logits of head h by factors[h]: its query and its key by the square root each.
+        With GQA and MQA other heads read the key, too, so the query takes the whole factor.
         """
         D, (_, k_width, v_width) = self.v_dim, self.widths
-        by_head = factors.repeat_interleave(D)
-        others = by_head.new_ones(k_width + v_width)
-        if k_width == len(by_head):
-            by_head = by_head.sqrt()
-            others[:k_width] = by_head
-        self.c_attn.scale_rows(torch.cat([by_head, others]))
+        of_q = factors.repeat_interleave(D)  # (H * D,)
+        of_k_and_v = of_q.new_ones(k_width + v_width)
+        if k_width == len(of_q):  # a key for every head
+            of_q = of_q.sqrt()
+            of_k_and_v[:k_width] = of_q
+        self.c_attn.scale_rows(torch.cat([of_q, of_k_and_v]))
 
     def circuit_weights(self):
         """
@@ -686,7 +688,7 @@ class GPT(nn.Module):
     def hidden(self, idx, context: Context | None = None):
         """
         Return the last block's output after the final norm, (B, T, C). With a cache as `context`
-        the tokens go on where each of its sequences stands and are held by it from then on.
+        row b of idx continues sequence b of the cache and is appended to it.
         """
         if context is None:
             x, rope = self.embed(idx)

@@ -9,15 +9,15 @@ c_kv = W^DKV x, so only that latent (and one rotated key k_pe, shared by all hea
     v = W^UV c_kv                eq. 11    q_nope = W^UQ c_q               eq. 13
     logits = (q_nope · k_nope + q_pe · k_pe) / sqrt(qk_nope_head_dim + qk_rope_head_dim)
 
-The scale is another one for a converted model (its source's), with qk_norm_latent, and where
-softmax_scale is set: see MultiHeadLatentAttention.__init__.
+The scale differs in a converted model (its source's), with qk_norm_latent, and where softmax_scale
+is set: see MultiHeadLatentAttention.__init__.
 
-c_q is norm(W^DQ x), or x itself with q_lora_rank = 0. In the matrices that hold two symbols their
-rows stand one after the other, all heads of the first, then all heads of the second.
+c_q is norm(W^DQ x), or x itself with q_lora_rank = 0. Two symbols may share a matrix, as in W^UK |
+W^UV: first the rows of all heads of the one, then those of the other.
 
 A model that was converted from MHA or GQA (nanomla/conversion) keeps its source's scale and RoPE
-frequencies; k_pe may hold the rotated pairs of several heads side by side, and W^QR is zero where a
-query does not read them.
+frequencies. Its k_pe may be the rotated pairs of several key heads side by side; W^QR is then zero
+for the pairs that a query head does not use.
 
 Legend: as in model.py, and R kv_lora_rank, N qk_nope_head_dim, P qk_rope_head_dim, D v_head_dim.
 """
@@ -46,9 +46,7 @@ class MLAConfig(GPTConfig):
     qk_rope_head_dim: int = 32  # width of a head with RoPE; 0 = none (then pos must not be 'rope')
     v_head_dim: int = 0  # 0 = head_dim
     latent_norm: bool = True  # RMS norm of the latents
-    latent_init: str = (
-        'fan_in'  # 'fan_in' | 'gpt2' | 'orthogonal': down and up projections at first
-    )
+    latent_init: str = 'fan_in'  # of down and up projections: 'fan_in' | 'gpt2' | 'orthogonal'
     qk_norm_latent: bool = False  # with qk_norm: norm a whole query as it meets the cache
     absorb: bool = False  # compute in the latent space, not with keys and values of each head
     kv_lora_ranks: tuple = ()  # one for each layer, where they differ; kv_lora_rank is the largest
@@ -168,10 +166,10 @@ class MultiHeadLatentAttention(Attention):
         self.b_widths = [H * N, H * D]
 
         def linear(n_in, widths, bias=config.bias, heads=1):
-            layer = Linear(n_in, sum(widths), bias=bias)
-            layer.weight.splits = widths  # Muon orthogonalises each symbol's rows by themselves
-            layer.weight.heads = [heads] * len(widths)  # or each head's of each symbol
-            return layer
+            module = Linear(n_in, sum(widths), bias=bias)
+            module.weight.splits = widths  # Muon orthogonalises each symbol's rows by themselves
+            module.weight.heads = [heads] * len(widths)  # or each head's of each symbol
+            return module
 
         if config.q_lora_rank:
             self.q_a_proj = linear(config.n_embd, [config.q_lora_rank])  # W^DQ
@@ -182,8 +180,8 @@ class MultiHeadLatentAttention(Attention):
         self.kv_a_proj_with_mqa = linear(config.n_embd, self.a_widths)  # W^DKV | W^KR
         self.kv_a_layernorm = latent_norm(R, config)
         self.kv_b_proj = linear(R, self.b_widths, bias=False, heads=H)  # W^UK | W^UV
-        rope_pairs = None
-        if config.source_head_dim:
+        rope_pairs = None  # (P / 2,): the source's pair whose frequency each pair of k_pe has
+        if config.source_head_dim:  # a conversion writes its own choice over these
             rope_pairs = torch.arange(P // 2) % (config.source_head_dim // 2)
         self.register_buffer('rope_pairs', rope_pairs)
 
@@ -203,11 +201,11 @@ class MultiHeadLatentAttention(Attention):
     def normed_query(self, q_nope, q_pe):
         """
         QK-norm of q_nope (..., H, N) and q_pe (..., H, P): each by itself, or with qk_norm_latent
-        both by the RMS of [W^UKᵀ q_nope | q_pe].
+        both by the RMS of [W^UKᵀ q_nope | q_pe], the absorbed query.
 
-        What is cached, [c_kv | k_pe], has an RMS of 1 (times the latent norm's gain), so |logit| <=
-        sqrt(R + P), for positions or for content as a head likes; without it W^UK, which has no
-        norm after it, may grow.
+        The absorbed key, [c_kv | k_pe], has an RMS of 1 (times the latent norm's gain). With both
+        normed |logit| <= sqrt(R + P), which a head can spend on content or on positions. Norming
+        q_nope and q_pe each by itself sets no such bound: nothing norms what W^UK gives.
         """
         if not self.qk_norm_latent:
             return self.normed(q_nope, q_pe)
@@ -226,8 +224,8 @@ class MultiHeadLatentAttention(Attention):
 
     def rotated(self, x, rope):
         """
-        Apply RoPE. Pair k of a converted model turns as pair rope_pairs[k] of its source does, and
-        several may turn alike.
+        Apply RoPE to x (B, T, heads, P). In a converted model pair k has the frequency of its
+        source's pair rope_pairs[k]; several may have the same.
         """
         return rotate(x, self.own_tables(rope))
 
@@ -257,12 +255,16 @@ class MultiHeadLatentAttention(Attention):
         return self.read_out(*self.query(x, rope), *self.latent(x, rope))
 
     def read_out(self, q_nope, q_pe, c_kv, k_pe):
-        """Return the naive q, k, v of what `query` gives and what `latent` gave, now or before."""
-        k_nope, v = self.heads(self.kv_b_proj(c_kv), self.b_widths)
+        """As `qkv`, of what `query` and `latent` return; c_kv and k_pe may come from a cache."""
+        k_nope, v = self.content(c_kv)
         k_pe = k_pe[:, :, None].expand(-1, -1, self.n_head, -1)
         q = torch.cat([q_nope, q_pe], dim=-1)
         k = torch.cat([k_nope, k_pe], dim=-1)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def content(self, c_kv):
+        """Return k_nope = W^UK c_kv (B, T, H, N) and v = W^UV c_kv (B, T, H, D)."""
+        return self.heads(self.kv_b_proj(c_kv), self.b_widths)
 
     # ---------------------------------------------------------------------------------------------
     # absorbed: q_nope · (W^UK c_kv) = (W^UKᵀ q_nope) · c_kv, and the heads' sums of c_kv go through
@@ -298,10 +300,11 @@ class MultiHeadLatentAttention(Attention):
 
     def attend_cached(self, x, rope, cache: Context):
         """
-        Attend over the latents in a cache's layer, which x (B, T, C) joins: (B, H, T, D).
+        Append the latents of x (B, T, C) to a cache's layer and attend to all of it: (B, H, T, D).
 
-        A prompt is naive, and so are more tokens at a time than reading out every cached key and
-        value costs; all else is absorbed.
+        A prompt into an empty cache is naive. So is a chunk long enough that expanding every cached
+        latent into keys and values once costs fewer FLOPs than attending to latents; the rest is
+        absorbed.
         """
         q_nope, q_pe = self.query(x, rope)
         c_kv, k_pe = self.latent(x, rope)
@@ -316,7 +319,8 @@ class MultiHeadLatentAttention(Attention):
                 cache.attend_in_place(self.absorb_query(q_nope), self.scale, q_pe)
             )
         (c_kv, k_pe), mask = cache.append(c_kv=c_kv, k_pe=k_pe)
-        # FLOPs a slot and head: T (2 R + P) absorbed; T (N + P + D) and once R (N + D) naive
+        # Multiply-adds a cached token and head: T (2 R + P) absorbed; naive T (N + P + D) to attend
+        # and R (N + D) to expand.
         R, read = self.a_widths[0], self.nope + self.v_dim
         if not self.can_absorb or T * (2 * R - read) > R * read:
             return self.attend(*self.read_out(q_nope, q_pe, c_kv, k_pe), mask)
@@ -324,7 +328,7 @@ class MultiHeadLatentAttention(Attention):
         return self.read_values(self.attend(q, k, v, mask))
 
     # ---------------------------------------------------------------------------------------------
-    # what others ask
+    # what caches, kernels and analyses ask
 
     def sizes(self):
         if not (self.absorb and self.can_absorb):
@@ -370,8 +374,8 @@ class MultiHeadLatentAttention(Attention):
 
     def scale_logits(self, factors):
         """
-        As MultiHeadAttention's: q_nope and k_nope by the root each. All heads read k_pe, so q_pe is
-        multiplied by all.
+        As MultiHeadAttention's: q_nope and k_nope by the square root each. All heads share k_pe, so
+        q_pe takes the whole factor.
         """
         N, P, D = self.nope, self.pe, self.v_dim
         roots = factors.sqrt().repeat_interleave(N)
@@ -421,8 +425,8 @@ class GPT_MLA(GPT):
 
     def init_weights(self) -> None:
         """
-        GPT's, but two stacked 0.02 matrices would leave hardly any signal: latents start by fan-in
-        with latent_init='fan_in', by `orthogonal_latents` with 'orthogonal'.
+        As GPT's. But down and up projections, two matrices in a row, would leave hardly any signal
+        at a std of 0.02: 'fan_in' gives them 1 / sqrt(fan_in), 'orthogonal' `orthogonal_latents`.
         """
         super().init_weights()
         if self.config.latent_init == 'orthogonal':
@@ -434,9 +438,10 @@ class GPT_MLA(GPT):
 
     def orthogonal_latents(self) -> None:
         """
-        Give each head's part of an up projection orthogonal rows (columns, where the latent is
-        narrower than a head) of one length, so that it reads all of the latent alike, times what
-        gives a value MHA's size, 0.02 sqrt(C).
+        Give each head's part of an up projection orthogonal rows of one length (columns, where the
+        latent is narrower than a head), so that no direction of the latent is preferred.
+
+        Their length gives values the size that they have in MHA at the start, 0.02 sqrt(C).
         """
         size = 0.02 * self.config.n_embd**0.5 if self.config.latent_norm else 1.0
         for block in self.transformer.h:

@@ -1,13 +1,13 @@
 """
 MHA, GQA or MQA with an output gate.
 
-Qiu et al., "Gated Attention for Large Language Models" (2025), eq. 5, elementwise and by head: what
-a head has gathered is scaled by what its own token says,
+Qiu et al., "Gated Attention for Large Language Models" (2025), eq. 5, elementwise and by head: the
+output of a head is multiplied by a gate that the query's own token computes,
 
     o_h = sigmoid(W^G_h x) ⊙ softmax(q_h K^T / sqrt(D)) V
 
-so that a head can also write nothing, for which softmax alone has to look at some token. The cache
-is that of MHA.
+so that a head can write nothing. Without a gate it needs a token whose value is small to attend to
+instead (an attention sink). The cache is that of MHA.
 
 Legend: as in model.py.
 """
@@ -18,7 +18,7 @@ from model import GPT, Context, GPTConfig, Linear, MultiHeadAttention
 
 
 class OutputGate:
-    """The gate, for any attention: class Gated(OutputGate, AnAttention) has it on its heads."""
+    """A mixin that gates the heads of any attention: class Gated(OutputGate, AnAttention)."""
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__(config, layer)

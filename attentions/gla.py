@@ -64,15 +64,12 @@ class GroupedLatentAttention(MultiHeadLatentAttention):
         parts = self.kv_b_proj.weight.to(dtype).split(self.b_widths)
         return [w.unflatten(0, (self.groups, self.n_head // self.groups, -1)) for w in parts]
 
-    def read_out(self, q_nope, q_pe, c_kv, k_pe):
+    def content(self, c_kv):
         latents = c_kv.unflatten(-1, (self.groups, -1))  # (B, T, G, r)
         w_uk, w_uv = self.group_projections(c_kv.dtype)
         k_nope = torch.einsum('btgr,ghnr->btghn', latents, w_uk).flatten(2, 3)
         v = torch.einsum('btgr,ghdr->btghd', latents, w_uv).flatten(2, 3)
-        k_pe = k_pe[:, :, None].expand(-1, -1, self.n_head, -1)
-        q = torch.cat([q_nope, q_pe], dim=-1)
-        k = torch.cat([k_nope, k_pe], dim=-1)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return k_nope, v
 
     def up_projections(self, dtype):
         """Return W^UK (H, N, R) and W^UV (H, D, R), zero outside of the group's latent."""
