@@ -17,6 +17,7 @@ every cache holds it.
 # output
 out = ''  # a new folder: ckpt.pt, conversion.png, and the source's tokenizer.json if it has one
 export = ''  # a copy: a new folder for stock transformers, or NAME.gguf for llama.cpp; see rope
+export_dtype = ''  # of its weights: float32 | bfloat16 | float16; '' = the source's
 # what the cache holds
 kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
 saving = 0.0  # instead of kv_lora_rank: the share of the cache to save, 0.875 for an eighth of it
@@ -73,7 +74,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nanomla.checkpoints import native
-from nanomla.checkpoints.export import check_export, servers_of
+from nanomla.checkpoints.export import DTYPES, check_export, servers_of
 from nanomla.checkpoints.export import export as write_export
 from nanomla.checkpoints.gguf.write import ENDING as GGUF
 from nanomla.checkpoints.gguf.write import check_gguf, export_gguf
@@ -173,6 +174,10 @@ def check_settings(source: str) -> None:
         raise UserError('search_pairs needs --saving, and no --rope_pairs: it looks for those')
     if cache_dtype:
         check_choice('cache_dtype', cache_dtype, BITS)
+    if export_dtype:
+        check_choice('export_dtype', export_dtype, DTYPES)
+        if not export:
+            raise UserError('export_dtype is that of an export: name one by --export=FOLDER')
 
 
 def check_rope_settings(source_config: GPTConfig) -> None:
@@ -446,13 +451,14 @@ def export_copy(folder: str) -> None:
     """Write the model in `folder` to `export`. `folder` stays, whatever happens."""
     converted = load_model(folder)
     write = export_gguf if export.endswith(GGUF) else write_export
+    weights = DTYPES.get(export_dtype)
     try:
-        write(converted.model, export, converted.tokenizer)
+        write(converted.model, export, converted.tokenizer, dtype=weights)
     except UserError as error:
         raise UserError(f'{error}; {folder} is written') from None
     loads_it = 'llama.cpp loads it'
     if not export.endswith(GGUF):
-        loads_it = servers_of(converted.model)
+        loads_it = servers_of(converted.model, weights)
     print(f'written: {export} ({loads_it})')
 
 

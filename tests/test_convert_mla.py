@@ -469,10 +469,27 @@ def test_exports_have_the_frequencies_of_an_ordinary_rope(source, capsys):
     rope = json.loads(Path('hf/config.json').read_text())['rope_parameters']
     assert rope['rope_type'] == 'default'
     printed = capsys.readouterr().out
-    assert 'vLLM and SGLang have all that it needs; float16 cannot hold its latents' in printed
+    assert 'vLLM and SGLang have all that it needs; load it in float32 or bfloat16' in printed
     convert('src', out='mla2', saving=0.7, rope='turn', export='hf2', **QUICK)
     printed = capsys.readouterr().out
     assert 'only transformers loads it as it is: RoPE is longrope' in printed
+
+
+def test_the_dtype_of_an_export_is_a_setting(source, capsys):
+    from safetensors.torch import load_file
+
+    source(norm_eps=1e-6, head_dim=16)
+    settings = dict(out='mla', saving=0.7, export='hf', export_dtype='float16') | QUICK
+    convert('src', **settings)
+    assert {weight.dtype for weight in load_file('hf/model.safetensors').values()} == {torch.half}
+    printed = capsys.readouterr().out
+    assert 'its latents have a constant channel, by a bias, for float16)' in printed
+    for wrong, why in (
+        (dict(export_dtype='half'), "export_dtype='half' is not known: use float32, bfloat16"),
+        (dict(export=''), 'export_dtype is that of an export: name one by --export=FOLDER'),
+    ):
+        arguments = words(settings | dict(out='other', export='other-hf') | wrong)
+        assert_refused(why, 'convert_mla.py', ['src', *arguments])
 
 
 def test_an_export_for_llama_cpp(source, capsys):

@@ -23,13 +23,14 @@ from nanomla.core.configurator import UserError
 from nanomla.core.files import copy_file, replacing_folder, write_file
 
 EPSILON = 1e-6  # of the stock norm of a latent
+LARGEST_LATENT = 2.0**3  # what a channel without a norm is scaled to, whatever the text is
 # Latents as small as that vanish beside the epsilon, and the norm only divides by its root.
 SHRINK = 2.0**-30
 # float16 has no such numbers. There a channel of this size, by a bias, decides what the norm
 # divides by; latents of an ordinary size are about 2⁻¹³ of it.
 LARGE = 2.0**13
 SLOWEST = 1e-20  # a frequency in the place of 0, of pairs that do not turn
-LARGEST_LATENT = 2.0**3  # what a channel beside it is at most, whatever the text is
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
 @dataclass
@@ -37,13 +38,15 @@ class StockModel:
     """
     A model as a stock class computes it.
 
-    params: by our names
+    params: by our names; what was rewritten is in float32
+    dtype: of the weights in the files
     rope: the RoPE of config.json, None for the one that `config` describes
     """
 
     architecture: Family
     config: GPTConfig
     params: dict[str, torch.Tensor]
+    dtype: torch.dtype
     rope: dict | None = None
 
 
@@ -53,8 +56,8 @@ class LatentNorm:
     The norm of a latent that a stock class has.
 
     epsilon: what it adds to the mean of squares
-    half: in float16, with a constant channel
-    exact_gain: its gain is in float32, whatever the weights are in
+    half: for float16, with a constant channel
+    exact_gain: its gain stays in float32, whatever the weights are written in
     """
 
     epsilon: float = EPSILON
@@ -67,6 +70,7 @@ def export(
     folder: str | Path,
     tokenizer: HFTokenizer | str | Path | None = None,
     max_shard_size: int = 5 * 10**9,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """
     Write `model` to a new `folder` as stock transformers reads it, all of it or nothing:
@@ -74,6 +78,7 @@ def export(
 
     tokenizer: an HFTokenizer, or the folder of a model that has one
     max_shard_size: bytes above which the weights come in several files
+    dtype: of the weights; None for the model's own
     """
     folder = Path(folder)
     if folder.exists():
@@ -81,7 +86,7 @@ def export(
     check_packages()
     if tokenizer is not None and not isinstance(tokenizer, HFTokenizer):
         tokenizer = tokenizer_in(tokenizer)
-    stock = stock_model(model)
+    stock = stock_model(model, dtype)
     ends = begin_and_end(tokenizer)
     generation = {key: value for key, value in ends.items() if value is not None}
     with replacing_folder(folder) as aside:
@@ -105,23 +110,27 @@ def check_export(source: GPT, config: MLAConfig) -> None:
     check_biases(source)
 
 
-def servers_of(model: GPT) -> str:
-    """Return what loads the export of a model beside transformers, or why nothing else does."""
-    stock = stock_model(model)
+def servers_of(model: GPT, dtype: torch.dtype | None = None) -> str:
+    """Return what loads such an export beside transformers, or why nothing else does."""
+    stock = stock_model(model, dtype)
     if stock.architecture is LLAMA:
         return 'transformers, vLLM and SGLang load it'
     reasons = []
     if stock.rope is not None:
         reasons.append('RoPE is longrope, as no other kind has its frequencies')
-    if stock.config.bias:
+    converted = bool(model.config.source_head_dim)
+    in_half = stock.dtype == torch.float16
+    if model.config.bias:
         reasons.append('it has biases')
-    if stock.config.norm_eps != EPSILON and model.config.source_head_dim:
+    elif stock.config.bias:
+        reasons.append('its latents have a constant channel, by a bias, for float16')
+    if stock.config.norm_eps != EPSILON and converted and not in_half:
         reasons.append(f'rms_norm_eps is {stock.config.norm_eps:g}, which they use in latents, too')
     sentence = 'transformers loads it; vLLM and SGLang have all that it needs'
     if reasons:
         sentence = f'only transformers loads it as it is: {"; ".join(reasons)}'
-    if model.config.source_head_dim and all(p.dtype != torch.float16 for p in model.parameters()):
-        sentence += '; float16 cannot hold its latents: load it in float32 or bfloat16'
+    if converted and not in_half:
+        sentence += '; load it in float32 or bfloat16: float16 takes --export_dtype=float16'
     return sentence
 
 
@@ -159,15 +168,22 @@ def begin_and_end(tokenizer: HFTokenizer | None) -> dict:
 # what a stock class can express
 
 
-def stock_model(model: GPT) -> StockModel:
-    """Return `model` as a stock class computes it. UserError names all that none can express."""
+def stock_model(model: GPT, dtype: torch.dtype | None = None) -> StockModel:
+    """
+    Return `model` as a stock class computes it, with weights of a dtype, or of the model's own.
+
+    UserError names all that no stock class can express.
+    """
     architecture = architecture_of(model)
+    if dtype is None:
+        dtype = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
     if architecture is DEEPSEEK_V3 and model.config.source_head_dim:
-        return stock_form_of_converted(model)
+        return stock_form_of_converted(model, dtype)
     check_config(architecture, model.config)
     check_scale(model, model.transformer.h[0].attn.qk_dim)
     params = dict(model.named_parameters(remove_duplicate=False))
-    return StockModel(architecture, model.config, params, rope_of_frequencies(model.config))
+    rope = rope_of_frequencies(model.config)
+    return StockModel(architecture, model.config, params, dtype, rope)
 
 
 def rope_of_frequencies(config: GPTConfig) -> dict | None:
@@ -226,10 +242,10 @@ def check_biases(model: GPT) -> None:
                 )
 
 
-def stock_form_of_converted(model: GPT_MLA) -> StockModel:
+def stock_form_of_converted(model: GPT_MLA, dtype: torch.dtype) -> StockModel:
     """
     Return the stock form of a GPT_MLA that was converted from a model of its source_head_dim: the
-    same function by other weights.
+    same function by other weights, which a dtype can hold.
 
     - The norms of the latents cannot be left out there: see LatentPath.
     - One table of frequencies serves all layers. It has each frequency as often as the layer that
@@ -243,14 +259,14 @@ def stock_form_of_converted(model: GPT_MLA) -> StockModel:
     )
     check_biases(model)
     params = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    half = any(p.dtype == torch.float16 for p in params.values())
+    half = dtype == torch.float16
     config, table = rewrite_converted(model, params, LatentNorm(half=half))
     config.bias = half or model.config.bias
     config.kv_lora_rank += half
     if config.q_lora_rank or model.config.bias:
         width = config.q_lora_rank or config.n_embd
         config.q_lora_rank = width + (half or model.config.bias)
-    return StockModel(DEEPSEEK_V3, config, params, longrope(model.config, table))
+    return StockModel(DEEPSEEK_V3, config, params, dtype, longrope(model.config, table))
 
 
 def rewrite_converted(
@@ -311,44 +327,62 @@ class LatentPath:
     up: torch.Tensor
     bias: torch.Tensor | None = None
 
-    def with_norm(self, norm: LatentNorm) -> 'NormedPath':
+    def with_norm(self, norm: LatentNorm, input_gain: torch.Tensor) -> 'NormedPath':
         """
         Return the same function with a norm of the latent.
 
-        Ordinarily latents shrink by 2⁻³⁰: the norm is then a division by √ε, which `up` undoes, or
-        an exact gain. In float16 (half) they keep an ordinary size beside a constant channel, which
-        decides the norm; its gain undoes that. `bias` is read from a constant channel, too.
+        input_gain (C,): of the norm that x comes from
         """
-        shrink, constant = SHRINK, SHRINK
+        # Latents of an ordinary size: no dtype loses those of a source, however large they are.
+        scale = self.ordinary_scale(input_gain)
+        down, down_bias, up = scale[:, None] * self.down, scale * self.down_bias, self.up / scale
+        scaled = LatentPath(down, down_bias, up, self.bias)
         if norm.half:
-            shrink, constant = self.shrink_for_half(), LARGE
-        down, up, down_bias = shrink * self.down, self.up, shrink * self.down_bias
-        if norm.half or self.bias is not None:
-            bias = up.new_zeros(len(up)) if self.bias is None else self.bias
-            down = torch.cat([down, down.new_zeros(1, down.size(1))])
-            down_bias = torch.cat([down_bias, down_bias.new_tensor([constant])])
-            up = torch.cat([up, bias[:, None]], dim=1)
+            return scaled.beside_a_constant(norm)
+        return scaled.beside_the_epsilon(norm)
+
+    def ordinary_scale(self, input_gain: torch.Tensor) -> torch.Tensor:
+        """Return powers of two (R,) by which no channel of the latent is above LARGEST_LATENT."""
+        # An input of RMS 1 has the length sqrt(C).
+        length = self.down.size(1) ** 0.5
+        bound = length * torch.linalg.vector_norm(self.down * input_gain, dim=1)
+        ratio = LARGEST_LATENT / (bound + self.down_bias.abs())
+        ratio = torch.where(ratio.isfinite(), ratio, 1)  # of a channel that is zero
+        return ratio / (2 * ratio.frexp().mantissa)
+
+    def beside_the_epsilon(self, norm: LatentNorm) -> 'NormedPath':
+        """
+        Let latents shrink by 2⁻³⁰: the norm then divides by √ε, which `up` or an exact gain undoes.
+        """
+        down, down_bias, up = SHRINK * self.down, SHRINK * self.down_bias, self.up
+        if self.bias is not None:
+            down, down_bias, up = with_channel(down, down_bias, up, SHRINK, self.bias)
         gain = up.new_ones(up.size(1))
         undo = norm.epsilon**0.5 / SHRINK
-        if not norm.half and norm.exact_gain:
-            return NormedPath(down, down_bias, gain.float() * undo, up)
-        if not norm.half:
-            return NormedPath(down, down_bias, gain, up * undo)
-        rms = (LARGE**2 / len(gain) + norm.epsilon) ** 0.5
-        gain[:-1] = rms / shrink
-        gain[-1] = rms / LARGE
-        # `up` takes up what the gains have lost by rounding.
-        lost = torch.full((len(gain),), rms / shrink, dtype=torch.float64, device=up.device)
-        lost[-1] = rms / LARGE
-        up = (up.double() * (lost / gain.double())).to(up.dtype)
+        if norm.exact_gain:
+            return NormedPath(down, down_bias, gain * undo, up)
+        return NormedPath(down, down_bias, gain, up * undo)
+
+    def beside_a_constant(self, norm: LatentNorm) -> 'NormedPath':
+        """Let a large constant channel decide what the norm divides by; `up` undoes that."""
+        bias = self.up.new_zeros(len(self.up)) if self.bias is None else self.bias
+        rms = (LARGE**2 / (self.up.size(1) + 1) + norm.epsilon) ** 0.5
+        # What the norm leaves of a latent is small. A power of two enlarges it exactly.
+        enlarged = 2.0 ** round(math.log2(rms))
+        up, column = self.up * (rms / enlarged), bias * (rms / LARGE)
+        down, down_bias, up = with_channel(self.down, self.down_bias, up, LARGE, column)
+        gain = up.new_full((up.size(1),), enlarged)
+        gain[-1] = 1
         return NormedPath(down, down_bias, gain, up)
 
-    def shrink_for_half(self) -> float:
-        """Return a power of two by which no channel of the latent is above LARGEST_LATENT."""
-        longest = torch.linalg.vector_norm(self.down.float(), dim=1).max().item()
-        # An input of RMS 1 has the length sqrt(C); a gain above 1 is rare and small.
-        bound = max(longest * self.down.size(1) ** 0.5, self.down_bias.abs().max().item(), 1e-30)
-        return 2.0 ** math.floor(math.log2(LARGEST_LATENT / bound))
+
+def with_channel(
+    down: torch.Tensor, down_bias: torch.Tensor, up: torch.Tensor, size: float, column: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return down, down_bias and up with one more channel, which is always `size`."""
+    down = torch.cat([down, down.new_zeros(1, down.size(1))])
+    down_bias = torch.cat([down_bias, down_bias.new_tensor([size])])
+    return down, down_bias, torch.cat([up, column[:, None]], dim=1)
 
 
 @dataclass
@@ -368,13 +402,17 @@ class LayerRewriter:
         self.params, self.config, self.layer, self.norm = params, config, layer, norm
         self.prefix = f'transformer.h.{layer}.attn.'
 
+        self.input_gain = params[f'transformer.h.{layer}.ln_1.weight'].float()
+
     def get(self, name: str) -> torch.Tensor:
-        return self.params[f'{self.prefix}{name}']
+        # In float32 each weight is rounded once, when it is written.
+        return self.params[f'{self.prefix}{name}'].float()
 
     def bias_of(self, name: str, width: int) -> torch.Tensor:
         """Return the bias of a matrix, zeros where it has none."""
-        bias = self.params.get(f'{self.prefix}{name}.bias')
-        return self.get(f'{name}.weight').new_zeros(width) if bias is None else bias
+        if f'{self.prefix}{name}.bias' not in self.params:
+            return self.get(f'{name}.weight').new_zeros(width)
+        return self.get(f'{name}.bias')
 
     def set(self, weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
@@ -392,7 +430,7 @@ class LayerRewriter:
             torch.cat([down, down.new_zeros(missing, down.size(1))]),
             torch.cat([down_bias, down_bias.new_zeros(missing)]),
             torch.cat([up, up.new_zeros(len(up), missing)], dim=1),
-        ).with_norm(self.norm)
+        ).with_norm(self.norm, self.input_gain)
         places = places_of(pairs, table)
         k_pe = pairs_in_places(k_pe, places, len(table))
         pe_bias = pairs_in_places(pe_bias[:, None], places, len(table))[:, 0]
@@ -425,7 +463,7 @@ class LayerRewriter:
         else:
             down = torch.eye(config.n_embd, dtype=weight.dtype, device=weight.device)
             down_bias = down.new_zeros(config.n_embd)
-        path = LatentPath(down, down_bias, weight, bias).with_norm(self.norm)
+        path = LatentPath(down, down_bias, weight, bias).with_norm(self.norm, self.input_gain)
         self.set(
             {
                 'q_a_proj.weight': path.down,
@@ -496,8 +534,7 @@ def config_json(stock: StockModel, ends: dict) -> dict:
         rope = dict(rope_type='default')
     elif rope is None:
         rope = dict(rope_type='linear', type='linear', factor=float(config.rope_scaling))
-    dtypes = [p.dtype for p in stock.params.values()]
-    dtype = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix('torch.')
+    dtype = dtype_name(stock.dtype)
     shape = dict(
         architectures=[stock.architecture.class_name],
         model_type=stock.architecture.model_type,
@@ -563,6 +600,21 @@ def write_json(path: Path, content: dict) -> None:
     write_file(path, json.dumps(content, indent=2) + '\n')
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
+
+
+def in_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in the dtype of a file. UserError where a number in it becomes infinite."""
+    rounded = tensor.to(dtype)
+    if rounded.isinf().any() and not tensor.isinf().any():
+        raise UserError(
+            f'{dtype_name(dtype)} cannot hold {name}, which reaches {tensor.abs().max():g}: '
+            'export it in float32 or bfloat16'
+        )
+    return rounded
+
+
 def write_weights(stock: StockModel, folder: Path, max_shard_size: int) -> None:
     """Write the weights as safetensors, file by file: only one of them is in memory twice."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -574,13 +626,16 @@ def write_weights(stock: StockModel, folder: Path, max_shard_size: int) -> None:
     # Copies on the meta device have the tensors' sizes, but take no memory. Without a copy, parts
     # of one matrix would count as all of it, and would have to be in one file.
     on_meta = {name: param.detach().to('meta') for name, param in stock.params.items()}
-    sizes = {theirs: on_meta[ours][rows].clone() for theirs, (ours, rows) in table.items()}
+    sizes = {}
+    for theirs, (ours, rows) in table.items():
+        sizes[theirs] = on_meta[ours][rows].to(stock.dtype, copy=True)
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         tensors = {}
         for name in names:
             ours, rows = table[name]
-            tensors[name] = stock.params[ours].detach()[rows].cpu().contiguous()
+            tensor = stock.params[ours].detach()[rows].cpu()
+            tensors[name] = in_dtype(name, tensor, stock.dtype).contiguous()
         try:
             save_file(tensors, folder / file, metadata=TENSORS_METADATA)
         except SafetensorError as error:

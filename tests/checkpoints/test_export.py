@@ -113,6 +113,22 @@ def test_bf16_goes_out_as_bf16(tiny, tmp_path):
     assert same_weights(hf.load(tmp_path / 'out')[0], ours)
 
 
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+def test_weights_go_out_in_the_dtype_that_is_asked_for(kind, tiny, tmp_path):
+    ours = tiny(kind, **LLAMA)
+    export(ours, tmp_path / 'out', dtype=torch.float16)
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'float16'
+    assert same_weights(hf.load(tmp_path / 'out')[0], ours.half())
+
+
+def test_a_weight_that_float16_cannot_hold_is_named(tiny, tmp_path):
+    ours = tiny(**LLAMA)
+    ours.transformer.h[1].mlp.c_proj.weight.data[3, 2] = -7e4
+    why = 'float16 cannot hold model.layers.1.mlp.down_proj.weight, which reaches 70000: export it'
+    refused(export, ours, tmp_path / 'out', None, 10**9, torch.float16, match=why)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     'kind, change, word',
     [

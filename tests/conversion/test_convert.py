@@ -1,5 +1,6 @@
 """convert: exact where nothing is left out, RoPE masked as asked, and a model like any other."""
 
+import copy
 import math
 
 import pytest
@@ -342,6 +343,44 @@ def test_exports_keep_biases_of_attentions_and_every_dtype(
     # Of two roundings of one model: 8 bits are about 1 %.
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     assert (ours - theirs).square().mean().sqrt() < tolerance * ours.std()
+
+
+def rescaled_latents(mla, factor):
+    """Multiply what makes the latents, which what reads them undoes: the same function."""
+    for block in mla.transformer.h:
+        rank = mla.config.kv_lora_rank
+        block.attn.kv_a_proj_with_mqa.weight.data[:rank] *= factor
+        block.attn.kv_b_proj.weight.data /= factor
+    return mla
+
+
+@pytest.mark.parametrize('factor', [1, 2.0**14, 2.0**-14])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_exports_in_each_dtype_continue_as_here(dtype, factor, source, tokens, tmp_path):
+    """Whatever the size of the latents, which no dtype but float32 and bfloat16 would hold."""
+    from transformers import AutoModelForCausalLM
+
+    mla, _ = converted(*source('gqa'), rope_pairs=3, kv_lora_rank=14)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    prompt = tokens(8)
+    expected = copy.deepcopy(mla).to(dtype)
+    text = torch.stack(list(generate(expected, prompt, 12, temperature=0)), dim=1)
+    whole = torch.cat([prompt, text], dim=1)
+
+    export(rescaled_latents(mla, factor), tmp_path / 'out', dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
+    assert theirs.dtype == dtype
+    logits, ours = theirs(whole).logits.float(), expected(whole).float()
+    assert (logits - ours).square().mean().sqrt() < rounding * ours.std()
+    # Greedy: none of their logits is above that of our next token by more than a rounding.
+    logits = logits[:, prompt.size(1) - 1 : -1]
+    behind = logits.amax(-1) - logits.gather(-1, text[..., None])[..., 0]
+    assert behind.max() < 4 * rounding * ours.std()
+    if dtype == torch.float16:  # whose files serve the other dtypes, too
+        for other in (torch.float32, torch.bfloat16):
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype=other).eval()
+            error = theirs(whole).logits.float() - mla(whole)
+            assert error.square().mean().sqrt() < (3e-2 if other == torch.bfloat16 else 4e-3)
 
 
 def test_exports_of_a_scaled_softmax(source, tokens, tmp_path):

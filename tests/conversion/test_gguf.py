@@ -186,13 +186,17 @@ def test_the_file_is_the_model(name, model, tokens, tmp_path):
     assert theirs.setting('context_length') == config.block_size
 
 
+@pytest.mark.parametrize('asked_for', [False, True])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_weights_keep_their_dtype(dtype, model, tokens, tmp_path):
+def test_weights_keep_their_dtype_or_get_that_asked_for(dtype, asked_for, model, tokens, tmp_path):
     """Matrices do; norms, and in float16 latents of tiny numbers, are in float32."""
     import gguf
 
     ours = model('gqa').to(dtype)
-    export_gguf(ours, tmp_path / 'model.gguf')
+    if asked_for:
+        export_gguf(ours.float(), tmp_path / 'model.gguf', dtype=dtype)
+    else:
+        export_gguf(ours, tmp_path / 'model.gguf')
     short = {torch.bfloat16: 'BF16', torch.float16: 'F16'}[dtype]
     for tensor in gguf.GGUFReader(tmp_path / 'model.gguf').tensors:
         needs_more = dtype == torch.float16 and tensor.name.endswith(('q_a.weight', 'mqa.weight'))

@@ -28,6 +28,7 @@ from nanomla.checkpoints.export import (
     EPSILON,
     LatentNorm,
     check_scale,
+    in_dtype,
     rewrite_converted,
 )
 from nanomla.checkpoints.gguf.vocabulary import Vocabulary, vocabulary_of
@@ -49,7 +50,7 @@ class Deepseek2:
 
     params: by our names
     rope_base: its RoPE has the frequencies rope_base^(-2k/P)
-    dtypes: of the model's own parameters by their names
+    dtypes: in the file, of the model's own parameters by their names
     """
 
     config: MLAConfig
@@ -58,17 +59,23 @@ class Deepseek2:
     dtypes: dict[str, torch.dtype]
 
 
-def export_gguf(model: GPT, path: str | Path, tokenizer: HFTokenizer | None = None) -> None:
+def export_gguf(
+    model: GPT,
+    path: str | Path,
+    tokenizer: HFTokenizer | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """
     Write `model` to a new file `path` with its vocabulary, all of it or nothing.
 
-    Without a tokenizer llama.cpp takes and gives token ids alone.
+    Without a tokenizer llama.cpp takes and gives token ids alone. dtype: of the weights, but for
+    those that llama.cpp or float16 want in float32; None for the model's own
     """
     path = Path(path)
     if path.exists():
         raise UserError(f'{path} is there already: name another file, or remove it')
     gguf = import_gguf()
-    stock = deepseek2_form(model)
+    stock = deepseek2_form(model, dtype)
     vocabulary = None
     if tokenizer is not None:
         vocabulary = vocabulary_of(tokenizer, stock.config.vocab_size)
@@ -115,7 +122,7 @@ def import_gguf() -> ModuleType:
 # what deepseek2 can express
 
 
-def deepseek2_form(model: GPT) -> Deepseek2:
+def deepseek2_form(model: GPT, dtype: torch.dtype | None = None) -> Deepseek2:
     """Return `model` as llama.cpp computes it. UserError names all that it cannot."""
     if architecture_of(model) is not DEEPSEEK_V3:
         raise UserError(
@@ -124,15 +131,12 @@ def deepseek2_form(model: GPT) -> Deepseek2:
         )
     config = model.config
     params = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    dtypes = {name: p.dtype for name, p in params.items()}
+    dtypes = {name: dtype or p.dtype for name, p in params.items()}
     if not config.source_head_dim:
         frequencies = frequencies_of(config, range(config.qk_rope_head_dim // 2))
         check_expressible(config, frequencies)
         check_scale(model, model.transformer.h[0].attn.qk_dim)
         return Deepseek2(config, params, rope_base(frequencies), dtypes)
-    for name, p in params.items():
-        if p.dtype == torch.float16 and name.endswith(NEEDS_FLOAT32):
-            params[name] = p.float()
     norm = LatentNorm(epsilon=config.norm_eps, exact_gain=True)
     stock_config, table = rewrite_converted(model, params, norm)
     frequencies = frequencies_of(config, table)
@@ -281,7 +285,8 @@ def tensors_of(stock: Deepseek2) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = stock.params[ours][rows].cpu()
         dtype = dtype_in_file(ours, tensor, stock.dtypes)
         for name, part in parts_of(theirs, tensor, stock.config):
-            yield names.get_name(name, ('.weight',)), part.to(dtype).contiguous()
+            written = names.get_name(name, ('.weight',))
+            yield written, in_dtype(written, part, dtype).contiguous()
 
 
 def dtype_in_file(name: str, tensor: torch.Tensor, dtypes: dict[str, torch.dtype]) -> torch.dtype:
