@@ -622,6 +622,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = Norm(config.n_embd, config)
         self.attn = attention
+        self.post_1 = None  # a norm of what the attention writes, which a subclass may have
         self.ln_2 = Norm(config.n_embd, config) if config.mlp else None
         self.mlp = MLP(config) if config.mlp else None
 

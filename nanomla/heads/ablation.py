@@ -187,6 +187,8 @@ class Ablation:
 
         Only senders in earlier layers count.
         """
+        # What a head writes is linear in its values there, by one matrix for all tokens.
+        assert all(block.attn.circuit_weights is not None for block in self.model.transformer.h)
         if not receivers:
             return 0.0
         changed = {}

@@ -7,8 +7,8 @@ Each template is used in both orders (ABB, BAB) with pairs of names. `moved` is 
 writes in favour of the indirect object (IO) against the subject (S) at the last token: its output
 through the last norm, frozen, and the unembedding, as logit(IO) - logit(S). `copying` is the share
 of prompts whose name a head, reading the residual stream at the name, writes among the five
-likeliest tokens (of the head's output alone). `attention` is how much the last token attends to the
-name.
+likeliest tokens (of the head's output alone). It is the last token that writes: a gate that it
+computes is in both. `attention` is how much the last token attends to the name.
 
 Legend: B prompts, T tokens, N layers, H heads, C channels, V vocabulary.
 """
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model import GPT, rope_tables
+from model import GPT, Norm, rope_tables
 from nanomla.core.configurator import UserError
-from nanomla.heads.ablation import edit_outputs, record_inputs
+from nanomla.heads.ablation import edit_outputs
 from nanomla.heads.patterns import hooks, watch_patterns
 
 NAMES = (
@@ -112,53 +112,76 @@ class Recording:
     What a model computed for prompts of one length.
 
     logits (B, V) and last (B, C) of the last token, logits after and last before the last norm; by
-    layer: inputs (B, T, C), outputs (B, T, H, D) before W^O, and the last token's attention to the
-    name (B, H)
+    layer: inputs (B, T, C) of the attention, outputs (B, H, D) of the last token before W^O and
+    written (B, C) after it, and the last token's attention to the name (B, H)
     """
 
     logits: torch.Tensor
     last: torch.Tensor
     inputs: dict
     outputs: dict
+    written: dict
     attention: dict
 
 
 def record(model: GPT, ids: torch.Tensor, position: torch.Tensor) -> Recording:
     """Run the model on ids (B, T) and record what concerns the name at position (B,)."""
-    outputs, attention, last = {}, {}, {}
+    inputs, outputs, written, attention, last = {}, {}, {}, {}, {}
+    layers = {block.attn: layer for layer, block in enumerate(model.transformer.h)}
     b = torch.arange(len(ids), device=ids.device)
 
     def see_pattern(layer, pattern):
         attention[layer] = pattern[b, :, -1, position]
 
     def see_output(layer, y):
-        outputs[layer] = y
+        outputs[layer] = y[:, -1]
+
+    def see_attention(attention, given, out):
+        layer = layers[attention]
+        inputs[layer], written[layer] = given[0], out[:, -1]
 
     def see_stream(norm, given):
         last['x'] = given[0][:, -1]
 
     with (
-        record_inputs(model) as inputs,
         watch_patterns(model, see_pattern),
         edit_outputs(model, see_output),
+        hooks(attention.register_forward_hook(see_attention) for attention in layers),
         hooks([model.transformer.ln_f.register_forward_pre_hook(see_stream)]),
     ):
         logits = model.lm_head(model.hidden(ids)[:, -1])
-    return Recording(logits, last['x'], inputs, outputs, attention)
+    return Recording(logits, last['x'], inputs, outputs, written, attention)
 
 
-def unembedding(model: GPT) -> torch.Tensor:
-    """Return W^U (V, C) with the last norm's gain and centring folded in."""
-    norm = model.transformer.ln_f
-    weight = model.lm_head.weight * norm.weight
+def outputs_of_the_name(model: GPT, layer: int, run: Recording, position: torch.Tensor):
+    """Return run.outputs (B, H, D) of a layer as if the last token attended to the name alone."""
+    b = torch.arange(len(position), device=position.device)
+
+    def attend_to_name(_, pattern):
+        pattern = torch.zeros_like(pattern)
+        pattern[b, :, -1, position] = 1
+        return pattern
+
+    x = run.inputs[layer]
+    rope = rope_tables(model.config, torch.arange(x.size(1), device=x.device))
+    with watch_patterns(model, attend_to_name):
+        return model.transformer.h[layer].attn.head_outputs(x, rope)[:, :, -1]
+
+
+def before_norm(norm: Norm | None, directions: torch.Tensor) -> torch.Tensor:
+    """Return the directions (..., C) with the gain and centring of a norm before them folded in."""
+    if norm is None:
+        return directions
+    directions = directions * norm.weight
     if norm.rms:
-        return weight
-    return weight - weight.mean(-1, keepdim=True)
+        return directions
+    return directions - directions.mean(-1, keepdim=True)
 
 
-def frozen_scale(model: GPT, x: torch.Tensor) -> torch.Tensor:
-    """Return what the last norm multiplies the stream x (B, C) by, (B, 1)."""
-    norm = model.transformer.ln_f
+def frozen_scale(norm: Norm | None, x: torch.Tensor) -> torch.Tensor | float:
+    """Return what a norm multiplies x (B, C) by, (B, 1)."""
+    if norm is None:
+        return 1.0
     if not norm.rms:
         x = x - x.mean(-1, keepdim=True)
     return x.square().mean(-1, keepdim=True).add(norm.eps).rsqrt()
@@ -174,19 +197,19 @@ def measure_group(model: GPT, group: list[Prompt]) -> tuple[dict[str, torch.Tens
     io = torch.tensor([prompt.io for prompt in group], device=device)
     s = torch.tensor([prompt.s for prompt in group], device=device)
     b = torch.arange(len(group), device=device)
-    rope = rope_tables(model.config, torch.arange(ids.size(1), device=device))
     run = record(model, ids, position)
-    w_u = unembedding(model)
-    direction = (w_u[io] - w_u[s]) * frozen_scale(model, run.last)  # (B, C)
+    last_norm = model.transformer.ln_f
+    w_u = before_norm(last_norm, model.lm_head.weight)  # (V, C)
+    direction = (w_u[io] - w_u[s]) * frozen_scale(last_norm, run.last)  # (B, C)
     moved, attention, copies = [], [], []
     for layer, block in enumerate(model.transformer.h):
         w_o = block.attn.c_proj.weight.unflatten(1, (block.attn.n_head, -1))  # (C, H, D)
-        moved.append(torch.einsum('bhd,chd,bc->bh', run.outputs[layer][:, -1], w_o, direction))
+        norm = block.post_1
+        read = before_norm(norm, direction) * frozen_scale(norm, run.written[layer])  # (B, C)
+        moved.append(torch.einsum('bhd,chd,bc->bh', run.outputs[layer], w_o, read))
         attention.append(run.attention[layer])
-        v = block.attn.qkv(block.ln_1(run.inputs[layer]), rope)[2]
-        v = v.repeat_interleave(block.attn.n_head // v.size(1), dim=1)
-        at_name = v[b, :, position]  # (B, H, D)
-        logits = torch.einsum('bhd,chd->bhc', at_name, w_o) @ w_u.T  # (B, H, V)
+        of_name = outputs_of_the_name(model, layer, run, position)
+        logits = torch.einsum('bhd,chd->bhc', of_name, w_o) @ before_norm(norm, w_u).T  # (B, H, V)
         copies.append((logits.topk(TOP).indices == io[:, None, None]).any(-1).float())
     measures = dict(
         moved=torch.stack(moved, 1),
