@@ -80,10 +80,10 @@ from pathlib import Path
 from nanomla.core.checks import check_choice, check_range, split_list
 from nanomla.core.configurator import Settings, UserError, configure
 from nanomla.core.files import (
-    STARTED_BY_A_SCRIPT,
     appending,
     progress_bar,
     read_json,
+    run_script,
     write_file,
     writing,
 )
@@ -254,9 +254,7 @@ def data_folder(name: str) -> Path | None:
         script = folder / 'prepare.py'
         if not script.exists():
             raise UserError(f'--data={name}: there is no train.jsonl in {folder}')
-        environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
-        if subprocess.run([sys.executable, str(script)], env=environment).returncode:
-            raise UserError(f'{script} could not prepare the data (its message is above)')
+        run_script(script)
     return folder
 
 

@@ -16,6 +16,7 @@ from nanomla.checkpoints.export import export
 from nanomla.checkpoints.load import load_model
 from nanomla.conversion import heal as heal_module
 from nanomla.conversion.heal import Healing
+from nanomla.core import files
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import write_text
 from nanomla.heads.subject import load_subject
@@ -164,7 +165,7 @@ def test_one_command_converts_and_heals_and_goes_on_where_it_was(source, monkeyp
         return SimpleNamespace(returncode=0)
 
     source()
-    monkeypatch.setattr(heal_module, 'subprocess', SimpleNamespace(run=train))
+    monkeypatch.setattr(files, 'subprocess', SimpleNamespace(run=train))
     tokens = 3 * 16 * 24  # three steps
     passed_on = dict(teacher_cache='predictions', lora_rank=2, learning_rate=2e-3, batch_size=4)
     with pytest.raises(SystemExit) as stopped:

@@ -59,8 +59,6 @@ if __name__ == '__main__':
 
 # -------------------------------------------------------------------------------------------------
 import copy
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -101,7 +99,7 @@ from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers
 from nanomla.conversion.settings import ConversionSettings, settings_for_saving
 from nanomla.core.checks import check_choice, check_range, split_list, split_numbers
 from nanomla.core.devices import pick_device
-from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
+from nanomla.core.files import ROOT, run_script
 from nanomla.training.launch import as_words
 
 BYTES = 256  # the vocabulary
@@ -260,10 +258,7 @@ def prepare_text(text: str, folder: Path) -> None:
         raise UserError(f'{folder} holds no tokens: name a --text to make them of, or a --dataset')
     script = ROOT / 'data' / 'text' / 'prepare.py'
     words = ['--tokenizer=bytes', f'--out={folder}', f'--val_fraction={VAL_FRACTION}']
-    environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
-    command = [sys.executable, str(script), text, *words]
-    if subprocess.run(command, env=environment).returncode:
-        raise UserError(f'--text={text} could not be prepared (the message is above)')
+    run_script(script, [text, *words])
 
 
 # -------------------------------------------------------------------------------------------------

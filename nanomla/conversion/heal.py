@@ -3,16 +3,13 @@ Heal a converted model: train.py with config/heal_mla.py in a process of its own
 teacher. The same call goes on with a run that was interrupted.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanomla.checkpoints import native
 from nanomla.core import token_files
 from nanomla.core.configurator import UserError
-from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT
+from nanomla.core.files import ROOT, run_script
 
 STEP_SIZE = 16  # windows of a step
 PRETRAINED_RATE = 5e-4  # of AdamW for weights that others trained: docs/conversion.md
@@ -61,8 +58,8 @@ class Healing:
         windows = max(trained_on // (2 * EVALUATIONS), LEAST_EVALUATED)
         return min(max(1, windows // self.batch_size), MOST_BATCHES)
 
-    def command(self) -> list[str]:
-        """Return the command, which goes on where an earlier one was interrupted."""
+    def words(self) -> list[str]:
+        """Return train.py's command line, which goes on where an earlier one was interrupted."""
         interrupted = (Path(self.out) / 'last.pt').exists()
         settings = dict(
             init_from='resume' if interrupted else self.start,
@@ -79,7 +76,7 @@ class Healing:
         )
         settings |= self.options
         words = [f'--{name}={value}' for name, value in settings.items()]
-        return [sys.executable, str(ROOT / 'train.py'), str(ROOT / 'config/heal_mla.py'), *words]
+        return [str(ROOT / 'config/heal_mla.py'), *words]
 
 
 def check_dataset(name: str, source: str) -> None:
@@ -105,7 +102,4 @@ def check_is_the_same(start: str, source: str, settings: dict) -> None:
 
 def heal(healing: Healing) -> None:
     """Run train.py, whose output is shown. A SystemExit with its code where it fails."""
-    environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
-    code = subprocess.run(healing.command(), env=environment).returncode
-    if code:
-        sys.exit(code)
+    run_script(ROOT / 'train.py', healing.words())

@@ -1,5 +1,5 @@
 """
-Files: written whole or not at all, JSON and tables of results, locks, progress bars.
+Files: written whole or not at all, JSON and tables of results, locks, progress bars; other scripts.
 
 Whatever this project writes goes through `replacing` (a file), `replacing_folder` (a folder) or
 `appending` (a log; records of bytes): a kill leaves the old or the new, a full disk is one line,
@@ -15,8 +15,9 @@ import math
 import os
 import shutil
 import stat
+import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -391,3 +392,25 @@ def progress_bar(total: int, unit: str, done: int = 0):
         # Without a longest interval tqdm would look every ten seconds for steps to show.
         pace = dict(delay=30, mininterval=30, miniters=-(-total // 10), maxinterval=math.inf)
     return tqdm(total=total, initial=done, unit=unit, unit_scale=True, **pace)
+
+
+# -------------------------------------------------------------------------------------------------
+# other scripts of the repository
+
+
+def run_script(script: str | os.PathLike, words: Iterable[str] = ()) -> None:
+    """
+    Run a script to its end; what it prints is shown.
+
+    Where it fails, a SystemExit ends this script, too, with the same code and no message of its
+    own: the one above says why.
+    """
+    command = [sys.executable, str(script), *words]
+    ended = subprocess.run(command, env=os.environ | {STARTED_BY_A_SCRIPT: '1'})
+    if ended.returncode:
+        end_as(ended.returncode)
+
+
+def end_as(code: int) -> None:
+    """End this script as a process that it waited for, a signal (-N) as shells write it."""
+    sys.exit(code if code > 0 else 128 - code)

@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import stat
-import subprocess
-import sys
 import time
 import zlib
 from collections import deque
@@ -39,10 +37,10 @@ from nanomla.core.checks import (
 from nanomla.core.configurator import UserError
 from nanomla.core.files import (
     ROOT,
-    STARTED_BY_A_SCRIPT,
     lock,
     read_json,
     remove_leftovers,
+    run_script,
     sync_folder,
     write_file,
     writing,
@@ -359,12 +357,9 @@ def prepare_if_missing(name: str) -> None:
             f"there is no dataset '{name}': {folder} has no train.bin and val.bin and no "
             f'prepare.py; known: {known}'
         )
-    environment = os.environ | {STARTED_BY_A_SCRIPT: '1'}
     with lock(folder, 'prepare.lock', wait=True):
-        if is_prepared(folder):
-            return
-        if subprocess.run([sys.executable, str(script)], env=environment).returncode:
-            raise UserError(f'{script} could not prepare the dataset (its message is above)')
+        if not is_prepared(folder):
+            run_script(script)
 
 
 def require(name: str, path: str, option: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nanomla.core.configurator import UserError
-from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, appending, writing
+from nanomla.core.files import ROOT, STARTED_BY_A_SCRIPT, appending, end_as, writing
 
 PROMPT = '$ python train.py '  # begins an attempt in output.txt
 FAILURE_LENGTH = 300  # letters of a reason
@@ -59,7 +59,8 @@ def run_train(
 
     repository: the folder of the train.py. cwd: where it runs; None is the current folder.
     show: let it print to the terminal; what is returned is empty then.
-    UserError, with the command and the reason, when it fails.
+    UserError, with the command and the reason, when it fails; what was shown has them already, and
+    a SystemExit ends this script, too.
     """
     command = train_command(words, repository)
     output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -75,9 +76,9 @@ def run_train(
         **output,
     )
     if ended.returncode:
-        reason = 'its message is above'
-        if not show:
-            reason = failure_reason(ended.stdout, ended.returncode)
+        if show:
+            end_as(ended.returncode)
+        reason = failure_reason(ended.stdout, ended.returncode)
         raise UserError(f'python {shlex.join(command[1:])} failed: {reason}')
     return ended.stdout or ''
 

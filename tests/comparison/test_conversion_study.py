@@ -226,6 +226,9 @@ def test_the_study_goes_on_where_it_was(tmp_path):
         command = [sys.executable, '-m', MODULE, *words(settings | changes)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
+    missing = run(text=tmp_path / 'none.txt')
+    assert missing.returncode == 2
+    assert missing.stderr == f'error: cannot read {tmp_path}/none.txt: No such file or directory\n'
     first = run()
     assert first.returncode == 0, first.stderr
     assert 'MHA: source perplexity' in first.stdout

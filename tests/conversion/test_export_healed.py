@@ -15,7 +15,7 @@ from test_gguf import TEXT, V, make_tokenizer
 from nanomla.checkpoints.export import export
 from nanomla.checkpoints.gguf.write import export_gguf
 from nanomla.checkpoints.load import load_model
-from nanomla.conversion import heal as heal_module
+from nanomla.core import files
 from nanomla.inference.generate import generate
 
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44, n_kv_head=2)
@@ -51,7 +51,7 @@ def test_others_continue_as_the_healed_model_does(tiny, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(heal_module, 'subprocess', SimpleNamespace(run=train_here))
+    monkeypatch.setattr(files, 'subprocess', SimpleNamespace(run=train_here))
     monkeypatch.setitem(sys.modules, 'matplotlib', None)  # the pictures take longer than the rest
     Path('bpe').mkdir()
     tokenizer = make_tokenizer(Path('bpe'), 'gpt-2')

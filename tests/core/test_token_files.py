@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomla.core import token_files
+from nanomla.core import files, token_files
 from nanomla.core.configurator import UserError
 from nanomla.core.token_files import TokenWriter, in_order, read_meta, write_text
 from nanomla.core.tokenizers import Tokenizer
@@ -251,7 +251,7 @@ def test_of_several_processes_one_prepares_and_the_others_wait(tmp_path, monkeyp
         make(folder)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(token_files.subprocess, 'run', prepare)
+    monkeypatch.setattr(files.subprocess, 'run', prepare)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(token_files.prepare_if_missing, ['slow'] * 4))
     assert prepared == [str(folder / 'prepare.py')]
@@ -265,14 +265,16 @@ def test_prepare_if_missing(tmp_path, monkeypatch, capfd):
         'from pathlib import Path\nprint("making it")\nfor name in "train.bin", "val.bin":\n'
         '    (Path(__file__).parent / name).write_bytes(bytes(40))\n'
     )
-    (bad / 'prepare.py').write_text('raise SystemExit(2)\n')
+    (bad / 'prepare.py').write_text('raise SystemExit("error: no text")\n')
     token_files.prepare_if_missing('good')
     assert (good / 'train.bin').stat().st_size == 40 and capfd.readouterr().out == 'making it\n'
     token_files.prepare_if_missing('good')
     token_files.prepare_if_missing(str(good))
     assert capfd.readouterr().out == ''  # it was there
-    with pytest.raises(UserError, match='bad/prepare.py could not prepare the dataset'):
+    with pytest.raises(SystemExit) as ended:
         token_files.prepare_if_missing('bad')
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == 'error: no text\n'  # its own message, and no other
     with pytest.raises(UserError, match="there is no dataset 'ugly'.*known: bad, good"):
         token_files.prepare_if_missing('ugly')
 
