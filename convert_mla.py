@@ -10,22 +10,21 @@ Turn a model with MHA, GQA or MQA into an MLA model: python convert_mla.py SOURC
 
 SOURCE is a run's folder or checkpoint, gpt2*, or a Llama of the Hugging Face layout. It may be a
 result of this script, healed or not: its RoPE stays, and the rank of its latent is reduced.
-The result is an ordinary checkpoint: train.py heals it (config/heal_mla.py), sample.py reads it,
-every cache holds it.
+The result is an ordinary checkpoint: train.py heals it (config/heal_mla.py), sample.py and eval.py
+read it, and every kind of cache serves it.
 """
 
 # output
 out = ''  # a new folder: ckpt.pt, conversion.png, and the source's tokenizer.json if it has one
-export = ''  # a copy: a new folder for stock transformers, or NAME.gguf for llama.cpp; see rope
+export = ''  # a copy: a new folder for stock transformers, or NAME.gguf for llama.cpp
 export_dtype = ''  # of its weights: float32 | bfloat16 | float16; '' = the source's
-# what the cache holds
-kv_lora_rank = 0  # numbers of a token's latent in a layer; 0 = as many as lose nothing
+# what is cached
+kv_lora_rank = 0  # width of a token's latent in a layer; 0 = full rank, without loss
 saving = 0.0  # instead of kv_lora_rank: the share of the cache to save, 0.875 for an eighth of it
 ranks = 'equal'  # equal | spectrum | residual (CARE): layers share kv_lora_rank · n_layer
 rope_pairs = -1  # with RoPE: of each kv head (own) or of all (shared); -1 = all, or by --saving
 search_pairs = False  # with saving: try some widths of k_pe, and take that of the least error
-rope = ''  # which: high | low | uniform | 2-norm | turn (large and far); '' = turn, or with export
-# uniform, whose frequencies vLLM, SGLang and llama.cpp have
+rope = ''  # which: high | low | uniform | 2-norm | turn; '' = turn, or with export uniform
 rope_heads = 'shared'  # own: pairs of each kv head | shared: components over the kv heads (RoRoPE)
 by_layer = True  # shared: each layer chooses its own pairs; False with --export
 fold = 1  # shared: neighbouring frequencies treated as one (FreqFold)
@@ -39,7 +38,7 @@ calibration = ''  # a dataset or a text file; '' = the source's own dataset; non
 calibration_tokens = 0  # of its training part; 0 = 262,144 on a GPU, 8,192 on a CPU
 eval_tokens = 0  # of its held-out part, for perplexities; 0 = 65,536 on a GPU, 4,096 on a CPU
 block_size = 0  # tokens in a window; 0 = the source's, at most 1024
-batch_size = 8  # windows at a time; healing takes so many, too, and adds up to steps of 16
+batch_size = 8  # windows at a time, in healing too, which accumulates them to steps of 16
 cache_dtype = ''  # report the perplexity with such a cache, too: int8 | int4
 # layer-wise distillation: each attention is fitted to the source's on the calibration text
 layerwise = True
@@ -115,8 +114,8 @@ from nanomla.inference.quantize import BITS
 from nanomla.training.next_steps import print_next_steps
 
 LONGEST_WINDOW = 1024  # tokens, unless block_size asks for more
-WORSE = 0.1  # nats on the held-out text: where fitting costs more, the closed form stays
-ABOUT_ROPE = ('rope', 'rope_pairs', 'rope_heads', 'by_layer', 'fold', 'real', 'components')
+MOST_LOST_BY_FITTING = 0.1  # nats on the held-out text; beyond it the closed form stays
+ROPE_SETTINGS = ('rope', 'rope_pairs', 'rope_heads', 'by_layer', 'fold', 'real', 'components')
 
 
 @dataclass
@@ -158,9 +157,12 @@ def check_settings(source: str) -> None:
     check_range('heal', heal, least=0)
     check_range('learning_rate', learning_rate, least=0)
     check_range('lora_rank', lora_rank, least=0)
-    last = export or (out if not heal else '')  # what comes before it may be there: it goes on
-    if last and os.path.exists(last):
-        raise UserError(f'{last} is there already: name a new folder, or remove it')
+    final = export
+    if not export and not heal:
+        final = out
+    # Earlier results may be there: the command goes on from them.
+    if final and os.path.exists(final):
+        raise UserError(f'{final} is there already: name a new folder, or remove it')
     check_range('calibration_tokens', calibration_tokens, least=0)
     check_range('eval_tokens', eval_tokens, least=0)
     check_range('layer_steps', layer_steps, least=-1)
@@ -184,7 +186,7 @@ def check_rope_settings(source_config: GPTConfig) -> None:
     """Raise a UserError for settings of RoPE where the source has its pairs already."""
     if not has_latent(source_config):
         return
-    for name in ABOUT_ROPE:
+    for name in ROPE_SETTINGS:
         if name in config.given:
             raise UserError(
                 f'{config.given[name]}: the source is MLA, whose pairs with RoPE stay as they '
@@ -193,7 +195,7 @@ def check_rope_settings(source_config: GPTConfig) -> None:
 
 
 def effort_on(device: torch.device) -> Effort:
-    """Return the effort that is asked for, and where nothing is, what `device` does in minutes."""
+    """Return the effort by the settings; where they are 0, what takes minutes on `device`."""
     usual = ON_CPU if device.type == 'cpu' else ON_GPU
     return Effort(
         calibration_tokens=calibration_tokens or usual.calibration_tokens,
@@ -203,10 +205,10 @@ def effort_on(device: torch.device) -> Effort:
 
 
 def conversion_settings(source_config: GPTConfig) -> ConversionSettings:
-    """Return the settings of the page, with the widths that `saving` asks for."""
-    left_to_us = not rope and rope_pairs < 0 and rope_heads == 'shared' and fold == 1
-    for_servers = bool(export) and left_to_us and not has_latent(source_config)
-    for_servers = for_servers and not search_pairs
+    """Return the conversion that the settings of this script ask for, with widths by `saving`."""
+    pairs_are_free = not rope and rope_pairs < 0 and rope_heads == 'shared' and fold == 1
+    pairs_are_free = pairs_are_free and not search_pairs and not has_latent(source_config)
+    for_servers = bool(export) and pairs_are_free
     which_pairs = rope or 'turn'
     if for_servers:
         which_pairs = 'uniform'
@@ -327,7 +329,7 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, to_fit: b
         errors = fit_layers(model, mla, text.windows, how, bar.update)
         fitted = loss_of(mla)
         report.add('the same, fitted layer by layer', mla, 'mla', fitted)
-        if fitted <= closed_form + WORSE:
+        if fitted <= closed_form + MOST_LOST_BY_FITTING:
             for layer, error in zip(report.layers, errors):
                 layer['error'] = error
         else:  # too little text for so many weights
@@ -436,7 +438,7 @@ def write_outputs(mla: GPT, loaded: LoadedModel, report: Report, facts: str) -> 
 
 
 def check_can_be_exported(loaded: LoadedModel, settings: ConversionSettings) -> None:
-    """Raise a UserError where `export` cannot hold what settings that are filled in lead to."""
+    """Raise a UserError where the result of `settings`, filled in, cannot be exported."""
     model = loaded.model
     ranks = [settings.kv_lora_rank] * model.config.n_layer
     config = mla_config(model.config, settings, ranks)
@@ -505,7 +507,7 @@ def main(source: str) -> None:
     check_rope_settings(model.config)
     settings = conversion_settings(model.config)
     name = text_name(loaded)
-    # What does not go is refused before anything takes long.
+    # Whatever cannot work is refused before the long computations.
     filled_in = settings.for_source(model.config, calibrated=bool(name))
     if export:
         check_can_be_exported(loaded, filled_in)

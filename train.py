@@ -163,22 +163,23 @@ def add_adapters():
     """Freeze the model and add adapters, which alone are trained."""
     if from_scratch:
         raise UserError('--lora_rank adapts a trained model: name one by --init_from')
-    for name, plain in dict(train_only='', ema_decay=0.0, optimizer='adamw', qk_clip=0.0).items():
-        if config[name] != plain:
+    needed = dict(train_only='', ema_decay=0.0, optimizer='adamw', qk_clip=0.0)
+    for name, value in needed.items():
+        if config[name] != value:
             raise UserError(f'--lora_rank does not go with --{name}={config[name]}')
     settings = lora.LoraSettings(lora_rank, alpha=lora_rank, targets=lora_targets)
     lora.adapt(model, 'lora', settings)
-    trained, of = lora.count(model)
-    log_line(f'LoRA of rank {lora_rank}: {trained / 1e6:.2f}M of {of / 1e6:.2f}M parameters learn')
+    trained, total = (count / 1e6 for count in lora.count(model))
+    log_line(f'LoRA of rank {lora_rank} trains {trained:.2f}M of {total:.2f}M parameters')
 
 
 def open_predictions(teacher_model):
-    """Return the teacher's predictions in teacher_cache, written now where they are not there."""
+    """Return the teacher's predictions in teacher_cache; those that are missing are made first."""
     if teacher_model:
         check_teacher(config, model, teacher_model)
         teacher_model.stream = model.stream
-    same_top_k = 'teacher_top_k' in config.given
-    cache = TeacherCache(config, data, teacher_model, model.config.vocab_size, same_top_k)
+    top_k_is_given = 'teacher_top_k' in config.given
+    cache = TeacherCache(config, data, teacher_model, model.config.vocab_size, top_k_is_given)
     if not cache.is_complete:
         cache.complete(device, compile)
     log_line(cache.description)
@@ -365,7 +366,7 @@ def step_line(loss, max_logit=None):
 
 
 def check_loss(value):
-    """A run whose loss is no number has failed: it ends here, before it saves anything."""
+    """End the run with an error where the loss is NaN or infinite, before anything is saved."""
     if not math.isfinite(value):
         saved = ''
         if (out / 'last.pt').exists():
@@ -374,7 +375,7 @@ def check_loss(value):
 
 
 def checkpoint(**tensors):
-    """Return the content of a checkpoint: these tensors, and what every one says of its run."""
+    """Return the content of a checkpoint: these tensors, and the facts of the run."""
     facts = dict(
         kind=kind,
         model_args=native.model_args(model),
@@ -391,7 +392,7 @@ def checkpoint(**tensors):
 
 
 def weights():
-    """Return the state dict to use: averages, or weights with their adapters, where a run has."""
+    """Return the state dict to use: with adapters merged, or averaged, where the run has those."""
     if lora_rank:
         return lora.merged_state(model)
     return trainer.weights()
@@ -427,7 +428,7 @@ def start_wandb():
 
 
 def copy_tokenizer():
-    """Copy the tokenizer of a model that has its own to out_dir; return the names of the files."""
+    """Copy the model's own tokenizer to out_dir. Return the names of the copied files."""
     missing = [file for file in tokenizer.files if not (out / file.name).exists()]
     for file in missing:
         files.copy_file(file, out / file.name)
@@ -520,7 +521,7 @@ def evaluate(train_loss=None):
 
 
 def save():
-    """Copy what is to be saved; it is written in the background, in its order."""
+    """Copy what is to be saved. A background thread writes it, in the order of the calls."""
     if main and to_save:
         saver.save(to_save)
     to_save.clear()
@@ -535,8 +536,8 @@ if run.step == 0 and 0 in steps_to_keep:
 first_step, speed_from = run.step + 1, run.step + WARMUP_STEPS
 timed_seconds, timed_steps = 0.0, 0  # without evaluations
 speed = 0.0  # tokens a second
-mark = None  # (time, step) where the clock went on: from speed_from on, after each pause
-last_line = 0.0  # the time of the last step's line
+mark = None  # (time, step) since which training is timed; set from step speed_from on
+last_line = 0.0  # when a step was last printed
 stop = ''
 # A signal may have ended the evaluation of this very step.
 if resuming and run.evaluated_step < run.step and run.step % eval_interval == 0:
@@ -556,8 +557,8 @@ while not stop:
     logging = run.step % log_interval == 0 or ending
     evaluating = run.step % eval_interval == 0 or ending
     keeping = run.step in steps_to_keep
-    looking = logging or evaluating or keeping or run.step in (first_step, speed_from)
-    if not (looking or vote.due(run.step)):
+    reporting = logging or evaluating or keeping or run.step in (first_step, speed_from)
+    if not (reporting or vote.due(run.step)):
         continue
 
     # Here, and only here, the processes wait for the device and agree on whether to go on.
@@ -571,7 +572,7 @@ while not stop:
         saver.reserve(resumable())
     if vote.take(run.step):
         stop = f'stopped by {vote.reason}'
-    if not (looking or stop):
+    if not (reporting or stop):
         continue
     if mark:
         passed = time.monotonic() - mark[0]

@@ -44,8 +44,8 @@ class Moments:
     q_norms (H, D / 2), k_norms (K, D / 2): mean norm of each pair (j, j + D / 2) of each head;
     empty for an MLA model.
     attended (C̃, C̃): E[x̃ x̃ᵀ] where a token counts by the attention that it receives.
-    value_spread (H,): the variance of W^O v among the tokens that a query attends to.
-    window: T, so many tokens can see one another.
+    value_spread (H,): the variance of W^O v under a query's attention weights, mean over queries.
+    window: T, the longest distance at which tokens were seen together.
     """
 
     cov: torch.Tensor
@@ -185,8 +185,8 @@ def mean_loss(
     """
     Return the mean cross-entropy in nats of the last T tokens of each of `windows` (M, T + 1).
 
-    Logits are fp32. cache(rows, size) makes a cache, through which the tokens then go `chunk` at a
-    time, as a decoder would see them. tick is called after each batch.
+    Logits are fp32. cache(rows, size) makes a cache; the tokens then go through it `chunk` at a
+    time, as in decoding. tick is called after each batch.
     """
     training, total = model.training, 0.0
     model.eval()
@@ -195,8 +195,9 @@ def mean_loss(
         if cache is None:
             x = model.hidden(idx)
         else:
-            held = cache(len(part), idx.size(1))
-            x = torch.cat([model.hidden(piece, held) for piece in idx.split(chunk, dim=1)], dim=1)
+            context = cache(len(part), idx.size(1))
+            pieces = [model.hidden(piece, context) for piece in idx.split(chunk, dim=1)]
+            x = torch.cat(pieces, dim=1)
         rows = x.flatten(0, 1).split(LOSS_ROWS)
         for x, y in zip(rows, targets.flatten().split(LOSS_ROWS)):
             total += F.cross_entropy(model.lm_head(x).float(), y, reduction='sum').double()

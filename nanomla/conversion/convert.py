@@ -86,7 +86,7 @@ def convert(
     moments: calibration.measure(model, ...); None for settings that look at weights alone.
     tick: called twice a layer. Returns the new model and for each layer a dict of its rank and the
     energy of its keys and values that is kept, 1 for all of it. UserError for a source that cannot
-    be converted, or not so.
+    be converted, or not with these settings.
     """
     check_source(model)
     config = model.config
@@ -102,7 +102,7 @@ def convert(
         share = share_out_by_residual if settings.ranks == 'residual' else share_out
         ranks = share(spectra, settings.kv_lora_rank * config.n_layer)
 
-    mla = shell_of(model, mla_config(config, settings, ranks))
+    mla = without_blocks(model, mla_config(config, settings, ranks))
     reference = model.lm_head.weight  # its device and dtype are the model's
     generator = torch.Generator().manual_seed(settings.seed)
     report = []
@@ -295,8 +295,8 @@ def mla_config(config: GPTConfig, settings: ConversionSettings, ranks: list[int]
     return MLAConfig(**fields, **of_latent)
 
 
-def shell_of(model: GPT, config: MLAConfig) -> GPT_MLA:
-    """Return a GPT_MLA with the modules of `model` around blocks that are still to be filled."""
+def without_blocks(model: GPT, config: MLAConfig) -> GPT_MLA:
+    """Return a GPT_MLA that shares all modules of `model` but the blocks, which have no weights."""
     with torch.device('meta'):
         mla = GPT_MLA(config)
     for name in mla.transformer:
@@ -328,7 +328,7 @@ def key_value_weights(
 def query_weights(
     layer: LayerParts, settings: ConversionSettings, config: GPTConfig
 ) -> dict[str, torch.Tensor]:
-    """Return the state of W^UQ | W^QR, with q_lora_rank behind W^DQ (equations 12 to 14)."""
+    """Return the state of W^UQ | W^QR, with q_lora_rank also of W^DQ (equations 12 to 14)."""
     q, bias = layer.q[:, :-1], layer.q[:, -1]
     if not settings.q_lora_rank:
         weights = {'q_proj.weight': q}

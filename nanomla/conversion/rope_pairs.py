@@ -86,8 +86,9 @@ def pick_frequencies(n: int, p: int, rope: str) -> list[int]:
 
 def pairs_by_settings(config: GPTConfig, settings: ConversionSettings) -> list[int] | None:
     """
-    Return the source's pair by which each pair of k_pe turns, for settings that `for_source` has
-    filled in; None where these depend on the text or on the weights, or where some turn alike.
+    Return for each pair of k_pe the source's pair whose frequency it has, for settings that
+    `for_source` has filled in; None where these depend on text or weights, or where pairs share a
+    frequency.
     """
     by_frequency = settings.rope in ('high', 'low', 'uniform') and settings.fold == 1
     one_each = settings.shared or config.n_kv_head == 1
@@ -101,8 +102,8 @@ def frequency_weights(config: GPTConfig, rope: str, window: int) -> torch.Tensor
     """
     Return how much each of the F frequencies counts, beside the power of its pairs.
 
-    2-norm: all alike. turn: by what a pair loses that turns no more, the mean of 1 - cos(θ t) over
-    a window; slow pairs hardly turn in it, and lose nothing without RoPE.
+    2-norm: all alike. turn: by what a pair loses without RoPE, the mean of 1 - cos(θ t) over a
+    window; a slow pair hardly rotates within it, and loses almost nothing.
     """
     D = config.head_dim
     if rope == '2-norm':
@@ -243,8 +244,8 @@ def choose_components(
     Return the components that keep RoPE as (run of frequencies, number of the component).
 
     They are the same in all of `layers`. 2-norm and turn take those of the largest power, as a
-    share of their layer's; turn by what turns within `window` tokens. The others take the first
-    components of some runs, then the second ones, and so on.
+    share of their layer's; turn weights them by `frequency_weights`. The others take the first
+    component of some runs, then the second ones, and so on.
     """
     if settings.rope in ('2-norm', 'turn'):
         chosen = strongest_components(config, settings, layers, window)
@@ -301,7 +302,7 @@ def split_shared_components(
         of_query_heads = synthesis.conj().repeat_interleave(H // K, dim=0)
         q_pe.append(torch.einsum('hf,hfc->hc', of_query_heads, zq[:, run.frequencies]))
         k_pe.append(component)
-        # A folded run turns as the one of its frequencies that the component has most of.
+        # A folded run gets the one of its frequencies that has most of the component.
         strength = [(column.abs() ** 2).sum() for column in synthesis.T]
         frequencies.append(run.frequencies[run.power.new_tensor(strength).argmax()])
     nope = q.size(1)

@@ -29,7 +29,7 @@ class ConversionSettings:
     """
     The choices of a conversion. UserError for a value that no source allows.
 
-    `for_source` holds the numbers against a model and fills in those that are derived.
+    `for_source` checks the numbers against a model and fills in those that are derived.
     """
 
     kv_lora_rank: int = 0  # R; 0 = full; where ranks differ the mean of the layers
@@ -184,7 +184,7 @@ def is_lossless(config: GPTConfig, settings: ConversionSettings) -> bool:
 
 
 def cache_width(config: GPTConfig, saving: float) -> int:
-    """Return how many numbers a token may leave in a layer, without the share `saving`."""
+    """Return how many numbers of a token are cached in a layer after `saving` that share."""
     return int((1 - saving) * 2 * config.n_kv_head * config.head_dim + 1e-9)
 
 
@@ -192,8 +192,9 @@ def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) 
     """
     Return rope_pairs and kv_lora_rank that leave 1 - `saving` of the cache of `config`.
 
-    Without settings.rope_pairs (-1) a third of what is left is for k_pe, and what the full rank
-    does not need as well. A rank below 1 means: nothing fits. Of an MLA model the latent shrinks.
+    Without settings.rope_pairs (-1) a third of what is left is for k_pe, and more where the full
+    rank does not need the rest. A rank below 1 means that nothing fits. In an MLA model only the
+    latent shrinks.
     """
     if has_latent(config):
         whole = config.kv_lora_rank + config.qk_rope_head_dim
@@ -217,7 +218,7 @@ def split_cache(config: GPTConfig, saving: float, settings: ConversionSettings) 
 
 
 def derived_pairs(config: GPTConfig, left: int, settings: ConversionSettings) -> int:
-    """Return how many pairs keep RoPE, where a token may leave `left` numbers in a layer."""
+    """Return how many pairs keep RoPE, where `left` numbers of a token are cached in a layer."""
     most, width = most_rope_pairs(config, settings), pair_width(config, settings)
     if most == 0:
         return 0
@@ -232,8 +233,8 @@ def derived_pairs(config: GPTConfig, left: int, settings: ConversionSettings) ->
 
 def divided_well(rank: int, most_spare: int) -> int:
     """
-    Return a rank up to `most_spare` smaller that falls into large groups: the channels of a
-    quantised cache that share a scale.
+    Return `rank`, or up to `most_spare` less, whichever divides into large groups: the channels of
+    a quantised cache that share a scale.
     """
     best = rank
     for candidate in range(rank, max(rank - most_spare, 1) - 1, -1):
@@ -280,8 +281,8 @@ def with_ordinary_frequencies(
     config: GPTConfig, saving: float, settings: ConversionSettings
 ) -> ConversionSettings:
     """
-    Return the settings with as many pairs as an ordinary RoPE of that width has frequencies of:
-    the largest number up to theirs that divides the pairs of a head. The latent gets the rest.
+    Return the settings with so many pairs that every n-th of the source's frequencies is an
+    ordinary RoPE: the largest divisor of a head's pairs up to theirs. The latent gets the rest.
     """
     pairs_in_head = config.head_dim // 2
     if not 0 < settings.rope_pairs <= most_rope_pairs(config, settings):
