@@ -320,26 +320,37 @@ def convert_and_measure(model: GPT, text: Text | None, report: Report, to_fit: b
         report.add(full_rank_name(settings), partial, 'muted', loss_of(partial))
         del partial
     mla, report.layers = convert(model, settings, moments, bar.update)
-    closed_form = loss_of(mla)
-    report.add(result_name(mla, settings), mla, 'mla', closed_form)
+    report.add(result_name(mla, settings), mla, 'mla', loss_of(mla))
     if to_fit:
-        steps = report.effort['layer_steps']
-        how = LayerwiseSettings(steps=steps, learning_rate=layer_lr, seed=seed)
-        before = {name: p.clone() for name, p in mla.state_dict().items() if '.attn.' in name}
-        errors = fit_layers(model, mla, text.windows, how, bar.update)
-        fitted = loss_of(mla)
-        report.add('the same, fitted layer by layer', mla, 'mla', fitted)
-        if fitted <= closed_form + MOST_LOST_BY_FITTING:
-            for layer, error in zip(report.layers, errors):
-                layer['error'] = error
-        else:  # too little text for so many weights
-            mla.load_state_dict(before, strict=False)
-            report.add('closed form kept: calibrate on more text', mla, 'mla', closed_form)
+        fit_or_restore(model, mla, text, report, bar.update)
     if cache_dtype:
         nats = quantised_loss(mla, text, bar.update)
         report.add(f'the same in {cache_dtype}', mla, 'mla', nats, cache_dtype)
     bar.close()
     return mla
+
+
+def fit_or_restore(
+    model: GPT, mla: GPT, text: Text, report: Report, tick: Callable[[], object]
+) -> None:
+    """
+    Fit each layer of `mla`, the closed form in the last row of the report, to `model`. Report it.
+
+    Where fitting costs too much on the held-out text, the closed form is restored.
+    """
+    closed_form = report.rows[-1].nats
+    steps = report.effort['layer_steps']
+    how = LayerwiseSettings(steps=steps, learning_rate=layer_lr, seed=seed)
+    before = {name: p.clone() for name, p in mla.state_dict().items() if '.attn.' in name}
+    errors = fit_layers(model, mla, text.windows, how, tick)
+    fitted = mean_loss(mla, text.held_out, batch_size, tick=tick)
+    report.add('the same, fitted layer by layer', mla, 'mla', fitted)
+    if fitted <= closed_form + MOST_LOST_BY_FITTING:
+        for layer, error in zip(report.layers, errors):
+            layer['error'] = error
+    else:  # too little text for so many weights
+        mla.load_state_dict(before, strict=False)
+        report.add('closed form kept: calibrate on more text', mla, 'mla', closed_form)
 
 
 def has_full_rank_step(model: GPT, text: Text | None) -> bool:

@@ -67,9 +67,9 @@ def read_text(path: Path, name: str) -> Iterator[str]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            place, byte = begin + error.start, error.object[error.start]
+            position, byte = begin + error.start, error.object[error.start]
             raise UserError(
-                f'{name} is not UTF-8 text: byte {place} is {byte:#04x}; '
+                f'{name} is not UTF-8 text: byte {position} is {byte:#04x}; '
                 'convert it to UTF-8 or use --tokenizer=bytes'
             ) from None
         read += len(block)
@@ -119,17 +119,17 @@ class Text:
 
     def divided_blocks(self, cut: int) -> Iterator[tuple[str, str | bytes | None]]:
         """Yield (split, block); the block that holds character `cut` is divided there."""
-        place = 0
+        position = 0
         for block in self.blocks():
             if block is END_OF_TEXT:
-                yield 'train' if place <= cut else 'val', END_OF_TEXT
+                yield 'train' if position <= cut else 'val', END_OF_TEXT
                 continue
-            head = max(cut - place, 0)
+            head = max(cut - position, 0)
             if block[:head]:
                 yield 'train', block[:head]
             if block[head:]:
                 yield 'val', block[head:]
-            place += len(block)
+            position += len(block)
 
     def chunks(self, cut: int) -> Iterator[tuple[str, str | bytes | None]]:
         """Yield (split, chunk) of up to `chunk_size`, and (split, END_OF_TEXT)."""
@@ -165,17 +165,17 @@ class Text:
 
 def token_boundary(text: str) -> int:
     """
-    Return the last place before a newline or a space that comes after no blank; 0 if there is none.
+    Return the last position before a newline or space that follows no whitespace; 0 if none is.
 
     GPT-2's pattern ends a piece there whatever follows, so the tokens of both sides are the tokens
     of the whole. Not so after a newline: how a run of blanks is divided depends on what follows it.
     """
     for blank in '\n', ' ':
-        place = text.rfind(blank)
-        while place > 0 and text[place - 1].isspace():
-            place = text.rfind(blank, 0, place)
-        if place > 0:
-            return place
+        position = text.rfind(blank)
+        while position > 0 and text[position - 1].isspace():
+            position = text.rfind(blank, 0, position)
+        if position > 0:
+            return position
     return 0
 
 

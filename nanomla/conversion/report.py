@@ -153,6 +153,7 @@ def draw_bytes(report: Report, ax) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel('bytes of a token in the cache, all layers')
+    ax.xaxis.set_major_formatter('{x:,.0f}')
     ax.grid(axis='y', visible=False)
 
 
