@@ -24,7 +24,7 @@ from nanomla.core import devices
 from nanomla.core.checks import settings_errors, split_numbers
 from nanomla.core.configurator import Settings
 from nanomla.core.figures import if_possible
-from nanomla.core.files import appending, jsonl, read_jsonl, writing
+from nanomla.core.files import appending, jsonl, read_appended, writing
 from nanomla.core.timing import (
     matmul_rate,
     median_and_range,
@@ -437,5 +437,5 @@ def scaling_text(row: dict) -> str:
 
 def scaling_rows(path: str | Path) -> list[dict]:
     """Return the rows of `measure_scaling` in a results file."""
-    rows = read_jsonl(path)
+    rows = read_appended(path)
     return [row for row in rows if row.get('what') == 'scale' and 'micro_batches' in row]

@@ -6,7 +6,6 @@ conversion have the share of the cache that it saves and its `way`: settings of 
 """
 
 import json
-import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from nanomla.core import figures
 from nanomla.core.checks import TABLE, TEXT, check_entries, number, whole
 from nanomla.core.configurator import UserError
 from nanomla.core.devices import commit, describe
-from nanomla.core.files import appending, read_jsonl, writing
+from nanomla.core.files import appending, read_appended, writing
 
 MHA2MLA = dict(rope='2-norm', rope_heads='own', low_rank='joint')  # Ji et al. 2025
 DEFAULT = dict(rope='turn', rope_heads='shared', low_rank='balanced')
@@ -175,7 +174,7 @@ ROW_MAY_HAVE = dict(
 
 def read_rows(file: Path) -> list[dict]:
     try:
-        rows = read_jsonl(file)
+        rows = read_appended(file, BEGIN)
         for line, row in enumerate(rows, 1):
             check_row(row, f'{file}:{line}')
         return rows
@@ -193,20 +192,6 @@ def check_row(row: dict, where: str) -> None:
         check_entries(row, {}, needed)
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from None
-
-
-def drop_broken_line(file: Path) -> None:
-    """
-    Cut off the last line of a file where a kill has left only a part of it.
-
-    UserError, and nothing is cut, for a file of anything else than rows.
-    """
-    with writing(file):
-        content = file.read_bytes()
-        for number, line in enumerate(content.split(b'\n'), 1):
-            if line[: len(BEGIN)] != BEGIN[: len(line)]:
-                raise UserError(f'{file}:{number} is no row of this study: name another --results')
-        os.truncate(file, content.rfind(b'\n') + 1)
 
 
 def percent_above(row: dict, source: dict) -> float:

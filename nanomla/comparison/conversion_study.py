@@ -79,7 +79,6 @@ from nanomla.comparison.conversion_results import (
     all_ways,
     default_way,
     draw_results,
-    drop_broken_line,
     factorisations,
     print_results,
 )
@@ -201,17 +200,10 @@ def read_settings(settings: dict) -> Study:
         savings=savings,
         heal_savings=heal_savings,
         default=default_way(*(settings[name] for name in ('fold', 'rope_pairs', 'layer_steps'))),
-        results=read_results(files, settings['draw_only']),
+        results=StudyResults(files, must_exist=settings['draw_only']),
         device=pick_device(settings['device']),
         data=Path(settings['dataset'] or out / 'text').resolve(),
     )
-
-
-def read_results(files: list[Path], draw_only: bool) -> StudyResults:
-    """Read the rows that there are; a study that goes on may have been killed while it wrote."""
-    if files[0].exists() and not draw_only:
-        drop_broken_line(files[0])
-    return StudyResults(files, must_exist=draw_only)
 
 
 def check_rows(study: Study) -> None:

@@ -74,7 +74,7 @@ from nanomla.core.checks import (
     whole,
 )
 from nanomla.core.devices import commit, describe, pick_device
-from nanomla.core.files import appending, read_jsonl
+from nanomla.core.files import appending, read_appended
 from nanomla.core.token_files import same_tokens
 from nanomla.inference.quantize import BITS
 
@@ -219,7 +219,7 @@ def read_rows(settings: dict) -> list[dict]:
         return []
     texts = ['text', 'second text'] if second_text else ['text']
     try:
-        rows = read_jsonl(results)
+        rows = read_appended(results)
         for line, row in enumerate(rows, 1):
             check_row(row, texts, settings, f'{results}:{line}')
     except OSError as error:

@@ -145,13 +145,19 @@ def appending(path: str | os.PathLike) -> io.TextIOWrapper:
     """
     Open a text file to add lines to, made if missing with its folders.
 
-    A last line that a kill has cut short is removed. UserError where it cannot be written, or is a
-    link or no file.
+    A last line that a kill has cut short is removed; a row that lacks only its end gets it.
+    UserError where it cannot be written, or is a link or no file.
     """
     with writing(path):
         opened = open_to_append(Path(path))
         with open(opened, 'rb', closefd=False) as file:
-            os.truncate(opened, whole_lines(file))
+            size = whole_lines(file)
+            file.seek(size)
+            is_row = parse_row(file.read()) is not None
+        if is_row:
+            os.write(opened, b'\n')
+        else:
+            os.truncate(opened, size)
         return open(opened, 'a', encoding='utf-8', newline='')
 
 
@@ -213,20 +219,43 @@ def jsonl(rows: list[dict]) -> str:
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
     """Return the rows of a JSONL file. A ValueError names the first line that is no JSON object."""
-    rows = []
     # Lines end with \n alone: a text in JSON may hold other signs that Python counts as line ends.
     lines = Path(path).read_bytes().split(b'\n')
     if not lines[-1]:
         lines.pop()
+    return rows_of(lines, path)
+
+
+def read_appended(path: str | os.PathLike, begin: bytes = b'{"') -> list[dict]:
+    """
+    Return the rows of a JSONL file that `appending` adds to, but one that a kill has cut short.
+
+    begin: of every row. A ValueError names the first line that is neither a row nor such a piece.
+    """
+    *lines, last = Path(path).read_bytes().split(b'\n')
+    is_piece = parse_row(last) is None and last[: len(begin)] == begin[: len(last)]
+    if not is_piece:
+        lines.append(last)
+    return rows_of(lines, path)
+
+
+def rows_of(lines: list[bytes], path: str | os.PathLike) -> list[dict]:
+    rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+        row = parse_row(line)
+        if row is None:
             raise ValueError(f'{path}:{number}: not a JSON object')
         rows.append(row)
     return rows
+
+
+def parse_row(line: bytes) -> dict | None:
+    """Return the JSON object of a line, None where it is none."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def csv_table(rows: list[dict]) -> str:

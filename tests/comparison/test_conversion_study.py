@@ -137,7 +137,11 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path, monkeypatch):
     files = dict(notes='to do\nmore', row='{"model": "the source"', source='')
     row = dict(kind='mha', seed=1, what='source', perplexity=2.0, commit='x', device='CPU')
     files['source'] = json.dumps(row | dict(steps=50)) + '\n'
-    matches = dict(notes='notes:1 is no row', row='row:1 is no row', source='source_steps=50')
+    matches = dict(
+        notes='notes:1: not a JSON object',
+        row='row:1: not a JSON object',
+        source='source_steps=50',
+    )
     for name, content in files.items():
         Path(name).write_text(content)
         assert_refused(matches[name], monkeypatch, results=name, text='book.txt', out='new')
@@ -153,7 +157,11 @@ def test_rows_are_appended_and_found_again(tmp_path, monkeypatch):
     row = dict(kind='mha', seed=1, saving=0.5, what='converted', way=DEFAULT)
     assert row not in results
     results.add(row | dict(perplexity=2.0), device=None)
+    with open(file, 'a') as opened:
+        opened.write('{"kind": "gqa", "see')  # as a kill leaves it
     assert row in StudyResults([file], must_exist=True)
+    results.add(row | dict(perplexity=2.0, seed=2), device=None)
+    assert len(StudyResults([file], must_exist=True).rows) == 2
     assert row | dict(way=MHA2MLA) not in results
 
 

@@ -73,6 +73,8 @@ def test_searched_pairs_are_those_of_the_least_error(study):
 
 def test_a_study_goes_on_where_it_was_and_adds_models(study):
     first = study(seeds='1', recipes='attention')
+    with open('pretrained.jsonl', 'a') as file:
+        file.write('{"recipe": "attention + W^O", "sav')  # as a kill leaves it
     again = study(seeds='1', recipes='attention + W^O,attention', models='src', cache_dtype='int8')
     assert again[: len(first)] == first
     added = again[len(first) :]

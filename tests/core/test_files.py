@@ -67,6 +67,24 @@ def test_rows_come_back_and_a_broken_line_is_named(tmp_path):
             files.read_jsonl(path)
 
 
+def test_a_row_that_a_kill_has_cut_short_is_left_out_and_then_removed(tmp_path):
+    """But never what is no piece of a row, or a row that lacks only its end."""
+    path, rows = tmp_path / 'rows.jsonl', [dict(a=1), dict(a='x')]
+    whole = files.jsonl(rows)
+    last = len(files.jsonl(rows[:1]))
+    for end in range(last, len(whole) + 1):
+        path.write_text(whole[:end])
+        read = files.read_appended(path)
+        assert read == rows[: 1 + (end >= len(whole) - 1)]
+        with files.appending(path) as file:
+            file.write('{"b": 2}\n')
+        assert files.read_jsonl(path) == [*read, dict(b=2)]
+    for other in ('to do\nmore', 'more', '{"b": 1', '[1]\n', '{"a": \n{"a": 1}\n'):
+        path.write_text(other)
+        with pytest.raises(ValueError, match='rows.jsonl:1: not a JSON object'):
+            files.read_appended(path, begin=b'{"a": ')
+
+
 def test_a_csv_has_all_columns_and_flat_names():
     text = files.csv_table([dict(a=1, b=dict(c=2, d=3)), dict(a=4, e='x,y')])
     rows = list(csv.DictReader(text.splitlines()))
