@@ -110,6 +110,7 @@ def test_a_study_is_drawn_from_several_files(tmp_path, monkeypatch, capsys):
         ('conversion_seeds', {}, '0.86 (0.79–0.97)'),
         ('conversion_study', {}, 'MHA: source perplexity 2.7608 (1 seeds)'),
         ('conversion_gqa', dict(fold=2), '1.33 (1.05–1.51)'),
+        ('conversion_gqa_600_fold2', dict(fold=2, layer_steps=600), '0.79 (0.78–0.81)'),
     ],
 )
 def test_committed_logs_are_drawn(log, settings, line, tmp_path, monkeypatch, capsys):
