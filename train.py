@@ -591,7 +591,7 @@ while not stop:
             seconds=seconds(),
             train_seconds=round(run.train_seconds, 3),
             loss=lossf,
-            lr=learning_rate * get_lr_share(trainer.s, run.step - 1),
+            lr=learning_rate * get_lr_share(config, run.step - 1),
             tok_per_s=round(speed),
             mfu=model.estimate_mfu(speed, peak_flops) if math.isfinite(peak_flops) else None,
             **logits,

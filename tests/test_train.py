@@ -1022,19 +1022,17 @@ def test_ckpt_is_the_best_or_the_newest(always, kept, monkeypatch):
 
 
 def settings_of(**changes):
-    return SimpleNamespace(
-        **dict(
-            learning_rate=1.0,
-            min_lr=0.1,
-            decay_lr=True,
-            schedule='cosine',
-            warmup_iters=10,
-            lr_decay_iters=110,
-            max_iters=200,
-            cooldown=0.4,
-        )
-        | changes
+    settings = dict(
+        learning_rate=1.0,
+        min_lr=0.1,
+        decay_lr=True,
+        schedule='cosine',
+        warmup_iters=10,
+        lr_decay_iters=110,
+        max_iters=200,
+        cooldown=0.4,
     )
+    return settings | changes
 
 
 def test_warmup_is_linear_and_reaches_the_peak():

@@ -10,7 +10,6 @@ device; small models on one GPU record the whole step as a CUDA graph.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -90,19 +89,19 @@ def check_teacher(settings: dict, model: GPT, teacher: GPT) -> None:
         )
 
 
-def get_lr_share(s, step: int) -> float:
+def get_lr_share(settings: dict, step: int) -> float:
     """Return the learning rate at `step` (from 0), a share of its peak, by train.py's settings."""
-    end = s.lr_decay_iters or s.max_iters
-    floor = s.min_lr / s.learning_rate
-    if not s.decay_lr:
+    warmup, end = settings['warmup_iters'], settings['lr_decay_iters'] or settings['max_iters']
+    floor = settings['min_lr'] / settings['learning_rate']
+    if not settings['decay_lr']:
         return 1.0
-    if step < s.warmup_iters:
-        return (step + 1) / (s.warmup_iters + 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if step >= end:
         return floor
-    if s.schedule == 'wsd':
-        return floor + (1 - floor) * min(1.0, (end - step) / max(1, s.cooldown * end))
-    decayed = (step - s.warmup_iters) / (end - s.warmup_iters)
+    if settings['schedule'] == 'wsd':
+        return floor + (1 - floor) * min(1.0, (end - step) / max(1, settings['cooldown'] * end))
+    decayed = (step - warmup) / (end - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
@@ -124,7 +123,7 @@ class Trainer:
         predictions: TeacherCache | None = None,
         group=None,
     ):
-        self.s = s = SimpleNamespace(**settings)  # read as attributes, as in train.py
+        self.settings = settings
         self.model, self.data, self.group = model, data, group
         self.device, self.world = data.device, data.world
         check_ranges(settings)
@@ -135,30 +134,32 @@ class Trainer:
         self.choose_parameters()
         self.teacher = None if teacher is None else teacher.to(self.device)
         self.predictions = predictions
-        self.accumulation = s.gradient_accumulation_steps // self.world
+        self.accumulation = settings['gradient_accumulation_steps'] // self.world
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(
             model,
             OptimizerSettings(
-                kind=s.optimizer,
-                learning_rate=s.learning_rate,
-                muon_lr=s.muon_lr,
-                weight_decay=s.weight_decay,
-                betas=(s.beta1, s.beta2),
-                graph=s.cuda_graph,
-                split=s.muon_split,
-                heads=s.muon_heads,
-                up=s.muon_up,
+                kind=settings['optimizer'],
+                learning_rate=settings['learning_rate'],
+                muon_lr=settings['muon_lr'],
+                weight_decay=settings['weight_decay'],
+                betas=(settings['beta1'], settings['beta2']),
+                graph=settings['cuda_graph'],
+                split=settings['muon_split'],
+                heads=settings['muon_heads'],
+                up=settings['muon_up'],
             ),
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.stream == torch.float16)
-        self.average = MovingAverage(model, s.ema_decay) if s.ema_decay else None
+        self.average = None
+        if settings['ema_decay']:
+            self.average = MovingAverage(model, settings['ema_decay'])
         self.logits = self.make_record()
         self.batch_loss = self.make_loss()
         self.forward = self.make_forward()
         self.graphed_step = None
-        if s.cuda_graph:
-            shape = (self.accumulation, s.batch_size)
+        if settings['cuda_graph']:
+            shape = (self.accumulation, settings['batch_size'])
             self.starts = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.graphed_step = GraphedStep(
                 lambda: self.step_and_clip(self.starts), warmup=EAGER_STEPS
@@ -168,19 +169,20 @@ class Trainer:
     # what fits together
 
     def check_device(self) -> None:
-        s, on_gpu = self.s, self.device.type == 'cuda'
-        if s.gradient_accumulation_steps % self.world:
+        settings, on_gpu = self.settings, self.device.type == 'cuda'
+        steps = settings['gradient_accumulation_steps']
+        if steps % self.world:
             raise UserError(
-                f'gradient_accumulation_steps={s.gradient_accumulation_steps} is not a multiple '
-                f'of the {self.world} processes'
+                f'gradient_accumulation_steps={steps} is not a multiple of the {self.world} '
+                'processes'
             )
         can_record = on_gpu and self.world == 1 and self.model.stream != torch.float16
-        if s.cuda_graph and not (can_record and 'train' in self.data.resident):
+        if settings['cuda_graph'] and not (can_record and 'train' in self.data.resident):
             raise UserError(
                 '--cuda_graph=True needs one CUDA GPU, bfloat16 or float32, and a dataset that '
                 'fits on it: use --cuda_graph=False'
             )
-        if s.fp8_head and not (on_gpu and s.fused_loss):
+        if settings['fp8_head'] and not (on_gpu and settings['fused_loss']):
             raise UserError(
                 '--fp8_head=True needs a CUDA GPU and --fused_loss=True: use --fp8_head=False'
             )
@@ -188,7 +190,7 @@ class Trainer:
     def smaller_batch(self) -> str:
         """Return what to do where memory runs out, for the end of a message."""
         return (
-            f'on {self.device} with batch_size={self.s.batch_size}: use a smaller one '
+            f'on {self.device} with batch_size={self.settings["batch_size"]}: use a smaller one '
             '(and more gradient_accumulation_steps)'
         )
 
@@ -196,7 +198,7 @@ class Trainer:
         """Raise a UserError where a CPU has no room for the weights, or for one batch."""
         if self.device.type != 'cpu':
             return
-        s, c = self.s, self.model.config
+        settings, c = self.settings, self.model.config
         # Weights, gradients and two moments in fp32.
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         devices.check_host_memory(
@@ -204,31 +206,34 @@ class Trainer:
         )
         # x and y, what each block and its MLP keep for the backward pass, and the logits.
         width = c.n_layer * (2 * c.n_embd + c.n_inner) + c.vocab_size
-        batch = s.batch_size * s.block_size * (16 + width * self.model.stream.itemsize)
+        tokens = settings['batch_size'] * settings['block_size']
+        batch = tokens * (16 + width * self.model.stream.itemsize)
         advice = 'use a smaller one (and more gradient_accumulation_steps)'
-        devices.check_host_memory(batch, f'batch_size={s.batch_size}', advice)
+        devices.check_host_memory(batch, f'batch_size={settings["batch_size"]}', advice)
 
     def choose_parameters(self) -> None:
         """Train only the parameters that --train_only names."""
-        words = split_list(self.s.train_only)
+        words = split_list(self.settings['train_only'])
         if words:
             for name, p in self.model.named_parameters():
                 p.requires_grad_(any(word in name for word in words))
         if not any(p.requires_grad for p in self.model.parameters()):
             raise UserError(
-                f'--train_only={self.s.train_only}: no parameter has such a name; '
+                f'--train_only={self.settings["train_only"]}: no parameter has such a name; '
                 "'attn' or 'kv_a_proj,kv_b_proj,q_proj' are words of MLA's"
             )
 
     def make_record(self) -> LogitRecord | None:
         """Return what tells the attention logits, where a setting needs them."""
-        s = self.s
-        if s.qk_clip:
-            setting = f'--qk_clip={s.qk_clip:g}'
+        settings = self.settings
+        if settings['qk_clip']:
+            setting = f'--qk_clip={settings["qk_clip"]:g}'
             check_qk_clip(self.model, setting)
-            if s.train_only:
-                raise UserError(f'{setting} moves weights that --train_only={s.train_only} may not')
-        elif s.log_max_logits:
+            if settings['train_only']:
+                raise UserError(
+                    f'{setting} moves weights that --train_only={settings["train_only"]} may not'
+                )
+        elif settings['log_max_logits']:
             setting = '--log_max_logits=True'
         else:
             return None
@@ -239,9 +244,9 @@ class Trainer:
 
     def make_loss(self) -> BatchLoss:
         """Return the loss of a batch of text, its parts compiled."""
-        s, model = self.s, self.model
-        loss = BatchLoss(model, fused=s.fused_loss and self.device.type == 'cuda', fp8=s.fp8_head)
-        if s.compile:
+        model, fused = self.model, self.settings['fused_loss'] and self.device.type == 'cuda'
+        loss = BatchLoss(model, fused=fused, fp8=self.settings['fp8_head'])
+        if self.settings['compile']:
             loss.compile_parts()
             # ranks may differ from layer to layer, and each is compiled by itself
             limit = max(8, 2 * len(model.transformer.h))
@@ -250,17 +255,18 @@ class Trainer:
 
     def make_forward(self) -> torch.nn.Module:
         """Return what is trained: that loss, with the teacher's part, on all processes."""
-        s, forward = self.s, self.batch_loss
+        settings, forward = self.settings, self.batch_loss
         if self.teacher is not None:
             self.teacher.stream = self.model.stream
             theirs = BatchLoss(self.teacher)
-            forward = DistillationLoss(self.batch_loss, theirs, s.distill, s.distill_hidden)
-            if s.compile:
+            shares = settings['distill'], settings['distill_hidden']
+            forward = DistillationLoss(self.batch_loss, theirs, *shares)
+            if settings['compile']:
                 theirs.compile_parts(embedding=False)
                 forward.compile_parts()
         if self.predictions is not None:
-            forward = CachedDistillationLoss(self.batch_loss, s.distill)
-            if s.compile:
+            forward = CachedDistillationLoss(self.batch_loss, settings['distill'])
+            if settings['compile']:
                 forward.compile_parts()
         if self.world == 1:
             return forward
@@ -282,13 +288,13 @@ class Trainer:
         Train on the batch of `step` (from 0): one update. Returns its mean loss, on the device and
         not waited for.
         """
-        s = self.s
-        set_rate(self.optimizers, get_lr_share(s, step))
+        settings = self.settings
+        set_rate(self.optimizers, get_lr_share(settings, step))
         # dropout, too, depends on (seed, step, rank) only
-        torch.manual_seed((s.seed * 1_000_003 + step) * 4099 + self.data.rank)
+        torch.manual_seed((settings['seed'] * 1_000_003 + step) * 4099 + self.data.rank)
         micro_steps, predictions = range(self.accumulation), None
         if self.predictions is None:
-            starts = [self.data.starts(step, n, s.batch_size) for n in micro_steps]
+            starts = [self.data.starts(step, n, settings['batch_size']) for n in micro_steps]
         else:
             batches = [self.predictions.batch(step, n) for n in micro_steps]
             starts, predictions = zip(*batches)
@@ -307,11 +313,11 @@ class Trainer:
         self, starts: torch.Tensor, predictions: Sequence[Predictions] | None = None
     ) -> torch.Tensor:
         """`one_step`, then QK-Clip by the logits of its batches, where that is asked for."""
-        if not self.s.qk_clip:
+        if not self.settings['qk_clip']:
             return self.one_step(starts, predictions)
         with self.logits.recording():
             loss = self.one_step(starts, predictions)
-        clip_logits(self.model, self.logits.largest(), self.s.qk_clip)
+        clip_logits(self.model, self.logits.largest(), self.settings['qk_clip'])
         return loss
 
     def one_step(
@@ -334,10 +340,10 @@ class Trainer:
                 loss = self.forward(*inputs) / self.accumulation
                 self.scaler.scale(loss).backward()
             total = total + loss.detach()
-        if self.s.grad_clip:
+        if self.settings['grad_clip']:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.params, self.s.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.params, self.settings['grad_clip'])
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -351,9 +357,9 @@ class Trainer:
         With QK-Clip they are those that it saw in the step; without it, those of one micro-batch of
         text, with the weights after the step.
         """
-        if self.s.qk_clip:
+        if self.settings['qk_clip']:
             return self.logits.largest()
-        x, _ = self.data.train_batch(step, 0, self.s.batch_size)
+        x, _ = self.data.train_batch(step, 0, self.settings['batch_size'])
         with devices.machine_errors(self.smaller_batch()):
             return self.logits.measured(x)
 
@@ -366,16 +372,16 @@ class Trainer:
         stopping: asked before each batch, by its number; all ranks get the same answer. Where it is
         yes, the evaluation ends there and returns None.
         """
-        s = self.s
         self.model.eval()
         on = 'cpu' if self.device.type == 'mps' else self.device
         total = torch.zeros(2, dtype=torch.float64, device=on)
         # a quick run compiles nothing twice
-        stance = 'force_eager' if s.cuda_graph else 'default'
+        stance = 'force_eager' if self.settings['cuda_graph'] else 'default'
+        batch_size, batches = self.settings['batch_size'], self.settings['eval_iters']
         failures = devices.machine_errors(self.smaller_batch())
         with failures, self.averaged(), torch.compiler.set_stance(stance):
-            batches = self.data.val_batches(s.batch_size, most=s.eval_iters * s.batch_size)
-            for number, (x, y) in enumerate(batches):
+            windows = self.data.val_batches(batch_size, most=batches * batch_size)
+            for number, (x, y) in enumerate(windows):
                 if stopping is not None and stopping(number):
                     self.model.train()
                     return None
@@ -414,13 +420,13 @@ class Trainer:
         """Take over the moments of the old run; rates and decay are those of this one."""
         if len(state['optimizers']) != len(self.optimizers):
             raise UserError(
-                f'{state["path"]} was trained with another optimizer than '
-                f'--optimizer={self.s.optimizer}: resume with its own, or begin a new run from its '
+                f'{state["path"]} was trained with another optimizer than --optimizer='
+                f'{self.settings["optimizer"]}: resume with its own, or begin a new run from its '
                 f'weights with --init_from={state["path"]}'
             )
         # Without names, parameters of one shape could be taken for others.
-        trained_only = state.get('config', {}).get('train_only', self.s.train_only)
-        if trained_only != self.s.train_only:
+        trained_only = state.get('config', {}).get('train_only', self.settings['train_only'])
+        if trained_only != self.settings['train_only']:
             raise UserError(
                 f'{state["path"]} was trained on other parameters, with --train_only='
                 f'{trained_only}: resume with its own, or begin a new run from its weights with '
