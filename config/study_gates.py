@@ -4,8 +4,9 @@ Does a gate or the shape of the cache beat MHA? 124M parameters, books in GPT-2'
     python data/text/prepare.py books.txt.xz --tokenizer=gpt2 --out=data/books_gpt2
     python compare.py config/study_gates.py --in_process=True --decode_tokens=0
 
-At 12M parameters MFA and gated MQA were better than MHA (study_staircase.py). Here MHA has the gate
-as well; the others cache an eighth: 192 values a token and layer.
+At 12M parameters MFA and gated MQA were better than MHA (study_staircase.py). Here MHA and the best
+MLA of compare_124m.py have the gate as well; all but MHA cache an eighth: 192 values a token and
+layer. Rates are chosen by runs in full: short ones choose too high a rate for small caches.
 """
 
 out_dir = 'out-study-gates'
@@ -14,12 +15,21 @@ title = 'Gates and caches of one eighth, books by BPE, 124M'
 contenders = dict(
     mha=dict(label='MHA + RoPE', muon_lr=[0.02, 0.04, 0.08]),
     gated=dict(label='Gated MHA', attention='gated', muon_lr=[0.02, 0.04, 0.08]),
-    gated_mqa=dict(label='Gated MQA', attention='gated', n_head=8, n_kv_head=1, head_dim=96),
+    # caches of an eighth
+    gated_mla=dict(
+        label='Gated MLA, no content keys',
+        attention='gated_mla',
+        kv_lora_rank=128,
+        qk_rope_head_dim=64,
+        latent_init='orthogonal',
+        softmax_scale=0.25,
+        muon_up=0.25,
+    ),
     mfa=dict(label='MFA, 16 heads', attention='mfa', n_head=16, head_dim=96),
+    gated_mqa=dict(label='Gated MQA', attention='gated', n_head=8, n_kv_head=1, head_dim=96),
 )
 seeds = [1, 2, 3]
 tune = dict(muon_lr=[0.01, 0.02, 0.04])  # MHA wants more
-tune_iters = 200  # the schedule in short
 
 dataset = 'books_gpt2'
 gradient_accumulation_steps = 1

@@ -44,7 +44,7 @@ contenders = dict(
         qk_rope_head_dim=64,
     ),
     slower=dict(
-        label='... orthogonal start, Muon slower after it',
+        label='orthogonal, slower Muon',
         attention='mla',
         kv_lora_rank=128,
         qk_nope_head_dim=32,
@@ -52,8 +52,9 @@ contenders = dict(
         latent_init='orthogonal',
         muon_up=0.25,
     ),
+    # and QK-norm of the whole query: MLA 128 + 64 of compare_124m.py
     whole=dict(
-        label='... QK-norm of the whole query',
+        label='MLA 128 + 64',
         attention='mla',
         kv_lora_rank=128,
         qk_nope_head_dim=32,
@@ -63,7 +64,7 @@ contenders = dict(
         qk_norm_latent=True,
     ),
     gated_mla=dict(
-        label='... and an output gate',
+        label='Gated MLA 128 + 64',
         attention='gated_mla',
         kv_lora_rank=128,
         qk_nope_head_dim=32,
