@@ -6,7 +6,7 @@ Train contenders on the same batches with the same seeds, and report what each c
         --figure=compare.png
     sbatch --array=0-7 slurm/compare.sbatch config/compare_124m.py
 
-Every run is an ordinary train.py run in out_dir/CONTENDER/; started again, a comparison goes on
+Every run is an ordinary train.py run in out_dir/CONTENDER/; started again, a comparison resumes
 where it was. It writes out_dir/results.jsonl, which holds all that is shown, compare.md,
 compare.json, compare.png and compare_front.png. The settings of train.py are those of all
 contenders; a config file may hold them, too.
@@ -158,7 +158,7 @@ def chosen_contenders() -> dict:
 
 
 def read_results(path):
-    """Read a results.jsonl file, whose contenders are held against --control where it is given."""
+    """Read a results.jsonl file, compared with --control where that is given."""
     results = read(path)
     if control and control not in results.contenders:
         names = ', '.join(results.contenders)

@@ -160,7 +160,7 @@ def check_settings(source: str) -> None:
     final = export
     if not export and not heal:
         final = out
-    # Earlier results may be there: the command goes on from them.
+    # Earlier results may be there: the command resumes from them.
     if final and os.path.exists(final):
         raise UserError(f'{final} is there already: name a new folder, or remove it')
     check_range('calibration_tokens', calibration_tokens, least=0)

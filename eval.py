@@ -8,7 +8,7 @@ Evaluate models through their caches: perplexity, long-context retrieval, the lm
 
 One line for each model and cache format, with the bytes that a token takes, measured on the cache's
 buffers. Each result is kept in out_dir/results.jsonl as soon as it is there; the same command again
-goes on with what is missing.
+measures what is missing.
 """
 
 # what; lists have commas between their words

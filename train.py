@@ -417,7 +417,7 @@ def start_wandb():
             name=wandb_run_name or out.name,
             config=dict(config),
             id=run.run_id,
-            resume='allow',  # a resumed run goes on with its curves
+            resume='allow',  # a resumed run continues its curves
         )
     except wandb.Error as error:
         raise UserError(

@@ -8,7 +8,7 @@ Such a file is all that an attention needs. It holds one subclass of GPT or GPT_
                 train.py, compare.py and bench.py, with their comments as --help
     Attention   a subclass of Attention; see there what to define and what is optional
 
-and stands on torch, model.py, model_mla.py and other files of this folder alone.
+and imports only torch, model.py, model_mla.py and other files of this folder.
 docs/add_an_attention.md shows one.
 """
 

@@ -5,7 +5,7 @@ MLA with DeepSeek's mixture of experts in the place of the MLP (DeepSeek-V2 and 
     V2: g = softmax(W x), the largest      V3: g = sigmoid(W x), those with the largest g + b
 
 Experts stand in n_group groups. A token has those of the topk_group best: by their best expert (V2)
-or their two best (V3). For running and looking inside: no loss balances the experts in training.
+or their two best (V3). For inference and analysis: no loss balances the experts in training.
 
 Legend: as in model_mla.py, and M tokens, E experts, k of a token.
 """

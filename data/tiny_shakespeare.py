@@ -1,5 +1,5 @@
 """
-The text of data/shakespeare_char and data/shakespeare: tiny Shakespeare, or what stands in for it.
+The text of data/shakespeare_char and data/shakespeare: tiny Shakespeare, or a substitute.
 
 Both datasets read data/shakespeare_char/input.txt. Where that is missing it is downloaded. Without
 a network the English that ships inside every CPython takes its place for this run, about as long as

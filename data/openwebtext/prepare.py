@@ -5,7 +5,7 @@ those of any model's tokenizer.json (--tokenizer).
 The documents come from huggingface.co (tens of gigabytes of download, kept in Hugging Face's own
 cache), or from local files with --input. Each is followed by <|endoftext|>, or stands between what
 begins and ends a document for the model; one of every 2,000, drawn by the seed, validates. Kill it
-whenever you like: the next run with the same settings goes on.
+whenever you like: the next run with the same settings resumes.
 
 train.bin and val.bin grow under the name *.partial, and progress.json says how far they can be
 trusted.

@@ -2,8 +2,8 @@
 Tiny Shakespeare in GPT-2 tokens: writes train.bin, val.bin and meta.json into this folder.
 
 The text is data/shakespeare_char/input.txt, which is downloaded when it is missing. Without a
-network the reference text of your Python stands in, and meta.json says so; a later run can mend
-that.
+network the language reference of your Python takes its place, and meta.json says so. A later run
+with a network replaces it.
 tiktoken needs its GPT-2 vocabulary: a network once, or TIKTOKEN_CACHE_DIR.
 
 Tiny Shakespeare has 301,966 tokens to train on and 36,059 to validate.

@@ -2,8 +2,8 @@
 Tiny Shakespeare, one token a character: train.bin, val.bin and meta.json in this folder.
 
 The text is data/shakespeare_char/input.txt, which is downloaded when it is missing. Without a
-network the reference text of your Python stands in, and meta.json says so; a later run can mend
-that.
+network the language reference of your Python takes its place, and meta.json says so. A later run
+with a network replaces it.
 
 Tiny Shakespeare has 65 characters; 1,003,854 of its 1,115,394 train and 111,540 validate.
 """

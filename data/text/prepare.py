@@ -9,7 +9,7 @@ along.
 
 The files are read twice, in blocks: once to check and count them, once to tokenise. So memory does
 not grow with the text. Tokens are made in parallel, of chunks that are cut where the tokens of the
-whole text have a boundary anyway. Kill it whenever you like: the same command goes on.
+whole text have a boundary anyway. After an interruption the same command resumes.
 """
 
 import bz2

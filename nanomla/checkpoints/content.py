@@ -3,7 +3,7 @@ Verify checkpoints before they are used: no byte has changed, and the content is
 holds.
 
 torch.save writes a zip archive. `seal` adds checksums of all its bytes as the archive's comment,
-which torch.load skips. nanoGPT's and older checkpoints have none: they are held against the CRC-32
+which torch.load skips. nanoGPT's and older checkpoints have none: they are checked by the CRC-32
 that the archive has of each of its records, at which torch.load does not look.
 
 A safetensors file begins with the length of its header and the header, JSON that begins with

@@ -1,6 +1,6 @@
 """
 Heal a converted model: train.py with config/heal_mla.py in a process of its own, the source as its
-teacher. The same call goes on with a run that was interrupted.
+teacher. The same call resumes a run that was interrupted.
 """
 
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class Healing:
         return min(max(1, windows // self.batch_size), MOST_BATCHES)
 
     def words(self) -> list[str]:
-        """Return train.py's command line, which goes on where an earlier one was interrupted."""
+        """Return train.py's command line, which resumes a run that was interrupted."""
         interrupted = (Path(self.out) / 'last.pt').exists()
         settings = dict(
             init_from='resume' if interrupted else self.start,

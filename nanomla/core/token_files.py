@@ -5,7 +5,7 @@ A dataset is a folder. `train.bin` and `val.bin` are bare token ids (uint16, or 
 vocabulary needs it), laid out as nanoGPT writes them. `meta.json` describes them: dtype,
 vocab_size, tokenizer, source, the number of tokens and the CRC-32 of each split, sha256 of the text
 and what the tokenizer is: for characters, the characters; for a model's own tokenizer.json (`hf`),
-which lies beside it, the hash of what decides its tokens. What is read is held against it.
+which lies beside it, the hash of what decides its tokens. What is read is checked by it.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ from nanomla.core.tokenizers import Tokenizer
 
 DATA = ROOT / 'data'
 SPLITS = ('train', 'val')
-CHECKED_BYTES = 2**29  # larger splits are held against their size alone
+CHECKED_BYTES = 2**29  # of larger splits only the size is checked
 
 CHARS = Rule(lambda value: isinstance(value, str) and len(value) > 0, 'the characters as one text')
 TOKEN_IDS = whole(least=0) | list_of(whole(least=0)) | None
@@ -288,7 +288,7 @@ PROGRESS = dict(  # of progress.json
 class Progress:
     """
     How far a run of a prepare.py has come: progress.json beside its partial files, so that the next
-    run with the same plan goes on from there.
+    run with the same plan resumes there.
 
     plan: all that decides the tokens; save_every: seconds of work that a kill may cost
     """
@@ -430,7 +430,7 @@ def check_meta(meta: object, needed: Collection[str] = ()) -> None:
 
 def read_split(folder: str | os.PathLike, split: str, meta: dict) -> np.memmap:
     """
-    Return a read-only memmap of a split ('train' or 'val') of a dataset, held against its meta.
+    Return a read-only memmap of a split ('train' or 'val') of a dataset, checked by its meta.
 
     UserError where it is missing, empty, or not what was written: of another size, or, up to
     CHECKED_BYTES, with other bytes. Of what has no counts in its meta (nanoGPT's) any tokens count.
