@@ -285,6 +285,7 @@ model.float().to(device).train()  # master weights in fp32, whatever the file he
 model.stream = devices.pick_dtype(dtype, device)
 with settings_errors():
     model.check_kernel(device)
+params = model.num_params()  # adapters are merged in what is saved
 if lora_rank:
     add_adapters()
 data = Dataset(token_files.find(dataset), block_size, seed, device, rank, world)
@@ -312,7 +313,7 @@ kind, commit = native.kind_of(model), devices.commit()
 peak_flops = devices.peak_flops(device, model.stream) * world
 stream_dtype = str(model.stream).removeprefix('torch.')
 log_line(
-    f'{model.config.label}, {model.num_params() / 1e6:.2f}M parameters, cache '
+    f'{model.config.label}, {params / 1e6:.2f}M parameters, cache '
     f'{model.cache_bytes_per_token():,} bytes a token (bf16), {devices.describe(device)}, '
     f'{stream_dtype}\ntext: {meta["source"]}; {tokens_per_step:,} tokens a step'
 )
@@ -465,7 +466,7 @@ else:
         copied=copied,
         config=dict(config),
         kind=kind,
-        params=model.num_params(),
+        params=params,
         commit=commit,
         world=world,
         data=dict(name=dataset, source=meta['source'], tokenizer=meta['tokenizer']),
