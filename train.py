@@ -672,9 +672,12 @@ if main:
             write_sample()
         except UserError as error:
             log_line(f'no sample: {error}')
+    rate = ''
+    if speed:  # a run of a few steps has none
+        rate = f'{speed:,.0f} tok/s | '
     log_line(
         f'{stop} | best val loss {run.best_val_loss:.4f} at step {run.best_step} | '
-        f'{seconds():.0f} s | {speed:,.0f} tok/s | peak memory {memory_used / 2**30:.2f} GiB'
+        f'{seconds():.0f} s | {rate}peak memory {memory_used / 2**30:.2f} GiB'
     )
     with figures.if_possible(log_line):
         figures.curve(out / 'log.jsonl', out / 'curve.png')
