@@ -384,6 +384,8 @@ def quantised_loss(mla: GPT, text: Text | None, tick: Callable[[], object]) -> f
 def full_rank_name(settings: ConversionSettings) -> str:
     if settings.rope_pairs < 0:
         return 'RoPE on all pairs, full rank'
+    if settings.rope_pairs == 0:
+        return 'no RoPE, full rank'
     pairs = f'{settings.rope_pairs} pairs ({settings.rope}, {settings.rope_heads})'
     return f'RoPE on {pairs}, full rank'
 
