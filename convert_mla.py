@@ -92,6 +92,7 @@ from nanomla.conversion.heal import (
     Healing,
     check_dataset,
     check_is_the_same,
+    healed_folder,
 )
 from nanomla.conversion.heal import heal as heal_model
 from nanomla.conversion.layerwise import LayerwiseSettings, fit_layers, search_split
@@ -109,10 +110,11 @@ from nanomla.core import token_files
 from nanomla.core.checks import check_choice, check_range
 from nanomla.core.devices import commit, describe, pick_device, pick_dtype
 from nanomla.core.figures import if_possible
-from nanomla.core.files import copy_file, progress_bar, replacing_folder
+from nanomla.core.files import check_can_be_made, copy_file, progress_bar, replacing_folder
 from nanomla.inference.quantize import BITS
 from nanomla.training.next_steps import print_next_steps
 
+OF_HEALING = ('learning_rate', 'teacher_cache', 'lora_rank')
 LONGEST_WINDOW = 1024  # tokens, unless block_size asks for more
 MOST_LOST_BY_FITTING = 0.1  # nats on the held-out text; beyond it the closed form stays
 ROPE_SETTINGS = ('rope', 'rope_pairs', 'rope_heads', 'by_layer', 'fold', 'real', 'components')
@@ -155,6 +157,7 @@ def check_settings(source: str) -> None:
     if not out:
         raise UserError('say where to put it: --out=FOLDER')
     check_range('heal', heal, least=0)
+    check_range('seed', seed, least=0, below=2**32)
     check_range('learning_rate', learning_rate, least=0)
     check_range('lora_rank', lora_rank, least=0)
     final = export
@@ -163,6 +166,7 @@ def check_settings(source: str) -> None:
     # Earlier results may be there: the command resumes from them.
     if final and os.path.exists(final):
         raise UserError(f'{final} is there already: name a new folder, or remove it')
+    check_places()
     check_range('calibration_tokens', calibration_tokens, least=0)
     check_range('eval_tokens', eval_tokens, least=0)
     check_range('layer_steps', layer_steps, least=-1)
@@ -180,6 +184,23 @@ def check_settings(source: str) -> None:
         check_choice('export_dtype', export_dtype, DTYPES)
         if not export:
             raise UserError('export_dtype is that of an export: name one by --export=FOLDER')
+
+
+def check_places() -> None:
+    """Raise a UserError where something could not be written after the work, or names nothing."""
+    folders = dict(out=out)
+    if heal:
+        folders['healing'] = healed_folder(out)
+    for name, folder in folders.items():
+        if export and os.path.abspath(export) == os.path.abspath(folder):
+            raise UserError(f'--export={export} is where {name} writes: name another folder')
+    for path in filter(None, (out, export, teacher_cache)):
+        check_can_be_made(path)
+    if teacher_cache and os.path.isfile(teacher_cache):
+        raise UserError(f'--teacher_cache={teacher_cache} is a file: name a folder')
+    for name in OF_HEALING:
+        if config[name] and not heal:
+            raise UserError(f'{name} is a setting of healing: add --heal=TOKENS, or leave it out')
 
 
 def check_rope_settings(source_config: GPTConfig) -> None:
@@ -239,8 +260,7 @@ def healing_options(loaded: LoadedModel) -> dict[str, object]:
     options = dict(device=device)
     if loaded.pretrained and not lora_rank:  # adapters want a higher rate than all weights do
         options['learning_rate'] = PRETRAINED_RATE
-    passed_on = ('learning_rate', 'teacher_cache', 'lora_rank')
-    return options | {name: config[name] for name in passed_on if config[name]}
+    return options | {name: config[name] for name in OF_HEALING if config[name]}
 
 
 def to_be_searched(
@@ -267,7 +287,10 @@ def text_name(loaded: LoadedModel) -> str:
 
 
 def window_size(source_config: GPTConfig) -> int:
-    return min(source_config.block_size, block_size or LONGEST_WINDOW)
+    most = source_config.block_size
+    if block_size > most:
+        raise UserError(f'--block_size={block_size}: the source reads {most} tokens at a time')
+    return block_size or min(most, LONGEST_WINDOW)
 
 
 def read_text(name: str, loaded: LoadedModel, effort: Effort, device: torch.device) -> Text:
@@ -455,7 +478,7 @@ def check_can_be_exported(loaded: LoadedModel, settings: ConversionSettings) -> 
     model = loaded.model
     ranks = [settings.kv_lora_rank] * model.config.n_layer
     config = mla_config(model.config, settings, ranks)
-    if export.endswith(GGUF):
+    if export.lower().endswith(GGUF):
         pairs = pairs_by_settings(model.config, settings)
         check_gguf(model, config, pairs, loaded.tokenizer)
     else:
@@ -465,14 +488,14 @@ def check_can_be_exported(loaded: LoadedModel, settings: ConversionSettings) -> 
 def export_copy(folder: str) -> None:
     """Write the model in `folder` to `export`. `folder` stays, whatever happens."""
     converted = load_model(folder)
-    write = export_gguf if export.endswith(GGUF) else write_export
+    write = export_gguf if export.lower().endswith(GGUF) else write_export
     weights = DTYPES.get(export_dtype)
     try:
         write(converted.model, export, converted.tokenizer, dtype=weights)
     except UserError as error:
         raise UserError(f'{error}; {folder} is written') from None
     loads_it = 'llama.cpp loads it'
-    if not export.endswith(GGUF):
+    if not export.lower().endswith(GGUF):
         loads_it = servers_of(converted.model, weights)
     print(f'written: {export} ({loads_it})')
 

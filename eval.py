@@ -76,6 +76,7 @@ def main():
         of_harness=harness_tasks(tasks, settings.include_path),
         store=Path(config['out_dir'], 'results.jsonl'),
     )
+    scoreboard.read(evaluation.store)  # or a refusal, before anything in the folder changes
     with writing(config['out_dir']):
         evaluation.store.parent.mkdir(parents=True, exist_ok=True)
         if config['fresh']:

@@ -63,6 +63,7 @@ from nanomla.core.files import progress_bar
 from nanomla.core.tokenizers import StreamDecoder
 from nanomla.inference.cache import Cache
 from nanomla.inference.generate import generate, prefill, serve
+from nanomla.inference.quantize import BITS, FULL
 
 SAMPLES_APART = '---------------\n'
 LONGEST_CONVERSATION = 4096  # tokens in the cache, where the model has so many positions
@@ -85,6 +86,7 @@ def check_settings(given: dict) -> None:
     check_range('top_p', top_p, above=0, most=1)
     check_range('prefill_chunk', prefill_chunk, least=0)
     check_choice('--cache', cache, ('none', 'dense', 'paged'))
+    check_choice('cache_dtype', cache_dtype, ('auto', *FULL, *BITS))
     if kernel == 'flex':
         raise UserError(
             '--kernel=flex is compiled for one length, and a text grows: use --kernel=sdpa'

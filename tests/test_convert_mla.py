@@ -546,7 +546,15 @@ def test_an_export_for_llama_cpp(source, capsys):
         ('mla_already --out=mla', 'is an MLA model already'),
         ('mla_already --out=mla --saving=0.5', 'is an MLA model already'),
         ('broken --out=mla', "model_type 'mamba'"),
-        ('src --out=text/train.bin/x', 'cannot write'),
+        ('src --out=text/train.bin/x', 'cannot write .*train.bin is no folder'),
+        ('src --out=mla --export=text/train.bin/x', 'cannot write .*train.bin is no folder'),
+        ('src --out=mla --export=mla/', 'is where out writes: name another folder'),
+        ('src --out=mla --heal=9 --export=mla-healed', 'is where healing writes'),
+        ('src --out=mla --heal=9 --teacher_cache=short.txt', 'short.txt is a file: name a folder'),
+        ('src --out=mla --lora_rank=4', 'lora_rank is a setting of healing: add --heal=TOKENS'),
+        ('src --out=mla --seed=-1', 'seed=-1 must be at least 0'),
+        ('src --out=mla --block_size=99', 'block_size=99: the source reads 24 tokens at a time'),
+        ('src --out=mla --export=x.GGUF', "llama.cpp's deepseek2 cannot express this"),
     ],
 )
 def test_bad_input(arguments, match, source, tiny, tmp_path):

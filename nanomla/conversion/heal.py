@@ -40,7 +40,7 @@ class Healing:
 
     @property
     def out(self) -> str:
-        return self.start.rstrip('/') + '-healed'
+        return healed_folder(self.start)
 
     @property
     def micro_batches(self) -> int:
@@ -77,6 +77,10 @@ class Healing:
         settings |= self.options
         words = [f'--{name}={value}' for name, value in settings.items()]
         return [str(ROOT / 'config/heal_mla.py'), *words]
+
+
+def healed_folder(start: str) -> str:
+    return start.rstrip('/') + '-healed'
 
 
 def check_dataset(name: str, source: str) -> None:

@@ -99,6 +99,17 @@ def sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
+def check_can_be_made(path: str | os.PathLike) -> None:
+    """Raise a UserError where no file or folder can be made at `path`. Asked before long work."""
+    above = Path(os.path.abspath(path)).parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f'cannot write {path}: {above} is no folder; name another place')
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f'cannot write {path}: {above} is closed to you; name another place')
+
+
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
     """Write all of `content` to `path` or nothing, as `replacing` does."""
     with replacing(path, 'wb' if isinstance(content, bytes) else 'w') as file:

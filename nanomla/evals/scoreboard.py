@@ -23,7 +23,8 @@ from nanomla.core.checks import (
     table_of,
     whole,
 )
-from nanomla.core.files import appending, csv_table, parse_json, text_table, write_file
+from nanomla.core.configurator import UserError
+from nanomla.core.files import appending, csv_table, parse_row, text_table, write_file
 from nanomla.evals import retrieval
 
 # The metrics that stand for a task of the harness, the first that it has. {task}: of several tasks,
@@ -61,14 +62,18 @@ CELL = dict.fromkeys(('length', 'depth', *retrieval.METRICS), number())
 def read(path: str | Path) -> dict[str, dict]:
     """
     Return the records of a results.jsonl by their key, the later one where there are two. A line
-    that a kill left unfinished is skipped.
+    that a kill left unfinished is skipped. UserError for the results of another script.
     """
     records = {}
     if not Path(path).exists():
         return records
     for line in Path(path).read_bytes().split(b'\n'):
+        record = parse_row(line)
+        if record is None:
+            continue
+        if 'key' not in record:
+            raise UserError(f'{path} holds results of another script: name another --out_dir')
         try:
-            record = parse_json(line)
             check_record(record)
         except ValueError:
             continue

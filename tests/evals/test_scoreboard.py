@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nanomla.core.configurator import UserError
 from nanomla.evals import scoreboard
 
 
@@ -93,6 +94,13 @@ def test_the_later_of_two_results_counts_and_half_a_line_does_not(tmp_path):
     assert scoreboard.read(path) == dict(a=second, c=third)
     lines = path.read_text().splitlines()
     assert [json.loads(lines[i])['n'] for i in (0, 1, 2)] == [1, 2, 3]
+
+
+def test_results_of_another_script_are_refused(tmp_path):
+    path = tmp_path / 'results.jsonl'
+    path.write_text('{"event": "comparison", "title": "MLA and MHA"}\n')
+    with pytest.raises(UserError, match='results of another script: name another --out_dir'):
+        scoreboard.read(path)
 
 
 def test_formats_that_lie_on_each_other_share_a_name():
