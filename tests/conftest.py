@@ -1,5 +1,6 @@
 """What all tests share: globals that are put back, tiny models, and a count of what was skipped."""
 
+import gc
 import os
 import random
 import re
@@ -55,6 +56,11 @@ def pytest_cmdline_main(config):
     if is_whole and not wants_one_process and option.numprocesses is None:
         option.numprocesses = min(os.cpu_count(), 8)
         option.dist = 'worksteal'  # a process that is done takes tests from one that is behind
+
+
+def pytest_collection_finish():
+    # What is imported stays. The collector need not go through it again, and no fork copies it then.
+    gc.freeze()
 
 
 # -------------------------------------------------------------------------------------------------

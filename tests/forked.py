@@ -1,9 +1,10 @@
 """
 Python programs in processes of their own that need not wait for `import torch`.
 
-A server imports it once, and each program is a fork of the server, with arguments, folder,
-environment, standard streams, signals and an exit code of its own. With the fixture `forked_python`
-that is what subprocess does for [sys.executable, script, ...], in tests and in what they call.
+A server imports it once, and what scripts of the repository import of it. Each program is a fork of
+the server, with arguments, folder, environment, standard streams, signals and an exit code of its
+own. With the fixture `forked_python` that is what subprocess does for [sys.executable, script, ...],
+in tests and in what they call.
 
 Left out is what Python does before the first line of a program, and an import that the server has
 done takes no time. So some tests start Python all the same, one of train.py among them. Pictures
@@ -14,6 +15,7 @@ import atexit
 import faulthandler
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -37,6 +39,19 @@ FEW_DOTS = 40  # an inch, of a picture whose pixels no test looks at
 LARGEST_MESSAGE = 2**17  # bytes; above all the environment
 FORK_ITS_PROGRAMS = 'FORK_ITS_PROGRAMS'  # a variable of a program whose own are to be forked, too
 real_popen = subprocess.Popen
+
+ROOT = Path(__file__).resolve().parents[1]
+OF_THE_REPOSITORY = ('attentions', 'model', 'model_mla', 'nanomla')
+WHAT_SCRIPTS_IMPORT = (
+    'nanomla.adapters.lora',
+    'nanomla.checkpoints.load',
+    'nanomla.core.figures',
+    'nanomla.inference.generate',
+    'nanomla.training.next_steps',
+    'nanomla.training.run.saving',
+    'nanomla.training.teacher.cache',
+    'nanomla.training.trainer',
+)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -290,6 +305,8 @@ def execute(words: list[str]) -> None:
         folder, what, *arguments = os.getcwd(), *arguments
     paths = os.environ.get('PYTHONPATH', '').split(os.pathsep)
     sys.path[:1] = [folder, *filter(None, paths)]
+    if Path(folder).resolve() != ROOT:
+        forget_the_repository()
     sys.argv = [first, *arguments]
     if first == '-c':
         main = sys.modules['__main__'] = types.ModuleType('__main__')
@@ -357,9 +374,25 @@ def draw_small_pictures() -> None:
     Figure.savefig = functools.partialmethod(Figure.savefig, dpi=FEW_DOTS)
 
 
+def import_the_repository() -> None:
+    """Import what most scripts do: half of the time of a short one."""
+    sys.path.insert(0, str(ROOT))
+    for name in WHAT_SCRIPTS_IMPORT:
+        importlib.import_module(name)
+    sys.path.remove(str(ROOT))
+
+
+def forget_the_repository() -> None:
+    """Let a program of another folder import what it finds: that may be a copy."""
+    for name in list(sys.modules):
+        if name.partition('.')[0] in OF_THE_REPOSITORY:
+            del sys.modules[name]
+
+
 def main() -> None:
     import torch._dynamo  # noqa: F401  (an optimizer imports it, which takes as long as torch)
 
+    import_the_repository()
     draw_small_pictures()
     gc.freeze()  # a collection in a program would copy the memory of all this
     words = serve(socket.socket(fileno=int(sys.argv[1])))

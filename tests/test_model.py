@@ -51,11 +51,12 @@ all_that_run_on_the_cpu = pytest.mark.parametrize(
 def plain_flex(monkeypatch):
     """
     FlexAttention's own unfused form: the same mask and mathematics without half a minute of
-    compiling.
+    compiling, and without the compiler's front end, which would trace every length anew.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as flex
 
-    monkeypatch.setattr(model_file, 'compiled_flex', lambda: flex_attention)
+    monkeypatch.setattr(flex, '_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG', True)
+    monkeypatch.setattr(model_file, 'compiled_flex', lambda: flex.flex_attention)
 
 
 def one_line(error):
@@ -220,10 +221,20 @@ def test_kernels_agree_with_eager(variant, kernel, tiny, tokens, plain_flex):
     kind, settings_ = VARIANTS[variant]
     model = tiny(kind, kernel=kernel, **settings_)
     eager = tiny(kind, kernel='eager', **settings_)
-    # Each length is traced anew for flex, which takes longer than all else here.
-    for T in (1, 24) if kernel == 'flex' else (1, 2, 13, 24):
+    for T in (1, 2, 13, 24):
         with torch.no_grad():
             torch.testing.assert_close(model(tokens(T)), eager(tokens(T)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('variant', ['gqa', 'mla_unequal'])
+def test_traced_flex_agrees_with_eager(variant, tiny, tokens, monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(model_file, 'compiled_flex', lambda: flex_attention)
+    kind, settings_ = VARIANTS[variant]
+    model, eager = (tiny(kind, kernel=kernel, **settings_) for kernel in ('flex', 'eager'))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens(13)), eager(tokens(13)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -127,11 +127,12 @@ print(digest.hexdigest())
 """
 
 # Runs `python script --key=value` for each line of stdin: in a process of its own, but one where
-# torch is imported already, which takes longer than most scripts do. So does its end, where Python
-# takes apart all modules; a script that has done its work is spared that.
+# torch and files of the repository are imported already, which takes longer than most scripts do. So
+# does its end, where Python takes apart all modules; a script that has done its work is spared that.
 RUNNER = """
 import gc, json, os, runpy, signal, sys
 import matplotlib.backends.backend_agg, torch._dynamo  # with the optimizers torch imports it
+import nanomla.checkpoints.load, nanomla.core.figures, nanomla.training.trainer
 
 gc.freeze()
 for line in sys.stdin:
