@@ -59,7 +59,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_finish():
-    # What is imported stays. The collector need not go through it again, and no fork copies it then.
+    # What is imported stays: the collector need not go through it again, and no fork copies it.
     gc.freeze()
 
 
@@ -90,6 +90,26 @@ def pictures_of_full_size(request, monkeypatch):
     """Draw the pictures of tests marked full_size as everywhere else."""
     if 'full_size' in request.keywords:
         monkeypatch.setitem(figures.STYLE, 'savefig.dpi', figures.DPI)
+
+
+@pytest.fixture
+def blank_pictures(request, monkeypatch):
+    """
+    Save pictures with nothing in them, here and in forks: a layout takes longer than most tests.
+
+    Tests marked draws or full_size draw theirs all the same.
+    """
+    if {'draws', 'full_size'} & set(request.keywords):
+        return
+    save = figures.save
+
+    def save_blank(fig, path, palette=False):
+        from matplotlib.figure import Figure
+
+        save(Figure(figsize=fig.get_size_inches()), path, palette)
+
+    monkeypatch.setattr(figures, 'save', save_blank)
+    monkeypatch.setenv(forked.BLANK_PICTURES, '1')
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """
 Python programs in processes of their own that need not wait for `import torch`.
 
-A server imports it once, and what scripts of the repository import of it. Each program is a fork of
-the server, with arguments, folder, environment, standard streams, signals and an exit code of its
-own. With the fixture `forked_python` that is what subprocess does for [sys.executable, script, ...],
-in tests and in what they call.
+A server imports it once, and what scripts of the repository import of it. Each program is a fork
+of the server, with arguments, folder, environment, standard streams, signals and an exit code of
+its own. With the fixture `forked_python` that is what subprocess does for
+[sys.executable, script, ...], in tests and in what they call.
 
 Left out is what Python does before the first line of a program, and an import that the server has
 done takes no time. So some tests start Python all the same, one of train.py among them. Pictures
@@ -13,7 +13,6 @@ have a sixteenth of their pixels.
 
 import atexit
 import faulthandler
-import functools
 import gc
 import importlib
 import json
@@ -36,6 +35,7 @@ from typing import TextIO
 PATIENCE = 300  # seconds that an event may take on a busy machine; tests wait for it, not for them
 CAN_FORK = sys.platform == 'linux'  # torch does not survive a fork on a Mac
 FEW_DOTS = 40  # an inch, of a picture whose pixels no test looks at
+BLANK_PICTURES = 'BLANK_PICTURES'  # a variable of programs whose pictures may be blank
 LARGEST_MESSAGE = 2**17  # bytes; above all the environment
 FORK_ITS_PROGRAMS = 'FORK_ITS_PROGRAMS'  # a variable of a program whose own are to be forked, too
 real_popen = subprocess.Popen
@@ -371,7 +371,14 @@ def draw_small_pictures() -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
     from matplotlib.figure import Figure
 
-    Figure.savefig = functools.partialmethod(Figure.savefig, dpi=FEW_DOTS)
+    save = Figure.savefig
+
+    def savefig(figure, *args, **options):
+        if BLANK_PICTURES in os.environ:
+            figure = Figure(figsize=figure.get_size_inches())
+        save(figure, *args, **options, dpi=FEW_DOTS)
+
+    Figure.savefig = savefig
 
 
 def import_the_repository() -> None:

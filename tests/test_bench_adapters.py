@@ -37,6 +37,9 @@ TINY = dict(
 ARGUMENTS = ['random:tiny', 'c.json', 'out']
 
 
+pytestmark = pytest.mark.usefixtures('blank_pictures')
+
+
 @pytest.fixture(autouse=True)
 def data_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,8 @@ MADE = {}  # models of contenders
 WILD = dict(learning_rate=1e30, grad_clip=0.0, weight_decay=1e9)  # its loss is nan at once
 
 
-pytestmark = pytest.mark.usefixtures('forked_python')  # the workers, which train
+# The workers, which train, are forks.
+pytestmark = pytest.mark.usefixtures('forked_python', 'blank_pictures')
 
 
 def new_model_once(kind, settings, given, vocab_size):
@@ -353,6 +354,7 @@ def line_of(results, name, seed=2, role='seed'):
     raise AssertionError(f'no run of {wanted}')
 
 
+@pytest.mark.draws
 def test_a_comparison_from_end_to_end(capfd, monkeypatch):
     for name, function in DRAWN.items():
         monkeypatch.setattr(figures, name, function)

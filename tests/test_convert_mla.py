@@ -22,6 +22,8 @@ from nanomla.core.token_files import write_text
 from nanomla.heads.subject import load_subject
 from nanomla.inference.generate import generate
 
+pytestmark = pytest.mark.usefixtures('blank_pictures')
+
 LLAMA = dict(bias=False, pos='rope', norm='rmsnorm', act='swiglu', n_inner=44)
 STOPPED = 75  # exit code of a run that can be resumed
 SENTENCE = (
@@ -87,6 +89,7 @@ def source(tiny, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.draws
 def test_a_conversion_is_a_checkpoint_with_its_history(source, capsys):
     source()
     fitted = QUICK | dict(layerwise=True, layer_steps=3)

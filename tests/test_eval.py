@@ -32,6 +32,9 @@ TALE = ''.join(random.Random(0).choices('abcdefghij é.\n', k=1200))
 VAL = TALE[900:]
 
 
+pytestmark = pytest.mark.usefixtures('blank_pictures')
+
+
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
     """Each test in a folder of its own with a dataset 'tale', on one thread."""

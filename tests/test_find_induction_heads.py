@@ -50,6 +50,9 @@ MLA = dict(attention='mla', kv_lora_rank=8, qk_rope_head_dim=4)
 INDUCTION_STUDY = ROOT / 'assets/logs/induction_study.jsonl'
 
 
+pytestmark = pytest.mark.usefixtures('blank_pictures')
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -348,6 +351,7 @@ def test_pictures_are_written_and_nothing_is_left_aside(found):
     assert list(found.folder.glob('*.tmp')) == []
 
 
+@pytest.mark.draws
 def test_the_figures_are_drawn_again_from_the_log_alone(found, tmp_path, capsys):
     shutil.copy(found.folder / 'heads.jsonl', tmp_path / 'log.jsonl')
     find('--plot_only=True', '--results=log.jsonl', '--out=again')

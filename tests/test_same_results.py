@@ -127,12 +127,16 @@ print(digest.hexdigest())
 """
 
 # Runs `python script --key=value` for each line of stdin: in a process of its own, but one where
-# torch and files of the repository are imported already, which takes longer than most scripts do. So
-# does its end, where Python takes apart all modules; a script that has done its work is spared that.
+# torch and files of the repository are imported already, which takes longer than most scripts do.
+# So does its end, where Python takes apart all modules; a script that has done its work is spared
+# that.
 RUNNER = """
-import gc, json, os, runpy, signal, sys
+import functools, gc, json, os, runpy, signal, sys
 import matplotlib.backends.backend_agg, torch._dynamo  # with the optimizers torch imports it
 import nanomla.checkpoints.load, nanomla.core.figures, nanomla.training.trainer
+from matplotlib.figure import Figure
+
+Figure.savefig = functools.partialmethod(Figure.savefig, dpi=40)  # no test looks at the pixels
 
 gc.freeze()
 for line in sys.stdin:

@@ -1,7 +1,11 @@
+import copy
+
 import pytest
 from converting import SOURCES
 
 from nanomla.conversion.calibration import measure
+
+MEASURED = {}  # name of a source -> its Moments
 
 
 @pytest.fixture
@@ -10,6 +14,10 @@ def source(tiny, tokens):
 
     def make(name='mha', **changes):
         model = tiny('mha', **SOURCES[name] | changes)
-        return model, measure(model, tokens(24, B=30))
+        if changes:
+            return model, measure(model, tokens(24, B=30))
+        if name not in MEASURED:
+            MEASURED[name] = measure(model, tokens(24, B=30))
+        return model, copy.deepcopy(MEASURED[name])
 
     return make
