@@ -296,21 +296,28 @@ def chromium():
 class Window:
     """A window of a browser that notes what its pages complain of and load."""
 
-    def __init__(self, browser, **settings):
-        settings = dict(viewport=dict(width=1400, height=1000), accept_downloads=True) | settings
-        self.context = browser.new_context(**settings)
+    def __init__(self, browser):
+        size = dict(width=1400, height=1000)
+        self.context = browser.new_context(viewport=size, accept_downloads=True)
         self.complaints, self.requests, self.opened = [], [], 0
 
-    def open(self, path):
-        page = self.context.new_page()
-        page.on('console', lambda message: self.complaints.append(message.text))
-        page.on('pageerror', lambda error: self.complaints.append(str(error)))
-        page.on('dialog', lambda dialog: self.complaints.append(dialog.message))
-        page.on('request', lambda request: self.requests.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_selector('body.complete')
+    def new_tab(self):
+        tab = self.context.new_page()
+        tab.on('console', lambda message: self.complaints.append(message.text))
+        tab.on('pageerror', lambda error: self.complaints.append(str(error)))
+        tab.on('dialog', lambda dialog: self.complaints.append(dialog.message))
+        tab.on('request', lambda request: self.requests.append(request.url))
+        return tab
+
+    def open(self, path, tab, width=1400, height=1000, scheme='light'):
+        """Open a page in a tab that has its size and colour scheme before."""
+        tab.set_viewport_size(dict(width=width, height=height))
+        tab.emulate_media(color_scheme=scheme)
+        tab.mouse.move(0, 0)
+        tab.goto(path.as_uri())
+        tab.wait_for_selector('body.complete')
         self.opened += 1
-        return page
+        return tab
 
     def check(self):
         """Its pages must have complained of nothing and loaded nothing since the last check."""
@@ -329,34 +336,31 @@ class Window:
 
 
 @pytest.fixture(scope='module')
-def plain_window(chromium):
-    """The window of all pages whose tests ask for no settings of it; pages store nothing there."""
+def window(chromium):
+    """The window of all pages, which store nothing there."""
     window = Window(chromium)
     yield window
     window.close()
 
 
+@pytest.fixture(scope='module')
+def tab(window):
+    """The tab of the pages of `show`, one after the other: a new one takes longer than its page."""
+    return window.new_tab()
+
+
 @pytest.fixture
-def show(chromium, plain_window, tmp_path):
-    """show(report, **settings of the window) -> the page, opened from its file."""
-    windows, pages = [], []
+def show(window, tab, tmp_path):
+    """show(report, **size and scheme) -> the page, opened from its file."""
+    files = []
 
     def open_page(report, **settings):
-        path = tmp_path / f'{len(pages)} heads.html'
-        build.write(path, report)
-        window = plain_window
-        if settings:
-            window = Window(chromium, **settings)
-            windows.append(window)
-        pages.append(window.open(path))
-        return pages[-1]
+        files.append(tmp_path / f'{len(files)} heads.html')
+        build.write(files[-1], report)
+        return window.open(files[-1], tab, **settings)
 
     yield open_page
-    for page in pages:
-        page.close()
-    plain_window.check()
-    for window in windows:
-        window.close()
+    window.check()
 
 
 @pytest.fixture(scope='module')
@@ -366,11 +370,11 @@ def pair():
 
 
 @pytest.fixture(scope='module')
-def page(plain_window, pair, tmp_path_factory):
+def page(window, pair, tmp_path_factory):
     """The page of `pair`, for tests that leave no choice and no lock behind."""
     path = tmp_path_factory.mktemp('page') / 'heads.html'
     build.write(path, pair)
-    return plain_window.open(path)
+    return window.open(path, window.new_tab())
 
 
 def wait_for_page(page):
@@ -790,7 +794,7 @@ def test_an_untrained_model_is_marked_in_red(show):
 
 @pytest.mark.parametrize('scheme, width', [('light', 390), ('dark', 1400)])
 def test_a_report_may_lack_all_but_its_patterns(show, scheme, width):
-    page = show(bare(), viewport=dict(width=width, height=900), color_scheme=scheme)
+    page = show(bare(), width=width, height=900, scheme=scheme)
     assert page.locator('.view').count() == 1
     assert page.locator('#banners').inner_text().count('–') == 3
     for section in ('table', 'loss', 'graph', 'training'):
@@ -804,13 +808,13 @@ def test_a_report_may_lack_all_but_its_patterns(show, scheme, width):
 @pytest.mark.parametrize('width', [390, 1400])
 @pytest.mark.parametrize('make', [bare, hostile])
 def test_the_page_is_no_wider_than_its_window(make, width, show):
-    page = show(make(), viewport=dict(width=width, height=900))
+    page = show(make(), width=width, height=900)
     assert page.evaluate('document.documentElement.scrollWidth') == width
 
 
 @pytest.mark.parametrize('scheme, other', [('light', 'dark'), ('dark', 'light')])
 def test_maps_are_pale_by_day_and_dim_at_night(show, scheme, other):
-    page = show(bare(), color_scheme=scheme)
+    page = show(bare(), scheme=scheme)
     page.emulate_media(color_scheme=other)
     wait_for_page(page)
     corner = page.evaluate(
