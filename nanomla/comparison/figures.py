@@ -28,7 +28,9 @@ MARKS = 'oDs^vPX*'  # of comparisons in one picture
 LINES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))  # where shades are many
 SIDE_BY_SIDE = 4  # so many contenders share a row of panels; with more each panel has its own
 NAMED_IN_LEGEND = 12  # with more contenders the ends of their curves are named instead
-NAMED_POINTS = 9  # with more points only the front and the control are named
+NAMED_POINTS = 9  # with more points they have numbers, and a list beside them
+WIDE_PANEL, NARROW_PANEL = 7.4, 3.2  # inches of the axes of `pareto`, about
+POINT_WIDTH = 0.11  # inches
 # of attentions without a colour of their own
 OTHER_KINDS = ('#7B4EA3', '#A6761D', '#C51B7D', '#4D4D4D', '#17A2B8', '#6B8E23', '#8C564B')
 SAMPLE_LINES = 11
@@ -88,25 +90,31 @@ def pareto(ax, found: list[dict], paint: dict, compact: bool = False) -> None:
     """
     Draw the loss over cache bytes per token, and the Pareto front as steps.
 
-    Bars are the intervals of the means over seeds. Contenders of one cache stand side by side.
-    compact: fewer ticks.
+    Bars are the intervals of the means over seeds. Points of about one cache stand side by side.
+    compact: the panel has half the width of the sheet.
     """
-    known = [row for row in found if row['val_loss'] is not None and row['cache_bytes']]
+    known = with_point(found)
     far = outliers(found)
+    groups = groups_of(found, compact)
     bounds = []
     for row in known:
         if row['name'] in far:
             _name_outlier(ax, row, paint)
         else:
-            bounds += _loss_bar(ax, row, _drawn_at(row, known, far), paint)
+            bounds += _loss_bar(ax, row, groups.x[row['name']], paint)
     if len(set(bounds)) > 1:
         margin = 0.08 * (max(bounds) - min(bounds))
         ax.set_ylim(min(bounds) - margin, max(bounds) + margin)
     best = front(found)
-    on_front = sorted((row['cache_bytes'], row['val_loss']) for row in known if row['name'] in best)
+    on_front = sorted(
+        (row['cache_bytes'], row['val_loss'], groups.x.get(row['name'], row['cache_bytes']))
+        for row in known
+        if row['name'] in best
+    )
     if len(on_front) > 1:
         ax.step(
-            *zip(*on_front),
+            [x for _, _, x in on_front],
+            [loss for _, loss, _ in on_front],
             where='post',
             color=figures.COLORS['muted'],
             linewidth=1,
@@ -123,8 +131,82 @@ def pareto(ax, found: list[dict], paint: dict, compact: bool = False) -> None:
             handlelength=1.4,
             fontsize=9,
         )
-    _cache_axis(ax, sorted({row['cache_bytes'] for row in known}), most_ticks=4 if compact else 8)
+    _cache_axis(ax, groups)
     ax.set_ylabel('val loss (nats per token)')
+
+
+def with_point(found: list[dict]) -> list[dict]:
+    """Return the rows that have a loss and a cache."""
+    return [row for row in found if row['val_loss'] is not None and row['cache_bytes']]
+
+
+def groups_of(found: list[dict], compact: bool = False) -> 'CacheGroups':
+    known, far = with_point(found), outliers(found)
+    if compact:
+        return CacheGroups(known, far, NARROW_PANEL)
+    inches = WIDE_PANEL
+    labels = [row['label'] for row in known if row['name'] not in far]
+    if len(labels) > NAMED_POINTS:
+        inches *= 1 - list_share(labels)
+    return CacheGroups(known, far, inches)
+
+
+class CacheGroups:
+    """
+    Where the points of `pareto` stand on an axis of so many inches.
+
+    Caches of about one size are a group. Its points stand side by side, by cache and by loss, as
+    far apart as they are wide where the next group leaves room for it.
+
+    sizes: of each group. x: of each name that is drawn to scale, in bytes. step: between points of
+    a group, in octaves
+    """
+
+    def __init__(self, known: list[dict], far: set[str], inches: float):
+        self.inches = inches
+        self.sizes: list[list[int]] = []
+        for size in sorted({row['cache_bytes'] for row in known}):
+            if self.sizes and size <= 1.25 * self.sizes[-1][0]:
+                self.sizes[-1].append(size)
+            else:
+                self.sizes.append([size])
+        self.x: dict[str, float] = {}
+        self.step = step = POINT_WIDTH * self.octaves / inches
+        centers = [math.log2(self.center(group)) for group in range(len(self.sizes))]
+        for group, sizes in enumerate(self.sizes):
+            beside = [row for row in known if row['cache_bytes'] in sizes]
+            beside = [row for row in beside if row['name'] not in far]
+            beside.sort(key=lambda row: (row['cache_bytes'], row['val_loss']))
+            gaps = [abs(center - centers[group]) for center in centers]
+            room = min([gap for gap in gaps if gap > 0], default=1.0)
+            apart = min(step, 0.8 * room / max(len(beside), 1))
+            for number, row in enumerate(beside):
+                octaves = apart * (number - (len(beside) - 1) / 2)
+                self.x[row['name']] = self.center(group) * 2**octaves
+
+    @property
+    def octaves(self) -> float:
+        """The width of the axis, with half an octave or so at each end."""
+        if not self.sizes:
+            return 1.0
+        return math.log2(self.sizes[-1][-1] / self.sizes[0][0]) + 2 * math.log2(1.35)
+
+    def ends(self) -> tuple[float, float]:
+        """Return the ends of the axis, which has room for the outer points of the groups."""
+        x = list(self.x.values()) or [self.center(0)]
+        edge = 2 ** (2 * self.step)
+        first = min(self.sizes[0][0] / 1.35, min(x) / edge)
+        return first, max(self.sizes[-1][-1] * 1.35, max(x) * edge)
+
+    def center(self, group: int) -> float:
+        return math.sqrt(self.sizes[group][0] * self.sizes[group][-1])
+
+    def label(self, group: int) -> str:
+        """Return the tick of a group: its cache, or the least and the largest."""
+        sizes = self.sizes[group]
+        if len(sizes) == 1:
+            return f'{sizes[0]:,}'
+        return f'{sizes[0]:,}–{sizes[-1]:,}'
 
 
 def _name_outlier(ax, row: dict, paint: dict) -> None:
@@ -140,19 +222,16 @@ def _name_outlier(ax, row: dict, paint: dict) -> None:
     )
 
 
-def _drawn_at(row: dict, known: list[dict], far: set[str]) -> float:
-    """Return the bytes at which a row is drawn: those of the same cache stand side by side."""
-    same = [other['name'] for other in known if other['cache_bytes'] == row['cache_bytes']]
-    beside = [name for name in same if name not in far]
-    spacing = min(1.025, 1.25 ** (1 / len(beside)))
-    return row['cache_bytes'] * spacing ** (beside.index(row['name']) - (len(beside) - 1) / 2)
+def _half_interval(row: dict) -> float | None:
+    """Return half the interval of the mean loss of a row, None with one seed."""
+    if row['sd'] is None:
+        return None
+    return t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds'])
 
 
 def _loss_bar(ax, row: dict, x: float, paint: dict) -> list[float]:
     """Draw the mean and the interval of a row at x. Returns the losses that must be seen."""
-    half = None
-    if row['sd'] is not None:
-        half = t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds'])
+    half = _half_interval(row)
     ax.errorbar(
         x,
         row['val_loss'],
@@ -170,48 +249,49 @@ def _loss_bar(ax, row: dict, x: float, paint: dict) -> list[float]:
     return [row['val_loss'] - shown, row['val_loss'] + shown]
 
 
-def _cache_axis(ax, sizes: list[int], most_ticks: int) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
+def _cache_axis(ax, groups: CacheGroups) -> None:
+    """Write a tick for each group; where two would touch, the second one is a line lower."""
     ax.set_xscale('log', base=2)
-    if sizes:
-        ax.set_xlim(sizes[0] / 1.35, sizes[-1] * 1.35)
-        apart = sizes[:1]
-        for size, before in zip(sizes[1:], sizes):
-            if size / before > 1.25:
-                apart.append(size)
-        ax.set_xticks(apart if len(apart) <= most_ticks else apart[::2])
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f'{size:,.0f}'))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ends = [-math.inf, -math.inf]  # of the labels in the two lines, inches
+    ticks, labels = [], []
+    for group in range(len(groups.sizes)):
+        center, label = groups.center(group), groups.label(group)
+        middle = math.log2(center) * groups.inches / groups.octaves
+        half = 0.043 * len(label)  # a digit of 10 points is 0.086 inches wide
+        for line in (0, 1):
+            if middle - half > ends[line] + 0.08:
+                ends[line] = middle + half
+                ticks.append(center)
+                labels.append(line * '\n' + label)
+                break
+    if ticks:
+        ax.set_xlim(*groups.ends())
+        ax.set_xticks(ticks, labels)
     ax.minorticks_off()
     ax.set_xlabel('cache, bytes per token (bf16)')
 
 
 def name_points(ax, found: list[dict], paint: dict, inches: float) -> None:
     """
-    Write labels beside the points of `pareto`. The axes are `inches` high.
+    Name the points of `pareto`. The axes are `inches` high.
 
     Labels of about the same cache stand above each other and above the points they would cover, on
-    the left where the axis ends. Where there are too many points, only those of the front and of
-    the control have one.
+    the left where the axis ends. Too many points for that have numbers, and a list beside them.
     """
-    far, best = outliers(found), front(found)
-    known = [
-        row
-        for row in found
-        if row['val_loss'] is not None and row['cache_bytes'] and row['name'] not in far
-    ]
+    far = outliers(found)
+    known = [row for row in with_point(found) if row['name'] not in far]
+    groups = groups_of(found)
+    if len(known) > NAMED_POINTS:
+        _number_points(ax, known, groups, paint)
+        return
     points = sorted((row['cache_bytes'], row['val_loss']) for row in known)
-    named = known
-    if len(points) > NAMED_POINTS:
-        named = [row for row in known if row['control'] or row['name'] in best]
     low, high = ax.get_ylim()
     apart = 0.17 / inches * (high - low)  # between two labels
     octaves = 1.0  # width of the axis
     if points:
         octaves = math.log2(points[-1][0] / points[0][0]) + 2 * math.log2(1.35)
     placed = []  # (height, cache) of labels
-    for row in sorted(named, key=lambda row: row['val_loss']):
+    for row in sorted(known, key=lambda row: row['val_loss']):
         cache = row['cache_bytes']
         left = cache == points[-1][0] and points[0][0] < points[-1][0]
         y = row['val_loss']
@@ -229,7 +309,7 @@ def name_points(ax, found: list[dict], paint: dict, inches: float) -> None:
         placed.append((y, cache))
         ax.annotate(
             row['label'],
-            (_drawn_at(row, known, far), y),
+            (groups.x[row['name']], y),
             xytext=(-11 if left else 11, 7),
             textcoords='offset points',
             ha='right' if left else 'left',
@@ -239,6 +319,45 @@ def name_points(ax, found: list[dict], paint: dict, inches: float) -> None:
             path_effects=[figures.halo()],
             zorder=4,
         )
+
+
+def _number_points(ax, known: list[dict], groups: CacheGroups, paint: dict) -> None:
+    """Number the points by their losses, the best first, and list the names on the right."""
+    known = sorted(known, key=lambda row: row['val_loss'])
+    handles = []
+    for number, row in enumerate(known, 1):
+        color = paint[row['name']]
+        # Neighbours have theirs at different ends of the interval.
+        side = 1 if number % 2 else -1
+        ax.annotate(
+            f'{number}',
+            (groups.x[row['name']], row['val_loss'] + side * (_half_interval(row) or 0)),
+            xytext=(0, 8 * side),
+            textcoords='offset points',
+            ha='center',
+            va='center',
+            fontsize=8,
+            color=color,
+            path_effects=[figures.halo()],
+            zorder=4,
+        )
+        mark = 's' if row['control'] else 'o'
+        handles.append(_legend_entry(ax, mark, color, f'{number}  {row["label"]}'))
+    # The list stands inside the axes, right of all points.
+    share = list_share([row['label'] for row in known])
+    left, right = ax.get_xlim()
+    ax.set_xlim(left, left * (right / left) ** (1 / (1 - share)))
+    front_legend = ax.get_legend()
+    ax.legend(handles=handles, loc='center right', fontsize=8.5, handlelength=1, labelspacing=0.25)
+    if front_legend is not None:
+        ax.add_artist(front_legend)
+
+
+def list_share(labels: list[str]) -> float:
+    """Return the share of a wide panel's width that a list of these labels takes."""
+    longest = max([len(label) for label in labels], default=0)
+    # The names of the bars below take their width from all panels.
+    return min(0.6, (0.6 + 0.07 * longest) / max(WIDE_PANEL + 1.6 - 0.08 * longest, 4))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -328,7 +447,7 @@ def _line_style(results: Results, name: str):
 
 def name_ends(ax, top, tokens_per_step: float) -> None:
     """
-    Label the ends of those curves that stand apart, and all others together, instead of a legend.
+    Label the ends of the curves, on the right, instead of a legend.
 
     top: the axis of tokens above, in the unit of tokens_per_step.
     """
@@ -339,27 +458,49 @@ def name_ends(ax, top, tokens_per_step: float) -> None:
     for axis, scale in ((ax, 1), (top, tokens_per_step)):
         ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(scale * begin, scale * end)
         axis.set_xticks([tick for tick in ticks if scale * begin <= tick <= scale * end])
-    ax.set_xlim(begin, begin + 1.42 * (end - begin))
-    ends = {}  # line -> (x, y)
+    labels = [line.get_label() for line in ax.lines]
+    width = (end - begin) / (1 - list_share(labels))
+    ax.set_xlim(begin, begin + width)
+    ends = []  # (height, line), upwards
     for line in ax.lines:
-        if len(line.get_ydata()):
-            ends[line] = line.get_xdata()[-1], line.get_ydata()[-1]
-    label_style = dict(xytext=(7, 0), textcoords='offset points', va='center', fontsize=9)
-    crowd = []
-    for line, (x, y) in ends.items():
-        others = [height for other, (_, height) in ends.items() if other is not line]
-        if all(abs(y - height) > 0.045 * (high - low) for height in others):
-            ax.annotate(line.get_label(), (x, y), color=line.get_color(), **label_style)
-        else:
-            crowd.append((x, y))
-    if crowd:
-        middle = statistics.fmean(y for _, y in crowd)
-        ax.annotate(
-            f'the other {len(crowd)}, colours as below',
-            (crowd[0][0], middle),
-            color=figures.COLORS['muted'],
-            **label_style,
-        )
+        heights = line.get_ydata()
+        ends.append((heights[-1] if len(heights) else high, line))  # outliers are above
+    ends.sort(key=lambda end: end[0])
+    places = spread([height for height, _ in ends], low, high)
+    for (height, line), y in zip(ends, places):
+        color = line.get_color()
+        if len(line.get_xdata()):
+            x = line.get_xdata()[-1]
+            reach = [x + 0.008 * width, x + 0.035 * width]
+            ax.plot(reach, [height, y], color=color, linewidth=0.7, clip_on=False)
+        label = dict(va='center', fontsize=9, color=color, path_effects=[figures.halo()])
+        ax.text(end - 0.05 * (end - begin) + 0.042 * width, y, line.get_label(), **label)
+
+
+def spread(heights: list[float], low: float, high: float) -> list[float]:
+    """
+    Return heights of labels from `low` to `high`, as near to those given as they have room.
+
+    heights: upwards. Labels that would touch stand around the mean of theirs.
+    """
+    gap = (high - low) / max(19, len(heights) + 1)
+    touching = []  # (labels, place of the lowest)
+    for height in heights:
+        number, lowest = 1, height
+        while touching and touching[-1][1] + touching[-1][0] * gap > lowest:
+            below, place = touching.pop()
+            lowest = (below * place + number * (lowest - below * gap)) / (below + number)
+            number += below
+        touching.append((number, lowest))
+    places = []
+    for number, lowest in touching:
+        places += [lowest + gap * i for i in range(number)]
+    count = len(places)
+    for number in range(count):
+        places[number] = max(places[number], low + gap * (number + 0.5))
+    for number in range(count):
+        places[number] = min(places[number], high - gap * (count - number - 0.5))
+    return places
 
 
 # -------------------------------------------------------------------------------------------------
@@ -483,6 +624,8 @@ class Picture:
         """Return the inches of each row of panels."""
         bars = 0.9 + 0.30 * max(2, len(self.results.contenders))
         heights = [3.5]
+        if len(self.results.contenders) > NAMED_IN_LEGEND:
+            heights = [max(3.5, 1.1 + 0.19 * len(self.results.contenders))]
         if self.many and self.over_cache:
             heights.append(4.2)
         heights.append(bars if self.many else 3.5)
@@ -496,7 +639,7 @@ class Picture:
         head = self.results.head
         plural = 's' if len(head['seeds']) > 1 else ''
         parts = [
-            head['source'],
+            figures.text_name(head['source']),
             f'{head["steps"]:,} steps of {head["tokens_per_step"]:,} tokens',
             f'{len(head["seeds"])} seed{plural}',
             head.get('remark'),
@@ -549,16 +692,19 @@ class Picture:
         intervals = ''
         if any(row['half'] is not None for row in self.found):
             intervals = ', 95 % intervals'
+        pad = None
+        if not self.many:  # the legend of the front stands below the title, not beside it
+            pad = 22
         if self.over_cache:
             ax = fig.add_subplot(grid[1, :] if self.many else grid[1, 0])
             pareto(ax, self.found, self.paint, compact=not self.many)
-            ax.set_title('loss over cache' + intervals)
+            ax.set_title('loss over cache' + intervals, pad=pad)
             if self.many:
                 name_points(ax, self.found, self.paint, 3.1)
         row = self.difference_row()
         ax = fig.add_subplot(grid[row, :] if self.many else grid[row, 1])
         difference_bars(ax, self.found, self.paint)
-        ax.set_title('paired difference' + intervals)
+        ax.set_title('paired difference' + intervals, pad=pad)
 
     def difference_row(self) -> int:
         return 2 if self.many and self.over_cache else 1

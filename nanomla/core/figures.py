@@ -114,6 +114,11 @@ def plain(text) -> str:
     return str(text).replace('$', r'\$')
 
 
+def text_name(source: str) -> str:
+    """Return the source of a dataset for readers to whom the text is not their own."""
+    return source.replace(' (your own text)', '')
+
+
 def halo():
     """Return a white rim that keeps text readable on lines."""
     from matplotlib.patheffects import withStroke
@@ -403,7 +408,7 @@ def _note(settings: dict) -> str:
     parts = []
     source = (settings.get('data') or {}).get('source')
     if source:
-        parts.append(f'text: {source}')
+        parts.append(f'text: {text_name(str(source))}')
     if 'cache_bytes_per_token' in settings:
         parts.append(f'cache: {settings["cache_bytes_per_token"]:,} bytes per token')
     return '  ·  '.join(parts)

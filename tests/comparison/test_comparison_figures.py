@@ -1,13 +1,23 @@
 """The pictures of a comparison: drawn of whatever there is, and readable."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 from made_up_results import made_up
 from matplotlib.figure import Figure
 
-from nanomla.comparison.figures import colors, draw, draw_front, name_points, outliers, pareto
-from nanomla.comparison.table import front, rows
+from nanomla.comparison.figures import (
+    Picture,
+    colors,
+    draw,
+    draw_front,
+    name_points,
+    outliers,
+    pareto,
+    spread,
+)
+from nanomla.comparison.table import rows
 from nanomla.core import figures
 
 
@@ -33,8 +43,9 @@ MANY = {'mha': [1.5] * 3} | {f'mla{i}': [1.51 + i / 100] * 3 for i in range(9)}
         dict(mha=[], mla=[]),
         MANY,
         {f'mla{i}': [1.5 + i * i / 100] * 3 for i in range(14)},
+        {f'mla{i}': [None] * 3 for i in range(14)},
     ],
-    ids=['two', 'one seed', 'none', 'stopped', 'ten', 'fourteen'],
+    ids=['two', 'one seed', 'none', 'stopped', 'ten', 'fourteen', 'fourteen without losses'],
 )
 def test_a_figure_is_drawn_of_whatever_there_is(losses, tmp_path):
     results = made_up(losses)
@@ -67,25 +78,102 @@ def test_a_legend_names_contenders_without_a_speed_too(monkeypatch):
     assert ['MHA', 'MLA'] in labels
 
 
-@pytest.mark.parametrize('number', [6, 30])
-def test_names_of_points_cover_no_point_and_are_left_out_where_there_are_too_many(number):
-    results = made_up({f'mla{i}': [1.5 + 0.001 * (i % 5)] * 3 for i in range(number)})
-    for i, about in enumerate(results.contenders.values()):
-        about['cache_bytes'] = int(1024 * 1.33 ** (i % 6))
+def panel(results, **options):
+    """Return the axes of the losses over the cache, with names, and the rows."""
     found, paint = rows(results), colors(results.contenders)
-    fig = Figure(figsize=(11, 5))
-    ax = fig.add_subplot()
-    pareto(ax, found, paint)
+    ax = Figure(figsize=(11, 5)).add_subplot()
+    pareto(ax, found, paint, **options)
     name_points(ax, found, paint, 4)
-    fig.canvas.draw()
-    expected = {
-        row['label']
-        for row in found
-        if number == 6 or row['control'] or row['name'] in front(found)
-    }
-    assert {text.get_text() for text in ax.texts} == expected
-    if number == 6:
-        boxes = [text.get_window_extent() for text in ax.texts]
-        for row in found:
-            x, y = ax.transData.transform((row['cache_bytes'], row['val_loss']))
-            assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for box in boxes)
+    ax.figure.canvas.draw()
+    return ax, found
+
+
+def of_caches(sizes):
+    results = made_up({f'mla{i}': [1.5 + 0.001 * (i % 5)] * 3 for i in range(len(sizes))})
+    for size, about in zip(sizes, results.contenders.values()):
+        about['cache_bytes'] = size
+    return results
+
+
+def test_names_of_points_cover_no_point():
+    ax, found = panel(of_caches([int(1024 * 1.33**i) for i in range(6)]))
+    assert {text.get_text() for text in ax.texts} == {row['label'] for row in found}
+    boxes = [text.get_window_extent() for text in ax.texts]
+    for row in found:
+        x, y = ax.transData.transform((row['cache_bytes'], row['val_loss']))
+        assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for box in boxes)
+
+
+def test_too_many_points_for_names_have_numbers_and_a_list():
+    ax, found = panel(of_caches([1024] * 12 + [1152, 8192]))
+    by_loss = sorted(found, key=lambda row: row['val_loss'])
+    assert [text.get_text() for text in ax.texts] == [str(i) for i in range(1, 15)]
+    listed = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert listed == [f'{i}  {row["label"]}' for i, row in enumerate(by_loss, 1)]
+    list_begin = ax.get_legend().get_window_extent().x0
+    assert all(text.get_window_extent().x1 < list_begin for text in ax.texts)
+
+
+@pytest.mark.parametrize('number', [6, 14])
+def test_points_of_one_cache_stand_beside_each_other(number):
+    ax, found = panel(of_caches([1024] * number + [8192]), compact=number == 6)
+    x = [ax.transData.transform(bar.lines[0].get_xydata()[0])[0] for bar in ax.containers]
+    assert len(x) == len(found) == number + 1
+    size = ax.containers[0].lines[0].get_markersize() * ax.figure.dpi / 72
+    for one, other in itertools.pairwise(sorted(x)):
+        assert other - one > size
+    assert ax.bbox.x0 + size < min(x) and max(x) < ax.bbox.x1 - size
+
+
+@pytest.mark.parametrize('compact', [False, True])
+@pytest.mark.parametrize('sizes', [(3072, 4608, 36864), [int(512 * 1.3**i) for i in range(14)]])
+def test_ticks_of_caches_do_not_touch(sizes, compact):
+    ax, _ = panel(of_caches(sizes), compact=compact)
+    ax.set_position([0.1, 0.2, (3.2 if compact else 7.4) / 11, 0.7])
+    ax.figure.canvas.draw()
+    labels = ax.get_xticklabels()
+    assert len(labels) >= 3
+    lower = [label.get_text().startswith('\n') for label in labels]
+    for (one, first), (other, second) in itertools.combinations(zip(labels, lower), 2):
+        if first == second:
+            assert not one.get_window_extent().overlaps(other.get_window_extent())
+
+
+def drawn(results, monkeypatch) -> Figure:
+    kept = []
+    monkeypatch.setattr(figures, 'save', lambda fig, *_, **__: kept.append(fig))
+    draw(results, Path('a.png'))
+    kept[0].canvas.draw()
+    return kept[0]
+
+
+def test_the_legend_of_the_front_does_not_touch_the_title(monkeypatch):
+    fig = drawn(made_up(dict(mha=[1.5, 1.51, 1.52], mla=[1.54, 1.55, 1.56])), monkeypatch)
+    (ax,) = [ax for ax in fig.axes if ax.get_title(loc='left').startswith('loss over cache')]
+    legend, title = ax.get_legend(), ax._left_title
+    assert not legend.get_window_extent().overlaps(title.get_window_extent())
+
+
+def test_every_curve_of_many_has_a_label_at_its_end(monkeypatch):
+    losses = {f'mla{i}': [1.5 + i / 1000] * 3 for i in range(14)} | dict(far=[2.0] * 3)
+    ax = drawn(made_up(losses), monkeypatch).axes[0]
+    labels = [text.get_text() for text in ax.texts]
+    assert labels == [f'MLA{i}' for i in range(14)] + ['FAR: above, 2.000 at the end']
+    boxes = [text.get_window_extent() for text in ax.texts]
+    for below, above in itertools.pairwise(boxes):
+        assert (below.y0 + below.y1) / 2 < above.y0
+
+
+def test_labels_stand_as_near_as_there_is_room():
+    assert spread([0.2, 0.5, 0.8], 0, 1) == [0.2, 0.5, 0.8]
+    gap = 1 / 19
+    assert spread([0.5, 0.5, 0.9], 0, 1) == pytest.approx([0.5 - gap / 2, 0.5 + gap / 2, 0.9])
+    assert spread([0, 0, 1, 1], 0, 1) == pytest.approx(
+        [gap / 2, 3 * gap / 2, 1 - 3 * gap / 2, 1 - gap / 2]
+    )
+    assert spread([], 0, 1) == []
+
+
+def test_a_text_of_ones_own_is_named_by_its_file():
+    note = Picture(made_up(dict(mha=[1.5] * 3), source='books.txt (your own text)')).note()
+    assert note.startswith('books.txt · 100 steps')
