@@ -116,20 +116,36 @@ def label_near(labels: list[Label], model: str, height: float, near: float) -> L
 
 @dataclass
 class Quantity:
-    """What the pictures of decode steps show. value: a row -> number, or None where it has none"""
+    """
+    What the pictures of decode steps show.
+
+    value: a row -> number, or None where it has none. uncached: what a step without a cache is.
+    """
 
     title: str
-    note: str
+    remark: str
     value: Callable[[dict], float | None]
     unit: Callable[[float], str]  # a number of the upright axis -> its text
     base: int  # of the upright axis's logarithm
+    uncached: str = 'no cache'
+
+    def note(self, rows: list[dict]) -> str:
+        """Return the line below the title, which explains the lines that are drawn of `rows`."""
+        meaning = dict(dense='solid: dense cache', paged='dashed: paged cache')
+        meaning['none'] = f'dotted: {self.uncached}'
+        drawn = {row['cache'] for row in rows if self.value(row)}
+        parts = [text for cache, text in meaning.items() if cache in drawn]
+        if self.remark:
+            parts.append(self.remark)
+        return ' · '.join(parts)
 
 
 def draw_latency(rows: list[dict], path: str | Path) -> None:
     """Draw the µs of a decode step over context. Nothing is drawn without decode steps."""
     quantity = Quantity(
         title='Time of one decode step',
-        note='solid: dense cache · dashed: paged · dotted: no cache, the whole text runs again',
+        remark='',
+        uncached='no cache, the whole text runs again',
         value=lambda row: row['step_us'],
         unit=time_text,
         base=10,
@@ -144,16 +160,13 @@ def draw_memory(rows: list[dict], path: str | Path) -> None:
     """
     quantity = Quantity(
         title='Memory of a batch while it decodes',
-        note='solid: dense cache · dashed: paged · bytes of the cache',
+        remark='bytes of the cache',
         value=lambda row: row.get('cache_bytes'),
         unit=memory_text,
         base=2,
     )
     if any(row.get('step_peak_allocated') for row in rows):
-        quantity.note = (
-            'solid: dense cache · dashed: paged · dotted: no cache; '
-            'most that a step takes beyond the weights'
-        )
+        quantity.remark = 'most that a step takes beyond the weights'
         quantity.value = lambda row: max(1, row['step_peak_allocated'] - row['allocated_before'])
     draw_steps(rows, path, quantity)
 
@@ -165,11 +178,12 @@ def draw_steps(rows: list[dict], path: str | Path, quantity: Quantity) -> None:
         return
     rows, dtype = comparable(rows)
     batches = sorted({row['batch'] for row in rows})[:MOST_PANELS]
+    rows = [row for row in rows if row['batch'] in batches]
     with figures.sheet(
         cols=len(batches),
         size=(figures.WIDTH, 5.6),
         title=quantity.title,
-        note=quantity.note,
+        note=quantity.note(rows),
     ) as (fig, axes):
         if len(batches) == 1:
             axes = [axes]

@@ -79,6 +79,20 @@ def test_the_committed_decode_log_draws_the_committed_picture(tmp_path):
     assert png_size(tmp_path / 'memory.png') == committed
 
 
+@pytest.mark.parametrize(
+    'caches, note',
+    [
+        (['dense', 'paged'], 'solid: dense cache · dashed: paged cache'),
+        (['none', 'dense'], 'solid: dense cache · dotted: no cache'),
+    ],
+)
+def test_the_note_explains_the_lines_that_are_drawn(caches, note):
+    rows = [dict(cache=cache, step_us=1.0) for cache in caches]
+    rows.append(dict(cache='none', step_us=None))
+    quantity = figures.Quantity('', '', lambda row: row['step_us'], str, 10)
+    assert quantity.note(rows) == note
+
+
 def test_rows_of_several_kernels_are_not_mixed_in_a_line():
     rows = [
         dict(cache='none', cache_dtype='none'),
