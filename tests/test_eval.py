@@ -389,6 +389,8 @@ def test_what_is_there_outlives_an_error(saved, evaluate):
         evaluate('--models=a,short')
     found = scoreboard.read('out-evaluate/results.jsonl').values()
     assert [record['model'] for record in found] == ['a']
+    with pytest.raises(UserError, match='^--max_tokens=60 is too few for one window of 500'):
+        evaluate('--models=short', '--max_tokens=60')
 
 
 def test_a_format_that_measures_nothing_is_noted(saved, evaluate):

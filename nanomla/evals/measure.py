@@ -220,6 +220,14 @@ def check_windows(model: EvaluatedModel, context: int, stride: int, n_tokens: in
             f'--stride={stride} is more than the context of {context}: '
             'tokens between would never be scored'
         )
+    if n_tokens == model.settings.max_tokens <= context:  # the text may well have more
+        hint = f'use --max_tokens={context + 1} or more, 0 for the whole text'
+        if n_tokens > 1:
+            hint += f', or --context={n_tokens - 1}'
+        raise UserError(
+            f'--max_tokens={n_tokens} is too few for one window of {context} '
+            f'and a token after it: {hint}'
+        )
     if n_tokens <= context:
         hint = 'use a longer text'
         if n_tokens > 1:
