@@ -70,7 +70,8 @@ def split_mode(arguments: list[str]) -> tuple[str, list[str]]:
 
 if __name__ == '__main__':
     mode, arguments = split_mode(sys.argv[1:])
-    config = configure(globals(), arguments, also='train.py', classes='attentions')
+    takes = f'{mode or "train | scale | race | decode"} [config/x.py ...]'
+    config = configure(globals(), arguments, 'train.py', 'attentions', takes)
 
 # -------------------------------------------------------------------------------------------------
 import subprocess

@@ -166,7 +166,8 @@ class Command:
     def parse(cls, argv: list[str]) -> 'Command':
         words = [word for word in argv if not word.startswith('-')]
         options = [word for word in argv if word.startswith('-')]
-        configure({'__file__': __file__}, options)  # --help, and what is wrong there
+        # --help, and what is wrong there
+        configure({'__file__': __file__}, options, takes='MODEL CONFIG.json OUT')
         if len(words) != 3:
             given = f', not {" ".join(words)}' if words else ''
             raise UserError(f'give MODEL CONFIG.json OUT{given}: {EXAMPLE}')

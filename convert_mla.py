@@ -62,7 +62,8 @@ if __name__ == '__main__':
     source = ''
     if len(sys.argv) > 1 and not sys.argv[1].startswith('-'):
         source = sys.argv.pop(1)
-    config = configure(globals())  # before the imports below, so that --help is quick
+    # Before the imports below, so that --help is quick.
+    config = configure(globals(), takes='SOURCE [config/x.py ...]')
 
 # -------------------------------------------------------------------------------------------------
 import os

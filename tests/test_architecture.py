@@ -207,12 +207,21 @@ def test_the_configurator_needs_python_alone():
     assert {package_of(found) for found in imports(path)} <= sys.stdlib_module_names
 
 
+TAKES = dict(  # scripts that need more than settings
+    convert_mla='SOURCE [config/x.py ...]',
+    bench='train | scale | race | decode [config/x.py ...]',
+    bench_adapters='MODEL CONFIG.json OUT',
+)
+
+
 @pytest.mark.parametrize('script', sorted(SCRIPTS))
 def test_help_comes_without_torch(script, tmp_path):
     command = [sys.executable, '-X', 'importtime', str(ROOT / f'{script}.py'), '--help']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(f'usage: python {script}.py')
+    usage = f'usage: python {script}.py {TAKES.get(script, "[config/x.py ...]")} [--key=value ...]'
+    assert done.stdout.startswith(usage)
+    assert len(done.stdout.splitlines()[0]) <= 100
     loaded = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
     assert 'nanomla.core.configurator' in loaded
     packages = {module.partition('.')[0] for module in loaded}

@@ -260,7 +260,7 @@ def open_codec() -> 'DocumentCodec | None':
 
 def main():
     options = [arg for arg in sys.argv[1:] if arg.startswith('--') or arg == '-h']
-    configure(globals(), options)
+    configure(globals(), options, takes='FILE ...')
     names = [arg for arg in sys.argv[1:] if arg not in options]
     if not names:
         raise UserError('which text? python data/text/prepare.py FILE... (--help tells more)')

@@ -165,6 +165,7 @@ def configure(
     argv: Sequence[str] | None = None,
     also: str | None = None,
     classes: str | None = None,
+    takes: str = '[config/x.py ...]',
 ) -> Settings:
     """
     Read config files and --key=value into a script's settings.
@@ -175,6 +176,7 @@ def configure(
               both have one, its default is this script's
     classes:  a folder beside the script, of whose files the new fields of config classes are
               settings, too
+    takes:    what the usage line of --help has between the script and [--key=value ...]
 
     Raises UserError. From here on, a UserError that nobody catches ends the script with one line on
     stderr and exit code 2, a RunError and what the machine lacks with one line and exit code 1, and
@@ -198,7 +200,7 @@ def configure(
             problem = None
         except UserError as error:  # help comes all the same
             problem = error
-        _print_help(config, page, purpose, problem)
+        _print_help(config, page, purpose, takes, problem)
         raise SystemExit(0)
     _read_arguments(config, argv)
     settings.update(config)
@@ -443,15 +445,25 @@ def _command(script: dict) -> str:
     spec = script.get('__spec__')
     if script.get('__name__') == '__main__' and spec is not None:
         return f'python -m {spec.name}'
-    return f'python {os.path.basename(script["__file__"])}'
+    path, here = os.path.abspath(script['__file__']), os.path.join(os.getcwd(), '')
+    if path.startswith(here):
+        return f'python {path.removeprefix(here)}'
+    return f'python {os.path.basename(path)}'
 
 
 def _print_help(
-    config: Settings, page: dict[str, _Setting], purpose: str, problem: UserError | None
+    config: Settings,
+    page: dict[str, _Setting],
+    purpose: str,
+    takes: str,
+    problem: UserError | None,
 ) -> None:
-    command = _command(config._script)
-    usage = f'usage: {command} [config/x.py ...] [--key=value ...]'
-    print(f'{usage}    (left to right, later wins)')
+    usage = f'usage: {_command(config._script)} {takes} [--key=value ...]'
+    order = '(left to right, later wins)'
+    if len(usage) + 4 + len(order) <= WIDTH:
+        print(f'{usage}    {order}')
+    else:
+        print(f'{usage}\n    {order}')
     if purpose:
         print('\n' + textwrap.fill(purpose, WIDTH))
     keys = {name: f'  --{name}={setting.default!r}' for name, setting in page.items()}

@@ -386,11 +386,18 @@ def test_from_any_folder_with_one_line_and_code_2(project, tmp_path):
     assert contents(project / 'data/text') == before
 
 
+TAKES = dict(text='FILE ... [--key')
+
+
 @pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char', 'openwebtext', 'text'])
 def test_help(prepare, capsys, name):
     with pytest.raises(SystemExit) as end:
         prepare(name, '--help')
-    assert not end.value.code and '--val_fraction=' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert not end.value.code and '--val_fraction=' in text
+    assert text.startswith(
+        f'usage: python data/{name}/prepare.py {TAKES.get(name, "[config/x.py")}'
+    )
 
 
 # ---- OpenWebText ----
