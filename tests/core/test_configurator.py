@@ -684,6 +684,15 @@ def test_help_of_a_module_names_the_command_that_starts_it(capsys, monkeypatch):
     assert 'usage: python -m toy [config/x.py ...]' in capsys.readouterr().out
 
 
+def test_help_names_a_script_by_its_path_from_here(capsys, monkeypatch):
+    here = os.getcwd()
+    monkeypatch.chdir('..')
+    with pytest.raises(SystemExit):
+        configure({'__file__': os.path.join(here, 'toy.py')}, ['--help'])
+    path = os.path.join(os.path.basename(here), 'toy.py')
+    assert f'usage: python {path} [config/x.py ...]' in capsys.readouterr().out
+
+
 def test_help(capsys):
     text = printed_help(capsys, '--help')
     assert text == printed_help(capsys, '-h') == printed_help(capsys, '--batch_size=12', '-h')
