@@ -362,19 +362,21 @@ def fit_or_restore(
 
     Where fitting costs too much on the held-out text, the closed form is restored.
     """
-    closed_form = report.rows[-1].nats
+    closed_form = report.rows[-1]
     steps = report.effort['layer_steps']
     how = LayerwiseSettings(steps=steps, learning_rate=layer_lr, seed=seed)
     before = {name: p.clone() for name, p in mla.state_dict().items() if '.attn.' in name}
     errors = fit_layers(model, mla, text.windows, how, tick)
     fitted = mean_loss(mla, text.held_out, batch_size, tick=tick)
     report.add('the same, fitted layer by layer', mla, 'mla', fitted)
-    if fitted <= closed_form + MOST_LOST_BY_FITTING:
+    if fitted <= closed_form.nats + MOST_LOST_BY_FITTING:
         for layer, error in zip(report.layers, errors):
             layer['error'] = error
     else:  # too little text for so many weights
         mla.load_state_dict(before, strict=False)
-        report.add('closed form kept: calibrate on more text', mla, 'mla', closed_form)
+        undone = report.rows[-1]
+        undone.name, undone.color = 'fit undone: calibrate on more text', ''
+        report.rows[-2:] = undone, closed_form
 
 
 def has_full_rank_step(model: GPT, text: Text | None) -> bool:

@@ -27,7 +27,7 @@ class Row:
     nats: float | None
     perplexity: float | None
     saved: float = 0.0
-    color: str = ''  # in figures.COLORS
+    color: str = ''  # in figures.COLORS; '' for a model that was not kept and is not drawn
 
     def as_dict(self) -> dict:
         """Return what a checkpoint keeps of it."""
@@ -119,7 +119,7 @@ def layer_energies(report: Report) -> list[str]:
 
 def draw_report(report: Report, path: str | Path, facts: str) -> None:
     """
-    Draw the bytes of a token of each row, and the energy that each layer keeps.
+    Draw the bytes of a token of each model, and the energy that each layer keeps.
 
     facts: where the numbers are from, the footer. UserError without matplotlib.
     """
@@ -140,16 +140,17 @@ def draw_report(report: Report, path: str | Path, facts: str) -> None:
 
 
 def draw_bytes(report: Report, ax) -> None:
-    """Draw a bar for each row, with its numbers behind it."""
-    for number, row in enumerate(report.rows):
+    """Draw a bar for each model that was kept, with its numbers behind it."""
+    rows = [row for row in report.rows if row.color]
+    for number, row in enumerate(rows):
         ax.barh(number, row.bytes, color=figures.COLORS[row.color], height=0.6)
         label = f' {row.bytes:,.0f} B'
         if row.perplexity is not None:
             label += f'\n perplexity {row.perplexity:.3f}'
         ax.text(row.bytes, number, label, va='center', fontsize=10)
-    widest = max(row.bytes for row in report.rows)
+    widest = max(row.bytes for row in rows)
     ax.set_xlim(0, 1.6 * widest)  # with room for the numbers of the widest bar
-    names = [row.name.replace(' (', '\n(', 1) for row in report.rows]
+    names = [row.name.replace(' (', '\n(', 1) for row in rows]
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel('bytes of a token in the cache, all layers')
@@ -161,7 +162,7 @@ def draw_energies(report: Report, ax) -> None:
     """Draw the share of energy that each layer keeps."""
     from matplotlib.ticker import MaxNLocator
 
-    layers = range(1, len(report.layers) + 1)
+    layers = range(len(report.layers))
     energies = [100 * layer['energy'] for layer in report.layers]
     ax.plot(layers, energies, color=figures.COLORS['mla'], marker='o')
     ax.set_xlabel('layer')
