@@ -67,20 +67,3 @@ def likeness(latents: torch.Tensor) -> torch.Tensor:
     crossed = torch.stack(rows)
     own = crossed.diagonal().clamp(min=1e-30)
     return (crossed.square() / (own[:, None] * own)).cpu()
-
-
-@torch.no_grad()
-def cut_latents(model: GPT, rank: int) -> GPT:
-    """
-    Change the model so that the latent of every layer passes in only `rank` directions: those in
-    which W^UK and W^UV read most, the largest right singular vectors of kv_b_proj.
-
-    UserError for a model without latents.
-    """
-    if not has_latents(model):
-        raise UserError('only MLA has a latent to cut: name an MLA model')
-    for block in model.transformer.h:
-        weight = block.attn.kv_b_proj.weight
-        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
-        weight.copy_((u[:, :rank] * s[:rank]) @ v[:rank])
-    return model

@@ -1,13 +1,10 @@
 """What latents hold, against the latents of the model itself."""
 
-import copy
-
 import pytest
 import torch
-from handmade import SLOTS, by_hand, entry_of, trial_of
 
 from nanomla.core.configurator import UserError
-from nanomla.heads import latents, patterns
+from nanomla.heads import latents
 
 
 def test_latents_are_those_of_the_model(tiny, tokens):
@@ -48,21 +45,3 @@ def test_no_rotation_scaling_or_shift_changes_the_likeness(tiny, tokens):
 def test_models_without_a_latent_are_refused(tiny, tokens):
     with pytest.raises(UserError, match='only MLA'):
         latents.read_latents(tiny(), tokens(20))
-    with pytest.raises(UserError, match='only MLA'):
-        latents.cut_latents(by_hand('mha'), 8)
-
-
-def test_a_latent_cut_short_loses_the_heads():
-    model = by_hand('mla')
-    trial = trial_of(model)
-
-    def induction_score(rank):
-        cut = latents.cut_latents(copy.deepcopy(model), rank)
-        heads, *_ = patterns.score_heads(cut, trial)
-        return entry_of(heads, 1, 0)['induction']['score']
-
-    whole = SLOTS['before'].stop
-    without_tokens_before = whole - 40
-    assert induction_score(whole) > 0.999
-    assert induction_score(8) < 0.4
-    assert induction_score(8) < induction_score(without_tokens_before) + 1e-6
