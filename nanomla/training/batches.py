@@ -18,13 +18,15 @@ from nanomla.core.token_files import read_meta, read_split
 RESIDENT_TOKENS = 2**28  # splits up to this many tokens live on the device (1 GiB as int32)
 
 
-def window_starts(seed: int, step: int, number: int, places: int, batch_size: int) -> torch.Tensor:
+def window_starts(
+    seed: int, step: int, number: int, possible_starts: int, batch_size: int
+) -> torch.Tensor:
     """
-    Return where the windows of micro-batch `number` of a step begin, one of `places` each: int64
-    (B,).
+    Return where the windows of micro-batch `number` of a step begin: int64 (B,), each from 0 to
+    possible_starts - 1.
     """
     rng = np.random.default_rng((seed, step, number))
-    return torch.from_numpy(rng.integers(0, places, batch_size))
+    return torch.from_numpy(rng.integers(0, possible_starts, batch_size))
 
 
 class Dataset:
@@ -72,9 +74,9 @@ class Dataset:
 
     def starts(self, step: int, micro: int, batch_size: int) -> torch.Tensor:
         """Return where the windows of a training batch begin: int64 (B,) on the CPU."""
-        places = len(self.tokens['train']) - self.block_size
+        possible_starts = len(self.tokens['train']) - self.block_size
         number = micro * self.world + self.rank
-        return window_starts(self.seed, step, number, places, batch_size)
+        return window_starts(self.seed, step, number, possible_starts, batch_size)
 
     def cut(self, split: str, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the windows that begin at `starts` (B,): x, y, each (B, T)."""

@@ -63,10 +63,10 @@ def cache(tiny, tmp_path):
         cuda_graph=False,
     )
 
-    def make(teacher=None, same_top_k=True, rank=0, world=1, **changes):
+    def make(teacher=None, top_k_is_given=True, rank=0, world=1, **changes):
         s = settings | changes
         data = Dataset(folder, s['block_size'], s['seed'], 'cpu', rank, world)
-        return TeacherCache(s, data, teacher, meta['vocab_size'], same_top_k)
+        return TeacherCache(s, data, teacher, meta['vocab_size'], top_k_is_given)
 
     make.teacher = tiny('mha', vocab_size=meta['vocab_size'])
     return make
@@ -158,7 +158,7 @@ def test_predictions_of_something_else_are_refused(cache, tiny):
     ):
         with pytest.raises(UserError, match=match):
             cache(given, **changes)
-    assert cache(same_top_k=False, teacher_top_k=99).is_complete
+    assert cache(top_k_is_given=False, teacher_top_k=99).is_complete
     folder = cache().data.folder
     write_text(folder, SENTENCE * 19, 'char', 'a test')
     with pytest.raises(UserError, match='holds another text'):

@@ -89,7 +89,7 @@ class TeacherCache:
     The predictions in a folder, for a run on `data`.
 
     settings: train.py's. teacher: its stream is set; None where the cache is complete.
-    same_top_k: whether a person asks for teacher_top_k, and no cache with another one will do.
+    top_k_is_given: whether a person asks for teacher_top_k, and no cache with another one will do.
     UserError where it holds predictions of something else, or the settings do not go with it.
     """
 
@@ -99,7 +99,7 @@ class TeacherCache:
         data: Dataset,
         teacher: GPT | None,
         vocab_size: int,
-        same_top_k: bool = False,
+        top_k_is_given: bool = False,
     ):
         s = settings
         self.folder = Path(s['teacher_cache'])
@@ -111,7 +111,7 @@ class TeacherCache:
             if s[name]:
                 raise UserError(f'--teacher_cache={self.folder} does not go with --{name}')
         top_k = s['teacher_top_k']
-        if not same_top_k:
+        if not top_k_is_given:
             top_k = min(top_k, vocab_size - 1)
         check_range('teacher_top_k', top_k, least=1, below=vocab_size)
         self.facts = dict(
@@ -126,7 +126,7 @@ class TeacherCache:
         if teacher is not None:
             self.facts['teacher'] = fingerprint(teacher)
         if (self.folder / 'cache.json').exists():
-            self.take_facts(same_top_k)
+            self.take_facts(top_k_is_given)
         self.record = self.record_type()
         self.records = self.open_records()
         self.order = self.order_of_windows()
@@ -134,7 +134,7 @@ class TeacherCache:
     # ---------------------------------------------------------------------------------------------
     # whose predictions
 
-    def take_facts(self, same_top_k: bool) -> None:
+    def take_facts(self, top_k_is_given: bool) -> None:
         """Take over what cache.json says. UserError where the run is about something else."""
         path = self.folder / 'cache.json'
         try:
@@ -143,7 +143,7 @@ class TeacherCache:
         except (OSError, ValueError) as error:
             raise UserError(f'{path} cannot be used: {error}; name another folder') from None
         for name, what in DIFFERENCES.items():
-            if name == 'top_k' and not same_top_k:
+            if name == 'top_k' and not top_k_is_given:
                 continue
             if self.facts.get(name, found[name]) != found[name]:
                 raise UserError(
@@ -221,7 +221,7 @@ class TeacherCache:
         with lock(self.folder, wait=True), writing(self.folder):
             # Another process may have written it by now.
             if (self.folder / 'cache.json').exists():
-                self.take_facts(same_top_k=False)
+                self.take_facts(top_k_is_given=False)
             else:
                 write_file(self.folder / 'cache.json', json.dumps(self.facts, indent=1) + '\n')
             done = self.whole_batches()
@@ -251,11 +251,11 @@ class TeacherCache:
             forward.compile_parts(embedding=False)
         count = -(-self.needed // f['batch_size'])
         tokens = f['batch_size'] * T
-        places = len(self.data.tokens['train']) - T
+        possible_starts = len(self.data.tokens['train']) - T
         with progress_bar(count * tokens, ' tokens of the teacher', done * tokens) as bar:
             for number in range(done, count):
                 step, micro = divmod(number, f['micro_batches'])
-                starts = window_starts(f['seed'], step, micro, places, f['batch_size'])
+                starts = window_starts(f['seed'], step, micro, possible_starts, f['batch_size'])
                 x, _ = self.data.cut('train', starts)
                 with torch.no_grad():
                     hidden = forward.hidden(x)
