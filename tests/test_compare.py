@@ -375,6 +375,7 @@ def test_a_comparison_from_end_to_end(capfd, monkeypatch):
     }
     assert 'cannot be built: n_embd=16 is not a multiple of n_head=3' in out
     assert 'wild, seed 2: failed: the loss is nan at step' in out
+    assert out.index('[0/10] mha, seed 2 begins\n') < out.index('] mha, seed 2: val loss')
     page = Path('cmp/compare.md').read_text()
     assert '| bad |' in page
     assert '| failed: n_embd=16 is not a multiple of n_head=3: ' in page

@@ -487,6 +487,17 @@ class ComparisonQueue(RunQueue):
             chosen = contender.choose()
             run.set_command(contender.words(run.seed, chosen), chosen)
 
+    def begins(self, run: Run) -> None:
+        if self.bar:  # it names the runs that are under way
+            return
+        verb = 'goes on' if run.state() == 'part' else 'begins'
+        print(f'{self.counter()} {run.name} {verb}', flush=True)
+
+    def counter(self) -> str:
+        """Return how many runs have ended, of how many."""
+        ended = sum(bool(run.outcome) for run in self.runs)
+        return f'[{ended}/{len(self.runs)}]'
+
     def report(self, run: Run) -> None:
         if run.outcome == 'failed':
             outcome = f'failed: {run.error()}'
@@ -496,8 +507,7 @@ class ComparisonQueue(RunQueue):
             outcome = (
                 'its process or its device broke down (see output.txt), it goes on in a new one'
             )
-        ended = sum(bool(other.outcome) for other in self.runs)
-        text = f'[{ended}/{len(self.runs)}] {run.name}: {outcome}'
+        text = f'{self.counter()} {run.name}: {outcome}'
         if self.bar:
             self.bar.write(text)
         else:

@@ -277,7 +277,7 @@ class RunQueue:
     runs: the list, which may grow meanwhile. environments: see run_environments. in_process:
     workers train run after run, instead of a process for each. facts: more entries of run.json.
 
-    A subclass overrides prepare, report and progress.
+    A subclass overrides prepare, begins, report and progress.
     """
 
     def __init__(
@@ -295,6 +295,9 @@ class RunQueue:
 
     def prepare(self, run: Run) -> None:
         """Give a run whose needs have ended its words. A UserError fails the run."""
+
+    def begins(self, run: Run) -> None:
+        """Called when train.py is about to begin a run here, or to go on with it."""
 
     def report(self, run: Run) -> None:
         """Called once for each run that has ended, and when one goes on in a new process."""
@@ -382,6 +385,7 @@ class RunQueue:
             return
         run.write_facts(self.facts)
         process = self.idle.pop(0)
+        self.begins(run)
         process.start(run)
         self.active.append(ActiveRun(run, process, held))
 
