@@ -16,6 +16,7 @@ import torch
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA, MLAConfig
 from nanomla.checkpoints.content import TENSORS_METADATA, seal_tensors
+from nanomla.checkpoints.families.rope import frequency
 from nanomla.checkpoints.hf import DEEPSEEK_V3, LLAMA, Family, architecture_of, layout
 from nanomla.checkpoints.hub import model_folder, read_json
 from nanomla.checkpoints.tokenizer import HFTokenizer, read_tokenizer
@@ -192,10 +193,10 @@ def rope_of_frequencies(config: GPTConfig) -> dict | None:
         return None
     pairs = len(config.rope_frequencies)
     factors = []  # of the ordinary wavelengths
-    for k, frequency in enumerate(config.rope_frequencies):
-        ordinary = config.rope_theta ** (-k / pairs)
+    for k, own in enumerate(config.rope_frequencies):
+        ordinary = frequency(config.rope_theta, k, 2 * pairs)
         # A pair that does not turn has an angle there that fp32 cannot tell from zero.
-        factors.append(config.rope_scaling * ordinary / max(frequency, 1e-12))
+        factors.append(config.rope_scaling * ordinary / max(own, 1e-12))
     return dict(
         rope_type='longrope',
         short_factor=factors,
@@ -507,11 +508,11 @@ def longrope(config: MLAConfig, table: list[int]) -> dict | None:
         return None
     factors = []  # of the ordinary wavelengths
     for k, pair in enumerate(table):
-        frequency = config.rope_theta ** (-2 * pair / source_width)
+        kept = frequency(config.rope_theta, pair, source_width)
         if own:
-            frequency = max(own[pair], SLOWEST)
-        ordinary = config.rope_theta ** (-2 * k / width)
-        factors.append(config.rope_scaling * ordinary / frequency)
+            kept = max(own[pair], SLOWEST)
+        ordinary = frequency(config.rope_theta, k, width)
+        factors.append(config.rope_scaling * ordinary / kept)
     return dict(
         rope_type='longrope',
         short_factor=factors,

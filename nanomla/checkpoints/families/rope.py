@@ -77,6 +77,11 @@ def base_frequencies(theta: float, width: int) -> torch.Tensor:
     return 1.0 / theta ** (torch.arange(0, width, 2, device='cpu').float() / width)
 
 
+def frequency(theta: float, pair: int, width: int) -> float:
+    """Return the frequency of one pair of `width` channels, in Python's 64 bits."""
+    return theta ** (-2 * pair / width)
+
+
 def numbers(frequencies: torch.Tensor) -> tuple[float, ...]:
     return tuple(frequencies.tolist())
 

@@ -31,6 +31,7 @@ from nanomla.checkpoints.export import (
     in_dtype,
     rewrite_converted,
 )
+from nanomla.checkpoints.families.rope import frequency
 from nanomla.checkpoints.gguf.vocabulary import Vocabulary, vocabulary_of
 from nanomla.checkpoints.hf import DEEPSEEK_V3, architecture_of, layout
 from nanomla.checkpoints.tokenizer import HFTokenizer
@@ -149,7 +150,7 @@ def frequencies_of(config: MLAConfig, pairs: Sequence[int]) -> list[float]:
     if config.rope_frequencies:
         return [config.rope_frequencies[pair] for pair in pairs]
     width = config.rope_dim
-    return [config.rope_theta ** (-2 * pair / width) / config.rope_scaling for pair in pairs]
+    return [frequency(config.rope_theta, pair, width) / config.rope_scaling for pair in pairs]
 
 
 def rope_base(frequencies: Sequence[float]) -> float | None:
@@ -160,8 +161,8 @@ def rope_base(frequencies: Sequence[float]) -> float | None:
     if count == 1:
         return 1e4  # of one pair the base makes no difference
     base = frequencies[1] ** -count if frequencies[1] > 0 else 1
-    for k, frequency in enumerate(frequencies):
-        if not math.isclose(frequency, base ** (-k / count), rel_tol=1e-5):
+    for k, own in enumerate(frequencies):
+        if not math.isclose(own, frequency(base, k, 2 * count), rel_tol=1e-5):
             return None
     return base
 
