@@ -28,7 +28,7 @@ MARKS = 'oDs^vPX*'  # of comparisons in one picture
 LINES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))  # where shades are many
 SIDE_BY_SIDE = 4  # so many contenders share a row of panels; with more each panel has its own
 NAMED_IN_LEGEND = 12  # with more contenders the ends of their curves are named instead
-NAMED_POINTS = 9  # with more points they have numbers, and a list beside them
+NAMED_POINTS = 6  # with more points they have numbers, and a list beside them
 WIDE_PANEL, NARROW_PANEL = 7.4, 3.2  # inches of the axes of `pareto`, about
 POINT_WIDTH = 0.11  # inches
 # of attentions without a colour of their own
@@ -103,8 +103,9 @@ def pareto(ax, found: list[dict], paint: dict, compact: bool = False) -> None:
         else:
             bounds += _loss_bar(ax, row, groups.x[row['name']], paint)
     if len(set(bounds)) > 1:
-        margin = 0.08 * (max(bounds) - min(bounds))
-        ax.set_ylim(min(bounds) - margin, max(bounds) + margin)
+        room = max(bounds) - min(bounds)
+        above = 0.2 if far else 0.08  # for the names of outliers
+        ax.set_ylim(min(bounds) - 0.08 * room, max(bounds) + above * room)
     best = front(found)
     on_front = sorted(
         (row['cache_bytes'], row['val_loss'], groups.x.get(row['name'], row['cache_bytes']))
@@ -229,6 +230,14 @@ def _half_interval(row: dict) -> float | None:
     return t_quantile(0.975, row['seeds'] - 1) * row['sd'] / math.sqrt(row['seeds'])
 
 
+def _shown_half(row: dict) -> float:
+    """Return as much of half the interval as the panel must show."""
+    # The interval of two seeds, 9 sd to each side, may leave the panel.
+    if row['seeds'] < 3:
+        return 0.0
+    return _half_interval(row) or 0.0
+
+
 def _loss_bar(ax, row: dict, x: float, paint: dict) -> list[float]:
     """Draw the mean and the interval of a row at x. Returns the losses that must be seen."""
     half = _half_interval(row)
@@ -244,8 +253,7 @@ def _loss_bar(ax, row: dict, x: float, paint: dict) -> list[float]:
         markeredgecolor='white',
         zorder=3,
     )
-    # The interval of two seeds, 9 sd to each side, may leave the panel.
-    shown = half if half is not None and row['seeds'] > 2 else 0
+    shown = _shown_half(row)
     return [row['val_loss'] - shown, row['val_loss'] + shown]
 
 
@@ -282,7 +290,7 @@ def name_points(ax, found: list[dict], paint: dict, inches: float) -> None:
     known = [row for row in with_point(found) if row['name'] not in far]
     groups = groups_of(found)
     if len(known) > NAMED_POINTS:
-        _number_points(ax, known, groups, paint)
+        _number_points(ax, known, groups, paint, inches)
         return
     points = sorted((row['cache_bytes'], row['val_loss']) for row in known)
     low, high = ax.get_ylim()
@@ -321,17 +329,17 @@ def name_points(ax, found: list[dict], paint: dict, inches: float) -> None:
         )
 
 
-def _number_points(ax, known: list[dict], groups: CacheGroups, paint: dict) -> None:
+def _number_points(ax, known: list[dict], groups: CacheGroups, paint: dict, inches: float) -> None:
     """Number the points by their losses, the best first, and list the names on the right."""
     known = sorted(known, key=lambda row: row['val_loss'])
+    sides = number_sides(known, groups, ax.get_ylim(), inches)
     handles = []
     for number, row in enumerate(known, 1):
         color = paint[row['name']]
-        # Neighbours have theirs at different ends of the interval.
-        side = 1 if number % 2 else -1
+        side = sides[row['name']]
         ax.annotate(
             f'{number}',
-            (groups.x[row['name']], row['val_loss'] + side * (_half_interval(row) or 0)),
+            (groups.x[row['name']], row['val_loss'] + side * _shown_half(row)),
             xytext=(0, 8 * side),
             textcoords='offset points',
             ha='center',
@@ -351,6 +359,39 @@ def _number_points(ax, known: list[dict], groups: CacheGroups, paint: dict) -> N
     ax.legend(handles=handles, loc='center right', fontsize=8.5, handlelength=1, labelspacing=0.25)
     if front_legend is not None:
         ax.add_artist(front_legend)
+
+
+def number_sides(
+    known: list[dict], groups: CacheGroups, ends: tuple[float, float], inches: float
+) -> dict[str, int]:
+    """
+    Return at which end of its interval each point has its number: 1 the upper, -1 the lower one.
+
+    That is the end where it covers least of other intervals and numbers. ends: of the axis of
+    losses, which is `inches` high.
+    """
+    nats = (ends[1] - ends[0]) / inches  # of an inch
+    taken = {}  # of each point: inches from the left, and its heights in nats
+    for row in known:
+        x = math.log2(groups.x[row['name']]) / groups.octaves * groups.inches
+        half = max(_shown_half(row), 0.05 * nats)
+        taken[row['name']] = [(x, row['val_loss'] - half, row['val_loss'] + half)]
+    sides = {}
+    for row in known:
+        x, lower, upper = taken[row['name']][0]
+        others = [box for name, boxes in taken.items() if name != row['name'] for box in boxes]
+        labels = {
+            1: (x, upper + 0.05 * nats, upper + 0.18 * nats),
+            -1: (x, lower - 0.18 * nats, lower - 0.05 * nats),
+        }
+        covered = {}
+        for side, (_, low, high) in labels.items():
+            near = [box for box in others if abs(box[0] - x) < 0.16]
+            covered[side] = sum(low < box[2] and box[1] < high for box in near)
+        side = min(labels, key=covered.get)
+        sides[row['name']] = side
+        taken[row['name']].append(labels[side])
+    return sides
 
 
 def list_share(labels: list[str]) -> float:

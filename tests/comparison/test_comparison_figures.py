@@ -8,11 +8,13 @@ from made_up_results import made_up
 from matplotlib.figure import Figure
 
 from nanomla.comparison.figures import (
+    CacheGroups,
     Picture,
     colors,
     draw,
     draw_front,
     name_points,
+    number_sides,
     outliers,
     pareto,
     spread,
@@ -83,7 +85,8 @@ def panel(results, **options):
     found, paint = rows(results), colors(results.contenders)
     ax = Figure(figsize=(11, 5)).add_subplot()
     pareto(ax, found, paint, **options)
-    name_points(ax, found, paint, 4)
+    if not options.get('compact'):  # a narrow panel has no names
+        name_points(ax, found, paint, 4)
     ax.figure.canvas.draw()
     return ax, found
 
@@ -112,6 +115,17 @@ def test_too_many_points_for_names_have_numbers_and_a_list():
     assert listed == [f'{i}  {row["label"]}' for i, row in enumerate(by_loss, 1)]
     list_begin = ax.get_legend().get_window_extent().x0
     assert all(text.get_window_extent().x1 < list_begin for text in ax.texts)
+    for one, other in itertools.combinations(ax.texts, 2):
+        assert not one.get_window_extent().overlaps(other.get_window_extent())
+
+
+def test_a_number_stands_where_it_covers_no_interval():
+    def row(name, loss, sd):
+        return dict(name=name, cache_bytes=1024, val_loss=loss, sd=sd, seeds=3)
+
+    # Above the first the second one's interval begins, and below the second the first one's ends.
+    known = [row('a', 1.0, 0.1), row('b', 1.5, 0.1)]
+    assert number_sides(known, CacheGroups(known, set(), 6), (0, 4), 4) == dict(a=-1, b=1)
 
 
 @pytest.mark.parametrize('number', [6, 14])
