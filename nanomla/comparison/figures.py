@@ -596,6 +596,7 @@ def difference_bars(ax, found: list[dict], paint: dict) -> None:
                 ha='right' if row['difference'] > 0 else 'left',
                 fontsize=10,
                 color=color,
+                path_effects=[figures.halo()],
             )
     ax.axvline(0, color=figures.COLORS['ink'], linewidth=1)
     ax.set_yticks(range(len(shown)), labels)
