@@ -70,8 +70,13 @@ def split_mode(arguments: list[str]) -> tuple[str, list[str]]:
 
 if __name__ == '__main__':
     mode, arguments = split_mode(sys.argv[1:])
-    takes = f'{mode or "train | scale | race | decode"} [config/x.py ...]'
-    config = configure(globals(), arguments, 'train.py', 'attentions', takes)
+    config = configure(
+        globals(),
+        arguments,
+        also='train.py',
+        classes='attentions',
+        takes='train | scale | race | decode [config/x.py ...]',
+    )
 
 # -------------------------------------------------------------------------------------------------
 import subprocess
