@@ -735,11 +735,11 @@ class Picture:
         if any(row['half'] is not None for row in self.found):
             intervals = ', 95 % intervals'
         pad = None
-        if not self.many:  # the legend of the front stands below the title, not beside it
-            pad = 22
         if self.over_cache:
             ax = fig.add_subplot(grid[1, :] if self.many else grid[1, 0])
             pareto(ax, self.found, self.paint, compact=not self.many)
+            if not self.many and ax.get_legend():
+                pad = 22  # the legend stands below the title, not beside it
             ax.set_title('loss over cache' + intervals, pad=pad)
             if self.many:
                 name_points(ax, self.found, self.paint, 3.1)
