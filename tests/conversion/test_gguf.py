@@ -11,8 +11,9 @@ import torch
 from converting import LLAMA, SOURCES, assert_refused, converted
 from llamacpp import LlamaCpp
 
+from model_mla import MLAConfig
 from nanomla.checkpoints.gguf.vocabulary import PRE_TOKENIZERS
-from nanomla.checkpoints.gguf.write import export_gguf, rope_base
+from nanomla.checkpoints.gguf.write import export_gguf, frequencies_of, rope_base
 from nanomla.checkpoints.tokenizer import PROBES, HFTokenizer
 from nanomla.conversion.calibration import measure
 from nanomla.inference.generate import generate
@@ -344,3 +345,11 @@ def test_the_base_of_a_rope_is_found_from_its_frequencies():
     assert rope_base([1.0]) is not None
     assert rope_base([]) is None
     assert rope_base([1.0, 0.0]) is None
+
+
+def test_a_scaled_rope_slows_frequencies_of_its_own_too():
+    """As model.py does, for which rope_scaling divides the positions."""
+    shape = dict(pos='rope', qk_rope_head_dim=4, rope_scaling=2.0)
+    assert frequencies_of(MLAConfig(**shape), [1]) == pytest.approx([0.005])
+    own = MLAConfig(rope_frequencies=(1.0, 0.5), **shape)
+    assert frequencies_of(own, [0, 1]) == [0.5, 0.25]

@@ -147,10 +147,9 @@ def deepseek2_form(model: GPT, dtype: torch.dtype | None = None) -> Deepseek2:
 
 def frequencies_of(config: MLAConfig, pairs: Sequence[int]) -> list[float]:
     """Return the angles by which the pairs turn from one token to the next."""
-    if config.rope_frequencies:
-        return [config.rope_frequencies[pair] for pair in pairs]
-    width = config.rope_dim
-    return [frequency(config.rope_theta, pair, width) / config.rope_scaling for pair in pairs]
+    own, width = config.rope_frequencies, config.rope_dim
+    ordinary = [frequency(config.rope_theta, pair, width) for pair in range(width // 2)]
+    return [(own or ordinary)[pair] / config.rope_scaling for pair in pairs]
 
 
 def rope_base(frequencies: Sequence[float]) -> float | None:
