@@ -73,6 +73,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from model import GPT, GPTConfig
+from nanomla.adapters.lora import check_peft
 from nanomla.checkpoints import native
 from nanomla.checkpoints.export import DTYPES, check_export, servers_of
 from nanomla.checkpoints.export import export as write_export
@@ -161,6 +162,8 @@ def check_settings(source: str) -> None:
     check_range('seed', seed, least=0, below=2**32)
     check_range('learning_rate', learning_rate, least=0)
     check_range('lora_rank', lora_rank, least=0)
+    if lora_rank:
+        check_peft()
     final = export
     if not export and not heal:
         final = out

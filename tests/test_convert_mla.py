@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -450,6 +451,14 @@ def test_an_export_that_cannot_be_is_refused_before_the_work(source, capsys):
     assert_refused('norm=layernorm', 'convert_mla.py', ['learned', '--out=mla', '--export=hf'])
     assert 'perplexity' not in capsys.readouterr().out
     assert sorted(os.listdir()) == ['learned', 'src', 'text']
+
+
+def test_healing_by_adapters_without_peft_is_refused_before_the_work(source, monkeypatch):
+    source()
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    words = ['src', '--out=mla', '--saving=0.5', '--heal=100', '--lora_rank=2']
+    assert_refused('LoRA needs peft: pip install', 'convert_mla.py', words)
+    assert not Path('mla').exists()
 
 
 def test_an_export_that_fails_leaves_the_checkpoint_and_goes_on(source, monkeypatch, capsys):

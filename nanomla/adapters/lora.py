@@ -19,6 +19,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -333,12 +334,17 @@ def adapt(model: GPT, kind: str, lora: LoraSettings | None = None) -> GPT:
     return model
 
 
+def check_peft() -> None:
+    """Raise an UnavailableError where PEFT is missing, before the work that its adapters follow."""
+    if find_spec('peft') is None:
+        raise UnavailableError(f'LoRA needs peft: {INSTALL}')
+
+
 def add_adapters(model: GPT, lora: LoraSettings) -> None:
     """Let PEFT add fp32 adapters to the members of the groups."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UnavailableError(f'LoRA needs peft: {INSTALL}') from None
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     names = '|'.join(target_names(model, lora.targets))
     config = LoraConfig(
         r=lora.r,
