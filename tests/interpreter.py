@@ -39,7 +39,7 @@ def replace_language_once() -> None:
     interpreter._patch_lang = lambda _: type(scope)()  # nothing to put back
 
 
-def look_for_no_overflow() -> None:
+def skip_overflow_checks() -> None:
     """
     Let the interpreter compute sums and products of integers once, not twice.
 
@@ -54,7 +54,7 @@ def look_for_no_overflow() -> None:
 
 if CHILD:
     replace_language_once()
-    look_for_no_overflow()
+    skip_overflow_checks()
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
